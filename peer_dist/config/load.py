@@ -1,0 +1,148 @@
+"""YAML plus ``a.b=value`` overrides into a :class:`Config`; every mistake is one sentence with file and key."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from peer_dist.config.schema import Config
+
+Tree = dict[str, Any]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. Its message says what is wrong, where, and what to do."""
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides (values are YAML too) and check it all.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is impossible.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "is malformed"
+        raise ConfigError(f"{path}: is not valid YAML{where}: {problem}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold sections such as 'model:', not a {type(tree).__name__}")
+    origin = {key: str(path) for key in _leaves(tree)}
+    for override in overrides:
+        key = _apply(tree, override)
+        origin[key] = f"command line ({override})"
+    return parse_config(tree, str(path), origin)
+
+
+def parse_config(tree: Tree, source: str, origin: dict[str, str] | None = None) -> Config:
+    """Validate a tree of plain values; ``source`` names it in errors, ``origin`` names single keys' sources."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, source, origin or {})) from None
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Refuse a world that the layout does not divide.
+
+    Raises:
+        ConfigError: ranks, batch or experts do not fit ``world_size``.
+    """
+    expert = config.parallel.expert
+    if world_size % expert:
+        raise ConfigError(
+            f"parallel.expert: {expert} does not divide the {world_size} rank(s) that were started; "
+            f"start a multiple of {expert} ranks or lower it"
+        )
+    if expert > config.peer.num_experts:
+        raise ConfigError(f"parallel.expert: {expert} shards for {config.peer.num_experts} experts")
+    per_pass = config.train.micro_batch_size * config.data_parallel_size(world_size)
+    if config.train.global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.global_batch_size: {config.train.global_batch_size} is not a multiple of "
+            f"micro_batch_size * data-parallel ranks ({config.train.micro_batch_size} * "
+            f"{config.data_parallel_size(world_size)} = {per_pass})"
+        )
+
+
+def _apply(tree: Tree, override: str) -> str:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"command line: {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"command line: {override!r}: the value is not valid YAML") from None
+    node = tree
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"command line: {override!r}: {part!r} is a value, not a section")
+        node = child
+    node[parts[-1]] = value
+    return ".".join(parts)
+
+
+def _leaves(tree: Tree, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        keys += _leaves(value, f"{name}.") if isinstance(value, dict) else [name]
+    return keys
+
+
+def _section(parts: Sequence[str]) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for part in parts:
+        annotation = model.model_fields[part].annotation
+        for candidate in (annotation, *get_args(annotation)):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                model = candidate
+                break
+    return model
+
+
+def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    # pydantic adds the branch of a union to the location; keep what the user wrote
+    location = [str(part) for part in first["loc"]]
+    parts: list[str] = []
+    model: type[BaseModel] | None = Config
+    for part in location:
+        parts.append(part)
+        if model is None or part not in model.model_fields:
+            break
+        nested = model.model_fields[part].annotation
+        model = nested if isinstance(nested, type) and issubclass(nested, BaseModel) else None
+        if model is None:
+            break
+    key = ".".join(parts)
+    where = origin.get(key, source)
+    if first["type"] == "extra_forbidden":
+        known = list(_section(parts[:-1]).model_fields)
+        near = difflib.get_close_matches(parts[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        return f"{where}: {key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: {key}: is missing; it has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if first["type"] != "value_error" and not isinstance(first["input"], (dict, list)):
+        message += f"; got {first['input']!r}"
+    return f"{where}: {key}: {message}"

@@ -1,0 +1,258 @@
+"""The configuration's keys: their types, defaults, meaning and limits, each stated once.
+
+YAML is turned into these objects by :func:`peer_dist.config.load_config`; ``peer-dist train --help`` prints
+this file's descriptions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+MLPKind = Literal["dense", "peer"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The transformer: Megatron-core's GPTModel with rotary positions and RMSNorm."""
+
+    num_layers: int = Field(4, ge=1, description="transformer layers")
+    hidden_size: int = Field(128, ge=1, description="width of the residual stream")
+    num_attention_heads: int = Field(4, ge=1, description="attention heads; must divide hidden_size")
+    ffn_hidden_size: int = Field(512, ge=1, description="hidden width of the dense feed-forward layers")
+    ffn_activation: Literal["gelu", "swiglu"] = Field("swiglu", description="dense feed-forward activation")
+    seq_length: int = Field(128, ge=2, description="tokens per sequence")
+    mlp: MLPKind | list[MLPKind] = Field(
+        "dense", description="feed-forward kind, one for all layers or a list with one per layer: dense | peer"
+    )
+    tied_embeddings: bool = Field(True, description="input and output embeddings share one matrix")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and feed-forward")
+
+    @property
+    def mlp_kinds(self) -> list[MLPKind]:
+        """The feed-forward kind of each layer, ``num_layers`` long."""
+        return list(self.mlp) if isinstance(self.mlp, list) else [self.mlp] * self.num_layers
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"hidden_size / num_attention_heads ({self.hidden_size // self.num_attention_heads}) "
+                "must be even for rotary positions"
+            )
+        if isinstance(self.mlp, list) and len(self.mlp) != self.num_layers:
+            raise ValueError(f"mlp lists {len(self.mlp)} kinds for {self.num_layers} layers (num_layers)")
+        return self
+
+
+class PEERSection(Section):
+    """The PEER layers (model.mlp: peer): product-key retrieval of single-neuron experts."""
+
+    num_experts: int = Field(65536, ge=1, description="experts N per layer; the square of a whole number")
+    heads: int = Field(8, ge=1, description="query heads h; each retrieves top_k experts")
+    top_k: int = Field(16, ge=1, description="experts k per head; at most sqrt(num_experts)")
+    key_dim: int = Field(128, ge=2, description="width of a query and of a product key; even")
+    query_norm: Literal["batch", "layer", "rms", "none"] = Field("batch", description="query normalisation")
+    gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="router score to gate")
+    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="the experts' activation")
+    shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
+    table_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them"
+    )
+
+    @field_validator("num_experts")
+    @classmethod
+    def _square(cls, value: int) -> int:
+        root = math.isqrt(value)
+        if root * root != value:
+            raise ValueError(
+                f"must be the square of a whole number; {value} is not, "
+                f"{root**2} and {(root + 1) ** 2} are the nearest"
+            )
+        return value
+
+    @field_validator("key_dim")
+    @classmethod
+    def _even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError(f"must be even (two sub-keys of half the width); {value} is odd")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> PEERSection:
+        root = math.isqrt(self.num_experts)
+        if self.top_k > root:
+            raise ValueError(f"top_k ({self.top_k}) must be at most sqrt(num_experts) ({root})")
+        return self
+
+
+class ParallelConfig(Section):
+    """How ranks divide the work. Ranks left over by these replicate the whole (data parallelism)."""
+
+    tensor: int = Field(1, ge=1, description="tensor-parallel ranks; only 1 so far")
+    pipeline: int = Field(1, ge=1, description="pipeline stages; only 1 so far")
+    virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; only 1 so far")
+    sequence: bool = Field(False, description="sequence parallelism within the tensor group; only false so far")
+    expert: int = Field(1, ge=1, description="row shards of each expert table (all-to-all between them)")
+    expert_tensor: int = Field(1, ge=1, description="column shards of each expert table; only 1 so far")
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        for key in ("tensor", "pipeline", "virtual_pipeline", "expert_tensor"):
+            if getattr(self, key) != 1:
+                raise ValueError(
+                    f"{key} must be 1 (got {getattr(self, key)}): this version splits work by expert and data "
+                    "parallelism only; use parallel.expert"
+                )
+        if self.sequence:
+            raise ValueError("sequence must be false: it splits the tensor-parallel group, which has one rank")
+        return self
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO for the dense part."""
+
+    stage: Literal[1] = Field(1, description="ZeRO stage; only 1 (sharded optimizer states) so far")
+
+
+class OptimizerConfig(Section):
+    """AdamW for the dense part, and the learning-rate schedule of both optimizers."""
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up from 0")
+    decay_steps: int = Field(
+        1000, ge=1, description="step at which the cosine reaches its floor; apart from train.steps on purpose, "
+        "so that a longer run has the same schedule"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and biases have none")
+    grad_clip: float = Field(1.0, ge=0, description="global gradient norm to clip at, tables included; 0: never")
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.warmup_steps >= self.decay_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be less than decay_steps ({self.decay_steps})"
+            )
+        return self
+
+
+class TableOptimizerConfig(Section):
+    """The expert tables' own optimizer; its learning rate follows the same schedule."""
+
+    name: Literal["adam"] = Field("adam", description="adam: dense Adam in float32")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of the tables")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's betas")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the tables")
+
+
+class DataConfig(Section):
+    """What to train on: files that `peer-dist prepare` made."""
+
+    prefix: str | None = Field(None, description="path of one data set without .bin / .idx")
+    blend: dict[str, float] | None = Field(None, description="several: a mapping from prefix to weight")
+    tokenizer: str = Field("byte", description="byte, or a tokenizer.json of Hugging Face tokenizers")
+    split: str = Field("90,5,5", description="train, validation and test shares, by documents")
+
+    @field_validator("split")
+    @classmethod
+    def _split(cls, value: str) -> str:
+        try:
+            shares = [float(part) for part in value.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
+            raise ValueError(f"must be three numbers such as 90,5,5, the first above 0; got {value!r}")
+        return value
+
+    @field_validator("blend")
+    @classmethod
+    def _weights(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None and (not value or min(value.values()) <= 0):
+            raise ValueError("needs at least one prefix, and every weight above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if (self.prefix is None) == (self.blend is None):
+            raise ValueError("give exactly one of prefix and blend")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Prefix to weight, whichever of ``prefix`` and ``blend`` was given."""
+        return self.blend if self.blend is not None else {str(self.prefix): 1.0}
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps in all; raise it to go on from a checkpoint")
+    micro_batch_size: int = Field(8, ge=1, description="sequences per rank and forward pass")
+    global_batch_size: int = Field(16, ge=1, description="sequences per step over all ranks")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
+    seed: int = Field(1234, ge=0, description="seed of weights, dropout and data order")
+
+
+class EvaluationConfig(Section):
+    """Held-out loss while training."""
+
+    interval: int = Field(100, ge=1, description="steps between validations")
+    batches: int = Field(8, ge=1, description="global batches per validation (at most the whole split)")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints: written under another name, verified, then renamed."""
+
+    dir: str = Field("runs/default/checkpoints", description="folder of this run's checkpoints")
+    interval: int = Field(200, ge=1, description="steps between checkpoints (the last step always has one)")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    init_from: str | None = Field(
+        None, description="a checkpoint whose weights start a new run (fresh optimizers, step 0)"
+    )
+
+
+class LoggingConfig(Section):
+    """TensorBoard and metrics.jsonl, written by rank 0."""
+
+    dir: str = Field("runs/default/logs", description="folder of metrics.jsonl and TensorBoard's files")
+    interval: int = Field(10, ge=1, description="steps per window of the expert-usage statistics")
+
+
+class Config(Section):
+    """A whole training run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    peer: PEERSection = Field(default_factory=PEERSection)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    zero: ZeroConfig = Field(default_factory=ZeroConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    table_optimizer: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that each read their own sequences."""
+        return world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    def num_micro_batches(self, world_size: int) -> int:
+        """Forward passes per rank and step (gradient accumulation)."""
+        return self.train.global_batch_size // (
+            self.train.micro_batch_size * self.data_parallel_size(world_size)
+        )

