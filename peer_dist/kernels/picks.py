@@ -1,0 +1,44 @@
+"""Which rows of a table each token reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Token ``t`` reads the rows ``expert[offsets[t]:offsets[t + 1]]`` (compressed sparse rows).
+
+    Attributes:
+        offsets: ``[tokens + 1]`` int64, ascending from 0 to the number of picks.
+        expert: ``[picks]`` int64 row numbers in the local table; a row may appear twice in one token.
+    """
+
+    offsets: Tensor
+    expert: Tensor
+
+    @classmethod
+    def even(cls, expert: Tensor) -> Picks:
+        """Picks of ``expert: [tokens, picks per token]``."""
+        tokens, each = expert.shape
+        return cls(torch.arange(tokens + 1, device=expert.device) * each, expert.reshape(-1))
+
+    @property
+    def tokens(self) -> int:
+        return self.offsets.numel() - 1
+
+    @cached_property
+    def token(self) -> Tensor:
+        """``[picks]`` int64: the token of each pick, ascending."""
+        counts = self.offsets[1:] - self.offsets[:-1]
+        ids = torch.arange(self.tokens, device=counts.device)
+        return torch.repeat_interleave(ids, counts, output_size=self.expert.numel())
+
+    @cached_property
+    def by_expert(self) -> Tensor:
+        """``[picks]`` int64: the order that sorts picks by expert, tokens ascending within one."""
+        return torch.argsort(self.expert, stable=True)

@@ -1,0 +1,213 @@
+"""PEER: a feed-forward layer of a million single-neuron experts (He 2024, arXiv 2407.04153)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from peer_dist.kernels import ACTIVATIONS
+from peer_dist.layers.product_keys import retrieve
+from peer_dist.layers.query_norm import QUERY_NORMS, make_query_norm
+from peer_dist.sharding import RowLayout, Traffic, routed_experts
+from peer_dist.tracing import span
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda scores: scores.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+}
+
+_INIT_BLOCK = 4096  # rows drawn from one generator, so that any sharding draws the same tables
+
+
+def activation_second_moment(activation: Callable[[Tensor], Tensor], std: float = 1.0) -> float:
+    """``E[activation(std * z)^2]`` for a standard normal ``z``, by quadrature."""
+    z = torch.linspace(-12.0, 12.0, 20001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    return float((activation(std * z).square() * density).sum() * (z[1] - z[0]))
+
+
+class PEER(nn.Module):
+    """``PEER(x) = sum over heads h and retrieved experts i of g_i * act(down_i . x) * up_i``.
+
+    Each of ``heads`` query networks retrieves the ``top_k`` of ``num_experts`` product keys; a router score
+    becomes a gate, which multiplies the expert's output after its activation (paper, equations 1 to 3). All
+    heads share one pool of experts and, by default, one set of keys.
+
+    Initialisation. For unit-variance input ``query.weight`` and ``down`` are drawn from N(0, 1/dim), so that
+    queries and pre-activations have unit variance; keys uniformly from +-1/sqrt(key_dim/2) (Lample 2019);
+    ``up`` from N(0, s^2) with ``s`` such that the output's standard deviation is ``output_std``: with the
+    output variance ``s^2 * E[act(z)^2] * E[sum_e (sum of e's gates)^2]``, the last term is measured on random
+    queries and the layer's own keys. The default ``output_std`` is that of the FFW it replaces when the FFW's
+    matrices are drawn from N(0, 1/fan_in): ``sqrt(E[act(z)^2])``.
+
+    Sharding. With ``group`` the rows of ``down`` and ``up`` are spread over its ranks, and every rank must
+    call the layer (and its backward) together, with any number of tokens. Table gradients are then those of
+    the SUM of the ranks' losses; divide by the group's size where each rank's loss is a mean over its own
+    tokens. All else is replicated: average its gradients as data parallelism does.
+
+    Args:
+        dim: width of input and output.
+        num_experts: N, the square of a whole number.
+        heads: query heads h.
+        top_k: experts k per head, at most sqrt(N).
+        key_dim: width of queries and product keys, even.
+        query_norm: ``batch`` (statistics over ``data_group`` in training, running ones in evaluation),
+            ``layer``, ``rms`` or ``none``.
+        gate: ``softmax`` over the k retrieved scores, ``sigmoid`` or ``relu``.
+        activation: ``gelu``, ``relu`` or ``silu``.
+        shared_keys: one set of keys for all heads, or one per head.
+        group: process group over which the tables are row-sharded; None keeps them whole.
+        data_group: ranks that see different tokens, for batch statistics; defaults to ``group``.
+        output_std: standard deviation of an output component at initialisation.
+        table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``.
+        seed: seed of the initial weights, the same on every rank; drawn from torch's generator by default.
+        device, dtype: as everywhere in torch.
+
+    State dict: ``query.weight [heads*key_dim, dim]``, ``keys [2, sqrt(N), key_dim/2]`` (``[heads, 2, ...]``
+    if not shared), ``down`` and ``up`` ``[rows of the shard, dim]``, and the norm's.
+
+    Raises:
+        ValueError: an impossible size or an unknown option.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int = 1024**2,
+        heads: int = 8,
+        top_k: int = 16,
+        key_dim: int = 128,
+        query_norm: str = "batch",
+        gate: str = "softmax",
+        activation: str = "gelu",
+        *,
+        shared_keys: bool = True,
+        group: dist.ProcessGroup | None = None,
+        data_group: dist.ProcessGroup | None = None,
+        output_std: float | None = None,
+        table_dtype: torch.dtype | None = None,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        n = math.isqrt(num_experts)
+        if n * n != num_experts or n == 0:
+            raise ValueError(f"num_experts must be the square of a whole number, not {num_experts}")
+        if not 1 <= top_k <= n:
+            raise ValueError(f"top_k must be between 1 and sqrt(num_experts) = {n}, not {top_k}")
+        if key_dim < 2 or key_dim % 2:
+            raise ValueError(f"key_dim must be even, not {key_dim}")
+        if dim < 1 or heads < 1:
+            raise ValueError(f"dim and heads must be at least 1, not {dim} and {heads}")
+        for name, value, known in (
+            ("query_norm", query_norm, QUERY_NORMS),
+            ("gate", gate, GATES),
+            ("activation", activation, ACTIVATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        self.dim, self.num_experts, self.heads, self.top_k, self.key_dim = dim, num_experts, heads, top_k, key_dim
+        self.gate, self.activation = gate, activation
+        self.layout = RowLayout(num_experts, group)
+        self.traffic = Traffic()
+        self.on_route: Callable[[Tensor, Tensor], None] | None = None
+        """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass, if set."""
+
+        place = {"device": device, "dtype": dtype}
+        keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
+        rows = len(self.layout.rows)
+        self.query = nn.Linear(dim, heads * key_dim, bias=False, **place)  # type: ignore[arg-type]
+        self.norm = make_query_norm(query_norm, heads, key_dim, data_group if data_group is not None else group)
+        self.norm.to(**place)  # type: ignore[call-overload]
+        self.keys = nn.Parameter(torch.empty(keys_shape, **place))  # type: ignore[arg-type]
+        table_dtype = table_dtype or self.keys.dtype
+        self.down = nn.Parameter(torch.empty(rows, dim, device=device, dtype=table_dtype))
+        self.up = nn.Parameter(torch.empty(rows, dim, device=device, dtype=table_dtype))
+        self.reset_parameters(output_std, seed)
+
+    @property
+    def first_row(self) -> int:
+        """The global number of the first row of this rank's ``down`` and ``up``."""
+        return self.layout.rows.start
+
+    @torch.no_grad()
+    def reset_parameters(self, output_std: float | None = None, seed: int | None = None) -> None:
+        """Draw all weights anew; see the class. Independent of the sharding for a given ``seed`` and device."""
+        if self.keys.is_meta:
+            return
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        generator = torch.Generator(self.keys.device).manual_seed(seed)
+        self.query.weight.normal_(0, self.dim**-0.5, generator=generator)
+        bound = (self.key_dim / 2) ** -0.5
+        self.keys.uniform_(-bound, bound, generator=generator)
+        second_moment = activation_second_moment(ACTIVATIONS[self.activation])
+        if output_std is None:
+            output_std = math.sqrt(second_moment)
+        up_std = output_std / math.sqrt(second_moment * self._gate_energy(seed))
+        self._draw_rows(self.down, self.dim**-0.5, seed + 1)
+        self._draw_rows(self.up, up_std, seed + 2)
+
+    def _gate_energy(self, seed: int) -> float:
+        """``E[sum over distinct experts of (sum of its gates)^2]`` for standard normal queries."""
+        generator = torch.Generator(self.keys.device).manual_seed(seed + 3)
+        query = torch.randn(64, self.heads, self.key_dim, generator=generator, device=self.keys.device)
+        indices, scores = retrieve(query, self.keys.float(), self.top_k)
+        gates, indices = GATES[self.gate](scores).flatten(1), indices.flatten(1)
+        energy = sum(
+            float((g[:, None] * g * (index[:, None] == index)).sum()) for g, index in zip(gates, indices)
+        )
+        return max(energy / len(gates), 1e-12)
+
+    def _draw_rows(self, table: Tensor, std: float, seed: int) -> None:
+        rows = self.layout.rows
+        for block in range(rows.start // _INIT_BLOCK, -(-rows.stop // _INIT_BLOCK)):
+            begin, end = block * _INIT_BLOCK, min((block + 1) * _INIT_BLOCK, self.num_experts)
+            generator = torch.Generator(table.device).manual_seed(seed * 1_000_003 + block)
+            drawn = torch.empty(end - begin, self.dim, device=table.device)
+            drawn.normal_(0, std, generator=generator)
+            mine = range(max(begin, rows.start), min(end, rows.stop))
+            table[mine.start - rows.start : mine.stop - rows.start] = drawn[mine.start - begin : mine.stop - begin]
+
+    def release_tables(self) -> None:
+        """Take ``down`` and ``up`` out of the module's parameters; they stay attributes of the same names.
+
+        For engines that shard, average or broadcast all parameters of a module (ZeRO, DDP): the tables
+        already are sharded and have an optimizer of their own. Move the module to its device first.
+        """
+        for name in ("down", "up"):
+            table = self._parameters.pop(name)
+            object.__setattr__(self, name, table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., dim] -> [..., dim]``, in ``x``'s dtype."""
+        tokens = x.reshape(-1, self.dim)
+        with span("retrieve"):
+            query = self.norm(self.query(tokens).unflatten(-1, (self.heads, self.key_dim)))
+            indices, scores = retrieve(query, self.keys, self.top_k)
+            gates = GATES[self.gate](scores)
+        if self.on_route is not None:
+            self.on_route(indices, gates.detach())
+        y = routed_experts(
+            tokens,
+            indices.flatten(1),
+            gates.flatten(1),
+            self.down,
+            self.up,
+            self.activation,
+            self.layout,
+            self.traffic,
+        )
+        return y.view_as(x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, heads={self.heads}, top_k={self.top_k}, "
+            f"gate={self.gate}, activation={self.activation}, rows={self.layout.rows}"
+        )

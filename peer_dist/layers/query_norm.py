@@ -1,0 +1,115 @@
+"""Normalisation of queries: what keeps a million experts in use (PEER, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+QUERY_NORMS = ("batch", "layer", "rms", "none")
+
+
+def make_query_norm(kind: str, heads: int, key_dim: int, group: dist.ProcessGroup | None) -> nn.Module:
+    """One of :data:`QUERY_NORMS` over queries ``[tokens, heads, key_dim]``; batch statistics span ``group``."""
+    if kind == "batch":
+        return QueryBatchNorm(heads, key_dim, group)
+    return nn.Identity() if kind == "none" else QueryVectorNorm(kind, heads, key_dim)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is the all-reduce of the gradients: each rank's loss depends on every input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.contiguous().clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        dy = dy.contiguous().clone()
+        dist.all_reduce(dy, group=ctx.group)
+        return dy, None
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class QueryBatchNorm(nn.Module):
+    """BatchNorm of each of the ``heads * key_dim`` features over all tokens of all ranks of a group.
+
+    In training the statistics are those of one forward pass over every rank's tokens, later positions
+    included; in evaluation they are the running ones. Computed in at least float32; the running statistics
+    stay float32 when the module is cast.
+
+    Every rank of the group must take part in each forward and backward pass, tokens or not.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(
+        self, heads: int, key_dim: int, group: dist.ProcessGroup | None, eps: float = 1e-5, momentum: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.group, self.eps, self.momentum = group, eps, momentum
+        features = heads * key_dim
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueryBatchNorm:
+        exact = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, value.to(moved.device))
+        return self
+
+    def _total(self, x: Tensor) -> Tensor:
+        return x if self.group is None else _SumOverRanks.apply(x, self.group)
+
+    def forward(self, query: Tensor) -> Tensor:
+        """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
+        x = _at_least_float32(query.flatten(1))
+        if self.training:
+            sums = self._total(torch.cat([x.sum(0), x.new_tensor([x.shape[0]])]))
+            count = sums[-1].detach().clamp(min=1)
+            mean = sums[:-1] / count
+            var = self._total((x - mean).square().sum(0)) / count
+            with torch.no_grad():
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        else:
+            mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+        x = (x - mean) * torch.rsqrt(var + self.eps) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
+        return x.view_as(query).to(query.dtype)
+
+
+class QueryVectorNorm(nn.Module):
+    """LayerNorm or RMSNorm of each query vector, with an affine map per head, in at least float32."""
+
+    def __init__(self, kind: str, heads: int, key_dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(heads * key_dim))
+        self.bias = nn.Parameter(torch.zeros(heads * key_dim)) if kind == "layer" else None
+
+    def forward(self, query: Tensor) -> Tensor:
+        """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
+        x = _at_least_float32(query)
+        width = (x.shape[-1],)
+        x = F.layer_norm(x, width, eps=self.eps) if self.kind == "layer" else F.rms_norm(x, width, eps=self.eps)
+        x = x * self.weight.view(query.shape[1:]).to(x.dtype)
+        if self.bias is not None:
+            x = x + self.bias.view(query.shape[1:]).to(x.dtype)
+        return x.to(query.dtype)

@@ -1,0 +1,68 @@
+"""Where the time of a step goes: named spans, timed only while somebody listens."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StepTimes:
+    """Seconds per span name since :meth:`reset`, forward and backward together.
+
+    On a GPU a span is bracketed by CUDA events, which are read once per step and so cost no
+    synchronisation inside it; on CPU by the clock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def read(self) -> dict[str, float]:
+        """Span name to seconds; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, start, stop in self._events:
+                self._seconds[name] += start.elapsed_time(stop) / 1e3
+            self._events.clear()
+        return dict(self._seconds)
+
+    @contextmanager
+    def _time(self, name: str) -> Iterator[None]:
+        if self._cuda:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            stop.record()
+            self._events.append((name, start, stop))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begin
+
+
+_listener: StepTimes | None = None
+
+
+def listen(times: StepTimes | None) -> None:
+    """Send the spans of this process to ``times``; None stops."""
+    global _listener
+    _listener = times
+
+
+@contextmanager
+def span(name: str) -> Iterator[None]:
+    """Mark a part of the step: a range in torch's profiler, and its time for whoever listens."""
+    with torch.profiler.record_function(f"peer/{name}"):
+        if _listener is None:
+            yield
+        else:
+            with _listener._time(name):
+                yield

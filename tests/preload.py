@@ -1,0 +1,14 @@
+"""Imported once by the server from which ranks are forked; it must start no threads and run no kernels."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+import torch
+
+torch.set_num_threads(1)
+
+import peer_dist.layers
+import peer_dist.training  # noqa: F401  Megatron-core and DeepSpeed with it

@@ -1,0 +1,163 @@
+"""PEER against its definition written out, in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peer_dist import PEER
+from peer_dist.layers import activation_second_moment
+from peer_dist.layers.product_keys import retrieve
+
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+GATES = {"softmax": lambda s: s.softmax(-1), "sigmoid": torch.sigmoid, "relu": F.relu}
+
+
+def all_scores(query, keys):
+    """Scores of every one of the N product keys, ``[tokens, heads, N]``, by writing all of them out."""
+    per_head = keys.expand(query.shape[1], *keys.shape) if keys.dim() == 3 else keys
+    n = keys.shape[-2]
+    full = torch.stack(
+        [torch.cat([k[0].repeat_interleave(n, 0), k[1].repeat(n, 1)], dim=-1) for k in per_head]
+    )  # [heads, N, key_dim]
+    return torch.einsum("thc,hec->the", query, full)
+
+
+def plain_peer(layer, x, query_norm):
+    query = (x @ layer.query.weight.T).unflatten(-1, (layer.heads, layer.key_dim))
+    if query_norm == "batch":
+        flat = query.flatten(1)
+        flat = (flat - flat.mean(0)) / torch.sqrt(flat.var(0, unbiased=False) + 1e-5)
+        query = (flat * layer.norm.weight + layer.norm.bias).view_as(query)
+    elif query_norm == "layer":
+        query = (query - query.mean(-1, keepdim=True)) / torch.sqrt(query.var(-1, unbiased=False, keepdim=True) + 1e-5)
+        query = query * layer.norm.weight.view(layer.heads, -1) + layer.norm.bias.view(layer.heads, -1)
+    elif query_norm == "rms":
+        query = query / torch.sqrt(query.square().mean(-1, keepdim=True) + 1e-5)
+        query = query * layer.norm.weight.view(layer.heads, -1)
+    scores, expert = all_scores(query, layer.keys).topk(layer.top_k, dim=-1)
+    hidden = ACTIVATIONS[layer.activation](torch.einsum("td,thkd->thk", x, layer.down[expert]))
+    return torch.einsum("thk,thkd->td", GATES[layer.gate](scores) * hidden, layer.up[expert])
+
+
+@pytest.mark.parametrize(
+    ("query_norm", "gate", "activation", "shared"),
+    list(itertools.product(["batch", "layer", "rms", "none"], GATES, ACTIVATIONS, [True, False])),
+)
+def test_layer_and_every_gradient(query_norm, gate, activation, shared):
+    torch.manual_seed(1)
+    layer = PEER(
+        11, 49, heads=5, top_k=4, key_dim=6, query_norm=query_norm, gate=gate, activation=activation,
+        shared_keys=shared, dtype=torch.float64,
+    )  # fmt: skip
+    for parameter in layer.norm.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    x = torch.randn(3, 7, 11, dtype=torch.float64, requires_grad=True)
+    picked = []
+    layer.on_route = lambda indices, gates: picked.append(indices)
+    y = layer(x)
+    want = plain_peer(layer, x.reshape(-1, 11), query_norm).view_as(x)
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    rows = picked[0].flatten(1).sort(dim=1).values
+    assert (rows[:, 1:] == rows[:, :-1]).any(), "the case must have one expert picked by two heads"
+    inputs = [x, *layer.parameters()]
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, inputs, dy)
+    expected = torch.autograd.grad(want, inputs, dy)
+    for g, e in zip(got, expected):
+        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 20), tokens=st.integers(0, 9), heads=st.integers(1, 4), half=st.integers(1, 8),
+    shared=st.booleans(), seed=st.integers(0, 2**20), data=st.data(),
+)  # fmt: skip
+def test_retrieval_is_exact(n, tokens, heads, half, shared, seed, data):
+    top_k = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(tokens, heads, 2 * half, generator=generator, dtype=torch.float64)
+    shape = (2, n, half) if shared else (heads, 2, n, half)
+    keys = torch.randn(shape, generator=generator, dtype=torch.float64)
+    indices, scores = retrieve(query, keys, top_k)
+    every = all_scores(query, keys)
+    want, _ = every.topk(top_k, dim=-1)
+    torch.testing.assert_close(scores, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(every.gather(-1, indices), scores, rtol=1e-12, atol=1e-12)
+    distinct = indices.sort(dim=-1).values
+    assert (distinct[..., 1:] != distinct[..., :-1]).all()
+
+
+def test_batch_norm_like_torch():
+    """Running statistics, evaluation mode and the affine map are those of torch's BatchNorm1d."""
+    torch.manual_seed(0)
+    layer = PEER(8, 16, heads=2, top_k=2, key_dim=4, dtype=torch.float64)
+    twin = torch.nn.BatchNorm1d(8, dtype=torch.float64)
+    for _ in range(3):
+        query = torch.randn(13, 2, 4, dtype=torch.float64)
+        torch.testing.assert_close(layer.norm(query), twin(query.flatten(1)).view_as(query), rtol=1e-9, atol=1e-9)
+    layer.norm.eval(), twin.eval()
+    query = torch.randn(5, 2, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer.norm(query), twin(query.flatten(1)).view_as(query), rtol=1e-6, atol=1e-6)
+    layer.bfloat16()
+    assert layer.norm.running_var.dtype == torch.float64, "running statistics are never rounded"
+
+
+@pytest.mark.parametrize("gate", list(GATES))
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_output_variance_at_the_start(gate, activation):
+    for output_std in (None, 0.3):
+        layer = PEER(64, 64**2, heads=4, top_k=8, key_dim=32, gate=gate, activation=activation, seed=3,
+                     output_std=output_std)  # fmt: skip
+        y = layer(torch.randn(2000, 64))
+        want = output_std or math.sqrt(activation_second_moment(ACTIVATIONS[activation]))
+        assert float(y.detach().std()) == pytest.approx(want, rel=0.1)
+
+
+def test_state_dict_names_and_shapes():
+    shared = PEER(12, 25, heads=3, top_k=2, key_dim=4)
+    assert {name: tuple(value.shape) for name, value in shared.state_dict().items()} == {
+        "query.weight": (12, 12), "keys": (2, 5, 2), "down": (25, 12), "up": (25, 12),
+        "norm.weight": (12,), "norm.bias": (12,), "norm.running_mean": (12,), "norm.running_var": (12,),
+    }  # fmt: skip
+    assert PEER(12, 25, heads=3, top_k=2, key_dim=4, shared_keys=False).keys.shape == (3, 2, 5, 2)
+
+
+def test_released_tables_are_no_parameters_but_still_train():
+    layer = PEER(6, 16, heads=2, top_k=2, key_dim=4, dtype=torch.float64)
+    x = torch.randn(9, 6, dtype=torch.float64)
+    before = layer(x)
+    layer.release_tables()
+    assert {name for name, _ in layer.named_parameters()} == {"query.weight", "keys", "norm.weight", "norm.bias"}
+    torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
+    layer(x).sum().backward()
+    assert layer.down.grad is not None
+    assert layer.up.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"num_experts": 1000}, "square"),
+        ({"num_experts": 16, "top_k": 5}, "top_k"),
+        ({"num_experts": 16, "top_k": 0}, "top_k"),
+        ({"key_dim": 7}, "even"),
+        ({"gate": "tanh"}, "gate must be one of softmax, sigmoid, relu"),
+        ({"query_norm": "group"}, "query_norm must be one of"),
+        ({"activation": "elu"}, "activation must be one of"),
+    ],
+)
+def test_impossible_options_are_refused(options, word):
+    with pytest.raises(ValueError, match=word):
+        PEER(8, **{"num_experts": 64, "top_k": 4, **options})
+
+
+def test_initial_tables_do_not_depend_on_the_sharding():
+    """Blocks of rows are drawn from their own generators; see also test_sharding."""
+    first, second = PEER(4, 81**2, top_k=4, seed=7), PEER(4, 81**2, top_k=4, seed=7)
+    torch.testing.assert_close(first.up, second.up, rtol=0, atol=0)
+    assert not torch.equal(first.up[:4096], PEER(4, 81**2, top_k=4, seed=8).up[:4096])
