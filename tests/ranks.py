@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -33,9 +34,11 @@ def _rank(
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
         )
-        pipe.send((True, fn(rank, world_size, *args)))
+        result = (True, fn(rank, world_size, *args))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        result = (False, traceback.format_exc())
+    try:
+        pipe.send_bytes(pickle.dumps(result))  # by value: torch's own pickling would share this process's memory
     finally:
         pipe.close()
         os._exit(0)  # no teardown: gloo's threads of a failed peer would hang it
@@ -71,7 +74,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 for pipe in ready:
                     rank = pipes.index(pipe)  # type: ignore[arg-type]
                     try:
-                        fine, value = pipe.recv()  # type: ignore[union-attr]
+                        fine, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                     except EOFError:
                         raise AssertionError(f"rank {rank} of {world_size} died") from None
                     if not fine:
