@@ -22,7 +22,7 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "tensorboard>=2.15",
-        "tokenizers>=0.19",
+        "tokenizers>=0.20",
         "typer>=0.12",
     ],
     extras_require={

@@ -1,6 +1,20 @@
 """peer_dist: distributed expert-parallel training of PEER, a Mixture of a Million Experts."""
 
-from peer_dist.layers import PEER
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peer_dist.layers import PEER
 
 __version__ = "0.1.0"
 __all__ = ["PEER", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Late, so that `peer-dist --help` does not wait for torch.
+    if name == "PEER":
+        from peer_dist.layers import PEER
+
+        return PEER
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ class ModelConfig(Section):
         "dense", description="feed-forward kind, one for all layers or a list with one per layer: dense | peer"
     )
     tied_embeddings: bool = Field(True, description="input and output embeddings share one matrix")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after attention and feed-forward")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after embeddings, attention and feed-forward, and of attention weights")
 
     @property
     def mlp_kinds(self) -> list[MLPKind]:

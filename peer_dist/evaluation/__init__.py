@@ -1,0 +1,1 @@
+"""Held-out loss, expert usage and generated text."""

@@ -1,0 +1,166 @@
+"""The command line. Heavy imports happen inside the commands, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+app = typer.Typer(
+    name="peer-dist",
+    help="Train, evaluate and run PEER language models: a Mixture of a Million Experts over many ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Change single keys of the file.", show_default=False),
+]
+
+
+class _WithKeys(TyperCommand):
+    """A command whose help lists every key of the config."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from peer_dist.config.reference import key_tables
+
+        console = Console()
+        console.print("The config file's sections and keys:\n")
+        for table in key_tables():
+            console.print(table)
+
+
+@app.command(cls=_WithKeys)
+def train(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Train a model, going on from its newest checkpoint if there is one.
+
+    Alone, or one process per GPU under torchrun:  torchrun --nproc-per-node 8 -m peer_dist train -c FILE
+    """
+    from peer_dist.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from peer_dist.training import train as run
+
+    raise typer.Exit(run(settings))
+
+
+@app.command()
+def prepare(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the files to write.")],
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option("--input", "-i", help="A .txt or .jsonl file, also .gz; repeatable. Default: the text shipped."),
+    ] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More input files.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="'byte', or a tokenizer.json of Hugging Face.")] = "byte",
+    train_bpe: Annotated[
+        int | None, typer.Option(help="First learn a byte-level BPE vocabulary of this size.", show_default=False)
+    ] = None,
+    max_document: Annotated[
+        int, typer.Option(help="Characters after which a .txt is cut into documents, at blank lines.")
+    ] = 16384,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing data set.")] = False,
+) -> None:
+    """Turn text into the token files that training reads (Megatron's .bin and .idx)."""
+    from peer_dist.data.prepare import prepare as run
+
+    console = Console(stderr=True)
+    files = [*(inputs or []), *(more or [])]
+    made = run(files or None, output, tokenizer, train_bpe, max_document, force=force, console=console)
+    console.print(
+        f"{output}: {made.documents:,} documents, {made.tokens:,} tokens, vocabulary {made.vocab_size:,}",
+        highlight=False,
+    )
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")],
+    prefix: Annotated[
+        str | None, typer.Option("--data", help="A prepared data set. Default: the one it was trained on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="validation, test, or all of the data set.")] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity of a checkpoint on held-out text, with expert usage and the unigram line beside it."""
+    from peer_dist.evaluation.report import evaluate as run
+
+    report = run(checkpoint, prefix, split, batch_size)
+    if report is None:  # another rank prints
+        return
+    if as_json:
+        typer.echo(report.json())
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in report.rows():
+        table.add_row(name, value)
+    Console().print(table, highlight=False)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k most likely; 0: all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+) -> None:
+    """Continue a text with a trained model."""
+    from peer_dist.evaluation.generate import generate as run
+    from peer_dist.evaluation.loading import load_model
+    from peer_dist.training.checkpoints import find_checkpoint
+    from peer_dist.training.world import World
+
+    find_checkpoint(checkpoint)
+    world = World.from_environment()
+    with world.joined():
+        loaded = load_model(checkpoint, world.world_size)
+        sys.stdout.write(prompt if world.rank == 0 else "")
+        for piece in run(loaded, prompt, tokens, temperature, top_k, seed):
+            if world.rank == 0:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        sys.stdout.write("\n" if world.rank == 0 else "")
+
+
+def main() -> None:
+    """Run a command; what a user can mend is told in one sentence, with exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        # every rank finds the same mistake: one says it
+        if os.environ.get("RANK", "0") == "0":
+            Console(stderr=True).print(f"[red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message alone says what to do. Looked up by name: importing the classes would take seconds."""
+    return type(error).__name__ in {"ConfigError", "DataError", "CheckpointError", "WorldError"}
+
+
+if __name__ == "__main__":
+    main()

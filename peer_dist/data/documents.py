@@ -1,0 +1,176 @@
+"""Documents out of text files, as a stream: what `prepare` tokenizes and what `train_bpe` learns from."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import IO, cast
+
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+MAX_DOCUMENT = 16384
+_BLOCK = 1 << 20
+
+
+class DataError(ValueError):
+    """Text or prepared data that cannot be used. Its message says what is wrong, where, and what to do."""
+
+
+@contextmanager
+def input_files(inputs: Sequence[str | os.PathLike[str]] | None) -> Iterator[list[Path]]:
+    """The files to read, checked before any work is done; None is the text that ships with the package.
+
+    Raises:
+        DataError: no input at all, or one that is missing, a folder, or of an unknown kind.
+    """
+    if inputs is None:
+        with resources.as_file(resources.files("peer_dist.data") / "tinyshakespeare.txt") as path:
+            yield [path]
+        return
+    paths = [Path(path) for path in inputs]
+    if not paths:
+        raise DataError("no input: name at least one .txt or .jsonl file (plain or .gz)")
+    for path in paths:
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder; name the files in it")
+        if not path.exists():
+            raise DataError(f"{path}: there is no such file")
+        if not path.name.lower().endswith(SUFFIXES):
+            raise DataError(f"{path}: its kind is not known by its name; known are {', '.join(SUFFIXES)}")
+    yield paths
+
+
+def read_documents(
+    path: Path,
+    max_document: int = MAX_DOCUMENT,
+    advance: Callable[[int], None] | None = None,
+    block: int = _BLOCK,
+) -> Iterator[str]:
+    """Yield one file's documents; none is empty, and at most a block and one document are held in memory.
+
+    Args:
+        path: `.txt`, `.jsonl`, or either with `.gz`. JSON lines hold a document each, under the key "text";
+            blank lines and empty texts are left out. A plain text is one document, or several of at most
+            ``max_document`` characters, which joined give the text again.
+        max_document: characters; a longer plain text is cut after a blank line, else a line, else anywhere.
+        advance: told how many bytes of the file (compressed, if it is) were read since the last call.
+        block: bytes read at a time.
+
+    Raises:
+        DataError: bad UTF-8, bad JSON, a line without a "text" string, a broken gzip, an unreadable file.
+    """
+    blocks = _text_blocks(path, advance, block)
+    if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
+        yield from _json_documents(path, blocks)
+    else:
+        yield from cut(blocks, max_document)
+
+
+def cut(blocks: Iterator[str], size: int) -> Iterator[str]:
+    """Cut a text that arrives in blocks into pieces of at most ``size`` characters, each at its best place.
+
+    The pieces joined are the text, and they do not depend on where the blocks ended.
+    """
+    text = ""
+    for block in blocks:
+        text += block
+        start = 0
+        while len(text) - start > size:
+            head = text[start : start + size]
+            point = _cut_point(head)
+            start += point
+            yield head[:point]
+        text = text[start:]
+    if text:
+        yield text
+
+
+def _cut_point(head: str) -> int:
+    for mark in ("\n\n", "\n\r\n", "\n"):
+        at = head.rfind(mark)
+        if at >= 0:
+            return at + len(mark)
+    return len(head)
+
+
+def _text_blocks(path: Path, advance: Callable[[int], None] | None, block: int) -> Iterator[str]:
+    compressed = path.name.lower().endswith(".gz")
+    within = " of the uncompressed text" if compressed else ""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0  # bytes given to the decoder, of which it may hold back the last few
+    told = 0
+    first = True
+    try:
+        with open(path, "rb") as raw:
+            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
+            while True:
+                data = stream.read(block)
+                held = len(decoder.getstate()[0])
+                try:
+                    text = decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}: is not UTF-8 at byte {done - held + error.start}{within} ({error.reason}); "
+                        "convert the file to UTF-8"
+                    ) from None
+                done += len(data)
+                if advance is not None:
+                    advance(raw.tell() - told)
+                    told = raw.tell()
+                if first and text:  # a byte order mark is not text
+                    text, first = text.removeprefix("\ufeff"), False
+                if text:
+                    yield text
+                if not data:
+                    return
+    except EOFError:
+        raise DataError(
+            f"{path}: the gzip file ends too early, after {done} bytes of text or a little more; "
+            "copy or compress it again"
+        ) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: is not a sound gzip file after {done} bytes of text ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _json_documents(path: Path, blocks: Iterator[str]) -> Iterator[str]:
+    for number, line in enumerate(_lines(blocks), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            )
+            raise DataError(f"{path}: line {number}: is not valid JSON ({reason})") from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f'{path}: line {number}: must be an object with a string under "text"')
+        if "\\u" in line:  # JSON can spell half a surrogate pair, which is no character and has no UTF-8
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f'{path}: line {number}: "text" holds half a surrogate pair at character {error.start}'
+                ) from None
+        if text:
+            yield text
+
+
+def _lines(blocks: Iterator[str]) -> Iterator[str]:
+    pending: list[str] = []
+    for block in blocks:
+        head, *rest = block.split("\n")
+        pending.append(head)
+        for part in rest:
+            yield "".join(pending)
+            pending = [part]
+    yield "".join(pending)

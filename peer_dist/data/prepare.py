@@ -1,0 +1,229 @@
+"""`peer-dist prepare`: text files into one tokenized data set, complete or absent.
+
+``PREFIX.bin`` and ``PREFIX.idx`` are Megatron's; ``PREFIX.tokenizer.json`` is the tokenizer; ``PREFIX.json``
+says what the set is, and is written last: where it is, the rest is too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from peer_dist.data.documents import MAX_DOCUMENT, DataError, cut, input_files, read_documents
+from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
+from peer_dist.data.tokenizer import train_bpe as learn_bpe
+from peer_dist.megatron.datasets import IndexedWriter
+
+_BATCH = 1 << 18  # characters given to the tokenizer at a time, which takes some hundred bytes for each
+_ENDINGS = (".bin", ".idx", ".tokenizer.json", ".json")
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """What ``PREFIX.json`` says."""
+
+    documents: int
+    tokens: int
+    """Tokens in all, one end-of-document token per document included."""
+    vocab_size: int
+    eod: int
+    tokenizer: str
+    """As it was named: `byte`, a file, or `bpe` if it was trained on these inputs."""
+    vocabulary: str
+    """:attr:`TextTokenizer.digest` of the tokenizer."""
+    fingerprint: str
+    """SHA-256 of the tokens as int32."""
+    inputs: list[dict[str, str | int]]
+    """``path`` and ``bytes`` of each file that was read."""
+    sizes: dict[str, int]
+    """Bytes of the .bin and the .idx."""
+
+
+def prepare(
+    inputs: Sequence[str | os.PathLike[str]] | None,
+    output: str | os.PathLike[str],
+    tokenizer: str = "byte",
+    train_bpe: int | None = None,
+    max_document: int = MAX_DOCUMENT,
+    *,
+    force: bool = False,
+    console: Console | None = None,
+) -> PreparedSet:
+    """Tokenize text files into the data set ``output``, showing progress.
+
+    Args:
+        inputs: .txt and .jsonl files (key "text"), plain or .gz; None is the text that the package ships.
+        output: the prefix of the files to write; its folder is created if need be.
+        tokenizer: `byte`, or a tokenizer.json.
+        train_bpe: learn a byte-level BPE vocabulary of this size from the inputs instead.
+        max_document: characters; longer .txt files are cut into documents of at most this, at blank lines if
+            they have some, so that documents can be shared out between training, validation and test.
+        force: replace a data set that is there.
+        console: where progress and warnings go; stderr by default.
+
+    Raises:
+        DataError: an input or the tokenizer cannot be used, or the output is there or cannot be written.
+            Nothing is left behind, and a data set that was there is as before.
+    """
+    output = Path(output)
+    if max_document < 1:
+        raise DataError(f"documents need at least 1 character; max_document is {max_document}")
+    if train_bpe is not None and tokenizer != "byte":
+        raise DataError(f"either train a BPE vocabulary (--train-bpe) or use {tokenizer}, not both")
+    if output.is_dir() or not output.name:
+        raise DataError(
+            f"{output}: is a folder; give a prefix for the files to write, such as {output / 'text'}"
+        )
+    present = [f"{output}{ending}" for ending in _ENDINGS if os.path.exists(f"{output}{ending}")]
+    if present and not force:
+        raise DataError(f"{present[0]}: is there already; choose another output or replace it with --force")
+    with input_files(inputs) as paths:
+        chosen = load_tokenizer(tokenizer) if train_bpe is None else None
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as partial:
+                with _progress(console) as progress:
+                    if chosen is None:
+                        chosen = _learn(paths, train_bpe or 0, Path(partial), max_document, progress)
+                    summary = _write(paths, Path(partial) / "set", chosen, max_document, progress)
+                _publish(Path(partial) / "set", output)
+        except OSError as error:
+            raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
+    return summary
+
+
+def read_prepared(prefix: str | os.PathLike[str]) -> PreparedSet:
+    """What ``PREFIX.json`` says, checked against the files beside it.
+
+    Raises:
+        DataError: files are missing, or are not what was written.
+    """
+    prefix = os.fspath(prefix)
+    advice = "; make it with `peer-dist prepare --output " + prefix + "`"
+    for ending in _ENDINGS:
+        if not os.path.isfile(prefix + ending):
+            raise DataError(f"{prefix}{ending}: there is no such file of prepared data{advice}")
+    try:
+        summary = PreparedSet(**json.loads(Path(prefix + ".json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise DataError(f"{prefix}.json: is not what `peer-dist prepare` writes{advice}") from None
+    for ending, size in summary.sizes.items():
+        found = os.path.getsize(prefix + ending)
+        if found != size:
+            raise DataError(f"{prefix}{ending}: has {found} bytes where {size} were written; copy it again")
+    return summary
+
+
+def _write(
+    paths: list[Path], prefix: Path, tokenizer: TextTokenizer, max_document: int, progress: Progress
+) -> PreparedSet:
+    task = progress.add_task("tokenize", total=_total(paths), note="")
+    documents = tokens = 0
+    digest = hashlib.sha256()
+    with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
+        for path in paths:
+            before = documents
+            texts = read_documents(path, max_document, lambda count: progress.advance(task, count))
+            for ids in _tokenized(texts, tokenizer):
+                writer.add(ids)
+                digest.update(ids.tobytes())
+                documents += 1
+                tokens += len(ids)
+                elapsed = progress.tasks[task].elapsed or 0.0
+                progress.update(task, note=f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "")
+            if documents == before:
+                _warn(progress, f"{path}: holds no text and is skipped")
+        if not documents:
+            raise DataError(f"no text in {', '.join(map(str, paths))}; there is nothing to prepare")
+    tokenizer.save(f"{prefix}.tokenizer.json")
+    summary = PreparedSet(
+        documents=documents,
+        tokens=tokens,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        tokenizer=tokenizer.name,
+        vocabulary=tokenizer.digest,
+        fingerprint=digest.hexdigest(),
+        inputs=[{"path": str(path), "bytes": path.stat().st_size} for path in paths],
+        sizes={ending: os.path.getsize(f"{prefix}{ending}") for ending in (".bin", ".idx")},
+    )
+    Path(f"{prefix}.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _tokenized(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
+    """Each document's tokens and its end, int32; long documents go through the tokenizer in pieces."""
+    batch: list[str] = []
+    ends: list[bool] = []
+    document: list[np.ndarray] = []
+
+    def flush() -> Iterator[np.ndarray]:
+        for ids, last in zip(tokenizer.encode_batch(batch), ends):
+            document.append(np.array(ids, dtype=np.int32))
+            if last:
+                yield np.append(np.concatenate(document), np.int32(tokenizer.eod))
+                document.clear()
+        batch.clear()
+        ends.clear()
+
+    waiting = 0
+    for text in documents:
+        pieces = [text] if len(text) <= _BATCH else list(cut(iter([text]), _BATCH))
+        for number, piece in enumerate(pieces, start=1):
+            batch.append(piece)
+            ends.append(number == len(pieces))
+            waiting += len(piece)
+            if waiting >= _BATCH:
+                yield from flush()
+                waiting = 0
+    yield from flush()
+
+
+def _learn(
+    paths: list[Path], vocab_size: int, folder: Path, max_document: int, progress: Progress
+) -> TextTokenizer:
+    task = progress.add_task("learn BPE", total=_total(paths), note="")
+    file = folder / "bpe.json"
+    learned = learn_bpe(paths, vocab_size, file, max_document, lambda count: progress.advance(task, count))
+    if learned.vocab_size < vocab_size:
+        _warn(progress, f"the text gives {learned.vocab_size} of the {vocab_size} tokens asked for")
+    return replace(learned, name="bpe")
+
+
+def _publish(written: Path, output: Path) -> None:
+    """Give the finished files their names; PREFIX.json, by which the set counts as there, leaves first and
+    comes last."""
+    for ending in _ENDINGS:
+        with open(f"{written}{ending}", "rb") as file:
+            os.fsync(file.fileno())
+    Path(f"{output}.json").unlink(missing_ok=True)
+    for ending in _ENDINGS:
+        os.replace(f"{written}{ending}", f"{output}{ending}")
+
+
+def _warn(progress: Progress, message: str) -> None:
+    progress.console.print(f"warning: {message}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _total(paths: list[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )

@@ -1,0 +1,47 @@
+"""A trained model from a checkpoint, at any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peer_dist.config import Config, parse_config
+from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
+from peer_dist.megatron import Parallel, build_model
+from peer_dist.training.checkpoints import find_checkpoint, read_manifest, restore_weights, verify_checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode and all that is needed to feed it."""
+
+    model: torch.nn.Module
+    config: Config
+    tokenizer: TextTokenizer
+    parallel: Parallel
+    path: Path
+    step: int
+
+
+def load_model(checkpoint: str, world_size: int) -> LoadedModel:
+    """Build the model of a checkpoint (or of the newest one in a folder) and load its weights.
+
+    Needs torch.distributed; the expert tables are spread over all ranks, whatever layout saved them.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is damaged.
+    """
+    path = find_checkpoint(checkpoint)
+    manifest = read_manifest(path)
+    tree = manifest["config"]
+    tree["parallel"] = {"expert": world_size}
+    config = parse_config(tree, str(path))
+    verify_checkpoint(path)
+    parallel = Parallel.initialize(expert=world_size, seed=config.train.seed)
+    tokenizer = load_tokenizer(str(path / "tokenizer.json"))
+    model = build_model(config, parallel, tokenizer.padded_vocab_size, getattr(torch, manifest["dtype"]))
+    restore_weights(path, model, parallel)
+    model.eval()
+    return LoadedModel(model, config, tokenizer, parallel, path, manifest["step"])

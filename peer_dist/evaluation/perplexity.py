@@ -1,0 +1,80 @@
+"""Held-out loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from peer_dist.data.stream import HeldOutStream
+from peer_dist.data.tokenizer import TextTokenizer
+from peer_dist.megatron import MicroBatch, Parallel, run_forward_backward, segment_mask
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Attributes: ``loss`` in nats per token; ``tokens`` it is the mean of."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) -> dict[str, torch.Tensor | None]:
+    """What the model takes, from ``sequences: [b, seq_length + 1]`` int64 on the CPU; every token counts."""
+    tokens, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
+    mask = segment_mask(tokens, eod)
+    return {
+        "tokens": tokens.to(device, non_blocking=True),
+        "labels": labels.to(device, non_blocking=True),
+        "loss_mask": torch.ones(labels.shape, device=device),
+        "attention_mask": None if mask is None else mask.to(device, non_blocking=True),
+    }
+
+
+def held_out_loss(
+    model: torch.nn.Module,
+    stream: HeldOutStream,
+    parallel: Parallel,
+    tokenizer: TextTokenizer,
+    micro_batch_size: int,
+    sequences: int | None = None,
+) -> HeldOutLoss:
+    """Mean loss per token over the first ``sequences`` of ``stream`` (at most all of it, the default).
+
+    In evaluation mode: no dropout, running statistics. Every rank calls it; ranks share the sequences.
+    """
+    wanted = min(len(stream), sequences if sequences is not None else len(stream))
+    total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
+    was_training = model.training
+    model.eval()
+    try:
+        for begin in range(0, wanted, micro_batch_size * parallel.data_parallel_size):
+            first = begin + parallel.data_parallel_rank * micro_batch_size
+            positions = range(first, first + micro_batch_size)
+            batch: MicroBatch = make_micro_batch(stream.batch(positions), tokenizer.eod, parallel.device)
+            # every rank takes part in every pass; what lies beyond the end has no weight
+            real = torch.tensor([float(p < wanted) for p in positions], device=parallel.device)
+            mask = batch["loss_mask"]
+            assert mask is not None
+            mask.mul_(real[:, None])
+            total[0] += run_forward_backward(model, [batch], forward_only=True).sum()  # type: ignore[arg-type]
+            total[1] += mask.sum()
+    finally:
+        model.train(was_training)
+    dist.all_reduce(total, group=parallel.data_parallel_group)
+    return HeldOutLoss(float(total[0] / total[1]), int(total[1]))
+
+
+def unigram_loss(train: torch.Tensor, held_out: torch.Tensor, vocab_size: int) -> float:
+    """Nats per token of ``held_out`` under the token frequencies of ``train`` (add-one smoothing).
+
+    What a model that ignores context reaches: the line that a trained one must be far below.
+    """
+    counts = torch.bincount(train.reshape(-1), minlength=vocab_size).double() + 1
+    return float(-(counts / counts.sum()).log()[held_out.reshape(-1)].mean())

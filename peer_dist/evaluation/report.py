@@ -1,0 +1,125 @@
+"""``peer-dist evaluate``: a checkpoint on held-out text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from peer_dist.data.documents import DataError
+from peer_dist.data.prepare import read_prepared
+from peer_dist.data.stream import HeldOutStream, SplitStreams, open_data
+from peer_dist.evaluation.loading import load_model
+from peer_dist.evaluation.perplexity import held_out_loss, unigram_loss
+from peer_dist.evaluation.usage import ExpertUsage, UsageSummary
+from peer_dist.megatron import peer_layers
+from peer_dist.training.checkpoints import find_checkpoint
+from peer_dist.training.world import World
+
+SPLITS = ("validation", "test", "all")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes: losses in nats per token; ``usage`` per PEER layer over the evaluated text."""
+
+    checkpoint: str
+    step: int
+    data: str
+    split: str
+    tokens: int
+    loss: float
+    bits_per_byte: float
+    unigram_loss: float | None
+    usage: dict[int, UsageSummary]
+
+    def json(self) -> str:
+        return json.dumps({**asdict(self), "perplexity": math.exp(self.loss)})
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        yield "checkpoint", f"{self.checkpoint} (step {self.step})"
+        yield "text", f"{self.data}, {self.split}: {self.tokens:,} tokens"
+        yield "loss", f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
+        yield "perplexity", f"{math.exp(self.loss):.3f}"
+        if self.unigram_loss is not None:
+            yield "unigram perplexity", f"{math.exp(self.unigram_loss):.3f} (token frequencies of the training split)"
+        for layer, usage in self.usage.items():
+            yield (
+                f"experts, layer {layer}",
+                f"{usage.usage_percent:.1f}% used, {usage.top1_usage_percent:.1f}% ever first; unevenness "
+                f"{usage.unevenness:.3f} (uniform picks: {usage.unevenness_if_uniform:.3f})",
+            )
+
+
+def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -> Report | None:
+    """Evaluate on every rank; rank 0 has the report, the others None.
+
+    Args:
+        prefix: a prepared data set; None for the one that the checkpoint was trained on.
+        split: one of :data:`SPLITS`; ``all`` takes every document of the data set.
+
+    Raises:
+        DataError: the data set cannot be read, has another tokenizer, or has no such split.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    if split not in SPLITS:
+        raise DataError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+    find_checkpoint(checkpoint)
+    if prefix is not None:
+        read_prepared(prefix)
+    world = World.from_environment()
+    with world.joined():
+        loaded = load_model(checkpoint, world.world_size)
+        changes: dict[str, object] = {"tokenizer": str(loaded.path / "tokenizer.json")}
+        if prefix is not None:
+            changes |= {"prefix": prefix, "blend": None}
+        if split == "all":
+            changes["split"] = "1,0,0"
+        data_config = loaded.config.data.model_copy(update=changes)
+        streams = open_data(data_config, loaded.config.model.seq_length, loaded.config.train.seed)
+        stream = _held_out(streams, split)
+        if stream is None:
+            raise DataError(
+                f"{', '.join(data_config.weights)}: the {split} split has no whole sequence (data.split is "
+                f"{data_config.split}); evaluate another split, or --split all of another data set"
+            )
+        usage = {
+            n: ExpertUsage(layer.num_experts, loaded.parallel.device) for n, layer in peer_layers(loaded.model).items()
+        }
+        for number, layer in peer_layers(loaded.model).items():
+            layer.on_route = usage[number]
+        result = held_out_loss(loaded.model, stream, loaded.parallel, loaded.tokenizer, batch_size)
+        summaries = {
+            number: each.summary(world.world_size, loaded.parallel.data_parallel_group)
+            for number, each in usage.items()
+        }
+    if world.rank != 0:
+        return None
+    labels = stream.batch(range(len(stream)))[:, 1:]
+    text_bytes = len(loaded.tokenizer.decode(labels[labels != loaded.tokenizer.eod].tolist()).encode())
+    return Report(
+        checkpoint=str(loaded.path),
+        step=loaded.step,
+        data=", ".join(data_config.weights),
+        split=split,
+        tokens=result.tokens,
+        loss=result.loss,
+        bits_per_byte=result.loss * labels.numel() / math.log(2) / max(1, text_bytes),
+        unigram_loss=None if split == "all" else _unigram(streams, labels, loaded.tokenizer.padded_vocab_size),
+        usage=summaries,
+    )
+
+
+def _held_out(streams: SplitStreams, split: str) -> HeldOutStream | None:
+    if split == "all":
+        return HeldOutStream(streams.train.datasets)
+    return streams.validation if split == "validation" else streams.test
+
+
+def _unigram(streams: SplitStreams, labels: torch.Tensor, vocab_size: int) -> float:
+    """Frequencies from at most a few million tokens of the training split."""
+    sequences = min(sum(len(dataset) for dataset in streams.train.datasets), 2**22 // labels.shape[1] + 1)
+    return unigram_loss(streams.train.batch(range(sequences))[:, 1:], labels, vocab_size)

@@ -1,0 +1,238 @@
+"""Sharded checkpoints that any layout can read: Megatron's dist_checkpointing in its ``torch_dist`` format.
+
+A state is a (nested) dictionary. Tensors wrapped by the functions here are written by the ranks that own
+them. Everything else (numbers, strings, lists, plain tensors) is small, the same on every rank, and goes to
+one ``common.pt``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.models.gpt import GPTModel
+
+State = dict[str, Any]
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says why in one sentence."""
+
+
+def dense_sharded_state(model: GPTModel) -> dict[str, Sharded]:
+    """Every parameter and buffer except the expert tables, by its name in ``model.named_parameters()``.
+
+    The keys in the checkpoint number the layers of the whole model, whatever the pipeline.
+    """
+    state = model.sharded_state_dict(
+        metadata={
+            "non_homogeneous_layers": True,  # a key per layer: feed-forward kinds may differ
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+    )
+    tables = (".mlp.peer.down", ".mlp.peer.up")
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Sharded) and not name.endswith(tables)  # the rest is empty extra state
+    }
+
+
+def table_shard(
+    key: str, tensor: torch.Tensor, first_row: int, num_experts: int, replica_id: int
+) -> ShardedTensor:
+    """Rows ``first_row`` onward of the table ``key``.
+
+    Args:
+        key: the table's (or its optimizer moment's) name in the checkpoint.
+        tensor: [rows, ...]; shards may differ in size and must cover ``num_experts`` rows without overlap.
+        first_row: the global number of the tensor's first row.
+        num_experts: rows of the whole table.
+        replica_id: 0 on the rank that writes this shard, another number on its copies (the expert data rank).
+    """
+    return ShardedTensor(
+        key,
+        tensor,
+        tensor.dtype,
+        local_shape=tuple(tensor.shape),
+        global_shape=(num_experts, *tensor.shape[1:]),
+        global_offset=(first_row, *(0 for _ in tensor.shape[1:])),
+        axis_fragmentations=None,  # no regular grid: rows need not divide evenly
+        replica_id=replica_id,
+    )
+
+
+def like(param: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
+    """``tensor``, of the parameter's local shape and any dtype, sharded like the parameter, under ``key``."""
+    if isinstance(param, ShardedTensorFactory):
+        return dataclasses.replace(param, key=key, data=tensor)
+    return dataclasses.replace(param, key=key, data=tensor, dtype=tensor.dtype)
+
+
+class _SaveHere(TorchDistSaveShardedStrategy):
+    """Megatron's plan and format, written by torch's own synchronous writer.
+
+    Megatron writes from forked processes, whose results pass through a spawned one that imports the
+    entry script again: seconds at the first save, and forks beside live threads.
+    """
+
+    def save(self, sharded_state_dict: State, checkpoint_dir: str | Path) -> None:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            mcore_to_pyt_state_dict(state),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def _copy(state: Any) -> Any:
+    """The state with its own dictionaries and lists: Megatron replaces their values."""
+    if isinstance(state, dict):
+        return {key: _copy(value) for key, value in state.items()}
+    return [_copy(value) for value in state] if isinstance(state, list) else state
+
+
+def _sharded(state: Any) -> Iterator[ShardedTensor]:
+    """Every ShardedTensor of a state, factories built."""
+    if isinstance(state, ShardedTensorFactory):
+        yield from _sharded(state.build())
+    elif isinstance(state, ShardedTensor):
+        yield state
+    elif isinstance(state, dict | list):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from _sharded(value)
+
+
+@contextlib.contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    """Megatron's and torch's many exceptions as one, and none of their deprecation warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except CheckpointError:
+        raise
+    except dcp.CheckpointException as error:  # holds every rank's, with tracebacks
+        rank, (cause, _) = min(error.failures.items())
+        raise CheckpointError(f"{what} (rank {rank}): {_first_sentence(cause)}") from error
+    except Exception as error:
+        raise CheckpointError(f"{what}: {_first_sentence(error)}") from error
+
+
+def _first_sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
+
+
+def save(state: State, folder: str | Path) -> None:
+    """Write ``state`` into ``folder``; all ranks call it, and it returns when all have written.
+
+    Plain values may hold what ``torch.load(weights_only=True)`` reads; rank 0's are stored. Not in place:
+    write into a new folder, then rename it.
+
+    Raises:
+        CheckpointError: on every rank, if shards do not cover a tensor exactly or a rank cannot write its
+            tensors; on the rank alone, if it cannot make the folder or ``common.pt``.
+    """
+    folder = Path(folder)
+    with _readable_errors(f"cannot save the checkpoint {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Megatron's check raises on rank 0 only, and the others wait for it; torch's raises everywhere.
+        dist_checkpointing.save(
+            _copy(state),
+            str(folder),
+            sharded_strategy=_SaveHere("torch_dist", 1),
+            validate_access_integrity=False,
+        )
+        _verify(state, folder, partial=False)  # finds a tensor that no rank was told to write
+
+
+def load(template: State, folder: str | Path, partial: bool = False) -> State:
+    """Read what ``template`` asks for; all ranks call it.
+
+    Args:
+        template: a state as given to :func:`save`, of this run's layout. The tensors in it are written to.
+            Its plain values are ignored.
+        folder: written by :func:`save` at any number of ranks and shards.
+        partial: the checkpoint may hold tensors that the template does not ask for.
+
+    Returns:
+        The template's structure with tensors for shards, and the plain values that were saved.
+
+    Raises:
+        CheckpointError: on every rank, if a key or shape of model and checkpoint differ or a file is missing
+            or too short (before any tensor is written to), or if a file is corrupt.
+    """
+    folder = Path(folder)
+    with _readable_errors(f"cannot load the checkpoint {folder}"):
+        _verify(template, folder, partial)
+        return dist_checkpointing.load(_copy(template), str(folder), validate_access_integrity=False)
+
+
+def _verify(template: State, folder: Path, partial: bool) -> None:
+    """Compare template and checkpoint on rank 0, so that all ranks raise the same error or none does."""
+    shapes: list[Any] = [None] * dist.get_world_size()
+    wanted = {shard.key: (shard.global_shape, shard.allow_shape_mismatch) for shard in _sharded(template)}
+    dist.gather_object(wanted, shapes if dist.get_rank() == 0 else None)
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        problem = [_problem({key: value for rank in shapes for key, value in rank.items()}, folder, partial)]
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise CheckpointError(problem[0])
+
+
+def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, partial: bool) -> str | None:
+    """What is wrong with the checkpoint, in a sentence. Reads no tensor that a rank wrote."""
+    for name in ("metadata.json", "common.pt", ".metadata"):
+        if not (folder / name).is_file():
+            return f"{folder} is not a complete checkpoint: {name} is missing"
+    name = "common.pt"
+    try:
+        torch.load(folder / name, map_location="cpu", weights_only=True)
+        name = ".metadata"
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        return f"{folder / name} is corrupt: {_first_sentence(error)}"
+    stored = {
+        key: value
+        for key, value in metadata.state_dict_metadata.items()
+        if isinstance(value, dcp.TensorStorageMetadata)
+    }
+    for key in sorted(wanted.keys() - stored.keys()):
+        return f"{key} is missing from the checkpoint {folder}"
+    for key in [] if partial else sorted(stored.keys() - wanted.keys()):
+        return f"{key} is in the checkpoint {folder} but not in the model"
+    for key, (shape, may_differ) in wanted.items():
+        there = stored[key].size
+        if not may_differ and tuple(there) != tuple(shape):
+            return (
+                f"{key} has shape {tuple(there)} in the checkpoint {folder} and {tuple(shape)} in the model"
+            )
+        if sum(chunk.sizes.numel() for chunk in stored[key].chunks) != there.numel():
+            return f"{key} is incomplete in the checkpoint {folder}"
+    sizes: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+    for name, size in sorted(sizes.items()):
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size < size:
+            return f"{file} is cut off: {file.stat().st_size} bytes of at least {size}"
+    return None

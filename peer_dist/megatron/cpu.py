@@ -1,0 +1,114 @@
+"""Megatron-core on machines without a GPU.
+
+Megatron-core 0.16.1 asks ``torch.cuda`` for its device and its random states wherever it runs. Here its
+modules, and nothing else, see another ``torch``: a proxy that answers those questions with the CPU. Laptops
+and CI run the same model code that GPUs run; where CUDA exists nothing is replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+# What peer_dist uses. They must be loaded before their name `torch` can be replaced.
+_MODULES = (
+    "megatron.core.models.gpt",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.tensor_parallel.random",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+
+# Loggers that warn about what is intended here, at every layer or step: a feed-forward module that Megatron
+# does not know, and dropout on CPU moving the CPU's random state.
+_NOISY = ("megatron.core.transformer.transformer_layer", "megatron.core.tensor_parallel.random")
+
+
+class _Proxy(types.ModuleType):
+    """A module with some of its names replaced."""
+
+    def __init__(self, base: types.ModuleType, **replaced: Any) -> None:
+        super().__init__(base.__name__)
+        self.__dict__.update(replaced, _base=base)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_base"], name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The tensor factory with ``device="cuda"`` read as the CPU."""
+
+    @functools.wraps(factory)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Synchronisation and caches: the CPU has none."""
+
+
+_CUDA = _Proxy(
+    torch.cuda,
+    current_device=lambda: _CPU,
+    synchronize=_nothing,
+    empty_cache=_nothing,
+    get_rng_state=lambda *_: torch.get_rng_state(),
+    manual_seed=lambda seed: torch.manual_seed(seed),
+)
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
+_TORCH = _Proxy(torch, cuda=_CUDA, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+
+
+def _tensor_cuda(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``Tensor.cuda`` that leaves the tensor where it is for megatron.core, and fails as ever elsewhere."""
+
+    @functools.wraps(original)
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return self if caller.startswith("megatron.core") else original(self, *args, **kwargs)
+
+    cuda._peer_dist = True  # type: ignore[attr-defined]
+    return cuda
+
+
+def install() -> bool:
+    """Import Megatron-core quietly and, where there is no CUDA, let its modules see the CPU.
+
+    Call it again after importing further megatron.core modules; what is already replaced stays.
+
+    Returns:
+        Whether the stand-in is in use (False where CUDA exists).
+    """
+    with warnings.catch_warnings():  # apex and TransformerEngine are optional, and say so ten times
+        warnings.simplefilter("ignore")
+        for name in _MODULES:
+            importlib.import_module(name)
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if torch.cuda.is_available():
+        return False
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and module.__dict__.get("torch") is torch:
+            module.__dict__["torch"] = _TORCH
+    # These two took their CUDA functions by name before the proxy was there.
+    random = sys.modules["megatron.core.tensor_parallel.random"]
+    random.__dict__["_get_cuda_rng_state"] = lambda *_, **__: torch.get_rng_state()
+    random.__dict__["_set_cuda_rng_state"] = lambda state, *_, **__: torch.set_rng_state(state)
+    if not hasattr(torch.Tensor.cuda, "_peer_dist"):
+        torch.Tensor.cuda = _tensor_cuda(torch.Tensor.cuda)  # type: ignore[method-assign]
+    return True

@@ -1,0 +1,173 @@
+"""Who this rank is: Megatron's process groups, asked for once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+
+class MegatronMPU:
+    """Megatron's groups as the ``mpu`` object that DeepSpeed asks; the rest is parallel_state's own."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        """Tensor x pipeline ranks: the group over which a gradient norm becomes global."""
+        return parallel_state.get_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.get_model_parallel_group())
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.get_model_parallel_group())
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The rank's place in every group. Build it with :meth:`initialize`.
+
+    A group's size and rank come from the group, so that they cannot disagree with it. The expert group holds
+    one copy of the tables, a row shard per rank; the expert data group holds the copies of one shard.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tensor_group: dist.ProcessGroup
+    pipeline_group: dist.ProcessGroup
+    model_parallel_group: dist.ProcessGroup  # tensor x pipeline
+    data_parallel_group: dist.ProcessGroup
+    expert_group: dist.ProcessGroup
+    expert_tensor_group: dist.ProcessGroup
+    expert_data_group: dist.ProcessGroup
+
+    @classmethod
+    def initialize(
+        cls,
+        tensor: int = 1,
+        pipeline: int = 1,
+        virtual_pipeline: int = 1,
+        expert: int = 1,
+        expert_tensor: int = 1,
+        seed: int = 1234,
+    ) -> Parallel:
+        """Build Megatron's groups; a collective call.
+
+        torch.distributed must be initialised and, on GPUs, ``torch.cuda.set_device`` called. Ranks that the
+        arguments leave over replicate the model. ``seed`` starts dropout's random streams, which differ
+        between data-parallel ranks and stages; weights have seeds of their own (:func:`build_model`).
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised, or the groups exist already.
+            ValueError: the sizes do not divide the number of ranks.
+        """
+        if not dist.is_initialized():
+            raise RuntimeError("Parallel.initialize needs torch.distributed.init_process_group first")
+        if parallel_state.model_parallel_is_initialized():
+            raise RuntimeError("Megatron's groups exist already: call Parallel.destroy first")
+        world_size = dist.get_world_size()
+        for names, size in (
+            ("tensor x pipeline", tensor * pipeline),
+            ("expert x expert_tensor x pipeline", expert * expert_tensor * pipeline),
+        ):
+            if world_size % size:
+                raise ValueError(f"{names} ({size}) must divide the number of ranks ({world_size})")
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
+            create_gloo_process_groups=False,
+        )
+        parallel = cls(
+            rank=dist.get_rank(),
+            world_size=world_size,
+            device=torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu"),
+            tensor_group=parallel_state.get_tensor_model_parallel_group(),
+            pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+            model_parallel_group=parallel_state.get_model_parallel_group(),
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            expert_group=parallel_state.get_expert_model_parallel_group(),
+            expert_tensor_group=parallel_state.get_expert_tensor_parallel_group(),
+            expert_data_group=parallel_state.get_expert_data_parallel_group(),
+        )
+        parallel.seed_step(seed, 0)
+        return parallel
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Start dropout's random streams of a step: functions of seed, step and place, so never saved."""
+        # Far apart, because Megatron adds the tensor rank for the streams that differ between those; and none
+        # of them `seed` itself, from which weights are drawn.
+        stream = 1 + self.data_parallel_rank * self.pipeline_size + self.pipeline_rank
+        mixed = (seed + 1_000_003 * step + 10_000_019 * stream) % 2**31
+        tensor_parallel.model_parallel_cuda_manual_seed(mixed, force_reset_rng=True)
+
+    def destroy(self) -> None:
+        """Forget Megatron's groups, so that others can be built in this process."""
+        parallel_state.destroy_model_parallel()
+
+    @property
+    def mpu(self) -> MegatronMPU:
+        """What ``deepspeed.initialize(mpu=...)`` takes."""
+        return MegatronMPU()
+
+    @property
+    def tensor_size(self) -> int:
+        return self.tensor_group.size()
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.tensor_group.rank()
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.pipeline_group.size()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.pipeline_group.rank()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.data_parallel_group.size()
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.data_parallel_group.rank()
+
+    @property
+    def expert_size(self) -> int:
+        return self.expert_group.size()
+
+    @property
+    def expert_rank(self) -> int:
+        return self.expert_group.rank()
+
+    @property
+    def expert_data_size(self) -> int:
+        return self.expert_data_group.size()
+
+    @property
+    def expert_data_rank(self) -> int:
+        return self.expert_data_group.rank()

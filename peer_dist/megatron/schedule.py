@@ -1,0 +1,65 @@
+"""Forward and backward over micro-batches, by Megatron's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+# tokens, labels: int64 [b, s]; loss_mask: float [b, s]; attention_mask (optional): bool [b, 1, s, s] or None
+MicroBatch = Mapping[str, torch.Tensor | None]
+
+
+def run_forward_backward(
+    model: GPTModel,
+    micro_batches: Sequence[MicroBatch],
+    scale: float | torch.Tensor = 1.0,
+    forward_only: bool = False,
+) -> torch.Tensor:
+    """Run the micro-batches and, unless ``forward_only``, accumulate gradients.
+
+    What is differentiated is ``scale * sum(token loss * loss_mask)``, summed over the micro-batches: nothing
+    else divides it, so ``scale`` holds the division by the step's number of tokens.
+
+    Args:
+        model: from :func:`build_model` (``engine.module`` under DeepSpeed).
+        micro_batches: at least one, on the model's device; all of one shape.
+        scale: float, or a 0-dim tensor on the model's device.
+        forward_only: no gradients. Dropout and BatchNorm follow ``model.training``.
+
+    Returns:
+        The micro-batches' summed token losses before scaling, float32 [len(micro_batches)], on the last
+        stage; an empty tensor on the others. Nothing here waits for the GPU.
+    """
+
+    def forward_step(
+        batches: Iterator[MicroBatch], model: GPTModel
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(batches)
+        losses = model(batch["tokens"], None, batch.get("attention_mask"), labels=batch["labels"])
+
+        def weigh(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            mask = batch["loss_mask"]
+            assert mask is not None
+            total = (losses.float() * mask).sum()
+            # With calculate_per_token_loss (set by build_model) the schedule leaves the loss as it is.
+            return total * scale, mask.sum().to(torch.int), total.detach()
+
+        return losses, weigh
+
+    tokens = micro_batches[0]["tokens"]
+    assert tokens is not None
+    with torch.set_grad_enabled(not forward_only):
+        sums = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=forward_only,
+        )
+    return torch.stack(sums) if sums else tokens.new_empty(0, dtype=torch.float32)

@@ -1,0 +1,249 @@
+"""A run's checkpoints: each complete or absent, verified on load, the newest kept.
+
+A checkpoint is the folder ``step-00000123``: Megatron's sharded tensors (model, expert tables, both
+optimizers), ``tokenizer.json`` and ``manifest.json``, which holds the step, the data position, the config,
+the versions, and the size and checksum of every other file. It is written under a name that starts with a dot
+and renamed when every byte is on disk. The schedule, the data order and the random streams are functions of
+the step and the seed, so these two are all there is to save of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from peer_dist.config import Config
+from peer_dist.megatron import CheckpointError, Parallel, peer_layers
+from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
+from peer_dist.zero import ZeroEngine
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def weights_state(model: Any, parallel: Parallel) -> State:
+    """The model's parameters, buffers and expert tables, as sharded tensors over their own memory."""
+    state: State = {"model": dense_sharded_state(model), "tables": {}}
+    for number, layer in peer_layers(model).items():
+        for part in ("down", "up"):
+            state["tables"][f"layer{number}.{part}"] = table_shard(
+                f"tables.layer{number}.{part}",
+                getattr(layer, part).detach(),
+                layer.first_row,
+                layer.num_experts,
+                parallel.expert_data_rank,
+            )
+    return state
+
+
+def run_state(model: Any, engine: ZeroEngine, parallel: Parallel) -> State:
+    """Everything that training goes on from. A collective call."""
+    state = weights_state(model, parallel)
+    dense = state["model"]
+    state["optimizer"] = {
+        f"{name}.{part}": like(dense[name], value, f"optimizer.{part}.{dense[name].key}")
+        for name, part, value in engine.dense_state()
+    }
+    layers = peer_layers(model)
+    state["table_optimizer"] = {}
+    for name, part, value in engine.tables.state():
+        layer = layers[int(name.removeprefix("layer").split(".")[0])]
+        key = f"optimizer.{part}.tables.{name}"
+        state["table_optimizer"][f"{name}.{part}"] = table_shard(
+            key, value, layer.first_row, layer.num_experts, parallel.expert_data_rank
+        )
+    return state
+
+
+@torch.no_grad()
+def restore_weights(path: Path, model: Any, parallel: Parallel) -> None:
+    """Replace the model's weights by a checkpoint's; its optimizers are not read."""
+    loaded = load(weights_state(model, parallel), path, partial=True)
+    _copy_weights(loaded, model)
+
+
+@torch.no_grad()
+def restore_run(path: Path, model: Any, engine: ZeroEngine, parallel: Parallel, step: int) -> None:
+    """Continue from a checkpoint: weights, tables and both optimizers."""
+    template = run_state(model, engine, parallel)
+    moments = {f"{name}.{part}": (name, part) for name, part, _ in engine.dense_state()}
+    loaded = load(template, path)
+    _copy_weights(loaded, model)
+    for key, (name, part) in moments.items():
+        engine.load_dense_state(name, part, loaded["optimizer"][key])
+    for name, part, value in engine.tables.state():
+        _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
+    engine.steps = step
+
+
+def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+    if target.data_ptr() != value.data_ptr():
+        target.copy_(value)
+
+
+def _copy_weights(loaded: State, model: Any) -> None:
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in loaded["model"].items():
+        _copy(own[name], value)
+    layers = peer_layers(model)
+    for name, value in loaded["tables"].items():
+        number, part = name.removeprefix("layer").split(".")
+        _copy(getattr(layers[int(number)], part), value)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder."""
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        if not self.folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if (entry / MANIFEST).is_file())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, state: State, info: dict[str, Any], tokenizer: Any) -> Path:
+        """Write a checkpoint; all ranks call it and return when it is complete.
+
+        Raises:
+            CheckpointError: it could not be written; no complete checkpoint was touched.
+        """
+        final, partial = self.path(step), self.folder / f".step-{step:08d}.partial"
+        rank = dist.get_rank()
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        save(state, partial)
+        if rank == 0:
+            tokenizer.save(partial / "tokenizer.json")
+        dist.barrier()
+        files = _checksums(partial)
+        if rank == 0:
+            manifest = {"step": step, **info, "files": files}
+            with (partial / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump(manifest, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            if final.exists():  # of an earlier run at the same step, or damaged
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync_folder(self.folder)
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old), ignore_errors=True)
+        dist.barrier()
+        return final
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: ``path`` is no complete checkpoint.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return {"step": int(manifest["step"]), **manifest}
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: is no complete checkpoint ({MANIFEST} is missing); name a folder step-NNNNNNNN"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error})") from None
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """``path`` itself if it is a checkpoint, else the newest one in that folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    store = CheckpointStore(path)
+    if not store.steps():
+        raise CheckpointError(f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with {MANIFEST})")
+    return store.path(store.steps()[-1])
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare every file with the manifest; ranks share the reading.
+
+    Raises:
+        CheckpointError: on every rank, naming the first file that is missing or damaged.
+    """
+    expected = read_manifest(path)["files"]
+    problems = [
+        f"{path / name}: is missing"
+        if not (path / name).is_file()
+        else f"{path / name}: is damaged (its size or checksum is not the manifest's)"
+        for name in sorted(expected)[dist.get_rank() :: dist.get_world_size()]
+        if not (path / name).is_file() or _checksum(path / name) != expected[name]
+    ]
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, problems)
+    found = sorted(problem for rank in everyone for problem in rank)
+    if found:
+        raise CheckpointError(
+            f"{found[0]}; delete the folder {path} to go on from an older checkpoint, or restore the file"
+        )
+
+
+def check_resumable(path: Path, config: Config, manifest: dict[str, Any]) -> None:
+    """Refuse to go on with another model or another order of data.
+
+    Raises:
+        CheckpointError: naming the first key that differs.
+    """
+    saved, wanted = manifest["config"], config.model_dump(mode="json")
+    fixed = [(section, key) for section in ("model", "peer", "data") for key in wanted[section]]
+    for section, key in [*fixed, ("train", "seed"), ("train", "global_batch_size")]:
+        if saved.get(section, {}).get(key) != wanted[section][key]:
+            raise CheckpointError(
+                f"{path}: was made with {section}.{key} = {saved.get(section, {}).get(key)}, but the config says "
+                f"{wanted[section][key]}; set it back, choose another checkpoint.dir, or start from its weights "
+                "with checkpoint.init_from"
+            )
+
+
+def _checksum(path: Path) -> list[int]:
+    value, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value, size = zlib.crc32(block, value), size + len(block)
+    return [size, value]
+
+
+def _checksums(folder: Path) -> dict[str, list[int]]:
+    """File name to size and CRC-32, of all files, read by all ranks in shares; made durable on the way."""
+    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    mine = {}
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+        mine[name] = _checksum(folder / name)
+    everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return {name: value for rank in everyone for name, value in rank.items()}
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,62 @@
+"""What rank 0 shows while a run goes on: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+_LOG_SECONDS = 10.0
+
+
+class Progress:
+    """Loss, tokens/s and time left.
+
+    Args:
+        console: quiet on every rank but 0.
+        start, total: steps done before, and in all.
+    """
+
+    def __init__(self, console: Console, start: int, total: int) -> None:
+        self._console, self._start, self._total = console, start, total
+        self._bar = RichProgress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console.quiet or not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=total, completed=start, status="")
+        self._begin = time.monotonic()
+        self._last_line = -_LOG_SECONDS
+        self._validation = ""
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        if "val/perplexity" in values:
+            self._validation = f"  val ppl {values['val/perplexity']:.2f}"
+        status = f"loss {values['train/loss']:.3f}{self._validation}  {values['speed/tokens_per_second']:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, status=status)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._last_line >= _LOG_SECONDS or step == self._total):
+            self._last_line = now
+            left = timedelta(seconds=round((now - self._begin) / (step - self._start) * (self._total - step)))
+            self._console.print(f"step {step}/{self._total}  {status}  ETA {left}", highlight=False)
+
+    def say(self, status: str) -> None:
+        self._bar.update(self._task, status=status)

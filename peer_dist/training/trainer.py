@@ -1,0 +1,330 @@
+"""A training run, from the config to the last checkpoint. :meth:`Trainer.step` is the story of a step."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from rich.console import Console
+
+from peer_dist import __version__
+from peer_dist.config import Config, check_world
+from peer_dist.data.prepare import read_prepared
+from peer_dist.data.stream import open_data
+from peer_dist.data.tokenizer import load_tokenizer
+from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch
+from peer_dist.evaluation.usage import ExpertUsage
+from peer_dist.megatron import Parallel, build_model, peer_layers, run_forward_backward
+from peer_dist.optim import TableAdam, learning_rate_factor
+from peer_dist.tracing import StepTimes, listen, span
+from peer_dist.training.checkpoints import (
+    CheckpointStore,
+    check_resumable,
+    find_checkpoint,
+    read_manifest,
+    restore_run,
+    restore_weights,
+    run_state,
+    verify_checkpoint,
+)
+from peer_dist.training.metrics import Metrics, read_metrics
+from peer_dist.training.progress import Progress
+from peer_dist.training.signals import StopRequest
+from peer_dist.training.world import World
+from peer_dist.zero import StepResult, ZeroEngine
+
+_SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
+
+
+def train(config: Config) -> int:
+    """Train as the config says, from the newest checkpoint if there is one; the process's exit code.
+
+    Raises:
+        ConfigError, DataError: before anything is started, where the config cannot be run.
+        CheckpointError: a checkpoint cannot be written or read.
+    """
+    world = World.from_environment()
+    check_world(config, world.world_size)
+    load_tokenizer(config.data.tokenizer)
+    for prefix in config.data.weights:
+        read_prepared(prefix)
+    if config.checkpoint.init_from is not None:
+        find_checkpoint(config.checkpoint.init_from)
+    with world.joined(), StopRequest() as stop:
+        Trainer(config).run(stop)
+    return 0
+
+
+class Trainer:
+    """One run on this rank.
+
+    Raises:
+        DataError, CheckpointError: see :func:`train`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.parallel = Parallel.initialize(
+            expert=config.parallel.expert, expert_tensor=config.parallel.expert_tensor, seed=config.train.seed
+        )
+        self.dtype = _dtype(config, self.parallel.device)
+        self.data = open_data(config.data, config.model.seq_length, config.train.seed)
+        self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
+        self.layers = peer_layers(self.model)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        for layer in self.layers.values():
+            self.parameters += 2 * (layer.num_experts - len(layer.layout.rows)) * layer.dim
+            layer.release_tables()
+        self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
+        self.steps_done = 0
+        self.skipped_steps = 0
+
+        resumed = self.store.steps()
+        if not resumed and config.checkpoint.init_from is not None:
+            source = find_checkpoint(config.checkpoint.init_from)
+            verify_checkpoint(source)
+            restore_weights(source, self.model, self.parallel)
+        self.engine = self._make_engine()
+        if resumed:
+            self._resume(resumed[-1])
+
+        self.times = StepTimes(self.parallel.device)
+        self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
+
+    def _make_engine(self) -> ZeroEngine:
+        tables = {
+            f"layer{number}.{part}": getattr(layer, part)
+            for number, layer in self.layers.items()
+            for part in ("down", "up")
+        }
+        table, dense = self.config.table_optimizer, self.config.optimizer
+        return ZeroEngine(
+            self.model,
+            TableAdam(tables, table.lr, table.betas, table.eps, table.weight_decay),
+            mpu=self.parallel.mpu,
+            expert_data_group=self.parallel.expert_data_group,
+            norm_group=self.parallel.expert_group,
+            data_parallel_size=self.parallel.data_parallel_size,
+            lr=dense.lr,
+            betas=dense.betas,
+            eps=dense.eps,
+            weight_decay=dense.weight_decay,
+            grad_clip=dense.grad_clip,
+            dtype=self.dtype,
+        )
+
+    def _resume(self, step: int) -> None:
+        path = self.store.path(step)
+        manifest = read_manifest(path)
+        check_resumable(path, self.config, manifest)
+        verify_checkpoint(path)
+        restore_run(path, self.model, self.engine, self.parallel, manifest["updates"])
+        self.steps_done, self.skipped_steps = step, step - manifest["updates"]
+
+    def run(self, stop: StopRequest) -> None:
+        """Train to ``train.steps``, or until a signal; the last state is saved either way."""
+        config, start = self.config, self.steps_done
+        lead = self.parallel.rank == 0
+        console = Console(stderr=True, quiet=not lead)
+        self._introduce(console, start)
+        if start >= config.train.steps:
+            console.print(f"nothing to do: train.steps is {config.train.steps}; raise it to go on")
+            return
+        metrics = Metrics(Path(config.logging.dir), start) if lead else None
+        if metrics is not None and start == 0:
+            metrics.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
+        if start == 0:
+            self._record(metrics, self._validate())
+        saved = start
+        stopped = False
+        with Progress(console, start, config.train.steps) as progress:
+            while self.steps_done < config.train.steps and not stopped:
+                values = self.step()
+                stopped = self._any_rank(stop.received is not None)
+                last = self.steps_done == config.train.steps or stopped
+                if self.steps_done % config.logging.interval == 0 or last:
+                    values |= self._usage_values()
+                if self.steps_done % config.evaluation.interval == 0 or self.steps_done == config.train.steps:
+                    values |= self._validate()
+                self._record(metrics, values)
+                progress.update(self.steps_done, values)
+                if self.steps_done % config.checkpoint.interval == 0 or last:
+                    progress.say("saving a checkpoint")
+                    self.save()
+                    saved = self.steps_done
+        listen(None)
+        for layer in self.layers.values():
+            layer.on_route = None
+        if metrics is not None:
+            metrics.close()
+        if stopped:
+            assert saved == self.steps_done
+            console.print(f"stopped at step {self.steps_done} by a signal; the same command goes on from there")
+        self._conclude(console)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step over a global batch; its numbers, the same on every rank."""
+        begin = time.perf_counter()
+        config, parallel, step = self.config, self.parallel, self.steps_done
+        parallel.seed_step(config.train.seed, step)
+        micro_batches = list(self._micro_batches(step))
+        factor = learning_rate_factor(
+            step, config.optimizer.warmup_steps, config.optimizer.decay_steps, config.optimizer.min_lr_ratio
+        )
+        lr, table_lr = config.optimizer.lr * factor, config.table_optimizer.lr * factor
+        tokens = config.train.global_batch_size * config.model.seq_length
+
+        self.times.reset()
+        listen(self.times)
+        for number, layer in self.layers.items():
+            layer.on_route = self.usage[number]
+        with self.engine.accumulate():
+            # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
+            losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
+        with span("optimizer"):
+            result = self.engine.step(lr, table_lr)
+        listen(None)
+        for layer in self.layers.values():
+            layer.on_route = None
+        self.steps_done += 1
+        self.skipped_steps += not result.applied
+
+        total = losses.sum().double()
+        dist.all_reduce(total, group=parallel.data_parallel_group)
+        loss = float(total) / tokens
+        return self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
+
+    def _micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor | None]]:
+        """This rank's sequences: micro-step by micro-step, each shared by the data parallel ranks in order."""
+        train, parallel = self.config.train, self.parallel
+        per_pass = train.micro_batch_size * parallel.data_parallel_size
+        first = step * train.global_batch_size + parallel.data_parallel_rank * train.micro_batch_size
+        for begin in range(first, first + train.global_batch_size, per_pass):
+            sequences = self.data.train.batch(range(begin, begin + train.micro_batch_size))
+            yield make_micro_batch(sequences, self.data.tokenizer.eod, parallel.device)
+
+    def _step_values(
+        self, loss: float, result: StepResult, lr: float, table_lr: float, tokens: int, seconds: float
+    ) -> dict[str, float]:
+        values = {
+            "train/loss": loss,
+            "train/perplexity": math.exp(min(loss, 700.0)),
+            "optimizer/lr": lr,
+            "optimizer/table_lr": table_lr,
+            "optimizer/grad_norm": result.grad_norm,
+            "optimizer/skipped_steps": float(self.skipped_steps),
+            "speed/tokens_per_second": tokens / seconds,
+            "time/step": seconds,
+        }
+        spent = self.times.read()
+        values |= {f"time/{name}": spent.get(name, 0.0) for name in _SPANS}
+        values["time/other"] = max(0.0, seconds - sum(spent.get(name, 0.0) for name in _SPANS))
+        if self.layers:
+            sent = sum(layer.traffic.bytes_sent for layer in self.layers.values())
+            for layer in self.layers.values():
+                layer.traffic.reset()
+            everyone = torch.tensor([float(sent)], dtype=torch.float64, device=self.parallel.device)
+            dist.all_reduce(everyone, group=self.parallel.data_parallel_group)
+            values["exchange/bytes_per_token"] = float(everyone) / tokens
+        values["memory/peak_gib"] = _peak_memory(self.parallel.device) / 2**30
+        return values
+
+    def _usage_values(self) -> dict[str, float]:
+        """Expert usage since the last call, per layer."""
+        values = {}
+        for number, usage in self.usage.items():
+            summary = usage.summary(self.parallel.expert_size, self.parallel.data_parallel_group)
+            values |= {f"experts/layer{number}_{name}": value for name, value in asdict(summary).items()}
+            usage.reset()
+        return values
+
+    def _validate(self) -> dict[str, float]:
+        if self.data.validation is None:
+            return {}
+        config = self.config
+        result = held_out_loss(
+            self.model,
+            self.data.validation,
+            self.parallel,
+            self.data.tokenizer,
+            config.train.micro_batch_size,
+            config.evaluation.batches * config.train.global_batch_size,
+        )
+        for layer in self.layers.values():
+            layer.traffic.reset()
+        return {"val/loss": result.loss, "val/perplexity": result.perplexity}
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state; a collective call."""
+        info: dict[str, Any] = {
+            "updates": self.steps_done - self.skipped_steps,
+            "sequences": self.steps_done * self.config.train.global_batch_size,
+            "config": self.config.model_dump(mode="json"),
+            "data": {prefix: read_prepared(prefix).fingerprint for prefix in self.config.data.weights},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": {"peer_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        state = run_state(self.model, self.engine, self.parallel)
+        return self.store.save(self.steps_done, state, info, self.data.tokenizer)
+
+    def _record(self, metrics: Metrics | None, values: dict[str, float]) -> None:
+        if metrics is not None and values:
+            metrics.write(self.steps_done, values)
+
+    def _any_rank(self, flag: bool) -> bool:
+        """Whether any rank says so: signals reach some ranks a step earlier than others."""
+        told = torch.tensor([float(flag)], device=self.parallel.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told)
+
+    def _introduce(self, console: Console, start: int) -> None:
+        expert = sum(2 * layer.num_experts * layer.dim for layer in self.layers.values())
+        where = f"{self.parallel.world_size} x {self.parallel.device.type}"
+        console.print(
+            f"[bold]peer_dist[/] {self.parameters / 1e6:.1f}M parameters, {expert / 1e6:.1f}M of them in experts; "
+            f"{where}, {str(self.dtype).removeprefix('torch.')}; "
+            + (f"going on from step {start}" if start else "starting at step 0"),
+            highlight=False,
+        )
+
+    def _conclude(self, console: Console) -> None:
+        """The run in a few lines: what it reached and where everything is."""
+        if self.parallel.rank != 0:
+            return
+        folder = Path(self.config.logging.dir)
+        losses = [line for line in read_metrics(folder / "metrics.jsonl") if "val/perplexity" in line]
+        if losses:
+            before, after = losses[0], losses[-1]
+            console.print(
+                f"held-out perplexity  {before['val/perplexity']:.2f} (step {int(before['step'])})  ->  "
+                f"[bold]{after['val/perplexity']:.2f}[/] (step {int(after['step'])})",
+                highlight=False,
+            )
+        console.print(f"checkpoint           {self.store.path(self.steps_done)}", highlight=False)
+        console.print(f"watch it with        tensorboard --logdir {folder}", highlight=False)
+
+
+def _dtype(config: Config, device: torch.device) -> torch.dtype:
+    if config.train.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+

@@ -1,0 +1,67 @@
+"""Joining the other ranks: from torchrun's variables, or alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+class WorldError(RuntimeError):
+    """The ranks that were started do not fit the machine; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that were started together."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """As torchrun says, else a world of one."""
+        if "RANK" not in os.environ:
+            return cls(0, 1, 0, 1)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return cls(rank, size, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    def join(self) -> None:
+        """Choose the device and start torch.distributed: nccl with a GPU per rank, gloo without GPUs.
+
+        Raises:
+            WorldError: fewer GPUs than ranks on this machine.
+        """
+        if torch.cuda.is_available():
+            gpus = torch.cuda.device_count()
+            if self.local_rank >= gpus:
+                raise WorldError(
+                    f"rank {self.rank}: {self.local_world_size} ranks were started on a machine with {gpus} GPU(s); "
+                    "start one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+                )
+            torch.cuda.set_device(self.local_rank)
+            backend = "nccl"
+        else:
+            backend = "gloo"
+            # torchrun sets OMP_NUM_THREADS to 1 whatever the machine has
+            if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
+        if self.world_size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """:meth:`join`, and leave at the end."""
+        self.join()
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

@@ -1,0 +1,488 @@
+"""The Megatron seam: norm, attention, model, schedule, groups and checkpoints, against plain references."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from peer_dist.config import Config
+from peer_dist.megatron import (
+    CheckpointError,
+    Parallel,
+    build_model,
+    checkpoint,
+    cpu,
+    dense_output_std,
+    forward_logits,
+    peer_layers,
+    run_forward_backward,
+    segment_mask,
+    token_losses,
+)
+from peer_dist.megatron.attention import SDPAttention
+from peer_dist.megatron.norm import RMSNorm
+
+from .ranks import run_ranks
+
+VOCAB, EOD, SEQ = 64, 0, 16
+
+
+def make_config(**model: Any) -> Config:
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 64,
+        "seq_length": SEQ,
+    }
+    return Config.model_validate(
+        {
+            "model": {**sizes, "mlp": ["dense", "peer"], **model},
+            "peer": {"num_experts": 64, "heads": 2, "top_k": 4, "key_dim": 8},
+            "data": {"prefix": "unused"},
+        }
+    )
+
+
+def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCAB, (size, SEQ), generator=generator)
+    tokens[0, 5] = EOD
+    mask = (torch.rand(size, SEQ, generator=generator) > 0.2).float()
+    return {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, 1),
+        "loss_mask": mask,
+        "attention_mask": segment_mask(tokens, EOD),
+    }
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    """Megatron's groups of one rank, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        groups = Parallel.initialize()
+        yield groups
+        groups.destroy()
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without CUDA")
+def test_only_megatron_sees_the_stand_in() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    seen, cuda = layers.torch, torch.Tensor.cuda
+    assert cpu.install()
+    assert layers.torch is seen is not torch
+    assert torch.Tensor.cuda is cuda
+    assert seen.cuda.current_device() == torch.device("cpu")
+    assert seen.zeros(2, device="cuda").device == torch.device("cpu")
+    for call in (
+        lambda: torch.zeros(2).cuda(),
+        lambda: torch.zeros(2, device="cuda"),
+        torch.cuda.current_device,
+    ):
+        with pytest.raises((RuntimeError, AssertionError)):
+            call()
+
+
+# ---------------------------------------------------------------- norm and attention
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_rms_norm_is_the_formula(dtype: torch.dtype, tolerance: float) -> None:
+    norm = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=True), 24, eps=1e-5)
+    assert norm.weight.sequence_parallel is True
+    norm.weight.data.uniform_(0.5, 2)
+    x = (3 * torch.randn(5, 2, 24)).to(dtype).requires_grad_()
+    out = norm(x)
+    out.float().square().sum().backward()
+
+    wide = x.detach().double().requires_grad_()
+    expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
+    expected.square().sum().backward()
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def make_attention(**config: Any) -> SDPAttention:
+    plain = {"kv_channels": 8, "attention_dropout": 0.0, "sequence_parallel": False}
+    return SDPAttention(SimpleNamespace(**{**plain, **config}), layer_number=1)
+
+
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("sbnh,tbnh->bnst", q, k) / q.shape[-1] ** 0.5
+    if mask is None:
+        mask = torch.ones(q.shape[0], q.shape[0], dtype=torch.bool).triu(1)
+    return torch.einsum("bnst,tbnh->sbnh", scores.masked_fill(mask, float("-inf")).softmax(-1), v).flatten(2)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_is_the_formula(groups: int, documents: bool) -> None:
+    q, k, v = (
+        torch.randn(SEQ, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, groups, groups)
+    )
+    mask = make_batch()["attention_mask"] if documents else None
+    out, expected = make_attention()(q, k, v, mask), attention_reference(q, k, v, mask)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad((out * weight).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_is_megatrons(parallel: Parallel, documents: bool) -> None:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.enums import AttnMaskType
+
+    config = build_model(make_config(), parallel, VOCAB, torch.float32).config
+    theirs = DotProductAttention(config, 1, AttnMaskType.causal, "self")
+    q, k, v = (torch.randn(SEQ, 2, 2, 16) for _ in range(3))
+    mask = make_batch()["attention_mask"]
+    if not documents:
+        mask = torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1)
+    ours = SDPAttention(config, 1)(q, k, v, mask if documents else None)
+    torch.testing.assert_close(ours, theirs(q, k, v, mask))
+
+
+def test_attention_dropout_uses_the_tracked_stream(parallel: Parallel) -> None:
+    attention = make_attention(attention_dropout=0.5)
+    q, k, v = (torch.randn(SEQ, 1, 2, 8) for _ in range(3))
+    before = torch.get_rng_state()
+    first, second = attention(q, k, v, None), attention(q, k, v, None)
+    assert not torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+    attention.eval()
+    assert torch.equal(attention(q, k, v, None), attention(q, k, v, None))
+
+
+# ---------------------------------------------------------------- documents
+
+
+def test_segment_mask_by_hand() -> None:
+    tokens = torch.tensor([[5, EOD, 6, 7], [EOD, 1, 2, 3]])
+    mask = segment_mask(tokens, EOD)
+    assert mask is not None
+    sees = (~mask[:, 0]).int().tolist()
+    assert sees[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
+    assert sees[1] == torch.ones(4, 4, dtype=torch.int).tril().tolist()
+    assert segment_mask(tokens[1:], EOD) is None
+
+
+def test_documents_do_not_see_each_other(parallel: Parallel) -> None:
+    model = build_model(make_config(), parallel, VOCAB, torch.float32).eval()
+    batch = make_batch()
+    tokens, mask = batch["tokens"], batch["attention_mask"]
+    assert tokens is not None
+    other = tokens.clone()
+    other[0, :5] = other[0, :5] % (VOCAB - 1) + 1  # another first document
+    with torch.no_grad():
+        one, two = (forward_logits(model, x, mask)[0] for x in (tokens, other))
+        assert not torch.allclose(forward_logits(model, other)[0, 5:], forward_logits(model, tokens)[0, 5:])
+    torch.testing.assert_close(one[5:], two[5:])
+    assert not torch.allclose(one[:5], two[:5])
+
+
+# ---------------------------------------------------------------- model and schedule
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_output_std_is_the_dense_layers(parallel: Parallel, activation: str) -> None:
+    config = make_config(hidden_size=128, ffn_hidden_size=512, ffn_activation=activation, mlp="dense")
+    model = build_model(config, parallel, VOCAB, torch.float32)
+    with torch.no_grad():
+        out, bias = model.decoder.layers[0].mlp(torch.randn(512, 1, 128))
+    assert bias is None
+    assert out.std().item() == pytest.approx(dense_output_std(config.model), rel=0.05)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_has_the_configured_parts(parallel: Parallel, tied: bool) -> None:
+    state = torch.get_rng_state()
+    model = build_model(make_config(tied_embeddings=tied), parallel, VOCAB, torch.bfloat16)
+    assert torch.equal(state, torch.get_rng_state())
+    names = dict(model.named_parameters())
+    assert ("output_layer.weight" in names) is not tied
+    assert not [name for name in names if name.endswith("bias") and "peer" not in name]
+    assert list(peer_layers(model)) == [2]
+    assert names["decoder.layers.1.mlp.peer.down"].dtype == torch.float32
+    assert names["decoder.layers.0.mlp.linear_fc1.weight"].dtype == torch.bfloat16
+    batch = make_batch()
+    losses = token_losses(model, batch["tokens"], batch["labels"])
+    assert losses.dtype == torch.float32
+    assert losses.shape == (2, SEQ)
+    logits = forward_logits(model, batch["tokens"]).float()
+    torch.testing.assert_close(
+        F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()), losses.mean(), rtol=1e-2, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_schedule_gradients_are_autograds(parallel: Parallel, tied: bool) -> None:
+    scale = 0.37
+    batches = [make_batch(seed) for seed in range(3)]
+    model = build_model(make_config(tied_embeddings=tied), parallel, VOCAB, torch.float64)
+    sums = run_forward_backward(model, batches, scale)
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model = build_model(make_config(tied_embeddings=tied), parallel, VOCAB, torch.float64)
+    totals = []
+    for batch in batches:
+        logits = forward_logits(model, batch["tokens"], batch["attention_mask"])
+        losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        totals.append((losses * batch["loss_mask"].flatten()).sum())
+        (scale * totals[-1]).backward()
+    torch.testing.assert_close(sums, torch.stack(totals).float(), rtol=1e-5, atol=0)
+    for name, p in model.named_parameters():  # Megatron takes the softmax in float32
+        torch.testing.assert_close(
+            got[name], p.grad, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_forward_only_makes_no_gradients(parallel: Parallel) -> None:
+    model = build_model(make_config(), parallel, VOCAB, torch.float32).eval()
+    batch = make_batch()
+    sums = run_forward_backward(model, [batch], forward_only=True)
+    assert not sums.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    losses = token_losses(model, batch["tokens"], batch["labels"], batch["attention_mask"])
+    torch.testing.assert_close(sums[0], (losses * batch["loss_mask"]).sum())
+
+
+def test_loss_decreases(parallel: Parallel) -> None:
+    model = build_model(make_config(dropout=0.1), parallel, VOCAB, torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch = make_batch(size=4)
+    tokens = batch["loss_mask"].sum()
+    history = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        history.append(run_forward_backward(model, [batch], 1 / tokens) / tokens)
+        optimizer.step()
+    assert history[-1] < 0.5 * history[0], history
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def weights_and_losses(rank: int, world_size: int, expert: int) -> tuple[Any, ...]:
+    groups = Parallel.initialize(expert=expert)
+    torch.rand(rank + 1)  # ranks may have drawn different amounts before
+    model = build_model(make_config(), groups, VOCAB, torch.float32).eval()
+    layer = peer_layers(model)[2]
+    dense = {name: p.detach() for name, p in model.named_parameters() if not name.endswith((".down", ".up"))}
+    batch = make_batch()
+    with torch.no_grad():
+        losses = token_losses(model, batch["tokens"], batch["labels"], batch["attention_mask"])
+    return dense, layer.first_row, layer.down.detach(), layer.up.detach(), losses, torch.rand(4)
+
+
+def test_layouts_agree_on_weights_and_losses() -> None:
+    (one,) = run_ranks(weights_and_losses, 1, 1)
+    for expert in (1, 2):
+        ranks = run_ranks(weights_and_losses, 2, expert)
+        for dense, first_row, down, up, losses, _ in ranks:
+            assert dense.keys() == one[0].keys()
+            assert all(torch.equal(dense[name], one[0][name]) for name in dense)
+            assert torch.equal(down, one[2][first_row : first_row + len(down)])
+            assert torch.equal(up, one[3][first_row : first_row + len(up)])
+            torch.testing.assert_close(losses, one[4], rtol=1e-5, atol=1e-5)
+        assert sum(len(rank[2]) for rank in ranks) == 64 * 2 // expert
+        assert not torch.equal(ranks[0][5], ranks[1][5])  # dropout's streams differ between data ranks
+
+
+def layout(rank: int, world_size: int) -> dict[str, Any]:
+    with pytest.raises(ValueError, match=r"expert x .* \(3\) must divide the number of ranks \(4\)"):
+        Parallel.initialize(expert=3)
+    groups = Parallel.initialize(expert=2)
+    with pytest.raises(RuntimeError, match="exist already"):
+        Parallel.initialize()
+    mpu = groups.mpu
+    answer = {
+        "expert": dist.get_process_group_ranks(groups.expert_group),
+        "copies": dist.get_process_group_ranks(groups.expert_data_group),
+        "data": dist.get_process_group_ranks(groups.data_parallel_group),
+        "ranks": (groups.expert_rank, groups.expert_data_rank, groups.data_parallel_rank),
+        "sizes": (groups.expert_size, groups.expert_data_size, groups.data_parallel_size, groups.tensor_size),
+        "stage": (groups.is_first_stage, groups.is_last_stage, groups.pipeline_size),
+        "mpu": (
+            mpu.get_model_parallel_world_size(),
+            mpu.get_model_parallel_rank(),
+            mpu.get_data_parallel_rank(),
+        ),
+        "mpu data": mpu.get_data_parallel_group_ranks(),
+    }
+    groups.destroy()
+    Parallel.initialize(expert=4).destroy()
+    return answer
+
+
+def test_groups_of_two_experts_by_two_copies() -> None:
+    for rank, answer in enumerate(run_ranks(layout, 4)):
+        assert answer == {
+            "expert": [[0, 1], [2, 3]][rank // 2],
+            "copies": [[0, 2], [1, 3]][rank % 2],
+            "data": [0, 1, 2, 3],
+            "ranks": (rank % 2, rank // 2, rank),
+            "sizes": (2, 2, 4, 1),
+            "stage": (True, True, 1),
+            "mpu": (1, 0, rank),
+            "mpu data": [0, 1, 2, 3],
+        }
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def make_state(model: Any, groups: Parallel) -> dict[str, Any]:
+    """Parameters, buffers, tables, a moment of each, and plain values."""
+    dense = checkpoint.dense_sharded_state(model)
+    parameters = dict(model.named_parameters())
+    moments = {
+        name: checkpoint.like(dense[name], parameters[name].detach() * 2, f"moment.{name}")
+        for name in dense
+        if name in parameters
+    }
+    tables = {}
+    for number, layer in peer_layers(model).items():
+        for table in ("down", "up"):
+            data = getattr(layer, table).detach()
+            for key, value in ((table, data), (f"moment.{table}", data * 3)):
+                key = f"tables.{number}.{key}"
+                tables[key] = checkpoint.table_shard(
+                    key, value, layer.first_row, layer.num_experts, groups.expert_data_rank
+                )
+    return {"dense": dense, "moments": moments, "tables": tables, "step": 7, "notes": {"a": [1, None, "x"]}}
+
+
+def save_state(rank: int, world_size: int, folder: str) -> None:
+    groups = Parallel.initialize(expert=world_size)
+    model = build_model(make_config(), groups, VOCAB, torch.float32)
+    run_forward_backward(model, [make_batch(rank)])  # moves BatchNorm's running statistics
+    checkpoint.save(make_state(model, groups), folder)
+
+
+def load_state(rank: int, world_size: int, folder: str, expert: int) -> tuple[int, torch.Tensor]:
+    groups = Parallel.initialize(expert=expert)
+    model = build_model(make_config(), groups, VOCAB, torch.float32)
+    expected = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)
+    }
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    state = checkpoint.load(make_state(model, groups), folder)
+    assert (state["step"], state["notes"]) == (7, {"a": [1, None, "x"]})
+    layer = peer_layers(model)[2]
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, expected[name]), name  # loaded in place
+        if not name.endswith((".down", ".up")):
+            assert torch.equal(state["dense"][name], tensor), name
+            assert torch.equal(state["moments"][name], 2 * tensor), name
+    for table in ("down", "up"):
+        assert torch.equal(state["tables"][f"tables.2.moment.{table}"], 3 * getattr(layer, table))
+    return layer.down.shape[0], layer.norm.running_mean
+
+
+def test_checkpoint_fits_other_numbers_of_ranks_and_shards(tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoint")
+    run_ranks(save_state, 2, folder)
+    ((rows, mean),) = run_ranks(load_state, 1, folder, 1)
+    assert rows == 64
+    assert mean.abs().max() > 0
+    uneven = run_ranks(load_state, 3, folder, 3)
+    assert sorted(rows for rows, _ in uneven) == [21, 21, 22]
+    assert all(torch.equal(other, mean) for _, other in uneven)
+    assert [rows for rows, _ in run_ranks(load_state, 2, folder, 1)] == [64, 64]
+
+
+@pytest.fixture
+def saved(parallel: Parallel, tmp_path: Path) -> tuple[dict[str, Any], Path]:
+    """A state and the folder it was saved in."""
+    state = make_state(build_model(make_config(), parallel, VOCAB, torch.float32), parallel)
+    checkpoint.save(state, tmp_path / "saved")
+    return state, tmp_path / "saved"
+
+
+def test_dense_state_leaves_the_tables_out(parallel: Parallel) -> None:
+    model = build_model(make_config(), parallel, VOCAB, torch.float32)
+    registered = set(checkpoint.dense_sharded_state(model))
+    for layer in peer_layers(model).values():
+        layer.release_tables()
+    names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    assert registered == set(checkpoint.dense_sharded_state(model)) == names
+    assert not [name for name in names if name.endswith((".down", ".up"))]
+
+
+def test_missing_and_extra_keys_are_named(saved: tuple[dict[str, Any], Path]) -> None:
+    state, folder = saved
+    norm = "decoder.final_layernorm.weight"
+    more = {**state, "new": checkpoint.like(state["dense"][norm], torch.zeros(32), "invented")}
+    with pytest.raises(CheckpointError, match=r"^invented is missing from the checkpoint"):
+        checkpoint.load(more, folder)
+    fewer = {**state, "dense": {name: value for name, value in state["dense"].items() if name != norm}}
+    with pytest.raises(CheckpointError, match=f"^{norm} is in the checkpoint .* but not in the model"):
+        checkpoint.load(fewer, folder)
+    assert norm not in checkpoint.load(fewer, folder, partial=True)["dense"]
+    other = {
+        **state,
+        "dense": {**state["dense"], norm: checkpoint.table_shard(norm, torch.zeros(7), 0, 7, 0)},
+    }
+    with pytest.raises(CheckpointError, match=rf"^{norm} has shape \(32,\) in the checkpoint .* and \(7,\)"):
+        checkpoint.load(other, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("__0_0.distcp", None, "is missing"),
+        ("__0_0.distcp", 1000, "is cut off: 1000 bytes"),
+        ("common.pt", None, "common.pt is missing"),
+        ("common.pt", 100, "common.pt is corrupt"),
+        (".metadata", 100, "metadata is corrupt"),
+        ("metadata.json", None, "is not a complete checkpoint: metadata.json"),
+    ],
+)
+def test_damaged_files_are_named(
+    saved: tuple[dict[str, Any], Path], name: str, size: int | None, message: str
+) -> None:
+    state, folder = saved
+    file = folder / name
+    file.unlink() if size is None else os.truncate(file, size)
+    with pytest.raises(CheckpointError, match=message) as error:
+        checkpoint.load(state, folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_shards_must_cover_the_table(parallel: Parallel, tmp_path: Path) -> None:
+    def shard(rows: int, first_row: int, replica: int = 0) -> Any:
+        return checkpoint.table_shard("table", torch.zeros(rows, 2), first_row, 4, replica)
+
+    checkpoint.save({"a": shard(3, 0), "b": shard(1, 3)}, tmp_path / "whole")
+    for name, state, message in (
+        ("gap", {"a": shard(3, 0)}, "^table is incomplete in the checkpoint"),
+        ("overlap", {"a": shard(3, 0), "b": shard(2, 2)}, "^cannot save the checkpoint .*table"),
+        ("copy", {"a": shard(4, 0, replica=1)}, "^table is missing from the checkpoint"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.save(state, tmp_path / name)
