@@ -23,7 +23,7 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Change single keys of the file.", show_default=False),
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="Change single keys of the file.", show_default=False),
 ]
 
 
@@ -62,12 +62,15 @@ def prepare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the files to write.")],
     inputs: Annotated[
         list[Path] | None,
-        typer.Option("--input", "-i", help="A .txt or .jsonl file, also .gz; repeatable. Default: the text shipped."),
+        typer.Option(
+            "--input", "-i", help="A .txt or .jsonl file, also .gz; repeatable. Default: the text shipped."
+        ),
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More input files.")] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="More input files.")] = None,
     tokenizer: Annotated[str, typer.Option(help="'byte', or a tokenizer.json of Hugging Face.")] = "byte",
     train_bpe: Annotated[
-        int | None, typer.Option(help="First learn a byte-level BPE vocabulary of this size.", show_default=False)
+        int | None,
+        typer.Option(help="First learn a byte-level BPE vocabulary of this size.", show_default=False),
     ] = None,
     max_document: Annotated[
         int, typer.Option(help="Characters after which a .txt is cut into documents, at blank lines.")
@@ -147,7 +150,9 @@ def main() -> None:
             raise
         # every rank finds the same mistake: one says it
         if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True).print(f"[red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+            Console(stderr=True).print(
+                f"[red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
+            )
         raise SystemExit(2) from None
 
 

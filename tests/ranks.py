@@ -32,13 +32,19 @@ def _rank(
     torch.manual_seed(0)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
         )
         result = (True, fn(rank, world_size, *args))
     except BaseException:
         result = (False, traceback.format_exc())
     try:
-        pipe.send_bytes(pickle.dumps(result))  # by value: torch's own pickling would share this process's memory
+        pipe.send_bytes(
+            pickle.dumps(result)
+        )  # by value: torch's own pickling would share this process's memory
     finally:
         pipe.close()
         os._exit(0)  # no teardown: gloo's threads of a failed peer would hang it
@@ -56,7 +62,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         for rank in range(world_size):
             receiver, sender = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_rank, args=(fn, rank, world_size, str(Path(folder) / "store"), args, sender), daemon=True
+                target=_rank,
+                args=(fn, rank, world_size, str(Path(folder) / "store"), args, sender),
+                daemon=True,
             )
             process.start()
             sender.close()
@@ -70,7 +78,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
                 if not ready:
                     missing = [rank for rank in range(world_size) if rank not in results]
-                    raise AssertionError(f"rank(s) {missing} of {world_size} did not finish in {timeout:.0f} s")
+                    raise AssertionError(
+                        f"rank(s) {missing} of {world_size} did not finish in {timeout:.0f} s"
+                    )
                 for pipe in ready:
                     rank = pipes.index(pipe)  # type: ignore[arg-type]
                     try:

@@ -28,10 +28,16 @@ class ModelConfig(Section):
     ffn_activation: Literal["gelu", "swiglu"] = Field("swiglu", description="dense feed-forward activation")
     seq_length: int = Field(128, ge=2, description="tokens per sequence")
     mlp: MLPKind | list[MLPKind] = Field(
-        "dense", description="feed-forward kind, one for all layers or a list with one per layer: dense | peer"
+        "dense",
+        description="feed-forward kind, one for all layers or a list with one per layer: dense | peer",
     )
     tied_embeddings: bool = Field(True, description="input and output embeddings share one matrix")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout after embeddings, attention and feed-forward, and of attention weights")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="dropout after embeddings, attention and feed-forward, and of attention weights",
+    )
 
     @property
     def mlp_kinds(self) -> list[MLPKind]:
@@ -65,7 +71,9 @@ class PEERSection(Section):
     query_norm: Literal["batch", "layer", "rms", "none"] = Field("batch", description="query normalisation")
     gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="router score to gate")
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="the experts' activation")
-    shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
+    shared_keys: bool = Field(
+        True, description="all heads share the product keys (the paper); false: per head"
+    )
     table_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them"
     )
@@ -102,7 +110,9 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor-parallel ranks; only 1 so far")
     pipeline: int = Field(1, ge=1, description="pipeline stages; only 1 so far")
     virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; only 1 so far")
-    sequence: bool = Field(False, description="sequence parallelism within the tensor group; only false so far")
+    sequence: bool = Field(
+        False, description="sequence parallelism within the tensor group; only false so far"
+    )
     expert: int = Field(1, ge=1, description="row shards of each expert table (all-to-all between them)")
     expert_tensor: int = Field(1, ge=1, description="column shards of each expert table; only 1 so far")
 
@@ -115,7 +125,9 @@ class ParallelConfig(Section):
                     "parallelism only; use parallel.expert"
                 )
         if self.sequence:
-            raise ValueError("sequence must be false: it splits the tensor-parallel group, which has one rank")
+            raise ValueError(
+                "sequence must be false: it splits the tensor-parallel group, which has one rank"
+            )
         return self
 
 
@@ -132,13 +144,17 @@ class OptimizerConfig(Section):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
     warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up from 0")
     decay_steps: int = Field(
-        1000, ge=1, description="step at which the cosine reaches its floor; apart from train.steps on purpose, "
-        "so that a longer run has the same schedule"
+        1000,
+        ge=1,
+        description="step at which the cosine reaches its floor; apart from train.steps on purpose, "
+        "so that a longer run has the same schedule",
     )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and biases have none")
-    grad_clip: float = Field(1.0, ge=0, description="global gradient norm to clip at, tables included; 0: never")
+    grad_clip: float = Field(
+        1.0, ge=0, description="global gradient norm to clip at, tables included; 0: never"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

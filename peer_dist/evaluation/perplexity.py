@@ -25,7 +25,9 @@ class HeldOutLoss:
         return math.exp(min(self.loss, 700.0))
 
 
-def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) -> dict[str, torch.Tensor | None]:
+def make_micro_batch(
+    sequences: torch.Tensor, eod: int, device: torch.device
+) -> dict[str, torch.Tensor | None]:
     """What the model takes, from ``sequences: [b, seq_length + 1]`` int64 on the CPU; every token counts."""
     tokens, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
     mask = segment_mask(tokens, eod)

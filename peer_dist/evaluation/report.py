@@ -45,7 +45,10 @@ class Report:
         yield "loss", f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
         yield "perplexity", f"{math.exp(self.loss):.3f}"
         if self.unigram_loss is not None:
-            yield "unigram perplexity", f"{math.exp(self.unigram_loss):.3f} (token frequencies of the training split)"
+            yield (
+                "unigram perplexity",
+                f"{math.exp(self.unigram_loss):.3f} (token frequencies of the training split)",
+            )
         for layer, usage in self.usage.items():
             yield (
                 f"experts, layer {layer}",
@@ -87,7 +90,8 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
                 f"{data_config.split}); evaluate another split, or --split all of another data set"
             )
         usage = {
-            n: ExpertUsage(layer.num_experts, loaded.parallel.device) for n, layer in peer_layers(loaded.model).items()
+            n: ExpertUsage(layer.num_experts, loaded.parallel.device)
+            for n, layer in peer_layers(loaded.model).items()
         }
         for number, layer in peer_layers(loaded.model).items():
             layer.on_route = usage[number]
@@ -108,7 +112,9 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
         tokens=result.tokens,
         loss=result.loss,
         bits_per_byte=result.loss * labels.numel() / math.log(2) / max(1, text_bytes),
-        unigram_loss=None if split == "all" else _unigram(streams, labels, loaded.tokenizer.padded_vocab_size),
+        unigram_loss=None
+        if split == "all"
+        else _unigram(streams, labels, loaded.tokenizer.padded_vocab_size),
         usage=summaries,
     )
 

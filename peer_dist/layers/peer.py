@@ -112,7 +112,13 @@ class PEER(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        self.dim, self.num_experts, self.heads, self.top_k, self.key_dim = dim, num_experts, heads, top_k, key_dim
+        self.dim, self.num_experts, self.heads, self.top_k, self.key_dim = (
+            dim,
+            num_experts,
+            heads,
+            top_k,
+            key_dim,
+        )
         self.gate, self.activation = gate, activation
         self.layout = RowLayout(num_experts, group)
         self.traffic = Traffic()
@@ -123,7 +129,9 @@ class PEER(nn.Module):
         keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
         rows = len(self.layout.rows)
         self.query = nn.Linear(dim, heads * key_dim, bias=False, **place)  # type: ignore[arg-type]
-        self.norm = make_query_norm(query_norm, heads, key_dim, data_group if data_group is not None else group)
+        self.norm = make_query_norm(
+            query_norm, heads, key_dim, data_group if data_group is not None else group
+        )
         self.norm.to(**place)  # type: ignore[call-overload]
         self.keys = nn.Parameter(torch.empty(keys_shape, **place))  # type: ignore[arg-type]
         table_dtype = table_dtype or self.keys.dtype
@@ -173,7 +181,9 @@ class PEER(nn.Module):
             drawn = torch.empty(end - begin, self.dim, device=table.device)
             drawn.normal_(0, std, generator=generator)
             mine = range(max(begin, rows.start), min(end, rows.stop))
-            table[mine.start - rows.start : mine.stop - rows.start] = drawn[mine.start - begin : mine.stop - begin]
+            table[mine.start - rows.start : mine.stop - rows.start] = drawn[
+                mine.start - begin : mine.stop - begin
+            ]
 
     def release_tables(self) -> None:
         """Take ``down`` and ``up`` out of the module's parameters; they stay attributes of the same names.

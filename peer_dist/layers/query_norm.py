@@ -55,7 +55,12 @@ class QueryBatchNorm(nn.Module):
     running_var: Tensor
 
     def __init__(
-        self, heads: int, key_dim: int, group: dist.ProcessGroup | None, eps: float = 1e-5, momentum: float = 0.1
+        self,
+        heads: int,
+        key_dim: int,
+        group: dist.ProcessGroup | None,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
     ) -> None:
         super().__init__()
         self.group, self.eps, self.momentum = group, eps, momentum
@@ -108,7 +113,11 @@ class QueryVectorNorm(nn.Module):
         """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
         x = _at_least_float32(query)
         width = (x.shape[-1],)
-        x = F.layer_norm(x, width, eps=self.eps) if self.kind == "layer" else F.rms_norm(x, width, eps=self.eps)
+        x = (
+            F.layer_norm(x, width, eps=self.eps)
+            if self.kind == "layer"
+            else F.rms_norm(x, width, eps=self.eps)
+        )
         x = x * self.weight.view(query.shape[1:]).to(x.dtype)
         if self.bias is not None:
             x = x + self.bias.view(query.shape[1:]).to(x.dtype)

@@ -99,7 +99,9 @@ class Trainer:
             self._resume(resumed[-1])
 
         self.times = StepTimes(self.parallel.device)
-        self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
+        self.usage = {
+            n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()
+        }
 
     def _make_engine(self) -> ZeroEngine:
         tables = {
@@ -142,7 +144,9 @@ class Trainer:
             return
         metrics = Metrics(Path(config.logging.dir), start) if lead else None
         if metrics is not None and start == 0:
-            metrics.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
+            metrics.text(
+                "config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```"
+            )
         if start == 0:
             self._record(metrics, self._validate())
         saved = start
@@ -169,7 +173,9 @@ class Trainer:
             metrics.close()
         if stopped:
             assert saved == self.steps_done
-            console.print(f"stopped at step {self.steps_done} by a signal; the same command goes on from there")
+            console.print(
+                f"stopped at step {self.steps_done} by a signal; the same command goes on from there"
+            )
         self._conclude(console)
 
     def step(self) -> dict[str, float]:
@@ -272,7 +278,11 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "data": {prefix: read_prepared(prefix).fingerprint for prefix in self.config.data.weights},
             "dtype": str(self.dtype).removeprefix("torch."),
-            "versions": {"peer_dist": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "peer_dist": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         state = run_state(self.model, self.engine, self.parallel)
         return self.store.save(self.steps_done, state, info, self.data.tokenizer)
@@ -326,5 +336,3 @@ def _peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ from peer_dist.optim import TableAdam
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -104,7 +106,9 @@ class ZeroEngine:
         }
         if dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True}
-        os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
+        os.environ.setdefault(
+            "LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        )
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=adam, config=config, mpu=mpu, dist_init_required=False
