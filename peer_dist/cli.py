@@ -62,9 +62,7 @@ def prepare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the files to write.")],
     inputs: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--input", "-i", help="A .txt or .jsonl file, also .gz; repeatable. Default: the text shipped."
-        ),
+        typer.Option("--input", "-i", help="A .txt or .jsonl file, also .gz; repeatable. Default: the text shipped."),
     ] = None,
     more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="More input files.")] = None,
     tokenizer: Annotated[str, typer.Option(help="'byte', or a tokenizer.json of Hugging Face.")] = "byte",
@@ -150,9 +148,7 @@ def main() -> None:
             raise
         # every rank finds the same mistake: one says it
         if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True).print(
-                f"[red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True
-            )
+            Console(stderr=True).print(f"[red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 

@@ -10,5 +10,4 @@ import torch
 
 torch.set_num_threads(1)
 
-import peer_dist.layers
-import peer_dist.training  # noqa: F401  Megatron-core and DeepSpeed with it
+import peer_dist.training  # noqa: E402, F401  Megatron-core and DeepSpeed with it

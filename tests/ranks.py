@@ -42,9 +42,7 @@ def _rank(
     except BaseException:
         result = (False, traceback.format_exc())
     try:
-        pipe.send_bytes(
-            pickle.dumps(result)
-        )  # by value: torch's own pickling would share this process's memory
+        pipe.send_bytes(pickle.dumps(result))  # by value: torch's own pickling would share this process's memory
     finally:
         pipe.close()
         os._exit(0)  # no teardown: gloo's threads of a failed peer would hang it
@@ -78,9 +76,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
                 if not ready:
                     missing = [rank for rank in range(world_size) if rank not in results]
-                    raise AssertionError(
-                        f"rank(s) {missing} of {world_size} did not finish in {timeout:.0f} s"
-                    )
+                    raise AssertionError(f"rank(s) {missing} of {world_size} did not finish in {timeout:.0f} s")
                 for pipe in ready:
                     rank = pipes.index(pipe)  # type: ignore[arg-type]
                     try:

@@ -243,9 +243,7 @@ def test_training_a_vocabulary(tmp_path: Path, bpe: Path) -> None:
     assert [own.decode(ids[:-1]) for ids in documents_of(tmp_path / "own")] == [prose(1, 100)]
     summary = prepare([source], tmp_path / "given", tokenizer=str(bpe), console=quiet())
     assert (summary.vocab_size, summary.tokenizer) == (512, str(bpe))
-    assert [load_tokenizer(str(bpe)).decode(ids[:-1]) for ids in documents_of(tmp_path / "given")] == [
-        prose(1, 100)
-    ]
+    assert [load_tokenizer(str(bpe)).decode(ids[:-1]) for ids in documents_of(tmp_path / "given")] == [prose(1, 100)]
     with pytest.raises(DataError, match="not both"):
         prepare([source], tmp_path / "x", tokenizer=str(bpe), train_bpe=300)
 
@@ -418,9 +416,7 @@ def test_order_depends_on_data_and_seed_only(shared: Path) -> None:
 def test_blend_keeps_its_weights_and_is_prefix_stable(tmp_path: Path, shared: Path) -> None:
     prefixes = [shared]
     for number, paragraphs in ((1, 12), (2, 20)):
-        source = write_lines(
-            tmp_path / f"{number}.jsonl", [prose(100 * number + n, paragraphs) for n in range(9)]
-        )
+        source = write_lines(tmp_path / f"{number}.jsonl", [prose(100 * number + n, paragraphs) for n in range(9)])
         prepare([source], tmp_path / str(number), console=quiet())
         prefixes.append(tmp_path / str(number))
     weights = [5.0, 3.0, 2.0]

@@ -34,9 +34,7 @@ def plain_peer(layer, x, query_norm):
         flat = (flat - flat.mean(0)) / torch.sqrt(flat.var(0, unbiased=False) + 1e-5)
         query = (flat * layer.norm.weight + layer.norm.bias).view_as(query)
     elif query_norm == "layer":
-        query = (query - query.mean(-1, keepdim=True)) / torch.sqrt(
-            query.var(-1, unbiased=False, keepdim=True) + 1e-5
-        )
+        query = (query - query.mean(-1, keepdim=True)) / torch.sqrt(query.var(-1, unbiased=False, keepdim=True) + 1e-5)
         query = query * layer.norm.weight.view(layer.heads, -1) + layer.norm.bias.view(layer.heads, -1)
     elif query_norm == "rms":
         query = query / torch.sqrt(query.square().mean(-1, keepdim=True) + 1e-5)
@@ -101,9 +99,7 @@ def test_batch_norm_like_torch():
     twin = torch.nn.BatchNorm1d(8, dtype=torch.float64)
     for _ in range(3):
         query = torch.randn(13, 2, 4, dtype=torch.float64)
-        torch.testing.assert_close(
-            layer.norm(query), twin(query.flatten(1)).view_as(query), rtol=1e-9, atol=1e-9
-        )
+        torch.testing.assert_close(layer.norm(query), twin(query.flatten(1)).view_as(query), rtol=1e-9, atol=1e-9)
     layer.norm.eval(), twin.eval()
     query = torch.randn(5, 2, 4, dtype=torch.float64)
     torch.testing.assert_close(layer.norm(query), twin(query.flatten(1)).view_as(query), rtol=1e-6, atol=1e-6)

@@ -121,9 +121,7 @@ def make_attention(**config: Any) -> SDPAttention:
     return SDPAttention(SimpleNamespace(**{**plain, **config}), layer_number=1)
 
 
-def attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores = torch.einsum("sbnh,tbnh->bnst", q, k) / q.shape[-1] ** 0.5
@@ -135,9 +133,7 @@ def attention_reference(
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("documents", [False, True])
 def test_attention_is_the_formula(groups: int, documents: bool) -> None:
-    q, k, v = (
-        torch.randn(SEQ, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, groups, groups)
-    )
+    q, k, v = (torch.randn(SEQ, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, groups, groups))
     mask = make_batch()["attention_mask"] if documents else None
     out, expected = make_attention()(q, k, v, mask), attention_reference(q, k, v, mask)
     torch.testing.assert_close(out, expected)
@@ -253,9 +249,7 @@ def test_schedule_gradients_are_autograds(parallel: Parallel, tied: bool) -> Non
         (scale * totals[-1]).backward()
     torch.testing.assert_close(sums, torch.stack(totals).float(), rtol=1e-5, atol=0)
     for name, p in model.named_parameters():  # Megatron takes the softmax in float32
-        torch.testing.assert_close(
-            got[name], p.grad, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_forward_only_makes_no_gradients(parallel: Parallel) -> None:
@@ -384,9 +378,7 @@ def save_state(rank: int, world_size: int, folder: str) -> None:
 def load_state(rank: int, world_size: int, folder: str, expert: int) -> tuple[int, torch.Tensor]:
     groups = Parallel.initialize(expert=expert)
     model = build_model(make_config(), groups, VOCAB, torch.float32)
-    expected = {
-        name: tensor.clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)
-    }
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
@@ -462,9 +454,7 @@ def test_missing_and_extra_keys_are_named(saved: tuple[dict[str, Any], Path]) ->
         ("metadata.json", None, "is not a complete checkpoint: metadata.json"),
     ],
 )
-def test_damaged_files_are_named(
-    saved: tuple[dict[str, Any], Path], name: str, size: int | None, message: str
-) -> None:
+def test_damaged_files_are_named(saved: tuple[dict[str, Any], Path], name: str, size: int | None, message: str) -> None:
     state, folder = saved
     file = folder / name
     file.unlink() if size is None else os.truncate(file, size)

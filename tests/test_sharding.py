@@ -128,9 +128,7 @@ def test_bytes_sent_are_those_of_the_formula():
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    tokens=st.integers(0, 6), picks=st.integers(1, 12), experts=st.integers(1, 20), seed=st.integers(0, 2**20)
-)
+@given(tokens=st.integers(0, 6), picks=st.integers(1, 12), experts=st.integers(1, 20), seed=st.integers(0, 2**20))
 def test_merging_adds_gates(tokens, picks, experts, seed):
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(experts, (tokens, picks), generator=generator)

@@ -17,7 +17,8 @@ def key_tables() -> Iterator[Table]:
     """One table per section: key, type, default, meaning."""
     for name, field in Config.model_fields.items():
         section = field.annotation
-        assert isinstance(section, type) and issubclass(section, Section)
+        assert isinstance(section, type)
+        assert issubclass(section, Section)
         table = Table(
             title=f"{name}: {(section.__doc__ or '').strip().splitlines()[0]}",
             title_justify="left",

@@ -71,9 +71,7 @@ class PEERSection(Section):
     query_norm: Literal["batch", "layer", "rms", "none"] = Field("batch", description="query normalisation")
     gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="router score to gate")
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="the experts' activation")
-    shared_keys: bool = Field(
-        True, description="all heads share the product keys (the paper); false: per head"
-    )
+    shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
     table_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them"
     )
@@ -84,8 +82,7 @@ class PEERSection(Section):
         root = math.isqrt(value)
         if root * root != value:
             raise ValueError(
-                f"must be the square of a whole number; {value} is not, "
-                f"{root**2} and {(root + 1) ** 2} are the nearest"
+                f"must be the square of a whole number; {value} is not, {root**2} and {(root + 1) ** 2} are the nearest"
             )
         return value
 
@@ -110,9 +107,7 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor-parallel ranks; only 1 so far")
     pipeline: int = Field(1, ge=1, description="pipeline stages; only 1 so far")
     virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; only 1 so far")
-    sequence: bool = Field(
-        False, description="sequence parallelism within the tensor group; only false so far"
-    )
+    sequence: bool = Field(False, description="sequence parallelism within the tensor group; only false so far")
     expert: int = Field(1, ge=1, description="row shards of each expert table (all-to-all between them)")
     expert_tensor: int = Field(1, ge=1, description="column shards of each expert table; only 1 so far")
 
@@ -125,9 +120,7 @@ class ParallelConfig(Section):
                     "parallelism only; use parallel.expert"
                 )
         if self.sequence:
-            raise ValueError(
-                "sequence must be false: it splits the tensor-parallel group, which has one rank"
-            )
+            raise ValueError("sequence must be false: it splits the tensor-parallel group, which has one rank")
         return self
 
 
@@ -152,16 +145,12 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and biases have none")
-    grad_clip: float = Field(
-        1.0, ge=0, description="global gradient norm to clip at, tables included; 0: never"
-    )
+    grad_clip: float = Field(1.0, ge=0, description="global gradient norm to clip at, tables included; 0: never")
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
         if self.warmup_steps >= self.decay_steps:
-            raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must be less than decay_steps ({self.decay_steps})"
-            )
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than decay_steps ({self.decay_steps})")
         return self
 
 
@@ -269,6 +258,4 @@ class Config(Section):
 
     def num_micro_batches(self, world_size: int) -> int:
         """Forward passes per rank and step (gradient accumulation)."""
-        return self.train.global_batch_size // (
-            self.train.micro_batch_size * self.data_parallel_size(world_size)
-        )
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))

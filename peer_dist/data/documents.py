@@ -147,9 +147,7 @@ def _json_documents(path: Path, blocks: Iterator[str]) -> Iterator[str]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            )
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise DataError(f"{path}: line {number}: is not valid JSON ({reason})") from None
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):

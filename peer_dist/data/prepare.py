@@ -80,9 +80,7 @@ def prepare(
     if train_bpe is not None and tokenizer != "byte":
         raise DataError(f"either train a BPE vocabulary (--train-bpe) or use {tokenizer}, not both")
     if output.is_dir() or not output.name:
-        raise DataError(
-            f"{output}: is a folder; give a prefix for the files to write, such as {output / 'text'}"
-        )
+        raise DataError(f"{output}: is a folder; give a prefix for the files to write, such as {output / 'text'}")
     present = [f"{output}{ending}" for ending in _ENDINGS if os.path.exists(f"{output}{ending}")]
     if present and not force:
         raise DataError(f"{present[0]}: is there already; choose another output or replace it with --force")
@@ -188,9 +186,7 @@ def _tokenized(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[n
     yield from flush()
 
 
-def _learn(
-    paths: list[Path], vocab_size: int, folder: Path, max_document: int, progress: Progress
-) -> TextTokenizer:
+def _learn(paths: list[Path], vocab_size: int, folder: Path, max_document: int, progress: Progress) -> TextTokenizer:
     task = progress.add_task("learn BPE", total=_total(paths), note="")
     file = folder / "bpe.json"
     learned = learn_bpe(paths, vocab_size, file, max_document, lambda count: progress.advance(task, count))

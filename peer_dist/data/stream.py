@@ -99,9 +99,7 @@ class TokenStream(Stream):
         if cached is None or cached[0] != epoch:
             # RandomState: NumPy promises that its streams never change
             low, high = self._seed % 2**32, self._seed // 2**32 % 2**32
-            order = np.random.RandomState([low, high, dataset, epoch]).permutation(
-                len(self.datasets[dataset])
-            )
+            order = np.random.RandomState([low, high, dataset, epoch]).permutation(len(self.datasets[dataset]))
             cached = self._orders[dataset] = (epoch, order)
         return cached[1]
 

@@ -25,9 +25,7 @@ class HeldOutLoss:
         return math.exp(min(self.loss, 700.0))
 
 
-def make_micro_batch(
-    sequences: torch.Tensor, eod: int, device: torch.device
-) -> dict[str, torch.Tensor | None]:
+def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) -> dict[str, torch.Tensor | None]:
     """What the model takes, from ``sequences: [b, seq_length + 1]`` int64 on the CPU; every token counts."""
     tokens, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
     mask = segment_mask(tokens, eod)
@@ -65,7 +63,7 @@ def held_out_loss(
             mask = batch["loss_mask"]
             assert mask is not None
             mask.mul_(real[:, None])
-            total[0] += run_forward_backward(model, [batch], forward_only=True).sum()  # type: ignore[arg-type]
+            total[0] += run_forward_backward(model, [batch], forward_only=True).sum()
             total[1] += mask.sum()
     finally:
         model.train(was_training)

@@ -90,8 +90,7 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
                 f"{data_config.split}); evaluate another split, or --split all of another data set"
             )
         usage = {
-            n: ExpertUsage(layer.num_experts, loaded.parallel.device)
-            for n, layer in peer_layers(loaded.model).items()
+            n: ExpertUsage(layer.num_experts, loaded.parallel.device) for n, layer in peer_layers(loaded.model).items()
         }
         for number, layer in peer_layers(loaded.model).items():
             layer.on_route = usage[number]
@@ -112,9 +111,7 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
         tokens=result.tokens,
         loss=result.loss,
         bits_per_byte=result.loss * labels.numel() / math.log(2) / max(1, text_bytes),
-        unigram_loss=None
-        if split == "all"
-        else _unigram(streams, labels, loaded.tokenizer.padded_vocab_size),
+        unigram_loss=None if split == "all" else _unigram(streams, labels, loaded.tokenizer.padded_vocab_size),
         usage=summaries,
     )
 

@@ -48,9 +48,7 @@ def expert_mix(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, 
 
 class _ExpertMix(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str) -> Tensor:
         with span("experts"):
             x = x.contiguous()
             ops = _backend(x, down, up)
@@ -62,7 +60,7 @@ class _ExpertMix(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, gate, down, up = ctx.saved_tensors
         picks = ctx.picks
         with span("experts"):

@@ -125,15 +125,12 @@ class PEER(nn.Module):
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
         """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass, if set."""
 
-        place = {"device": device, "dtype": dtype}
         keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
         rows = len(self.layout.rows)
-        self.query = nn.Linear(dim, heads * key_dim, bias=False, **place)  # type: ignore[arg-type]
-        self.norm = make_query_norm(
-            query_norm, heads, key_dim, data_group if data_group is not None else group
-        )
-        self.norm.to(**place)  # type: ignore[call-overload]
-        self.keys = nn.Parameter(torch.empty(keys_shape, **place))  # type: ignore[arg-type]
+        self.query = nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype)
+        self.norm = make_query_norm(query_norm, heads, key_dim, data_group if data_group is not None else group)
+        self.norm.to(device=device, dtype=dtype)
+        self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
         table_dtype = table_dtype or self.keys.dtype
         self.down = nn.Parameter(torch.empty(rows, dim, device=device, dtype=table_dtype))
         self.up = nn.Parameter(torch.empty(rows, dim, device=device, dtype=table_dtype))
@@ -168,9 +165,7 @@ class PEER(nn.Module):
         query = torch.randn(64, self.heads, self.key_dim, generator=generator, device=self.keys.device)
         indices, scores = retrieve(query, self.keys.float(), self.top_k)
         gates, indices = GATES[self.gate](scores).flatten(1), indices.flatten(1)
-        energy = sum(
-            float((g[:, None] * g * (index[:, None] == index)).sum()) for g, index in zip(gates, indices)
-        )
+        energy = sum(float((g[:, None] * g * (index[:, None] == index)).sum()) for g, index in zip(gates, indices))
         return max(energy / len(gates), 1e-12)
 
     def _draw_rows(self, table: Tensor, std: float, seed: int) -> None:
@@ -181,9 +176,7 @@ class PEER(nn.Module):
             drawn = torch.empty(end - begin, self.dim, device=table.device)
             drawn.normal_(0, std, generator=generator)
             mine = range(max(begin, rows.start), min(end, rows.stop))
-            table[mine.start - rows.start : mine.stop - rows.start] = drawn[
-                mine.start - begin : mine.stop - begin
-            ]
+            table[mine.start - rows.start : mine.stop - rows.start] = drawn[mine.start - begin : mine.stop - begin]
 
     def release_tables(self) -> None:
         """Take ``down`` and ``up`` out of the module's parameters; they stay attributes of the same names.

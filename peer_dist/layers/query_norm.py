@@ -31,7 +31,7 @@ class _SumOverRanks(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dy = dy.contiguous().clone()
         dist.all_reduce(dy, group=ctx.group)
         return dy, None
@@ -113,11 +113,7 @@ class QueryVectorNorm(nn.Module):
         """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
         x = _at_least_float32(query)
         width = (x.shape[-1],)
-        x = (
-            F.layer_norm(x, width, eps=self.eps)
-            if self.kind == "layer"
-            else F.rms_norm(x, width, eps=self.eps)
-        )
+        x = F.layer_norm(x, width, eps=self.eps) if self.kind == "layer" else F.rms_norm(x, width, eps=self.eps)
         x = x * self.weight.view(query.shape[1:]).to(x.dtype)
         if self.bias is not None:
             x = x + self.bias.view(query.shape[1:]).to(x.dtype)

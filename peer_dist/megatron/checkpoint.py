@@ -54,9 +54,7 @@ def dense_sharded_state(model: GPTModel) -> dict[str, Sharded]:
     }
 
 
-def table_shard(
-    key: str, tensor: torch.Tensor, first_row: int, num_experts: int, replica_id: int
-) -> ShardedTensor:
+def table_shard(key: str, tensor: torch.Tensor, first_row: int, num_experts: int, replica_id: int) -> ShardedTensor:
     """Rows ``first_row`` onward of the table ``key``.
 
     Args:
@@ -221,9 +219,7 @@ def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, part
     for key, (shape, may_differ) in wanted.items():
         there = stored[key].size
         if not may_differ and tuple(there) != tuple(shape):
-            return (
-                f"{key} has shape {tuple(there)} in the checkpoint {folder} and {tuple(shape)} in the model"
-            )
+            return f"{key} has shape {tuple(there)} in the checkpoint {folder} and {tuple(shape)} in the model"
         if sum(chunk.sizes.numel() for chunk in stored[key].chunks) != there.numel():
             return f"{key} is incomplete in the checkpoint {folder}"
     sizes: dict[str, int] = {}

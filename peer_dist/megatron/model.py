@@ -99,9 +99,7 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
     )
 
 
-def _peer_arguments(
-    config: Config, parallel: Parallel, dtype: torch.dtype, layer_number: int
-) -> dict[str, Any]:
+def _peer_arguments(config: Config, parallel: Parallel, dtype: torch.dtype, layer_number: int) -> dict[str, Any]:
     return {
         "dim": config.model.hidden_size,
         **config.peer.model_dump(exclude={"table_dtype"}),
@@ -205,9 +203,7 @@ def segment_mask(tokens: torch.Tensor, eod: int) -> torch.Tensor | None:
     return ((segment[:, :, None] != segment[:, None, :]) | future).unsqueeze(1)
 
 
-def forward_logits(
-    model: GPTModel, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def forward_logits(model: GPTModel, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Next-token logits ``[b, s, vocab]`` (padding rows included) of ``tokens: int64 [b, s]``.
 
     Needs the whole model on every rank (one pipeline stage). Gradients and dropout are the caller's.

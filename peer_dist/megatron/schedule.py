@@ -35,9 +35,7 @@ def run_forward_backward(
         stage; an empty tensor on the others. Nothing here waits for the GPU.
     """
 
-    def forward_step(
-        batches: Iterator[MicroBatch], model: GPTModel
-    ) -> tuple[torch.Tensor, Callable[..., Any]]:
+    def forward_step(batches: Iterator[MicroBatch], model: GPTModel) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
         losses = model(batch["tokens"], None, batch.get("attention_mask"), labels=batch["labels"])
 

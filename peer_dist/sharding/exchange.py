@@ -192,7 +192,7 @@ class _Dispatch(torch.autograd.Function):
             return plan.rows_to_owners(x), plan.picks_to_owners(gate)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor, dgate: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor, dgate: Tensor) -> tuple[Tensor, Tensor, None]:
         with span("combine"):
             return ctx.plan.rows_to_homes(dx), ctx.plan.picks_to_homes(dgate), None
 
@@ -205,6 +205,6 @@ class _Combine(torch.autograd.Function):
             return plan.rows_to_homes(y)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         with span("dispatch"):
             return ctx.plan.rows_to_owners(dy), None

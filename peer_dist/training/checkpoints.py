@@ -109,9 +109,7 @@ class CheckpointStore:
         """Steps with a complete checkpoint, ascending."""
         if not self.folder.is_dir():
             return []
-        found = (
-            _NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if (entry / MANIFEST).is_file()
-        )
+        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if (entry / MANIFEST).is_file())
         return sorted(int(match.group(1)) for match in found if match)
 
     def path(self, step: int) -> Path:
@@ -178,9 +176,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         return path
     store = CheckpointStore(path)
     if not store.steps():
-        raise CheckpointError(
-            f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with {MANIFEST})"
-        )
+        raise CheckpointError(f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with {MANIFEST})")
     return store.path(store.steps()[-1])
 
 

@@ -99,9 +99,7 @@ class Trainer:
             self._resume(resumed[-1])
 
         self.times = StepTimes(self.parallel.device)
-        self.usage = {
-            n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()
-        }
+        self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
 
     def _make_engine(self) -> ZeroEngine:
         tables = {
@@ -144,9 +142,7 @@ class Trainer:
             return
         metrics = Metrics(Path(config.logging.dir), start) if lead else None
         if metrics is not None and start == 0:
-            metrics.text(
-                "config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```"
-            )
+            metrics.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
         if start == 0:
             self._record(metrics, self._validate())
         saved = start
@@ -173,9 +169,7 @@ class Trainer:
             metrics.close()
         if stopped:
             assert saved == self.steps_done
-            console.print(
-                f"stopped at step {self.steps_done} by a signal; the same command goes on from there"
-            )
+            console.print(f"stopped at step {self.steps_done} by a signal; the same command goes on from there")
         self._conclude(console)
 
     def step(self) -> dict[str, float]:
@@ -247,7 +241,7 @@ class Trainer:
 
     def _usage_values(self) -> dict[str, float]:
         """Expert usage since the last call, per layer."""
-        values = {}
+        values: dict[str, float] = {}
         for number, usage in self.usage.items():
             summary = usage.summary(self.parallel.expert_size, self.parallel.data_parallel_group)
             values |= {f"experts/layer{number}_{name}": value for name, value in asdict(summary).items()}

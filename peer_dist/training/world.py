@@ -30,9 +30,7 @@ class World:
         if "RANK" not in os.environ:
             return cls(0, 1, 0, 1)
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(
-            rank, size, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        )
+        return cls(rank, size, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def join(self) -> None:
         """Choose the device and start torch.distributed: nccl with a GPU per rank, gloo without GPUs.

@@ -106,9 +106,7 @@ class ZeroEngine:
         }
         if dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True}
-        os.environ.setdefault(
-            "LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0)
-        )
+        os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=adam, config=config, mpu=mpu, dist_init_required=False
