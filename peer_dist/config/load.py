@@ -119,7 +119,9 @@ def _section(parts: Sequence[str]) -> type[BaseModel]:
 
 
 def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # a misspelt key first: it may be why another one is missing
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # pydantic adds the branch of a union to the location; keep what the user wrote
     location = [str(part) for part in first["loc"]]
     parts: list[str] = []

@@ -1,0 +1,43 @@
+"""What tests share: prepared real text and a small config that trains in a blink."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Prefix of the shipped text, prepared with the byte tokenizer."""
+    from peer_dist.data.prepare import prepare
+
+    prefix = tmp_path_factory.mktemp("data") / "shakespeare"
+    prepare(None, prefix)
+    return prefix
+
+
+@pytest.fixture
+def small(text, tmp_path) -> dict:
+    """A config as plain values: two PEER layers among three, every part of the training step in use."""
+    return {
+        "model": {
+            "num_layers": 3,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "ffn_hidden_size": 48,
+            "seq_length": 32,
+            "mlp": ["peer", "dense", "peer"],
+        },
+        "peer": {"num_experts": 225, "heads": 3, "top_k": 4, "key_dim": 8},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 3, "decay_steps": 40, "grad_clip": 0.5},
+        "table_optimizer": {"lr": 2e-3, "weight_decay": 0.01},
+        "data": {"prefix": str(text)},
+        "train": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 16, "seed": 5, "precision": "fp32"},
+        "evaluation": {"interval": 5, "batches": 2},
+        "checkpoint": {"dir": str(tmp_path / "checkpoints"), "interval": 4},
+        "logging": {"dir": str(tmp_path / "logs"), "interval": 5},
+    }

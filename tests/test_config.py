@@ -1,0 +1,109 @@
+"""Mistakes in a config: one sentence with file and key, before anything is started."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from peer_dist.config import ConfigError, check_world, load_config, parse_config
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("model: {hiden_size: 3}", [], "run.yaml: model.hiden_size: unknown key; did you mean hidden_size?"),
+        ("modle: {}", [], "run.yaml: modle: unknown key; did you mean model?"),
+        ("", [], "run.yaml: data: is missing; it has no default"),
+        ("data: {}", [], "run.yaml: data: give exactly one of prefix and blend"),
+        ("data: {prefix: a, blend: {b: 1}}", [], "run.yaml: data: give exactly one of prefix and blend"),
+        ("data: {blend: {a: 0}}", [], "run.yaml: data.blend: needs at least one prefix, and every weight above 0"),
+        ("data: {prefix: a, split: '1,2'}", [], "data.split: must be three numbers such as 90,5,5"),
+        ("peer: {num_experts: 1000}", [], "run.yaml: peer.num_experts: must be the square of a whole number; 1000"),
+        ("peer: {num_experts: 16}", [], "run.yaml: peer: top_k (16) must be at most sqrt(num_experts) (4)"),
+        ("peer: {key_dim: 7}", [], "run.yaml: peer.key_dim: must be even"),
+        ("peer: {gate: tanh}", [], "run.yaml: peer.gate: input should be 'softmax', 'sigmoid' or 'relu'; got 'tanh'"),
+        ("model: {hidden_size: 10}", [], "run.yaml: model: hidden_size (10) must be a multiple of"),
+        ("model: {mlp: [peer]}", [], "run.yaml: model: mlp lists 1 kinds for 4 layers"),
+        ("model: {mlp: moe}", [], "run.yaml: model.mlp: input should be 'dense' or 'peer'; got 'moe'"),
+        ("parallel: {tensor: 2}", [], "run.yaml: parallel: tensor must be 1 (got 2)"),
+        ("zero: {stage: 2}", [], "run.yaml: zero.stage: input should be 1; got 2"),
+        ("optimizer: {lr: fast}", [], "run.yaml: optimizer.lr: input should be a valid number"),
+        ("optimizer: {warmup_steps: 9, decay_steps: 9}", [], "warmup_steps (9) must be less than decay_steps (9)"),
+        ("model: [", [], "run.yaml: is not valid YAML at line 1"),
+        ("- model", [], "run.yaml: must hold sections such as 'model:', not a list"),
+        ("data: {prefix: a}", ["train.steps=0"], "command line (train.steps=0): train.steps: input should be greater"),
+        ("data: {prefix: a}", ["train.stepz=1"], "command line (train.stepz=1): train.stepz: unknown key"),
+        ("data: {prefix: a}", ["steps"], "command line: 'steps' is not of the form section.key=value"),
+        ("data: {prefix: a}", ["data.prefix.x=1"], "'prefix' is a value, not a section"),
+    ],
+)
+def test_one_sentence_with_file_and_key(tmp_path, text, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text, *overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_overrides_are_yaml_and_win(tmp_path):
+    config = load(tmp_path, "data: {prefix: a}\nmodel: {num_layers: 2}", "model.mlp=[peer, dense]", "peer.heads=3")
+    assert config.model.mlp_kinds == ["peer", "dense"]
+    assert config.peer.heads == 3
+    assert load(tmp_path, yaml.safe_dump(config.model_dump(mode="json"))) == config, "a dumped config loads again"
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "message"),
+    [
+        ({"parallel": {"expert": 2}}, 3, "parallel.expert: 2 does not divide the 3 rank(s)"),
+        ({"train": {"global_batch_size": 12}}, 1, "train.global_batch_size: 12 is not a multiple of"),
+        ({"train": {"global_batch_size": 16}}, 4, "train.global_batch_size: 16 is not a multiple of"),
+        ({"parallel": {"expert": 9}, "peer": {"num_experts": 4, "top_k": 2}}, 9, "9 shards for 4 experts"),
+    ],
+)
+def test_worlds_that_do_not_fit(sections, world_size, message):
+    config = parse_config({"data": {"prefix": "a"}, **sections}, "test")
+    with pytest.raises(ConfigError) as error:
+        check_world(config, world_size)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {prefix: a}\npeer: {num_experts: 5}", "peer.num_experts: must be the square"),
+        ("data: {prefix: nowhere}", "peer-dist prepare"),
+        ("data: {prefix: a}\nparallel: {expert: 2}", "parallel.expert: 2 does not divide the 1 rank(s)"),
+    ],
+)
+def test_the_command_says_so_and_leaves(tmp_path, text, message):
+    """Exit code 2, the sentence alone on stderr, and no process group (it would write where there is no such host)."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    begin = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "peer_dist", "train", "--config", str(path)], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2, time.monotonic() - begin
+    assert message in " ".join(result.stderr.split())
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_help_lists_every_key():
+    result = subprocess.run([sys.executable, "-m", "peer_dist", "train", "--help"], capture_output=True, text=True)
+    for key in ("num_experts", "table_dtype", "global_batch_size", "init_from", "decay_steps", "expert_tensor"):
+        assert key in result.stdout

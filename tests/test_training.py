@@ -1,0 +1,338 @@
+"""The whole training step: against plain PyTorch, over layouts, killed and resumed."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from peer_dist.config import parse_config
+from peer_dist.training.metrics import read_metrics
+from tests.ranks import run_ranks
+
+
+def with_keys(tree, **sections):
+    """A copy of the config with some keys changed."""
+    tree = copy.deepcopy(tree)
+    for section, keys in sections.items():
+        tree.setdefault(section, {}).update(keys)
+    return tree
+
+
+def make_trainer(tree):
+    from peer_dist.training import Trainer
+
+    return Trainer(parse_config(tree, "test"))
+
+
+def trained(rank, world_size, tree, steps):
+    """Losses and gradient norms of the first steps."""
+    trainer = make_trainer(tree)
+    values = [trainer.step() for _ in range(steps)]
+    return [v["train/loss"] for v in values], [v["optimizer/grad_norm"] for v in values]
+
+
+def run_to_the_end(rank, world_size, tree, kill_at=None):
+    """A whole run as the command makes it; rank 1 dies in the middle of step ``kill_at``, if given."""
+    from peer_dist.training import Trainer
+    from peer_dist.training.signals import StopRequest
+
+    class Mortal(Trainer):
+        def step(self):
+            if rank == 1 and self.steps_done == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().step()
+
+    with StopRequest() as stop:
+        Mortal(parse_config(tree, "test")).run(stop)
+    return True
+
+
+def losses_of(tree):
+    return {line["step"]: line["train/loss"] for line in metrics_of(tree) if "train/loss" in line}
+
+
+def metrics_of(tree):
+    return read_metrics(Path(tree["logging"]["dir"]) / "metrics.jsonl")
+
+
+def assert_close(got, want, tolerance):
+    assert len(got) == len(want)
+    for step, (a, b) in enumerate(zip(got, want)):
+        assert a == pytest.approx(b, rel=tolerance), f"step {step + 1}"
+
+
+def plain_training(rank, world_size, tree, steps):
+    """The same model trained by a dozen lines of plain PyTorch: no engine, no schedule, no shards."""
+    from peer_dist.megatron import token_losses
+
+    trainer = make_trainer(tree)
+    o, t = trainer.config.optimizer, trainer.config.table_optimizer
+    tables = [getattr(layer, part) for layer in trainer.layers.values() for part in ("down", "up")]
+    dense = list(trainer.model.parameters())
+    groups = [
+        {"params": [p for p in dense if p.dim() > 1], "weight_decay": o.weight_decay, "peak": o.lr},
+        {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0, "peak": o.lr},
+        {"params": tables, "weight_decay": t.weight_decay, "peak": t.lr},
+    ]
+    for p in dense:  # without DeepSpeed's hooks
+        p._backward_hooks = None
+    adam = torch.optim.AdamW(groups, lr=1.0, betas=o.betas, eps=o.eps)
+    losses, norms = [], []
+    for step in range(steps):
+        if step < o.warmup_steps:
+            factor = (step + 1) / o.warmup_steps
+        else:
+            progress = (step - o.warmup_steps) / (o.decay_steps - o.warmup_steps)
+            factor = o.min_lr_ratio + (1 - o.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+        for group in adam.param_groups:
+            group["lr"] = group["peak"] * factor
+        batches = list(trainer._micro_batches(step))
+        parts = []
+        for batch in batches:
+            loss = token_losses(trainer.model, batch["tokens"], batch["labels"], batch["attention_mask"]).mean()
+            parts.append(loss.detach())
+            grads = torch.autograd.grad(loss / len(batches), [*dense, *tables])
+            for p, g in zip([*dense, *tables], grads):
+                p.grad = g if p.grad is None else p.grad + g
+        losses.append(float(torch.stack(parts).mean()))
+        norms.append(float(torch.nn.utils.clip_grad_norm_([*dense, *tables], o.grad_clip)))
+        adam.step()
+        adam.zero_grad()
+    return losses, norms
+
+
+def test_one_rank_equals_plain_pytorch(small):
+    """ZeRO, the tables' optimizer, one global norm, the schedule and accumulation, all against plain code."""
+    small["train"]["micro_batch_size"] = 8
+    want_losses, want_norms = run_ranks(plain_training, 1, small, 8)[0]
+    losses, norms = run_ranks(trained, 1, small, 8)[0]
+    assert_close(losses, want_losses, 1e-5)
+    assert_close(norms, want_norms, 1e-4)
+    assert max(norms) > small["optimizer"]["grad_clip"], "the case must clip"
+
+
+@pytest.mark.parametrize("peer", [{"query_norm": "batch"}, {"query_norm": "rms", "shared_keys": False}])
+def test_layouts_train_to_the_same_losses(small, peer):
+    """10 steps on 1 rank, data parallel, EP2, EP3, EP4 and EP2 twice; sequences per forward pass held equal."""
+    small["peer"].update(peer)
+    one = with_keys(small, train={"micro_batch_size": 8})
+    want_losses, want_norms = run_ranks(trained, 1, one, 10)[0]
+    for world_size, expert in [(2, 1), (2, 2), (4, 4), (4, 2)]:
+        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel={"expert": expert})
+        for losses, norms in run_ranks(trained, world_size, tree, 10):
+            assert_close(losses, want_losses, 1e-5)
+            assert_close(norms, want_norms, 1e-4)
+    three = with_keys(small, train={"micro_batch_size": 2, "global_batch_size": 12}, parallel={"expert": 3})
+    alone = with_keys(small, train={"micro_batch_size": 6, "global_batch_size": 12})
+    assert_close(run_ranks(trained, 3, three, 10)[2][0], run_ranks(trained, 1, alone, 10)[0][0], 1e-5)
+    assert want_losses[-1] < want_losses[0] - 0.5
+
+
+def test_killed_and_resumed_is_bit_for_bit(small, tmp_path):
+    """Rank 1 dies in step 7; the same command goes on from step 4 and ends as if nothing had happened."""
+    small = with_keys(small, parallel={"expert": 2}, model={"dropout": 0.1}, train={"steps": 10})
+    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
+    run_ranks(run_to_the_end, 2, quiet)
+    with pytest.raises(AssertionError, match="rank 1 of 2 died"):
+        run_ranks(run_to_the_end, 2, small, 7)
+    assert sorted(losses_of(small)) == [1, 2, 3, 4, 5, 6, 7]
+    shutil.copytree(small["logging"]["dir"], tmp_path / "before")
+    run_ranks(run_to_the_end, 2, small)
+    assert losses_of(small) == losses_of(quiet)
+    assert [line["step"] for line in metrics_of(small)] == list(range(11)), "later lines were taken back"
+    for key in ("optimizer/grad_norm", "optimizer/lr", "val/loss", "experts/layer1_unevenness"):
+        got, want = ({line["step"]: line.get(key) for line in metrics_of(t)} for t in (small, quiet))
+        assert got[10] == want[10], key
+
+
+def test_more_steps_change_nothing_before(small, tmp_path):
+    """6 steps and then 4 more are 10 steps: neither the data order nor the schedule knows train.steps."""
+    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
+    run_ranks(run_to_the_end, 1, quiet)
+    run_ranks(run_to_the_end, 1, with_keys(small, train={"steps": 6}))
+    run_ranks(run_to_the_end, 1, small)
+    assert losses_of(small) == losses_of(quiet)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype):
+    """bf16 weights over float32 masters; tables in either dtype."""
+    small = with_keys(small, train={"precision": "bf16"}, parallel={"expert": 2}, peer={"table_dtype": dtype})
+    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
+    run_ranks(run_to_the_end, 2, quiet)
+    run_ranks(run_to_the_end, 2, with_keys(small, train={"steps": 4}))
+    run_ranks(run_to_the_end, 2, small)
+    losses = losses_of(small)
+    assert losses == losses_of(quiet)
+    assert losses[10] < losses[1] - 0.3
+
+
+def test_a_checkpoint_loads_into_another_layout(small):
+    """Saved by two ranks at step 4, gone on from by one and by four as by two."""
+    small = with_keys(small, train={"steps": 4}, peer={"query_norm": "batch"})
+    run_ranks(run_to_the_end, 2, with_keys(small, train={"micro_batch_size": 4}, parallel={"expert": 2}))
+    want, _ = run_ranks(trained, 2, with_keys(small, train={"micro_batch_size": 4}, parallel={"expert": 2}), 5)[0]
+    for world_size, expert in [(1, 1), (4, 4), (4, 2), (2, 1)]:
+        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel={"expert": expert})
+        losses, _ = run_ranks(trained, world_size, tree, 5)[0]
+        assert_close(losses, want, 1e-5)
+
+
+def test_init_from_takes_the_weights_only(small, tmp_path):
+    """A new run from another's weights: step 0, the other's held-out loss, fresh optimizers and schedule."""
+    run_ranks(run_to_the_end, 2, with_keys(small, parallel={"expert": 2}))
+    new = with_keys(
+        small,
+        train={"steps": 2},
+        checkpoint={"dir": str(tmp_path / "new"), "init_from": small["checkpoint"]["dir"]},
+        logging={"dir": str(tmp_path / "new-logs")},
+    )
+    run_ranks(run_to_the_end, 1, new)
+    first, last = metrics_of(new)[0], metrics_of(small)[-1]
+    assert first["step"] == 0
+    assert first["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
+    assert first["val/loss"] < metrics_of(small)[0]["val/loss"] - 0.5
+    assert metrics_of(new)[1]["optimizer/lr"] == pytest.approx(2e-3 / 3)
+
+
+def poisoned(rank, world_size, tree):
+    """A gradient that is not finite, of one row of one table on one rank, in the second step."""
+    trainer = make_trainer(tree)
+    trainer.step()
+    layer = trainer.layers[3]
+    handle = layer.up.register_hook(lambda grad: grad * (math.nan if rank == 1 else 1.0))
+    before = [p.detach().clone() for p in [*trainer.model.parameters(), layer.down, layer.up]]
+    values = trainer.step()
+    after = [*trainer.model.parameters(), layer.down, layer.up]
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, after))
+    handle.remove()
+    return unchanged, values["optimizer/skipped_steps"], trainer.step()["train/loss"]
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(small):
+    results = run_ranks(poisoned, 2, with_keys(small, parallel={"expert": 2}))
+    for unchanged, skipped, loss in results:
+        assert unchanged
+        assert skipped == 1
+        assert math.isfinite(loss)
+    assert results[0][2] == results[1][2]
+
+
+def loading(rank, world_size, tree):
+    make_trainer(tree)
+
+
+def test_checkpoints_are_verified_and_kept(small):
+    """The newest two stay; half-written ones are ignored; damage and other models are named."""
+    run_ranks(run_to_the_end, 1, small)
+    folder = Path(small["checkpoint"]["dir"])
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000010"]
+    manifest = json.loads((folder / "step-00000010" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["sequences"]) == (10, 160)
+    (folder / ".step-00000012.partial").mkdir()
+    (folder / "step-00000014").mkdir()  # no manifest: not complete
+
+    with pytest.raises(AssertionError, match=r"model.hidden_size = 32, but the config says 64"):
+        run_ranks(loading, 1, with_keys(small, model={"hidden_size": 64}))
+    with pytest.raises(AssertionError, match=r"train.global_batch_size = 16, but the config says 8"):
+        run_ranks(loading, 1, with_keys(small, train={"global_batch_size": 8}))
+
+    victim = max((folder / "step-00000010").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    whole = victim.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(flipped) // 2] ^= 1
+    for damage in (bytes(flipped), whole[:-1]):
+        victim.write_bytes(damage)
+        with pytest.raises(AssertionError, match=rf"{victim.name}: is damaged .* delete the folder .*step-00000010"):
+            run_ranks(loading, 1, small)
+    victim.unlink()
+    with pytest.raises(AssertionError, match=rf"{victim.name}: is missing"):
+        run_ranks(loading, 1, small)
+    shutil.rmtree(folder / "step-00000010")
+    run_ranks(run_to_the_end, 1, small)  # from step 8
+    assert sorted(losses_of(small)) == list(range(1, 11))
+
+
+def evaluated(rank, world_size, tree):
+    from peer_dist.data.stream import open_data
+    from peer_dist.evaluation.generate import generate
+    from peer_dist.evaluation.loading import load_model
+    from peer_dist.evaluation.perplexity import held_out_loss
+
+    loaded = load_model(tree["checkpoint"]["dir"], world_size)
+    stream = open_data(loaded.config.data, 32, loaded.config.train.seed).validation
+    loss = held_out_loss(loaded.model, stream, loaded.parallel, loaded.tokenizer, 3, sequences=32)
+    text = "".join(generate(loaded, "ROMEO:", 20, seed=1))
+    greedy = "".join(generate(loaded, "ROMEO:", 5, temperature=0))
+    return loss.loss, loss.tokens, text, greedy
+
+
+def test_evaluation_and_generation_at_any_number_of_ranks(small):
+    run_ranks(run_to_the_end, 2, with_keys(small, parallel={"expert": 2}))
+    last = metrics_of(small)[-1]
+    one = run_ranks(evaluated, 1, small)[0]
+    assert one[0] == pytest.approx(last["val/loss"], rel=1e-6)
+    assert one[1] == 32 * 32
+    for result in run_ranks(evaluated, 3, small):
+        assert result[0] == pytest.approx(one[0], rel=1e-6)
+        assert result[1:] == one[1:]
+
+
+def torchrun(tree, path, ranks=2):
+    import yaml
+
+    path.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*command, "-m", "peer_dist", "train", "--config", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_torchrun_saves_and_leaves_on_a_signal(small, tmp_path):
+    """The real command under the real launcher: a signal to one rank, a clean exit, the same command again."""
+    small = with_keys(small, parallel={"expert": 2}, train={"steps": 100_000}, checkpoint={"interval": 100_000})
+    process = torchrun(small, tmp_path / "run.yaml")
+    metrics = Path(small["logging"]["dir"]) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(read_metrics(metrics)) < 4:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [int(child) for child in children if b"peer_dist" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopped at step" in errors
+    (saved,) = [int(path.name.removeprefix("step-")) for path in Path(small["checkpoint"]["dir"]).iterdir()]
+    assert max(losses_of(small)) == saved
+
+    process = torchrun(with_keys(small, train={"steps": saved + 2}), tmp_path / "run.yaml")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"going on from step {saved}" in " ".join(errors.split())
+    assert max(losses_of(small)) == saved + 2
+
+
+def groups_case(rank, world_size, tree):
+    trainer = make_trainer(tree)
+    parallel = trainer.parallel
+    return dist.get_world_size(parallel.expert_group), dist.get_world_size(parallel.expert_data_group)
+
+
+def test_ranks_left_over_replicate_the_tables(small):
+    assert run_ranks(groups_case, 4, with_keys(small, parallel={"expert": 2})) == [(2, 2)] * 4
