@@ -5,7 +5,9 @@
 # An environment that is already there is left alone unless setup.py has changed since. A machine whose own
 # Python has a torch for its GPU (a container of NVIDIA's, say) keeps that torch.
 
-say() { printf '\033[1m%s\033[0m\n' "$*" >&2; }
+say() {
+    if [ -t 2 ]; then printf '\033[1m%s\033[0m\n' "$*" >&2; else printf '%s\n' "$*" >&2; fi
+}
 
 setup_environment() {
     local extras="$1" venv="$ROOT/.venv" stamp python
@@ -28,8 +30,8 @@ setup_environment() {
         say "installing peer_dist$extras"
         # torch first and by itself: a plain range would take the newest build there is
         "$venv/bin/python" -c 'import torch' 2>/dev/null ||
-            "$venv/bin/python" -m pip install --quiet --progress-bar off "torch==2.13.0"
-        "$venv/bin/python" -m pip install --quiet --progress-bar off --editable "$ROOT$extras"
+            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$ROOT$extras"
         touch "$stamp"
     fi
     PATH="$venv/bin:$PATH"

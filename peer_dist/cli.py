@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -146,16 +148,13 @@ def main() -> None:
     except Exception as error:
         if not _is_users(error):
             raise
-        # every rank finds the same mistake: one says it
-        if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True).print(f"[red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0" and type(error).__name__ != "WorldError":
+            # Every rank finds the same mistake and rank 0 says it; a launcher ends all when the first one leaves.
+            time.sleep(15)
+        else:
+            Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _is_users(error: Exception) -> bool:
