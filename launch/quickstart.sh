@@ -4,7 +4,8 @@
 #
 #   launch/quickstart.sh [section.key=value ...]     e.g. train.micro_batch_size=4
 #
-# STEPS (300): how many steps to train per call.   RUN (runs/quickstart): the run's folder.
+# STEPS (300): how many steps to train per call.   RUN (runs/quickstart): the run's folder, instead of
+# checkpoint.dir and logging.dir.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"

@@ -1,13 +1,14 @@
 """expert_mix against ten lines of plain PyTorch, on every backend."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peer_dist.kernels import Picks, cpu, expert_mix, reference
-from peer_dist.kernels import reference as reference_backend
+from peer_dist.kernels import Picks, expert_mix, mkl, native, reference
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -29,33 +30,79 @@ def case(tokens, dim, rows, most, dtype, seed):
     return Picks(offsets, expert), values
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@settings(max_examples=40, deadline=None)
+@pytest.fixture(params=["native", "mkl", "reference"])
+def backend(request, monkeypatch):
+    """Each CPU backend in turn, by hiding those that would be chosen before it."""
+    if request.param != "native":
+        monkeypatch.setattr(native, "available", lambda *tensors: False)
+    if request.param == "reference":
+        monkeypatch.setattr(mkl, "available", lambda *tensors: False)
+        monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 64)  # many chunks
+    return request.param
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.sampled_from([0, 1, 2, 7, 33]),
-    dim=st.sampled_from([1, 3, 16, 50, 103]),
+    dim=st.sampled_from([1, 3, 16, 50, 103, 412]),
     rows=st.sampled_from([1, 2, 9, 64]),
-    most=st.sampled_from([0, 1, 5, 40]),
+    most=st.sampled_from([0, 1, 5, 40, 512]),
     activation=st.sampled_from(list(ACTIVATIONS)),
     seed=st.integers(0, 2**20),
 )
-def test_forward_and_gradients_in_float64(backend, tokens, dim, rows, most, activation, seed):
-    picks, values = case(tokens, dim, rows, most, torch.float64, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        if backend == "reference":
-            patch.setattr(cpu, "available", lambda *tensors: False)
-            patch.setattr(reference_backend, "CHUNK_ELEMENTS", 64)  # many chunks
-        else:
-            assert cpu.available(values[0], values[2], values[3])
-        x, gate, down, up = values
-        y = expert_mix(x, picks, gate, down, up, activation)
-        dy = torch.randn_like(y)
-        got = torch.autograd.grad(y, values, dy)
-    want_y = plain(x, picks.token, picks.expert, gate, down, up, activation)
-    want = torch.autograd.grad(want_y, values, dy)
-    torch.testing.assert_close(y, want_y, rtol=1e-12, atol=1e-12)
-    for g, w in zip(got, want):
-        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-11)
+def test_forward_and_gradients(backend, sparse, tokens, dim, rows, most, activation, seed):
+    dtype = torch.float32 if backend == "native" else torch.float64
+    tolerance = 1e-5 if backend == "native" else 1e-12
+    picks, values = case(tokens, dim, rows, most, dtype, seed)
+    x, gate, down, up = values
+    assert native.available(x, down, up) == (backend == "native")
+    y = expert_mix(x, picks, gate, down, up, activation, sparse)
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, values, dy)
+    assert got[2].is_sparse == sparse
+    exact = [v.detach().double().requires_grad_() for v in values]
+    want_y = plain(exact[0], picks.token, picks.expert, exact[1], exact[2], exact[3], activation)
+    want = torch.autograd.grad(want_y, exact, dy.double())
+    for g, w in zip((y, *got), (want_y, *want)):
+        g = g.to_dense() if g.is_sparse else g
+        assert g.dtype == dtype
+        scale = float(w.detach().abs().max()) if w.numel() else 1.0
+        torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance * max(1.0, scale))
+
+
+def test_the_native_backend_is_built_here_and_missed_nowhere(monkeypatch, tmp_path):
+    """It compiles into the user's cache; without a compiler, or with a broken one, MKL serves."""
+    picks, (x, gate, down, up) = case(9, 20, 30, 6, torch.float32, 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._library.cache_clear()
+    want = expert_mix(x, picks, gate, down, up, "gelu")
+    assert len(list((tmp_path / "peer_dist").glob("expert_mix-*.so"))) == 1
+    for compiler, path in (("false", os.environ["PATH"]), ("cc", "")):
+        monkeypatch.setenv("CC", compiler)
+        monkeypatch.setenv("PATH", path)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / compiler))
+        native._library.cache_clear()
+        assert not native.available(x, down, up)
+        torch.testing.assert_close(expert_mix(x, picks, gate, down, up, "gelu"), want)
+    native._library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_halves(dtype):
+    """The halves apart, as the owners of column slices call them; and threads change nothing."""
+    picks, (x, gate, down, _) = case(300, 37, 50, 60, torch.float32, 4)
+    table = down.detach().to(dtype)
+    x, gate = x.detach(), gate.detach()
+    results = []
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        results.append((native.dots(x, table, picks), native.mix(gate, table, picks)))
+        torch.set_num_threads(before)
+    for one, three, want in zip(*results, (reference.dots(x, table, picks), reference.mix(gate, table, picks))):
+        assert torch.equal(one, three)
+        torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -78,18 +125,14 @@ def test_low_precision_is_rounded_once(x_dtype, table_dtype):
         assert (got.double() - w).norm() / w.norm() < 1e-2
 
 
-def test_nothing_of_tokens_by_picks_by_dim_is_made():
+def test_nothing_of_tokens_by_picks_by_dim_is_made(backend, monkeypatch):
     """The largest tensor made in forward and backward is a table gradient, not the gathered rows."""
     tokens, each, dim, rows = 256, 64, 64, 1024
     expert = torch.randint(rows, (tokens, each))
     x, down, up = (torch.randn(n, dim, requires_grad=True) for n in (tokens, rows, rows))
     gate = torch.rand(tokens * each, requires_grad=True)
-    for ops in (cpu, reference):
-        with pytest.MonkeyPatch.context() as patch:
-            if ops is reference:
-                patch.setattr(cpu, "available", lambda *tensors: False)
-                patch.setattr(reference, "CHUNK_ELEMENTS", 1 << 14)
-            with torch.profiler.profile(profile_memory=True) as profile:
-                expert_mix(x, Picks.even(expert), gate, down, up, "gelu").sum().backward()
-        largest = max(event.self_cpu_memory_usage for event in profile.events())
-        assert largest < tokens * each * dim * 4 / 4
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1 << 14)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        expert_mix(x, Picks.even(expert), gate, down, up, "gelu").sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < tokens * each * dim * 4 / 4

@@ -135,7 +135,9 @@ def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> st
         if model is None:
             break
     key = ".".join(parts)
-    where = origin.get(key, source)
+    # a rule over a whole section may be broken by one of its keys on the command line
+    inside = [place for leaf, place in origin.items() if leaf.startswith(f"{key}.") and place.startswith("command")]
+    where = origin.get(key) or next(iter(inside), source)
     if first["type"] == "extra_forbidden":
         known = list(_section(parts[:-1]).model_fields)
         near = difflib.get_close_matches(parts[-1], known, n=1)

@@ -127,7 +127,14 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO for the dense part."""
 
-    stage: Literal[1] = Field(1, description="ZeRO stage; only 1 (sharded optimizer states) so far")
+    stage: int = Field(1, ge=0, le=3, description="ZeRO stage; only 1 (sharded optimizer states) so far")
+
+    @field_validator("stage")
+    @classmethod
+    def _supported(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError(f"must be 1 (got {value}): this version shards optimizer states only")
+        return value
 
 
 class OptimizerConfig(Section):
@@ -169,7 +176,9 @@ class DataConfig(Section):
 
     prefix: str | None = Field(None, description="path of one data set without .bin / .idx")
     blend: dict[str, float] | None = Field(None, description="several: a mapping from prefix to weight")
-    tokenizer: str = Field("byte", description="byte, or a tokenizer.json of Hugging Face tokenizers")
+    tokenizer: str | None = Field(
+        None, description="byte, or a tokenizer.json of Hugging Face tokenizers; null: the one the data was made with"
+    )
     split: str = Field("90,5,5", description="train, validation and test shares, by documents")
 
     @field_validator("split")

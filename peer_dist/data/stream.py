@@ -138,6 +138,19 @@ class SplitStreams:
     tokenizer: TextTokenizer
 
 
+def open_tokenizer(config: DataConfig) -> TextTokenizer:
+    """The configured tokenizer, or else the one beside the first data set.
+
+    Raises:
+        DataError: it is missing or cannot be used.
+    """
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    first = next(iter(config.weights))
+    read_prepared(first)  # says so if there is no such data set at all
+    return load_tokenizer(f"{first}.tokenizer.json")
+
+
 def open_data(
     config: DataConfig, seq_length: int, seed: int, cache_dir: str | os.PathLike[str] | None = None
 ) -> SplitStreams:
@@ -154,7 +167,7 @@ def open_data(
         DataError: a data set is missing, damaged, made with another tokenizer, or too short for one training
             sequence; or the tokenizer cannot be used.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = open_tokenizer(config)
     train: list[SplitDataset] = []
     held_out: tuple[list[SplitDataset], list[SplitDataset]] = ([], [])
     for prefix in config.weights:

@@ -1,16 +1,23 @@
-"""The three products in plain PyTorch, for any device and dtype: what the faster backends must equal.
+"""The expert products in plain PyTorch, for any device and dtype: what the faster backends must equal.
 
-Rows are gathered in chunks, so that nothing of size ``[tokens, picks, dim]`` exists.
+Everything is built from three products over picks (token, row): ``dots``, ``mix`` and ``table_grad``. Each
+half of the layer is one of them forward and the other two backward. Rows are gathered in chunks, so that
+nothing of size ``[tokens, picks, dim]`` exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peer_dist.kernels.picks import Picks
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 CHUNK_ELEMENTS = 1 << 22  # gathered table elements at a time: 16 MB in float32
 
@@ -54,3 +61,54 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, rows: int) -> Tensor:
         tokens = x[picks.token[part]].to(out.dtype)
         out.index_add_(0, picks.expert[part], tokens * weight[part, None].to(out.dtype))
     return out
+
+
+class Composed:
+    """A backend's whole operations out of its three products.
+
+    Args:
+        products: a module with ``dots``, ``mix`` and ``table_grad`` as here.
+    """
+
+    def __init__(self, products: ModuleType | Any) -> None:
+        self.products = products
+
+    def forward(
+        self, x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's output ``[tokens, dim]`` and its pre-activations ``x_t . down_e``, ``[picks]``, both in
+        at least float32. ``gate``: ``[picks]``.
+        """
+        pre = self.products.dots(x, down, picks)
+        hidden = ACTIVATIONS[activation](pre) * gate.to(pre.dtype)
+        return self.products.mix(hidden, up, picks), pre
+
+    def backward(
+        self, dy: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``dx [tokens, dim]``, and per pick ``dgate``, ``dpre`` and ``hidden`` (the gated activation), which
+        the tables' gradients need; in at least float32. ``dy``: ``[tokens, dim]``.
+        """
+        dhidden = self.products.dots(dy, up, picks)
+        with torch.enable_grad():
+            leaves = pre.detach().requires_grad_(), gate.to(pre.dtype).detach().requires_grad_()
+            hidden = ACTIVATIONS[activation](leaves[0]) * leaves[1]
+        dpre, dgate = torch.autograd.grad(hidden, leaves, dhidden)
+        return self.products.mix(dpre, down, picks), dgate, dpre, hidden.detach()
+
+    def table_grads(
+        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of ``down`` and ``up``, ``[rows, dim]`` each, in at least float32."""
+        return (
+            self.products.table_grad(dpre, x, picks, rows),
+            self.products.table_grad(hidden, dy, picks, rows),
+        )
+
+    def sparse_table_grads(
+        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows picked at all, ``[touched]`` int64 ascending, and their gradients, ``[touched, dim]`` each."""
+        touched, inverse = torch.unique(picks.expert, return_inverse=True)
+        compact = Picks(picks.offsets, inverse)
+        return (touched, *self.table_grads(dpre, hidden, x, dy, compact, touched.numel()))

@@ -141,7 +141,9 @@ def plan_exchange(
     theirs = torch.empty_like(counts)
     dist.all_to_all_single(theirs, counts, group=layout.group)
     traffic.bytes_sent += (layout.shards - 1) * 2 * counts.element_size()
-    sent, received = torch.stack([counts, theirs]).tolist()  # the one synchronisation with the device
+    sent, received = torch.stack(
+        [counts, theirs]
+    ).tolist()  # waits for the device: all_to_all wants its sizes on the host
     send_tokens, send_picks = (list(column) for column in zip(*sent))
     receive_tokens, receive_picks = (list(column) for column in zip(*received))
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config import Config
+from peer_dist.data.prepare import read_prepared
 from peer_dist.megatron import CheckpointError, Parallel, peer_layers
 from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
 from peer_dist.zero import ZeroEngine
@@ -203,21 +204,32 @@ def verify_checkpoint(path: Path) -> None:
         )
 
 
+def data_identity(config: Config) -> list[list[Any]]:
+    """What the data are, wherever they lie: the fingerprint and the weight of each data set, in order."""
+    return [[read_prepared(prefix).fingerprint, weight] for prefix, weight in config.data.weights.items()]
+
+
 def check_resumable(path: Path, config: Config, manifest: dict[str, Any]) -> None:
-    """Refuse to go on with another model or another order of data.
+    """Refuse to go on with another model, other data or another order of them.
 
     Raises:
         CheckpointError: naming the first key that differs.
     """
     saved, wanted = manifest["config"], config.model_dump(mode="json")
-    fixed = [(section, key) for section in ("model", "peer", "data") for key in wanted[section]]
-    for section, key in [*fixed, ("train", "seed"), ("train", "global_batch_size")]:
+    fixed = [(section, key) for section in ("model", "peer") for key in wanted[section]]
+    for section, key in [*fixed, ("data", "split"), ("train", "seed"), ("train", "global_batch_size")]:
         if saved.get(section, {}).get(key) != wanted[section][key]:
             raise CheckpointError(
                 f"{path}: was made with {section}.{key} = {saved.get(section, {}).get(key)}, but the config says "
                 f"{wanted[section][key]}; set it back, choose another checkpoint.dir, or start from its weights "
                 "with checkpoint.init_from"
             )
+
+    if manifest["data"] != data_identity(config):
+        raise CheckpointError(
+            f"{path}: was made from other data than {', '.join(config.data.weights)} holds now (or with other "
+            "weights); name the same prepared files, or start from its weights with checkpoint.init_from"
+        )
 
 
 def _checksum(path: Path) -> list[int]:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 ask a run to save and leave."""
+"""SIGTERM, SIGUSR1 and Ctrl-C ask a run to save and leave."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While active, remembers that one of the signals came; the run looks between steps."""
+    """While active, remembers that one of the signals came; the run looks between steps.
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    A second one changes nothing, because torchrun passes on the Ctrl-C that the terminal has sent to every rank
+    already; SIGQUIT ends a run at once.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

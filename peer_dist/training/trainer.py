@@ -20,8 +20,7 @@ from rich.console import Console
 from peer_dist import __version__
 from peer_dist.config import Config, check_world
 from peer_dist.data.prepare import read_prepared
-from peer_dist.data.stream import open_data
-from peer_dist.data.tokenizer import load_tokenizer
+from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch
 from peer_dist.evaluation.usage import ExpertUsage
 from peer_dist.megatron import Parallel, build_model, peer_layers, run_forward_backward
@@ -30,6 +29,7 @@ from peer_dist.tracing import StepTimes, listen, span
 from peer_dist.training.checkpoints import (
     CheckpointStore,
     check_resumable,
+    data_identity,
     find_checkpoint,
     read_manifest,
     restore_run,
@@ -55,9 +55,9 @@ def train(config: Config) -> int:
     """
     world = World.from_environment()
     check_world(config, world.world_size)
-    load_tokenizer(config.data.tokenizer)
     for prefix in config.data.weights:
         read_prepared(prefix)
+    open_tokenizer(config.data)
     if config.checkpoint.init_from is not None:
         find_checkpoint(config.checkpoint.init_from)
     with world.joined(), StopRequest() as stop:
@@ -270,7 +270,7 @@ class Trainer:
             "updates": self.steps_done - self.skipped_steps,
             "sequences": self.steps_done * self.config.train.global_batch_size,
             "config": self.config.model_dump(mode="json"),
-            "data": {prefix: read_prepared(prefix).fingerprint for prefix in self.config.data.weights},
+            "data": data_identity(self.config),
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {
                 "peer_dist": __version__,
@@ -299,6 +299,7 @@ class Trainer:
             f"{where}, {str(self.dtype).removeprefix('torch.')}; "
             + (f"going on from step {start}" if start else "starting at step 0"),
             highlight=False,
+            soft_wrap=True,
         )
 
     def _conclude(self, console: Console) -> None:
@@ -308,12 +309,9 @@ class Trainer:
         folder = Path(self.config.logging.dir)
         losses = [line for line in read_metrics(folder / "metrics.jsonl") if "val/perplexity" in line]
         if losses:
-            before, after = losses[0], losses[-1]
-            console.print(
-                f"held-out perplexity  {before['val/perplexity']:.2f} (step {int(before['step'])})  ->  "
-                f"[bold]{after['val/perplexity']:.2f}[/] (step {int(after['step'])})",
-                highlight=False,
-            )
+            ends = losses[:1] if len(losses) == 1 else [losses[0], losses[-1]]
+            shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {int(line['step'])})" for line in ends)
+            console.print(f"held-out perplexity  {shown}", highlight=False)
         console.print(f"checkpoint           {self.store.path(self.steps_done)}", highlight=False)
         console.print(f"watch it with        tensorboard --logdir {folder}", highlight=False)
 

@@ -1,5 +1,7 @@
 """The three products on CPU in float32 and float64, as sparse-dense products of MKL: no row is ever copied.
 
+Serves float64, and float32 where there is no C compiler for the native backend.
+
 The picks are the sparsity pattern of a ``[tokens, rows]`` matrix ``W``: the dots are ``x @ table.T`` sampled
 at the pattern, the mix is ``W @ table`` and a table's gradient is ``W.T @ x``.
 """

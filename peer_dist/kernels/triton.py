@@ -1,0 +1,611 @@
+"""The expert products on GPUs, in Triton: every table row is read where it lies, sums are float32, nothing is atomic.
+
+Bytes through device memory against the least possible, for ``T`` tokens, ``P`` picks, ``N`` rows, ``d`` columns of
+``b`` bytes and ``r = P / N`` picks a row; ``n`` of the rows are touched (``n <= min(P, N)``):
+
+=====================  =====================================================  ==================================
+function               moves                                                  floor
+=====================  =====================================================  ==================================
+``forward``            ``2 P d b + 2 T d b + P (8 id + gate + 4 pre)``        ``2 n d b + 2 T d b``: the same for
+                                                                              r << 1, ``1 / r`` of it for r > 1
+``forward``, by        ``2 n d b + 2 T d b + P (8 order + 8 token + 8 id + 4  as above; but ``2 P d b`` still pass
+expert                 pre + 12 activation) + slices P 12`` (+ one sort)      through L2, which binds
+``backward``           as ``forward``, ``+ P (8 + gate)``                     as ``forward``
+``table_grads``        ``2 n d b_grad + 2 T d b + P (8 order + 8 token + 8    ``2 n d b_grad + 2 T d b``
+                       weights) + N 24``; dense and new: N for the first n
+=====================  =====================================================  ==================================
+
+At T = 8192, 128 picks, N = 1024^2, d = 1024, bf16 (r = 1, n = 0.63 N), GB: forward 4.34, backward 4.35 and table
+gradients 2.8 sparse or 4.4 dense (5.5 and 8.7 with float32 values). Forward and backward then take 2.6 (sparse) to 3.0
+forwards; the picks' numbers and gates are 0.5% of it.
+
+**Token-major or by expert.** Token-major, a program owns a token and reads the picked rows of both tables once: per
+pick ``2 d b`` = 4096 bytes at the sizes above, whatever r is, as long as the tables are much larger than L2. Where
+rows repeat, the other order turns these reads into L2 hits. The dots go through the picks sorted by expert, so that a
+row comes from memory once and the tokens' x from L2; the mix stays token-major (each y has one writer, hence no
+atomics) but goes through the columns slice by slice, narrow enough for the whole slice of the table to stay in L2.
+Bytes per pick at d = 1024, bf16, T = 8192 (the sort, about 400, is shared with the table gradients and left out)::
+
+    picks a row   token-major   rows     x, y   numbers   slices of the mix   by expert, sum
+    1             4140          4096     32     40        128 x 12 (no: 16-byte slices)
+    2             4140          2048     32     40        64 x 12 (no: 32-byte slices)
+    4             4140          1024     32     40        32 x 12             1480
+    8             4140          512      32     40        16 x 12             776
+    32            4140          128      32     40        4 x 12              248
+
+At 4 picks a row it moves about a third, and L2 (some twice as fast as memory) is what binds: 4096 bytes a pick pass
+through it either way, so that more picks a row cannot gain much. Hence :data:`EXPERT_MAJOR`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peer_dist.kernels.picks import Picks
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # then available() is False and nothing below is called
+    triton = None
+
+EXPERT_MAJOR = 4.0
+"""Picks per row of the table from which picks are taken by expert instead of by token (bytes counted above)."""
+
+L2_BYTES = 16 << 20
+"""What may be expected to stay in L2 (40 MB on an A100, 50 on an H100, in two halves that may hold copies)."""
+
+NARROWEST = 64
+"""Bytes of the narrowest column slice worth gathering: two sectors."""
+
+MAX_BLOCK_D = 4096
+"""Columns that one program holds: 16 a thread, 8 warps. Wider rows are taken in pieces by the separate halves."""
+
+TILE_BYTES = 128
+"""Bytes of table rows that a thread has in flight in each tile: 4 KB a warp, two tiles, 8 or more warps an SM."""
+
+GRAD_TILE_BYTES = 64
+"""The same for the table gradients, whose programs often meet a single pick and whose reads hit L2."""
+
+PIECE = 512
+"""Picks of one expert that one program sums. The longer runs of popular experts are cut into pieces."""
+
+MAX_PIECES = 4096
+"""About the most pieces there are (pieces grow with the picks), which bounds the memory of their partial sums."""
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Compiler options of every kernel: fused multiply-adds, whatever Triton's default is."""
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def _jit(function: Any) -> Any:
+    return function if triton is None else triton.jit(function)
+
+
+def available(*tensors: Tensor) -> bool:
+    """Whether these kernels can serve these tensors: on CUDA, or anywhere under Triton's interpreter."""
+    if triton is None:
+        return False
+    interpreted = not isinstance(_dots_kernel, triton.JITFunction)
+    return all((interpreted or tensor.is_cuda) and tensor.dtype in DTYPES for tensor in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels. Pointers are to contiguous tensors, numbers of rows, tokens and picks are int64: tables pass 2^31 elements.
+
+
+@_jit
+def _activation(a, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    if KIND == "gelu":
+        return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
+    elif KIND == "silu":
+        return a / (1.0 + tl.exp(-a))
+    else:
+        return tl.where(a <= 0.0, 0.0, a)  # lets NaN through
+
+
+@_jit
+def _activation_slope(a, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    if KIND == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * a * a)
+        return 0.5 * (1.0 + tl.erf(a * 0.7071067811865476)) + a * density
+    elif KIND == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-a))
+        return sigmoid * (1.0 + a * (1.0 - sigmoid))
+    else:
+        return tl.where(a <= 0.0, 0.0, 1.0)
+
+
+@_jit
+def _token_kernel(  # type: ignore[no-untyped-def]
+    x,  # [tokens, DIM]: x, or dy backward
+    offsets,  # [tokens + 1]
+    expert,  # [picks]
+    gate,  # [picks]
+    first_table,  # [rows, DIM]: down, or up backward
+    second_table,  # [rows, DIM]: up, or down backward
+    pre,  # [picks]: written, or read backward
+    out,  # [tokens, DIM]: y, or dx backward
+    dgate,  # [picks], backward only, like those below
+    dpre,
+    hidden,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program a token: ``out = sum_i f(x . first_i) second_i`` over tiles of BLOCK_K picks, both rows read once."""
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.load(offsets + token)
+    stop = tl.load(offsets + token + 1)
+    cols = tl.arange(0, BLOCK_D)
+    inside = cols < DIM
+    x_row = tl.load(x + token * DIM + cols, mask=inside, other=0.0).to(ACC)
+    acc = tl.full([BLOCK_D], 0.0, ACC)
+    for tile in range(start, stop, BLOCK_K):
+        pick = tile + tl.arange(0, BLOCK_K)
+        live = pick < stop
+        row = tl.load(expert + pick, mask=live, other=0)
+        at = row[:, None] * DIM + cols[None, :]
+        mask = live[:, None] & inside[None, :]
+        first = tl.load(first_table + at, mask=mask, other=0.0)
+        second = tl.load(second_table + at, mask=mask, other=0.0)  # in flight with the first: needed only below
+        g = tl.load(gate + pick, mask=live, other=0.0).to(ACC)
+        dot = tl.sum(first.to(ACC) * x_row[None, :], 1)
+        if BACKWARD:
+            a = tl.load(pre + pick, mask=live, other=0.0)
+            act = _activation(a, KIND)
+            factor = dot * g * _activation_slope(a, KIND)
+            tl.store(dgate + pick, dot * act, mask=live)
+            tl.store(dpre + pick, factor, mask=live)
+            tl.store(hidden + pick, act * g, mask=live)
+        else:
+            tl.store(pre + pick, dot, mask=live)
+            factor = _activation(dot, KIND) * g
+        acc += tl.sum(second.to(ACC) * factor[:, None], 0)
+    tl.store(out + token * DIM + cols, acc, mask=inside)
+
+
+@_jit
+def _dots_kernel(  # type: ignore[no-untyped-def]
+    x,  # [tokens, DIM]
+    table,  # [rows, DIM]
+    token,  # [picks]
+    expert,  # [picks]
+    order,  # [picks]: the order to take the picks in, or None
+    out,  # [slices, picks]
+    picks,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns of a slice
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program for BLOCK_K picks and a slice of the columns; neighbours share x (or, by expert, the table's row)."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    live = place < picks
+    pick = place if order is None else tl.load(order + place, mask=live, other=0)
+    row = tl.load(expert + pick, mask=live, other=0)
+    source = tl.load(token + pick, mask=live, other=0)
+    part = tl.program_id(1)
+    dot = tl.full([BLOCK_K], 0.0, ACC)
+    for begin in range(0, WIDTH, BLOCK_D):
+        col = begin + tl.arange(0, BLOCK_D)
+        cols = part * WIDTH + col
+        mask = live[:, None] & ((col < WIDTH) & (cols < DIM))[None, :]
+        rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
+        values = tl.load(x + source[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
+        dot += tl.sum(rows.to(ACC) * values.to(ACC), 1)
+    tl.store(out + part.to(tl.int64) * picks + pick, dot, mask=live)
+
+
+@_jit
+def _mix_kernel(  # type: ignore[no-untyped-def]
+    weight,  # [picks]
+    table,  # [rows, DIM]
+    offsets,  # [tokens + 1]
+    expert,  # [picks]
+    out,  # [tokens, DIM]
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program for a token and a slice of the columns. Programs of one slice run together: their rows meet in L2."""
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.load(offsets + token)
+    stop = tl.load(offsets + token + 1)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < DIM
+    acc = tl.full([BLOCK_D], 0.0, ACC)
+    for tile in range(start, stop, BLOCK_K):
+        pick = tile + tl.arange(0, BLOCK_K)
+        live = pick < stop
+        row = tl.load(expert + pick, mask=live, other=0)
+        mask = live[:, None] & inside[None, :]
+        rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
+        w = tl.load(weight + pick, mask=live, other=0.0).to(ACC)
+        acc += tl.sum(rows.to(ACC) * w[:, None], 0)
+    tl.store(out + token * DIM + cols, acc, mask=inside, eviction_policy="evict_first")
+
+
+@_jit
+def _sum_run(  # type: ignore[no-untyped-def]
+    start,
+    stop,
+    order,
+    token,
+    dpre,
+    hidden,
+    x,
+    dy,
+    cols,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """``sum dpre_i x_i, sum hidden_i dy_i`` over the picks ``order[start:stop]``."""
+    inside = cols < DIM
+    down = tl.full([BLOCK_D], 0.0, ACC)
+    up = tl.full([BLOCK_D], 0.0, ACC)
+    for tile in range(start, stop, BLOCK_K):
+        place = tile + tl.arange(0, BLOCK_K)
+        live = place < stop
+        pick = tl.load(order + place, mask=live, other=0)
+        source = tl.load(token + pick, mask=live, other=0)
+        to_down = tl.load(dpre + pick, mask=live, other=0.0).to(ACC)
+        to_up = tl.load(hidden + pick, mask=live, other=0.0).to(ACC)
+        at = source[:, None] * DIM + cols[None, :]
+        mask = live[:, None] & inside[None, :]
+        x_rows = tl.load(x + at, mask=mask, other=0.0)
+        dy_rows = tl.load(dy + at, mask=mask, other=0.0)
+        down += tl.sum(x_rows.to(ACC) * to_down[:, None], 0)
+        up += tl.sum(dy_rows.to(ACC) * to_up[:, None], 0)
+    return down, up
+
+
+@_jit
+def _pieces_kernel(  # type: ignore[no-untyped-def]
+    order,  # [picks]: sorts picks by expert
+    token,  # [picks]
+    dpre,  # [picks]
+    hidden,  # [picks]
+    x,  # [tokens, DIM]
+    dy,  # [tokens, DIM]
+    bounds,  # [runs + 1]: the places in order of each run of one expert
+    base,  # [runs + 1]: the number of each run's first piece; runs of one piece have none
+    owner,  # [pieces]: the run of each piece, or runs for pieces past the last
+    partial,  # [pieces, 2, DIM]
+    runs,
+    size,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program for a piece of a long run and a slice of the columns."""
+    piece = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    run = tl.load(owner + piece)
+    if run < runs:
+        start = tl.load(bounds + run) + (piece - tl.load(base + run)) * size
+        stop = tl.minimum(start + size, tl.load(bounds + run + 1))
+        down, up = _sum_run(start, stop, order, token, dpre, hidden, x, dy, cols, DIM, BLOCK_D, BLOCK_K, ACC)
+        at = partial + piece * (2 * DIM) + cols
+        tl.store(at, down, mask=cols < DIM)
+        tl.store(at + DIM, up, mask=cols < DIM)
+
+
+@_jit
+def _runs_kernel(  # type: ignore[no-untyped-def]
+    order,
+    token,
+    dpre,
+    hidden,
+    x,
+    dy,
+    bounds,
+    base,  # None: no run can be long
+    partial,  # None: no run can be long
+    ddown,  # [runs, DIM]
+    dup,  # [runs, DIM]
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program for a run of one expert's picks and a slice of the columns: the only writer of that gradient."""
+    run = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < DIM
+    start = tl.load(bounds + run)
+    stop = tl.load(bounds + run + 1)
+    if stop > start or not ADD:  # an untouched row of a new gradient is still to be zeroed
+        last = stop
+        if base is not None:
+            first_piece = tl.load(base + run)
+            last_piece = tl.load(base + run + 1)
+            last = tl.where(last_piece > first_piece, start, stop)
+        down, up = _sum_run(start, last, order, token, dpre, hidden, x, dy, cols, DIM, BLOCK_D, BLOCK_K, ACC)
+        if base is not None:
+            for piece in range(first_piece, last_piece):
+                at = partial + piece * (2 * DIM) + cols
+                down += tl.load(at, mask=inside, other=0.0)
+                up += tl.load(at + DIM, mask=inside, other=0.0)
+        at = run * DIM + cols
+        if ADD:
+            down += tl.load(ddown + at, mask=inside, other=0.0).to(ACC)
+            up += tl.load(dup + at, mask=inside, other=0.0).to(ACC)
+        tl.store(ddown + at, down, mask=inside, eviction_policy="evict_first")
+        tl.store(dup + at, up, mask=inside, eviction_policy="evict_first")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches.
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | None, num_warps: int, **constants: Any) -> None:
+    """Run a kernel on the device of its first argument; an empty grid is no launch."""
+    if 0 in grid:
+        return
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](*args, num_warps=num_warps, **OPTIONS, **constants)
+
+
+def _tile(width: int, itemsize: int, tile_bytes: int = TILE_BYTES) -> dict[str, int]:
+    """Block sizes and warps for rows of ``width`` columns: at most 16 columns a thread, 16-byte loads."""
+    block_d = min(MAX_BLOCK_D, max(16, triton.next_power_of_2(width)))
+    num_warps = min(8, max(1, block_d // 512))
+    block_k = num_warps * 32 * tile_bytes // (block_d * itemsize)
+    return {"BLOCK_D": block_d, "BLOCK_K": min(32, max(1, block_k)), "num_warps": num_warps}
+
+
+def _resident(rows: int, dim: int, itemsize: int) -> int:
+    """Columns of a slice of ``rows`` rows that stays in L2: ``dim`` if all do, 0 if no slice wide enough does."""
+    width = L2_BYTES // (max(1, rows) * itemsize)
+    if width >= dim:
+        return dim
+    return 0 if width * itemsize < NARROWEST else 1 << (width.bit_length() - 1)
+
+
+def _repeats(table: Tensor, picks: Picks) -> bool:
+    """Whether picks of one row are worth meeting: there are many a row, and the table does not stay in L2 anyway."""
+    rows, dim = table.shape
+    return picks.expert.numel() >= EXPERT_MAJOR * rows and _resident(rows, dim, table.element_size()) < dim
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The dtype to accumulate in: float32, or float64 if any tensor is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _acc(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _check(*tables: Tensor) -> None:
+    for table in tables:
+        if not table.is_contiguous():
+            raise ValueError(f"tables must be contiguous, not of shape {tuple(table.shape)}, strides {table.stride()}")
+
+
+def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
+    """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]`` in float32 (float64 for float64).
+
+    Raises:
+        ValueError: ``table`` is not contiguous.
+    """
+    _check(table)
+    dim, count, dtype = table.shape[1], picks.expert.numel(), _wide(x, table)
+    order, width = None, dim
+    if _repeats(table, picks) and (part := _resident(picks.tokens, dim, x.element_size())):
+        order, width = picks.by_expert, part
+    tile = _tile(width, max(x.element_size(), table.element_size()))
+    slices = triton.cdiv(dim, width)
+    out = torch.empty(slices, count, dtype=dtype, device=x.device)
+    grid = (triton.cdiv(count, tile["BLOCK_K"]), slices)
+    args = x.contiguous(), table, picks.token, picks.expert, order, out, count
+    _launch(_dots_kernel, grid, *args, DIM=dim, WIDTH=width, ACC=_acc(dtype), **tile)
+    return out[0] if slices == 1 else out.sum(0)
+
+
+def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
+    """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``.
+
+    Sums are float32 (float64 for float64), and so is the result unless ``dtype`` says otherwise.
+
+    Raises:
+        ValueError: ``table`` is not contiguous.
+    """
+    _check(table)
+    wide, dim = _wide(weight, table), table.shape[1]
+    out = torch.empty(picks.tokens, dim, dtype=dtype or wide, device=table.device)
+    width = _resident(table.shape[0], dim, table.element_size()) if _repeats(table, picks) else dim
+    tile = _tile(width or dim, table.element_size())
+    grid = (picks.tokens, triton.cdiv(dim, tile["BLOCK_D"]))
+    args = weight.contiguous(), table, picks.offsets, picks.expert, out
+    _launch(_mix_kernel, grid, *args, DIM=dim, ACC=_acc(wide), **tile)
+    return out
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def _fused(x: Tensor, table: Tensor, picks: Picks, activation: str) -> bool:
+    """Whether the token-major kernel serves; else the halves do, one after the other."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, not {activation!r}")
+    sizes = (picks.tokens, x.element_size()), (table.shape[0], table.element_size())
+    expert_major = _repeats(table, picks) and all(_resident(rows, x.shape[1], size) for rows, size in sizes)
+    return x.shape[1] <= MAX_BLOCK_D and not expert_major
+
+
+def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """``y_t = sum_i gate_i * act(x_t . down_{e_i}) * up_{e_i}`` over the picks of each token.
+
+    Args:
+        x: ``[tokens, dim]``.
+        picks: the rows that each token reads.
+        gate: ``[picks]``.
+        down, up: ``[rows, dim]``.
+        activation: "gelu" (exact), "relu" or "silu".
+
+    Returns:
+        y ``[tokens, dim]`` in ``x``'s dtype, and for :func:`backward` pre ``[picks]`` (the dots with ``down``)
+        in float32 (float64 where an input is).
+
+    Raises:
+        ValueError: an unknown activation, or a table that is not contiguous.
+    """
+    _check(down, up)
+    if not _fused(x, down, picks, activation):
+        pre = dots(x, down, picks)
+        return mix(ACTIVATIONS[activation](pre) * gate.to(pre.dtype), up, picks, dtype=x.dtype), pre
+    dtype = _wide(x, down, up, gate)
+    pre = torch.empty(picks.expert.numel(), dtype=dtype, device=x.device)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    args = x.contiguous(), picks.offsets, picks.expert, gate.contiguous(), down, up, pre, y, None, None, None
+    constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": False, "ACC": _acc(dtype)}
+    _launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
+    return y, pre
+
+
+def backward(
+    dy: Tensor, x: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of :func:`forward` but those of the tables, for which it returns what :func:`table_grads` needs.
+
+    Args:
+        dy: ``[tokens, dim]``.
+        x, picks, gate, down, up, activation: as given to :func:`forward`.
+        pre: ``[picks]``, from :func:`forward`.
+
+    Returns:
+        dx ``[tokens, dim]`` in ``x``'s dtype, dgate ``[picks]`` in ``gate``'s, and in ``pre``'s dtype dpre
+        ``[picks]`` and hidden ``[picks]``, the activations times the gates.
+
+    Raises:
+        ValueError: an unknown activation, or a table that is not contiguous.
+    """
+    _check(down, up)
+    if not _fused(x, down, picks, activation):
+        dhidden = dots(dy, up, picks)
+        with torch.enable_grad():
+            leaves = pre.detach().requires_grad_(), gate.to(pre.dtype).detach().requires_grad_()
+            product = ACTIVATIONS[activation](leaves[0]) * leaves[1]
+        dpre, dgate = torch.autograd.grad(product, leaves, dhidden.to(pre.dtype))
+        return mix(dpre, down, picks, dtype=x.dtype), dgate.to(gate.dtype), dpre, product.detach()
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dpre, hidden = torch.empty_like(pre), torch.empty_like(pre)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    args = dy.contiguous(), picks.offsets, picks.expert, gate.contiguous(), up, down, pre, dx, dgate, dpre, hidden
+    constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": True, "ACC": _acc(pre.dtype)}
+    _launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
+    return dx, dgate, dpre, hidden
+
+
+def table_grads(
+    dpre: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    picks: Picks,
+    rows: int,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``ddown_e = sum dpre_i x_t`` and ``dup_e = sum hidden_i dy_t`` over the picks of each row, dense.
+
+    Each row is written once, by one program, in a fixed order of the sum: two runs give the same bits. Needs no
+    synchronisation with the host.
+
+    Args:
+        dpre, hidden: ``[picks]``, from :func:`backward`.
+        x, dy: ``[tokens, dim]``.
+        picks: the rows that each token read.
+        rows: how many rows the tables have.
+        out: (ddown, dup), both ``[rows, dim]`` of one dtype, to be added to in place: rows that no token read are
+            neither read nor written.
+        dtype: of new gradients; float32 (float64 for float64) by default.
+
+    Returns:
+        (ddown, dup) ``[rows, dim]``: ``out``, or new tensors.
+
+    Raises:
+        ValueError: ``out`` is not contiguous or not of this shape.
+    """
+    ordered = picks.expert[picks.by_expert]
+    bounds = torch.searchsorted(ordered, torch.arange(rows + 1, device=ordered.device))
+    if out is None:
+        new = [torch.empty(rows, x.shape[1], dtype=dtype or _wide(x, dy), device=x.device) for _ in range(2)]
+        ddown, dup = new
+    else:
+        ddown, dup = out
+        _check(ddown, dup)
+        if not ddown.shape == dup.shape == (rows, x.shape[1]):
+            raise ValueError(f"out must be [{rows}, {x.shape[1]}], not {tuple(ddown.shape)} and {tuple(dup.shape)}")
+    _run_sums(dpre, hidden, x, dy, picks, bounds, ddown, dup, add=out is not None)
+    return ddown, dup
+
+
+def sparse_table_grads(
+    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`table_grads` of the touched rows alone. Waits for their number.
+
+    Returns:
+        The touched rows ``[n]`` int64, ascending, and their rows of ddown and of dup, ``[n, dim]`` in ``dtype``.
+    """
+    touched, counts = torch.unique_consecutive(picks.expert[picks.by_expert], return_counts=True)
+    bounds = F.pad(counts.cumsum(0), (1, 0))
+    size = (touched.numel(), x.shape[1])
+    ddown, dup = (torch.empty(size, dtype=dtype or _wide(x, dy), device=x.device) for _ in range(2))
+    _run_sums(dpre, hidden, x, dy, picks, bounds, ddown, dup, add=False)
+    return touched, ddown, dup
+
+
+def _run_sums(
+    dpre: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    picks: Picks,
+    bounds: Tensor,
+    ddown: Tensor,
+    dup: Tensor,
+    add: bool,
+) -> None:
+    """Row i of ``ddown`` and ``dup`` from the picks at ``bounds[i]:bounds[i + 1]`` of the order by expert.
+
+    Columns go slice by slice where all of x and dy would not stay in L2. An expert that very many tokens picked is
+    summed piece by piece first (one program takes some 0.3 us for each pick of its run). How many pieces there are
+    stays on the device: the grid is the most there can be, two for each ``size`` picks.
+    """
+    count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(x, dy, dpre)
+    itemsize = max(x.element_size(), dy.element_size())
+    tile = _tile(_resident(2 * x.shape[0], dim, itemsize) or dim, itemsize, GRAD_TILE_BYTES)
+    slices = triton.cdiv(dim, tile["BLOCK_D"])
+    constants = {"DIM": dim, "ACC": _acc(dtype), **tile}
+    shared = picks.by_expert, picks.token, dpre.contiguous(), hidden.contiguous(), x.contiguous(), dy.contiguous()
+    size = max(PIECE, triton.next_power_of_2(2 * count // MAX_PIECES))
+    base = partial = None
+    if count > size:
+        pieces = 2 * count // size
+        lengths = bounds[1:] - bounds[:-1]
+        in_run = torch.where(lengths > size, (lengths + size - 1) // size, 0)
+        base = F.pad(in_run.cumsum(0), (1, 0))
+        owner = torch.searchsorted(base[1:], torch.arange(pieces, device=base.device), right=True)
+        partial = torch.empty(pieces, 2, dim, dtype=dtype, device=x.device)
+        _launch(_pieces_kernel, (pieces, slices), *shared, bounds, base, owner, partial, runs, size, **constants)
+    _launch(_runs_kernel, (runs, slices), *shared, bounds, base, partial, ddown, dup, ADD=add, **constants)
