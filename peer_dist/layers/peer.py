@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peer_dist.kernels import ACTIVATIONS
+from peer_dist.kernels import ACTIVATIONS, huge_pages
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.query_norm import QUERY_NORMS, make_query_norm
 from peer_dist.sharding import RowLayout, Traffic, routed_experts
@@ -65,6 +65,7 @@ class PEER(nn.Module):
         data_group: ranks that see different tokens, for batch statistics; defaults to ``group``.
         output_std: standard deviation of an output component at initialisation.
         table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``.
+        sparse_grad: give ``down`` and ``up`` sparse gradients, of the picked rows only (for SparseAdam, say).
         seed: seed of the initial weights, the same on every rank; drawn from torch's generator by default.
         device, dtype: as everywhere in torch.
 
@@ -91,6 +92,7 @@ class PEER(nn.Module):
         data_group: dist.ProcessGroup | None = None,
         output_std: float | None = None,
         table_dtype: torch.dtype | None = None,
+        sparse_grad: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -119,7 +121,7 @@ class PEER(nn.Module):
             top_k,
             key_dim,
         )
-        self.gate, self.activation = gate, activation
+        self.gate, self.activation, self.sparse_grad = gate, activation, sparse_grad
         self.layout = RowLayout(num_experts, group)
         self.traffic = Traffic()
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
@@ -132,8 +134,8 @@ class PEER(nn.Module):
         self.norm.to(device=device, dtype=dtype)
         self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
         table_dtype = table_dtype or self.keys.dtype
-        self.down = nn.Parameter(torch.empty(rows, dim, device=device, dtype=table_dtype))
-        self.up = nn.Parameter(torch.empty(rows, dim, device=device, dtype=table_dtype))
+        self.down = nn.Parameter(huge_pages(torch.empty(rows, dim, device=device, dtype=table_dtype)))
+        self.up = nn.Parameter(huge_pages(torch.empty(rows, dim, device=device, dtype=table_dtype)))
         self.reset_parameters(output_std, seed)
 
     @property
@@ -206,6 +208,7 @@ class PEER(nn.Module):
             self.activation,
             self.layout,
             self.traffic,
+            self.sparse_grad,
         )
         return y.view_as(x)
 

@@ -19,6 +19,7 @@ def routed_experts(
     activation: str,
     layout: RowLayout,
     traffic: Traffic,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """``y_t = sum_i gate_i * act(x_t . down_{e_i}) * up_{e_i}`` with the tables' rows spread over a group.
 
@@ -30,6 +31,7 @@ def routed_experts(
         gates: ``[tokens, picks]``.
         down, up: ``[rows, dim]``, this rank's shard.
         traffic: adds up what was sent.
+        sparse_grad: see :func:`peer_dist.kernels.expert_mix`.
 
     Returns:
         ``[tokens, dim]``. The gradients of ``down`` and ``up`` are summed over the tokens of all ranks of the
@@ -38,11 +40,11 @@ def routed_experts(
     if layout.shards == 1:
         traffic.tokens += x.shape[0]
         traffic.picks_received += indices.numel()
-        return expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation)
+        return expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
     with span("dispatch"):
         token, expert, gate = merge_picks(indices, gates)
         plan, order = plan_exchange(token, expert, x.shape[0], layout, traffic)
         gate = gate[order]
     x_owned, gate_owned = dispatch(x, gate, plan)
-    y_owned = expert_mix(x_owned, plan.picks, gate_owned, down, up, activation)
+    y_owned = expert_mix(x_owned, plan.picks, gate_owned, down, up, activation, sparse_grad)
     return combine(y_owned, plan)

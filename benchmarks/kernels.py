@@ -1,0 +1,167 @@
+"""expert_mix on fixed picks against gather + einsum, as ratios in one run.
+
+    python benchmarks/kernels.py                       the headline comparison for this machine's device
+    python benchmarks/kernels.py --sweep experts       N from 64k to 4M at equal picks (also: picks, dim, tokens,
+                                                       skew, density); --plot FILE.png draws it
+    python benchmarks/kernels.py --json FILE
+
+The floor of the forward is the distinct rows of both tables read once, plus x and y, at the copy bandwidth
+measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import copy_bandwidth, device_name, peak_bytes, seconds, show, write_json
+from torch import Tensor
+
+from peer_dist.kernels import Picks, expert_mix, huge_pages
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one comparison; ``zipf`` 0 picks uniformly, else with that exponent."""
+
+    experts: int = 1024**2
+    dim: int = 256
+    tokens: int = 2048
+    picks: int = 128
+    dtype: str = "float32"
+    zipf: float = 0.0
+
+
+class Problem:
+    """Tables, tokens and picks of a case."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        torch.manual_seed(0)
+        dtype = getattr(torch, case.dtype)
+        self.down, self.up = (
+            huge_pages(torch.empty(case.experts, case.dim, device=device, dtype=dtype)).normal_(0, case.dim**-0.5)
+            for _ in range(2)
+        )
+        self.x = torch.randn(case.tokens, case.dim, device=device, dtype=dtype)
+        self.expert = draw_picks(case, device)
+        self.gate = torch.rand(case.tokens, case.picks, device=device)
+        self.dy = torch.randn_like(self.x)
+        self.leaves = [self.x, self.gate, self.down, self.up]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
+
+    def ours(self) -> Tensor:
+        picks = Picks.even(self.expert)
+        return expert_mix(self.x, picks, self.gate.reshape(-1), self.down, self.up, "gelu", sparse_grad=True)
+
+    def gathered(self) -> Tensor:
+        """What public layers do: both tables' rows as [tokens, picks, dim]; sparse table gradients here too."""
+        down = F.embedding(self.expert, self.down, sparse=True)
+        up = F.embedding(self.expert, self.up, sparse=True)
+        hidden = F.gelu(torch.einsum("td,tkd->tk", self.x, down)) * self.gate.to(self.x.dtype)
+        return torch.einsum("tk,tkd->td", hidden, up)
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, self.leaves, self.dy)
+
+
+def draw_picks(case: Case, device: torch.device) -> Tensor:
+    """``[tokens, picks]``: uniform, or Zipf-distributed over a random order of the experts."""
+    shape = (case.tokens, case.picks)
+    if case.zipf == 0:
+        return torch.randint(case.experts, shape, device=device)
+    weight = torch.arange(1, case.experts + 1, device=device, dtype=torch.float64).pow(-case.zipf)
+    ranks = torch.searchsorted(weight.cumsum(0) / weight.sum(), torch.rand(shape, device=device, dtype=torch.float64))
+    order = torch.randperm(case.experts, device=device)
+    return order[ranks.clamp(max=case.experts - 1)]
+
+
+def measure(case: Case, device: torch.device, peers: bool = True) -> dict[str, Any]:
+    """One case: seconds, ratios, memory and share of the copy bandwidth; outputs are compared first."""
+    problem = Problem(case, device)
+    bandwidth = copy_bandwidth(device)
+    item = problem.down.element_size()
+    distinct = torch.unique(problem.expert).numel()
+    read_once = 2 * distinct * case.dim * item + 2 * problem.x.nbytes
+    per_pick = 2 * problem.expert.numel() * case.dim * item + 2 * problem.x.nbytes
+    row: dict[str, Any] = {**asdict(case), "copy_GB_per_s": bandwidth / 1e9}
+
+    with torch.no_grad():
+        row["forward_ms"] = 1e3 * seconds(problem.ours, device)
+    row["both_ms"] = 1e3 * seconds(lambda: problem.backward(problem.ours()), device, 5)
+    row["forward_over_floor"] = row["forward_ms"] / 1e3 * bandwidth / read_once
+    row["forward_GB_per_s_by_pick"] = per_pick / row["forward_ms"] / 1e6
+    row["share_of_copy_bandwidth"] = per_pick / (row["forward_ms"] / 1e3) / bandwidth
+    results = 2 * distinct * (case.dim * item + 8) + 2 * problem.x.nbytes + problem.gate.nbytes
+    row["both_extra_MB"] = (peak_bytes(lambda: problem.backward(problem.ours()), device) - results) / 1e6
+    if peers:
+        with torch.no_grad():
+            torch.testing.assert_close(problem.ours(), problem.gathered(), rtol=2e-2, atol=2e-2)
+            row["gather_forward_ms"] = 1e3 * seconds(problem.gathered, device, 3)
+        row["gather_both_ms"] = 1e3 * seconds(lambda: problem.backward(problem.gathered()), device, 3)
+        row["forward_ratio"] = row["gather_forward_ms"] / row["forward_ms"]
+        row["both_ratio"] = row["gather_both_ms"] / row["both_ms"]
+        bag = torch.nn.functional.embedding_bag
+        with torch.no_grad():
+            weights = problem.gate.to(problem.x.dtype)
+            row["up_half_embedding_bag_ms"] = 1e3 * seconds(
+                lambda: bag(problem.expert, problem.up, per_sample_weights=weights, mode="sum"), device, 3
+            )
+    return row
+
+
+SWEEPS: dict[str, tuple[str, list[Case]]] = {
+    "experts": ("experts", [Case(experts=n**2) for n in (256, 512, 1024, 2048)]),
+    "picks": ("picks", [Case(picks=p) for p in (32, 64, 128, 256, 512)]),
+    "dim": ("dim", [Case(dim=d, experts=512**2, tokens=512) for d in (256, 512, 1024, 2048, 4096)]),
+    "tokens": ("tokens", [Case(tokens=t, picks=32) for t in (1024, 4096, 16384, 65536)]),
+    "skew": ("zipf", [Case(zipf=z) for z in (0.0, 0.6, 0.9, 1.2)]),
+    # picks per expert: 0.25, 8 and 32 (the paper's batch)
+    "density": ("experts", [Case(experts=n) for n in (2048 * 128 * 4, 2048 * 128 // 8, 2048 * 128 // 32)]),
+}
+
+
+def plot(path: Path, title: str, key: str, rows: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    x = [row[key] for row in rows]
+    axes.plot(x, [row["forward_ms"] for row in rows], "o-", label="forward")
+    axes.plot(x, [row["both_ms"] for row in rows], "s-", label="forward + backward")
+    axes.set(xlabel=key, ylabel="ms", yscale="log", xscale="linear" if key == "zipf" else "log", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sweep", choices=list(SWEEPS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="of a sweep; .png or .svg")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if options.sweep:
+        key, cases = SWEEPS[options.sweep]
+        rows = [measure(case, device, peers=False) for case in cases]
+    else:
+        key = "experts"
+        base = Case() if device.type == "cpu" else Case(dim=1024, tokens=8192, dtype="bfloat16")
+        rows = [measure(base, device), measure(replace(base, experts=256**2), device, peers=False)]
+    title = f"expert_mix on {device_name(device)}"
+    show(title, rows)
+    write_json(options.json, {"device": device_name(device), "torch": torch.__version__, "rows": rows})
+    if options.plot and options.sweep:
+        plot(options.plot, title, key, rows)
+
+
+if __name__ == "__main__":
+    main()
