@@ -19,6 +19,10 @@ _MKL, _REFERENCE = Composed(mkl), Composed(reference)
 
 
 def _backend(x: Tensor, down: Tensor, up: Tensor) -> Any:
+    if x.is_cuda:
+        from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
+
+        return triton if triton.available(x, down, up) else _REFERENCE
     if native.available(x, down, up):
         return native
     return _MKL if mkl.available(x, down, up) else _REFERENCE
@@ -64,7 +68,7 @@ class _ExpertMix(torch.autograd.Function):
         with span("experts"):
             x, dy = x.contiguous(), dy.contiguous()
             ops = _backend(x, down, up)
-            dx, dgate, dpre, hidden = ops.backward(dy, picks, pre, gate, down, up, ctx.activation)
+            dx, dgate, dpre, hidden = ops.backward(dy, x, picks, pre, gate, down, up, ctx.activation)
             ddown: Tensor | None = None
             dup: Tensor | None = None
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:

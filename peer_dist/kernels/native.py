@@ -63,7 +63,7 @@ def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, act
 
 
 def backward(
-    dy: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
+    dy: Tensor, x: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.backward`."""
     dy, gate = dy.float().contiguous(), gate.float().contiguous()

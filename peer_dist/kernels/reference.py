@@ -84,10 +84,10 @@ class Composed:
         return self.products.mix(hidden, up, picks), pre
 
     def backward(
-        self, dy: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
+        self, dy: Tensor, x: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``dx [tokens, dim]``, and per pick ``dgate``, ``dpre`` and ``hidden`` (the gated activation), which
-        the tables' gradients need; in at least float32. ``dy``: ``[tokens, dim]``.
+        the tables' gradients need; in at least float32. ``dy, x``: ``[tokens, dim]``.
         """
         dhidden = self.products.dots(dy, up, picks)
         with torch.enable_grad():
