@@ -18,6 +18,7 @@ setup(
         "megatron-core==0.16.1",
         "deepspeed==0.19.8",
         "mpi4py>=4",
+        "numpy>=1.26",
         "pydantic>=2.6,<3",
         "pyyaml>=6",
         "rich>=13",

@@ -16,7 +16,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # torchrun would say so at lengt
 STEPS="${STEPS:-300}"
 RUN="${RUN:-runs/quickstart}"
 ranks="$(python -c 'import torch; print(torch.cuda.device_count() or 2)')"
-[ -e data/tinyshakespeare.json ] || peer-dist prepare --output data/tinyshakespeare
+[ -e data/tinyshakespeare.json ] || peer-dist prepare --output data/tinyshakespeare --force
 
 newest="$(ls "$RUN/checkpoints" 2>/dev/null | grep -E '^step-[0-9]+$' | sort | tail -n 1 || true)"
 newest="${newest:-step-0}"

@@ -150,10 +150,10 @@ def main() -> None:
             raise
         rank = os.environ.get("RANK", "0")
         if rank != "0" and type(error).__name__ != "WorldError":
-            # Every rank finds the same mistake and rank 0 says it; a launcher ends all when the first one leaves.
+            # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)
-        else:
-            Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        where = f" (rank {rank})" if rank != "0" else ""
+        Console(stderr=True).print(f"[red]error{where}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 

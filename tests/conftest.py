@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the ranks of these tests are CPU processes
 
 
 @pytest.fixture(scope="session")

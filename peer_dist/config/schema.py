@@ -7,15 +7,18 @@ this file's descriptions.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MLPKind = Literal["dense", "peer"]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -149,7 +152,7 @@ class OptimizerConfig(Section):
         description="step at which the cosine reaches its floor; apart from train.steps on purpose, "
         "so that a longer run has the same schedule",
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and biases have none")
     grad_clip: float = Field(1.0, ge=0, description="global gradient norm to clip at, tables included; 0: never")
@@ -166,7 +169,7 @@ class TableOptimizerConfig(Section):
 
     name: Literal["adam"] = Field("adam", description="adam: dense Adam in float32")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the tables")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's betas")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's betas")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the tables")
 
@@ -218,7 +221,7 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(8, ge=1, description="sequences per rank and forward pass")
     global_batch_size: int = Field(16, ge=1, description="sequences per step over all ranks")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
-    seed: int = Field(1234, ge=0, description="seed of weights, dropout and data order")
+    seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of weights, dropout and data order")
 
 
 class EvaluationConfig(Section):

@@ -37,13 +37,13 @@ class Report:
     usage: dict[int, UsageSummary]
 
     def json(self) -> str:
-        return json.dumps({**asdict(self), "perplexity": math.exp(self.loss)})
+        return json.dumps({**asdict(self), "perplexity": math.exp(min(self.loss, 700.0))})
 
     def rows(self) -> Iterator[tuple[str, str]]:
         yield "checkpoint", f"{self.checkpoint} (step {self.step})"
         yield "text", f"{self.data}, {self.split}: {self.tokens:,} tokens"
         yield "loss", f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
-        yield "perplexity", f"{math.exp(self.loss):.3f}"
+        yield "perplexity", f"{math.exp(min(self.loss, 700.0)):.3f}"
         if self.unigram_loss is not None:
             yield (
                 "unigram perplexity",

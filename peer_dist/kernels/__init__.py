@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.native import huge_pages
@@ -62,6 +63,7 @@ class _ExpertMix(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, gate, down, up = ctx.saved_tensors
         picks, (rows, dim) = ctx.picks, down.shape

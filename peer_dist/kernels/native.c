@@ -35,14 +35,14 @@ static inline void fetch(const void *row, i64 bytes) {
 
 static inline float activate(float a, int kind) {
   if (kind == GELU) return 0.5f * a * (1.0f + erff(a * 0.707106781f));
-  if (kind == RELU) return a > 0 ? a : 0;
+  if (kind == RELU) return a <= 0 ? 0 : a; /* lets NaN through */
   return a / (1.0f + expf(-a));
 }
 
 static inline float derivative(float a, int kind) {
   if (kind == GELU)
     return 0.5f * (1.0f + erff(a * 0.707106781f)) + a * 0.398942280f * expf(-0.5f * a * a);
-  if (kind == RELU) return a > 0;
+  if (kind == RELU) return a <= 0 ? 0 : 1;
   float s = 1.0f / (1.0f + expf(-a));
   return s * (1.0f + a * (1.0f - s));
 }

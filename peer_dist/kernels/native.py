@@ -124,6 +124,10 @@ def _over_segments(
 
 
 def _over_tokens(name: str, picks: Picks, table: Tensor, *arguments: Tensor | int) -> None:
+    if picks.expert.numel():
+        low, high = (int(end) for end in torch.aminmax(picks.expert))
+        if low < 0 or high >= table.shape[0]:
+            raise IndexError(f"picks of rows {low} to {high} from a table of {table.shape[0]} rows")
     function = _function(f"{name}_{_SUFFIX[table.dtype]}")
     _split(function, picks.offsets, (table.shape[1], *arguments))
 

@@ -25,7 +25,7 @@ class Picks:
     def even(cls, expert: Tensor) -> Picks:
         """Picks of ``expert: [tokens, picks per token]``."""
         tokens, each = expert.shape
-        return cls(torch.arange(tokens + 1, device=expert.device) * each, expert.reshape(-1))
+        return cls(torch.arange(tokens + 1, device=expert.device) * each, expert.reshape(-1).contiguous())
 
     @property
     def tokens(self) -> int:

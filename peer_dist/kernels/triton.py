@@ -73,6 +73,9 @@ TILE_BYTES = 128
 GRAD_TILE_BYTES = 64
 """The same for the table gradients, whose programs often meet a single pick and whose reads hit L2."""
 
+MAX_GRAD_BLOCK_D = 2048
+"""Columns of a program of the table gradients: no sum runs over columns there, and 4096 made ptxas spill on sm_80."""
+
 PIECE = 512
 """Picks of one expert that one program sums. The longer runs of popular experts are cut into pieces."""
 
@@ -201,7 +204,7 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
     for begin in range(0, WIDTH, BLOCK_D):
         col = begin + tl.arange(0, BLOCK_D)
         cols = part * WIDTH + col
-        mask = live[:, None] & ((col < WIDTH) & (cols < DIM))[None, :]
+        mask = live[:, None] & (cols < DIM)[None, :]
         rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         values = tl.load(x + source[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         dot += tl.sum(rows.to(ACC) * values.to(ACC), 1)
@@ -587,7 +590,8 @@ def _run_sums(
     """
     count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(x, dy, dpre)
     itemsize = max(x.element_size(), dy.element_size())
-    tile = _tile(_resident(2 * x.shape[0], dim, itemsize) or dim, itemsize, GRAD_TILE_BYTES)
+    width = min(MAX_GRAD_BLOCK_D, _resident(2 * x.shape[0], dim, itemsize) or dim)
+    tile = _tile(width, itemsize, GRAD_TILE_BYTES)
     slices = triton.cdiv(dim, tile["BLOCK_D"])
     constants = {"DIM": dim, "ACC": _acc(dtype), **tile}
     shared = picks.by_expert, picks.token, dpre.contiguous(), hidden.contiguous(), x.contiguous(), dy.contiguous()

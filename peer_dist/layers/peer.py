@@ -66,7 +66,8 @@ class PEER(nn.Module):
         output_std: standard deviation of an output component at initialisation.
         table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``.
         sparse_grad: give ``down`` and ``up`` sparse gradients, of the picked rows only (for SparseAdam, say).
-        seed: seed of the initial weights, the same on every rank; drawn from torch's generator by default.
+        seed: seed of the initial weights, the same on every rank; by default drawn from torch's generator on the
+            group's first rank.
         device, dtype: as everywhere in torch.
 
     State dict: ``query.weight [heads*key_dim, dim]``, ``keys [2, sqrt(N), key_dim/2]`` (``[heads, 2, ...]``
@@ -149,17 +150,30 @@ class PEER(nn.Module):
         if self.keys.is_meta:
             return
         if seed is None:
-            seed = int(torch.randint(2**31, ()))
+            seed = self._drawn_seed()
         generator = torch.Generator(self.keys.device).manual_seed(seed)
-        self.query.weight.normal_(0, self.dim**-0.5, generator=generator)
+        # drawn in float32 whatever the dtype, so that the dtype only rounds
+        query = torch.empty(self.query.weight.shape, device=self.keys.device)
+        self.query.weight.copy_(query.normal_(0, self.dim**-0.5, generator=generator))
         bound = (self.key_dim / 2) ** -0.5
-        self.keys.uniform_(-bound, bound, generator=generator)
+        keys = torch.empty(self.keys.shape, device=self.keys.device)
+        self.keys.copy_(keys.uniform_(-bound, bound, generator=generator))
+        if not isinstance(self.norm, nn.Identity):
+            self.norm.reset_parameters()  # type: ignore[operator]
         second_moment = activation_second_moment(ACTIVATIONS[self.activation])
         if output_std is None:
             output_std = math.sqrt(second_moment)
         up_std = output_std / math.sqrt(second_moment * self._gate_energy(seed))
         self._draw_rows(self.down, self.dim**-0.5, seed + 1)
         self._draw_rows(self.up, up_std, seed + 2)
+
+    def _drawn_seed(self) -> int:
+        """From torch's generator; the first rank's everywhere, since all but the tables is replicated."""
+        seed = [int(torch.randint(2**31, ()))]
+        group = self.layout.group
+        if group is not None:
+            dist.broadcast_object_list(seed, src=dist.get_global_rank(group, 0), group=group)
+        return seed[0]
 
     def _gate_energy(self, seed: int) -> float:
         """``E[sum over distinct experts of (sum of its gates)^2]`` for standard normal queries."""

@@ -16,7 +16,8 @@ def _candidates(top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     For 16 this leaves 50 of 256.
     """
     pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
-    first, second = torch.tensor(pairs, device=device).unbind(1)
+    with torch.inference_mode(False):  # the cached tensors also serve training later
+        first, second = torch.tensor(pairs, device=device).unbind(1)
     return first, second
 
 

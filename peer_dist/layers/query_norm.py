@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 QUERY_NORMS = ("batch", "layer", "rms", "none")
 
@@ -31,6 +32,7 @@ class _SumOverRanks(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         dy = dy.contiguous().clone()
         dist.all_reduce(dy, group=ctx.group)
@@ -70,6 +72,11 @@ class QueryBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for tensor, value in ((self.weight, 1), (self.bias, 0), (self.running_mean, 0), (self.running_var, 1)):
+            tensor.fill_(value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueryBatchNorm:
         exact = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)
@@ -92,8 +99,10 @@ class QueryBatchNorm(nn.Module):
             var = self._total((x - mean).square().sum(0)) / count
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+                for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+                    # a pass that is not finite is skipped by the optimizer and must not stay here either
+                    new = torch.where(torch.isfinite(new), new.to(running.dtype), running)
+                    running.lerp_(new, self.momentum)
         else:
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         x = (x - mean) * torch.rsqrt(var + self.eps) * self.weight.to(x.dtype) + self.bias.to(x.dtype)
@@ -108,6 +117,12 @@ class QueryVectorNorm(nn.Module):
         self.kind, self.eps = kind, eps
         self.weight = nn.Parameter(torch.ones(heads * key_dim))
         self.bias = nn.Parameter(torch.zeros(heads * key_dim)) if kind == "layer" else None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.fill_(1)
+        if self.bias is not None:
+            self.bias.fill_(0)
 
     def forward(self, query: Tensor) -> Tensor:
         """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""

@@ -96,10 +96,3 @@ class TableAdam:
             yield name, "exp_avg_sq", state["exp_avg_sq"]
             if master is not table:
                 yield name, "master", master.detach()
-
-    @torch.no_grad()
-    def refresh_masters(self) -> None:
-        """Take the masters from the tables again, after their values were replaced."""
-        for name, table in self.tables.items():
-            if self._masters[name] is not table:
-                self._masters[name].copy_(table)

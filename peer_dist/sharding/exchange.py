@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import Picks
 from peer_dist.sharding.layout import RowLayout
@@ -25,11 +26,10 @@ class Traffic:
     """Bytes that this rank sent to other ranks, and what it received, since :meth:`reset`."""
 
     bytes_sent: int = 0
-    tokens: int = 0  # at home on this rank
     picks_received: int = 0  # after merging, its own included
 
     def reset(self) -> None:
-        self.bytes_sent = self.tokens = self.picks_received = 0
+        self.bytes_sent = self.picks_received = 0
 
 
 def _all_to_all(
@@ -73,11 +73,11 @@ class ExchangePlan:
     def rows_to_homes(self, y: Tensor) -> Tensor:
         """``[received tokens, dim]`` at the owners -> their sum over shards, ``[tokens, dim]``, at home."""
         back = _all_to_all(y, self.receive_tokens, self.send_tokens, self.group, self.traffic)
-        out = y.new_zeros(self.tokens, y.shape[1])
+        out = y.new_zeros(self.tokens, y.shape[1], dtype=torch.promote_types(y.dtype, torch.float32))
         # Shard by shard: rows are distinct within one, so the order of the sum is fixed on every device.
         for rows, part in zip(self.token.split(self.send_tokens), back.split(self.send_tokens)):
-            out.index_add_(0, rows, part)
-        return out
+            out.index_add_(0, rows, part.to(out.dtype))
+        return out.to(y.dtype)
 
     def picks_to_owners(self, value: Tensor) -> Tensor:
         """``[sent picks] -> [received picks]``."""
@@ -152,7 +152,6 @@ def plan_exchange(
     rows = _all_to_all(local.to(torch.int32), send_picks, receive_picks, group, traffic)
     offsets = torch.zeros(each.numel() + 1, dtype=torch.int64, device=each.device)
     torch.cumsum(each, 0, out=offsets[1:])
-    traffic.tokens += tokens
     traffic.picks_received += rows.numel()
     plan = ExchangePlan(
         group=group,
@@ -194,6 +193,7 @@ class _Dispatch(torch.autograd.Function):
             return plan.rows_to_owners(x), plan.picks_to_owners(gate)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dx: Tensor, dgate: Tensor) -> tuple[Tensor, Tensor, None]:
         with span("combine"):
             return ctx.plan.rows_to_homes(dx), ctx.plan.picks_to_homes(dgate), None
@@ -207,6 +207,7 @@ class _Combine(torch.autograd.Function):
             return plan.rows_to_homes(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         with span("dispatch"):
             return ctx.plan.rows_to_owners(dy), None

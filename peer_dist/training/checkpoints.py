@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load
 from peer_dist.zero import ZeroEngine
 
 MANIFEST = "manifest.json"
+Result = TypeVar("Result")
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -74,12 +76,11 @@ def restore_weights(path: Path, model: Any, parallel: Parallel) -> None:
 @torch.no_grad()
 def restore_run(path: Path, model: Any, engine: ZeroEngine, parallel: Parallel, step: int) -> None:
     """Continue from a checkpoint: weights, tables and both optimizers."""
-    template = run_state(model, engine, parallel)
-    moments = {f"{name}.{part}": (name, part) for name, part, _ in engine.dense_state()}
-    loaded = load(template, path)
+    loaded = load(run_state(model, engine, parallel), path)
     _copy_weights(loaded, model)
-    for key, (name, part) in moments.items():
-        engine.load_dense_state(name, part, loaded["optimizer"][key])
+    for key, value in loaded["optimizer"].items():
+        name, part = key.rsplit(".", 1)
+        engine.load_dense_state(name, part, value)
     for name, part, value in engine.tables.state():
         _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
     engine.steps = step
@@ -113,6 +114,10 @@ class CheckpointStore:
         found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if (entry / MANIFEST).is_file())
         return sorted(int(match.group(1)) for match in found if match)
 
+    def agreed_steps(self) -> list[int]:
+        """:meth:`steps` as rank 0 sees them: on a network file system others may see an older listing."""
+        return _from_rank_zero(self.steps)
+
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
@@ -123,30 +128,49 @@ class CheckpointStore:
             CheckpointError: it could not be written; no complete checkpoint was touched.
         """
         final, partial = self.path(step), self.folder / f".step-{step:08d}.partial"
-        rank = dist.get_rank()
-        if rank == 0:
+
+        def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        dist.barrier()
-        save(state, partial)
-        if rank == 0:
-            tokenizer.save(partial / "tokenizer.json")
-        dist.barrier()
-        files = _checksums(partial)
-        if rank == 0:
-            manifest = {"step": step, **info, "files": files}
+
+        def finish() -> None:
             with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=1)
+                json.dump({"step": step, **info, "files": files}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            if final.exists():  # of an earlier run at the same step, or damaged
+            _sync_folder(partial)
+            if final.exists():  # without a manifest, or it would have been resumed from
                 shutil.rmtree(final)
             partial.rename(final)
             _sync_folder(self.folder)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(old), ignore_errors=True)
-        dist.barrier()
+
+        _from_rank_zero(begin)
+        save(state, partial)
+        _from_rank_zero(lambda: tokenizer.save(partial / "tokenizer.json"))
+        files = _checksums(partial)
+        _from_rank_zero(finish)
         return final
+
+
+def _from_rank_zero(action: Callable[[], Result]) -> Result:
+    """What ``action`` gives on rank 0, which alone does it, on every rank.
+
+    Raises:
+        CheckpointError: on every rank, where it failed: one that left alone would keep the others waiting.
+    """
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told = [action(), None]
+        except OSError as error:
+            told = [None, f"{error.filename or 'checkpoint'}: {error.strerror or error}; nothing complete was touched"]
+    dist.broadcast_object_list(told)
+    result, problem = told
+    if problem is not None:
+        raise CheckpointError(problem)
+    return result
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -209,8 +233,11 @@ def data_identity(config: Config) -> list[list[Any]]:
     return [[read_prepared(prefix).fingerprint, weight] for prefix, weight in config.data.weights.items()]
 
 
-def check_resumable(path: Path, config: Config, manifest: dict[str, Any]) -> None:
+def check_resumable(path: Path, config: Config, identity: list[list[Any]], manifest: dict[str, Any]) -> None:
     """Refuse to go on with another model, other data or another order of them.
+
+    Args:
+        identity: :func:`data_identity` of the run.
 
     Raises:
         CheckpointError: naming the first key that differs.
@@ -225,7 +252,7 @@ def check_resumable(path: Path, config: Config, manifest: dict[str, Any]) -> Non
                 "with checkpoint.init_from"
             )
 
-    if manifest["data"] != data_identity(config):
+    if manifest["data"] != identity:
         raise CheckpointError(
             f"{path}: was made from other data than {', '.join(config.data.weights)} holds now (or with other "
             "weights); name the same prepared files, or start from its weights with checkpoint.init_from"
@@ -242,7 +269,9 @@ def _checksum(path: Path) -> list[int]:
 
 def _checksums(folder: Path) -> dict[str, list[int]]:
     """File name to size and CRC-32, of all files, read by all ranks in shares; made durable on the way."""
-    names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    names = _from_rank_zero(
+        lambda: sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    )
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         with (folder / name).open("rb") as file:

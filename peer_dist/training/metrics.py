@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -14,26 +15,38 @@ class Metrics:
 
     Args:
         folder: of ``metrics.jsonl`` and TensorBoard's event files.
-        step: the checkpoint's step: what was written about later ones is taken back.
+        resumed_at: the checkpoint's step: what was written about later ones is taken back. None for a new run:
+            another run's ``metrics.jsonl`` is kept under another name.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, resumed_at: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "metrics.jsonl"
-        self._rewind(step)
+        if self._path.exists():
+            if resumed_at is None:
+                self._set_aside()
+            else:
+                self._rewind(resumed_at)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=10)
+        purge = 0 if resumed_at is None else resumed_at + 1
+        self._board = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+
+    def _set_aside(self) -> None:
+        number = 1
+        while (kept := self._path.with_name(f"metrics-{number}.jsonl")).exists():
+            number += 1
+        self._path.rename(kept)
 
     def _rewind(self, step: int) -> None:
-        if self._path.exists():
-            kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(partial, self._path)
+        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, self._path)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line, and one point per scalar, for the state after ``step`` steps."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """One line, and one point per scalar, for the state after ``step`` steps; null where not finite."""
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import resource
 import sys
@@ -18,7 +19,7 @@ import yaml
 from rich.console import Console
 
 from peer_dist import __version__
-from peer_dist.config import Config, check_world
+from peer_dist.config import Config, ConfigError, check_world
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch
@@ -58,11 +59,24 @@ def train(config: Config) -> int:
     for prefix in config.data.weights:
         read_prepared(prefix)
     open_tokenizer(config.data)
-    if config.checkpoint.init_from is not None:
+    store = CheckpointStore(config.checkpoint.dir)
+    if config.checkpoint.init_from is not None and not store.steps():
         find_checkpoint(config.checkpoint.init_from)
+    for key, folder in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
+        _check_writable(key, Path(folder))
     with world.joined(), StopRequest() as stop:
         Trainer(config).run(stop)
     return 0
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ConfigError(f"{key}: nothing can be written to {folder}; choose another folder")
 
 
 class Trainer:
@@ -78,6 +92,7 @@ class Trainer:
             expert=config.parallel.expert, expert_tensor=config.parallel.expert_tensor, seed=config.train.seed
         )
         self.dtype = _dtype(config, self.parallel.device)
+        self.data_identity = data_identity(config)  # now: the files may be moved or replaced while the run goes on
         self.data = open_data(config.data, config.model.seq_length, config.train.seed)
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
         self.layers = peer_layers(self.model)
@@ -89,12 +104,13 @@ class Trainer:
         self.steps_done = 0
         self.skipped_steps = 0
 
-        resumed = self.store.steps()
+        resumed = self.store.agreed_steps()
         if not resumed and config.checkpoint.init_from is not None:
             source = find_checkpoint(config.checkpoint.init_from)
             verify_checkpoint(source)
             restore_weights(source, self.model, self.parallel)
         self.engine = self._make_engine()
+        self.resumed = bool(resumed)
         if resumed:
             self._resume(resumed[-1])
 
@@ -113,7 +129,7 @@ class Trainer:
             TableAdam(tables, table.lr, table.betas, table.eps, table.weight_decay),
             mpu=self.parallel.mpu,
             expert_data_group=self.parallel.expert_data_group,
-            norm_group=self.parallel.expert_group,
+            norm_group=self.parallel.data_parallel_group,
             data_parallel_size=self.parallel.data_parallel_size,
             lr=dense.lr,
             betas=dense.betas,
@@ -126,7 +142,7 @@ class Trainer:
     def _resume(self, step: int) -> None:
         path = self.store.path(step)
         manifest = read_manifest(path)
-        check_resumable(path, self.config, manifest)
+        check_resumable(path, self.config, self.data_identity, manifest)
         verify_checkpoint(path)
         restore_run(path, self.model, self.engine, self.parallel, manifest["updates"])
         self.steps_done, self.skipped_steps = step, step - manifest["updates"]
@@ -140,10 +156,10 @@ class Trainer:
         if start >= config.train.steps:
             console.print(f"nothing to do: train.steps is {config.train.steps}; raise it to go on")
             return
-        metrics = Metrics(Path(config.logging.dir), start) if lead else None
-        if metrics is not None and start == 0:
+        metrics = Metrics(Path(config.logging.dir), start if self.resumed else None) if lead else None
+        if metrics is not None and not self.resumed:
             metrics.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
-        if start == 0:
+        if not self.resumed:
             self._record(metrics, self._validate())
         saved = start
         stopped = False
@@ -270,7 +286,7 @@ class Trainer:
             "updates": self.steps_done - self.skipped_steps,
             "sequences": self.steps_done * self.config.train.global_batch_size,
             "config": self.config.model_dump(mode="json"),
-            "data": data_identity(self.config),
+            "data": self.data_identity,
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {
                 "peer_dist": __version__,
@@ -307,7 +323,7 @@ class Trainer:
         if self.parallel.rank != 0:
             return
         folder = Path(self.config.logging.dir)
-        losses = [line for line in read_metrics(folder / "metrics.jsonl") if "val/perplexity" in line]
+        losses = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("val/perplexity") is not None]
         if losses:
             ends = losses[:1] if len(losses) == 1 else [losses[0], losses[-1]]
             shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {int(line['step'])})" for line in ends)

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,18 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """As torchrun says, else a world of one."""
+        """As torchrun says, else a world of one.
+
+        Raises:
+            WorldError: several processes were started by something else, and each would be a world of its own.
+        """
         if "RANK" not in os.environ:
+            for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+                if int(os.environ.get(name, "1")) > 1:
+                    raise WorldError(
+                        f"{os.environ[name]} processes were started ({name}) but not by torchrun, the only launcher "
+                        "understood so far; start one torchrun per node"
+                    )
             return cls(0, 1, 0, 1)
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         return cls(rank, size, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -49,13 +60,14 @@ class World:
             backend = "nccl"
         else:
             backend = "gloo"
-            # torchrun sets OMP_NUM_THREADS to 1 whatever the machine has
-            if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
-        if self.world_size == 1:
+            if self.local_world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+                # torchrun sets it, whatever the machine has
+                torch.set_num_threads(max(1, _cores() // self.local_world_size))
+        if self.world_size == 1 and "RANK" not in os.environ:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
+            # long enough for rank 0 to index a large data set while the others wait
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
@@ -65,3 +77,8 @@ class World:
             yield
         finally:
             dist.destroy_process_group()
+
+
+def _cores() -> int:
+    """Those that this process may use; not every system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

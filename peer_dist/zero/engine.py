@@ -63,7 +63,7 @@ class ZeroEngine:
         tables: the optimizer of the expert tables.
         mpu: Megatron's groups in the form that DeepSpeed asks for.
         expert_data_group: ranks that hold the same table shard.
-        norm_group: ranks that hold one whole set of tables between them.
+        norm_group: ranks that hold all copies of the tables between them.
         data_parallel_size: what gradients are averaged over.
         grad_clip: global norm to clip at; 0 never clips.
         dtype: of the model's parameters, float32 or bfloat16.
@@ -112,7 +112,7 @@ class ZeroEngine:
                 model=model, optimizer=adam, config=config, mpu=mpu, dist_init_required=False
             )
         self._zero = self._engine.optimizer
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._init_state()
         dense_norm = self._zero.scaled_global_norm
         self._zero.scaled_global_norm = lambda *args, **kwargs: combine_grad_norm_groups(
@@ -140,7 +140,7 @@ class ZeroEngine:
     @torch.no_grad()
     def _table_norm(self) -> Tensor:
         """Reduce the tables' gradients; their norm over all shards. Called by DeepSpeed inside its step."""
-        device = next(iter(self._names)).device
+        device = next(iter(self._parameters.values())).device
         squares = torch.zeros((), dtype=torch.float32, device=device)
         for table in self.tables.tables.values():
             if table.grad is None:
@@ -149,7 +149,9 @@ class ZeroEngine:
                 dist.all_reduce(table.grad, group=self._expert_data_group)
             table.grad.div_(self._data_parallel_size)
             squares += torch.linalg.vector_norm(table.grad, dtype=torch.float32).square()
+        # over all copies too, so that every rank has the very same number
         dist.all_reduce(squares, group=self._norm_group)
+        squares /= dist.get_world_size(self._expert_data_group)
         norm = squares.sqrt()
         # -1 is how DeepSpeed marks a norm that is not finite
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
@@ -187,33 +189,20 @@ class ZeroEngine:
 
         A collective over the data parallel group: take every item on every rank.
         """
-        for parameter, name in self._names.items():
-            if parameter.requires_grad:
-                for moment in MOMENTS:
-                    yield name, moment, safe_get_full_optimizer_state(parameter, moment)
-                yield name, "master", safe_get_full_fp32_param(parameter)
+        for name, parameter in self._parameters.items():
+            for moment in MOMENTS:
+                yield name, moment, safe_get_full_optimizer_state(parameter, moment)
+            yield name, "master", safe_get_full_fp32_param(parameter)
 
     @torch.no_grad()
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
         """Put back what :meth:`dense_state` gave."""
-        parameter = self._by_name[name]
+        parameter = self._parameters[name]
         if part == "master":
             safe_set_full_fp32_param(parameter, value)
             parameter.copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, part)
-
-    @property
-    def _by_name(self) -> dict[str, Tensor]:
-        return {name: parameter for parameter, name in self._names.items()}
-
-    @torch.no_grad()
-    def refresh_masters(self) -> None:
-        """Take the float32 masters from the model again, after its weights were replaced."""
-        for parameter in self._names:
-            if parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, parameter.detach().float())
-        self.tables.refresh_masters()
 
 
 @contextlib.contextmanager
