@@ -75,7 +75,7 @@ class _ExpertMix(torch.autograd.Function):
             dup: Tensor | None = None
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
                 if ctx.sparse_grad:
-                    touched, *values = ops.sparse_table_grads(dpre, hidden, x, dy, picks)
+                    touched, *values = ops.sparse_table_grads(dpre, hidden, x, dy, picks, rows)
                     ddown, dup = (
                         torch.sparse_coo_tensor(
                             touched[None], value.to(down.dtype), (rows, dim), is_coalesced=True, check_invariants=False

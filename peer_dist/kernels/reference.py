@@ -106,7 +106,7 @@ class Composed:
         )
 
     def sparse_table_grads(
-        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks
+        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The rows picked at all, ``[touched]`` int64 ascending, and their gradients, ``[touched, dim]`` each."""
         touched, inverse = torch.unique(picks.expert, return_inverse=True)
