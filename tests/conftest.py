@@ -23,6 +23,11 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small(text, tmp_path) -> dict:
+    """See :func:`small_config`; checkpoints and logs in the test's own folder."""
+    return small_config(text, tmp_path)
+
+
+def small_config(text: Path, folder: Path) -> dict:
     """A config as plain values: two PEER layers among three, every part of the training step in use."""
     return {
         "model": {
@@ -39,6 +44,6 @@ def small(text, tmp_path) -> dict:
         "data": {"prefix": str(text)},
         "train": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 16, "seed": 5, "precision": "fp32"},
         "evaluation": {"interval": 5, "batches": 2},
-        "checkpoint": {"dir": str(tmp_path / "checkpoints"), "interval": 4},
-        "logging": {"dir": str(tmp_path / "logs"), "interval": 5},
+        "checkpoint": {"dir": str(folder / "checkpoints"), "interval": 4},
+        "logging": {"dir": str(folder / "logs"), "interval": 5},
     }

@@ -37,6 +37,11 @@ def load(tmp_path, text, *overrides):
         ("zero: {stage: 2}", [], "run.yaml: zero.stage: must be 1 (got 2)"),
         ("data: {prefix: a}", ["parallel.tensor=2"], "command line (parallel.tensor=2): parallel: tensor must be 1"),
         ("optimizer: {lr: fast}", [], "run.yaml: optimizer.lr: input should be a valid number"),
+        ("optimizer: {lr: .inf}", [], "run.yaml: optimizer.lr: "),
+        ("table_optimizer: {lr: .inf}", [], "run.yaml: table_optimizer.lr: "),
+        ("optimizer: {betas: [0.9, 1.0]}", [], "run.yaml: optimizer.betas: "),
+        ("table_optimizer: {betas: [-0.1, 0.9]}", [], "run.yaml: table_optimizer.betas: "),
+        ("data: {prefix: a}\ntrain: {seed: 4294967296}", [], "run.yaml: train.seed: "),
         ("optimizer: {warmup_steps: 9, decay_steps: 9}", [], "warmup_steps (9) must be less than decay_steps (9)"),
         ("model: [", [], "run.yaml: is not valid YAML at line 1"),
         ("- model", [], "run.yaml: must hold sections such as 'model:', not a list"),
@@ -60,6 +65,7 @@ def test_a_missing_file(tmp_path):
 
 def test_overrides_are_yaml_and_win(tmp_path):
     config = load(tmp_path, "data: {prefix: a}\nmodel: {num_layers: 2}", "model.mlp=[peer, dense]", "peer.heads=3")
+    assert load(tmp_path, "data: {prefix: a}\ntrain: {seed: 4294967295}").train.seed == 2**32 - 1
     assert config.model.mlp_kinds == ["peer", "dense"]
     assert config.peer.heads == 3
     assert load(tmp_path, yaml.safe_dump(config.model_dump(mode="json"))) == config, "a dumped config loads again"

@@ -449,6 +449,16 @@ def test_blend_keeps_its_weights_and_is_prefix_stable(tmp_path: Path, shared: Pa
     assert len({dataset for dataset, _ in places[:8]}) > 1
 
 
+def test_equal_data_sets_are_shuffled_apart() -> None:
+    """Two data sets of one size meet their sequences in different orders from the second epoch on."""
+    stream = TokenStream([torch.arange(60).view(30, 2)] * 2, [1.0, 1.0], 5)
+    places = [stream.locate(position) for position in range(60, 180)]
+    for epoch in (places[:60], places[60:]):
+        first, second = ([index for dataset, index in epoch if dataset == number] for number in (0, 1))
+        assert sorted(first) == sorted(second) == list(range(30))
+        assert first != second
+
+
 def test_weights_must_match() -> None:
     data = [torch.arange(6).view(2, 3)]
     with pytest.raises(DataError, match="as many weights above 0"):

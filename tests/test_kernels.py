@@ -1,5 +1,6 @@
 """expert_mix against ten lines of plain PyTorch, on every backend."""
 
+import math
 import os
 
 import pytest
@@ -69,6 +70,53 @@ def test_forward_and_gradients(backend, sparse, tokens, dim, rows, most, activat
         assert g.dtype == dtype
         scale = float(w.detach().abs().max()) if w.numel() else 1.0
         torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance * max(1.0, scale))
+
+
+def strided(tokens, each, rows):
+    """Index tensors of the same shape that are views of others: of every kind of stride."""
+    wide = torch.randint(rows, (tokens, 3 * each))
+    yield torch.randint(rows, (each, tokens)).T
+    yield wide[:, ::3]
+    yield wide[:, :each]
+    yield wide[:1, :each].expand(tokens, each)
+    yield wide[:, :1].expand(tokens, each)
+    yield torch.tensor(rows - 1).expand(tokens, each)
+
+
+@pytest.mark.parametrize(("tokens", "each"), [(5, 4), (1, 6), (6, 1)])
+def test_index_tensors_may_be_views(backend, tokens, each):
+    """Picks of a transposed, sliced or expanded tensor are those of its copy, forward and backward."""
+    for expert in strided(tokens, each, 9):
+        assert expert.shape == (tokens, each)
+        values = [torch.randn(*shape, requires_grad=True) for shape in ((tokens, 7), (tokens * each,), (9, 7), (9, 7))]
+        y = expert_mix(values[0], Picks.even(expert), *values[1:], "gelu")
+        token = torch.arange(tokens).repeat_interleave(each)
+        want = plain(values[0], token, expert.contiguous().view(-1), *values[1:], "gelu")
+        torch.testing.assert_close(y, want)
+        dy = torch.randn_like(y)
+        for got, expected in zip(torch.autograd.grad(y, values, dy), torch.autograd.grad(want, values, dy)):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_nan_goes_through(backend, activation):
+    """A token that is not a number makes its own output and gates' gradients so, and no other's."""
+    picks, values = case(7, 20, 9, 5, torch.float32, 8)
+    values[0].data[3] = math.nan
+    y = expert_mix(values[0], picks, *values[1:], activation)
+    want = plain(values[0], picks.token, picks.expert, *values[1:], activation)
+    assert want.isnan().any(1).tolist() == [False] * 3 + [True] + [False] * 3
+    torch.testing.assert_close(y, want, equal_nan=True)
+    got, expected = (torch.autograd.grad(out.sum(), values[1])[0] for out in (y, want))
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_a_second_derivative_is_refused(backend):
+    picks, values = case(7, 20, 9, 5, torch.float32, 8)
+    y = expert_mix(values[0], picks, *values[1:], "gelu")
+    for grad in torch.autograd.grad(y.square().sum(), values, create_graph=True):
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward(retain_graph=True)
 
 
 def test_the_native_backend_is_built_here_and_missed_nowhere(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """PEER against its definition written out, in float64."""
 
+import copy
 import itertools
 import math
 
@@ -107,6 +108,57 @@ def test_batch_norm_like_torch():
     assert layer.norm.running_var.dtype == torch.float64, "running statistics are never rounded"
 
 
+def test_batch_norm_and_scores_in_bfloat16():
+    """Statistics are those of float32 arithmetic, the output is its rounding; scores leave as float32."""
+    torch.manual_seed(0)
+    layer = PEER(8, 64, heads=2, top_k=3, key_dim=4)
+    exact = copy.deepcopy(layer.norm)
+    layer.bfloat16()
+    query = (3 + torch.randn(4096, 2, 4)).bfloat16()
+    got, want = layer.norm(query), exact(query.float())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=1e-4)
+    torch.testing.assert_close(layer.norm.running_mean, exact.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.norm.running_var, exact.running_var, rtol=1e-5, atol=1e-6)
+    scores = retrieve(got, layer.keys, 3)[1]
+    assert scores.dtype == torch.float32
+    best = all_scores(got.float(), layer.keys.float()).topk(3, dim=-1).values
+    torch.testing.assert_close(scores, best, rtol=2**-7, atol=2**-7)
+
+
+def test_batch_norm_does_not_learn_what_is_not_finite():
+    """Infinite or undefined statistics of a feature leave its running ones as they were; the others go on."""
+    norm = PEER(8, 16, heads=2, top_k=2, key_dim=4).norm
+    for bad in (math.nan, math.inf, 1e30):  # of the last one only the variance is infinite
+        before = torch.stack([norm.running_mean, norm.running_var])
+        query = torch.randn(13, 2, 4)
+        query[5, 1, 2] = bad
+        norm(query)
+        unchanged = torch.stack([norm.running_mean, norm.running_var]) == before
+        assert unchanged.tolist() == [[False] * 6 + [True, False]] * 2, bad
+
+
+def test_initial_queries_and_keys():
+    """Query weights of variance 1/dim; keys uniform within +-1/sqrt(key_dim / 2)."""
+    layer = PEER(96, 64**2, heads=4, top_k=4, key_dim=32, seed=1)
+    assert float(layer.query.weight.detach().std()) == pytest.approx(96**-0.5, rel=0.03)
+    bound = 16**-0.5
+    assert 0.99 * bound < float(layer.keys.detach().abs().max()) <= bound
+    assert float(layer.keys.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+
+@pytest.mark.parametrize("query_norm", ["batch", "layer", "rms"])
+def test_reset_parameters_is_a_new_layer(query_norm):
+    """Whatever the layer went through, it equals one that was just made with the seed; its norm too."""
+    layer, new = (PEER(8, 16, heads=2, top_k=2, key_dim=4, query_norm=query_norm, seed=seed) for seed in (1, 2))
+    layer(torch.randn(13, 8))
+    for parameter in layer.parameters():
+        torch.nn.init.uniform_(parameter, 2, 3)
+    layer.reset_parameters(seed=2)
+    want = new.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in layer.state_dict().items())
+
+
 @pytest.mark.parametrize("gate", list(GATES))
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_output_variance_at_the_start(gate, activation):
@@ -161,8 +213,8 @@ def test_impossible_options_are_refused(options, word):
         PEER(8, **{"num_experts": 64, "top_k": 4, **options})
 
 
-def test_initial_tables_do_not_depend_on_the_sharding():
-    """Blocks of rows are drawn from their own generators; see also test_sharding."""
+def test_initial_tables_depend_on_the_seed():
+    """And on nothing drawn before; that they do not depend on the sharding is in test_sharding."""
     first, second = PEER(4, 81**2, top_k=4, seed=7), PEER(4, 81**2, top_k=4, seed=7)
     torch.testing.assert_close(first.up, second.up, rtol=0, atol=0)
     assert not torch.equal(first.up[:4096], PEER(4, 81**2, top_k=4, seed=8).up[:4096])

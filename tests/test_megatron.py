@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from peer_dist.config import Config
+from peer_dist.evaluation.perplexity import make_micro_batch
 from peer_dist.megatron import (
     CheckpointError,
     Parallel,
@@ -36,7 +39,7 @@ from .ranks import run_ranks
 VOCAB, EOD, SEQ = 64, 0, 16
 
 
-def make_config(**model: Any) -> Config:
+def make_config(peer: dict[str, Any] | None = None, **model: Any) -> Config:
     sizes = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -47,7 +50,7 @@ def make_config(**model: Any) -> Config:
     return Config.model_validate(
         {
             "model": {**sizes, "mlp": ["dense", "peer"], **model},
-            "peer": {"num_experts": 64, "heads": 2, "top_k": 4, "key_dim": 8},
+            "peer": {"num_experts": 64, "heads": 2, "top_k": 4, "key_dim": 8, **(peer or {})},
             "data": {"prefix": "unused"},
         }
     )
@@ -198,17 +201,54 @@ def test_documents_do_not_see_each_other(parallel: Parallel) -> None:
     assert not torch.allclose(one[:5], two[:5])
 
 
+def test_documents_of_a_sequence_train_as_if_alone(parallel: Parallel) -> None:
+    """Loss and gradients of a batch as training makes it, against its documents in passes of their own."""
+    config = make_config(peer={"query_norm": "rms"})
+    sequences = torch.randint(1, VOCAB, (2, SEQ + 1))
+    sequences[:, 5] = EOD
+    sequences[:, 11] = EOD
+
+    def losses_and_gradients(parts: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model = build_model(config, parallel, VOCAB, torch.float64)
+        sums = [run_forward_backward(model, [make_micro_batch(part, EOD, parallel.device)]) for part in parts]
+        return torch.stack(sums).sum(), {name: p.grad for name, p in model.named_parameters()}
+
+    cuts = [0, 5, 11, SEQ]
+    loss, gradients = losses_and_gradients([sequences])
+    want, expected = losses_and_gradients([sequences[:, a : b + 1] for a, b in itertools.pairwise(cuts)])
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 # ---------------------------------------------------------------- model and schedule
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_output_std_is_the_dense_layers(parallel: Parallel, activation: str) -> None:
-    config = make_config(hidden_size=128, ffn_hidden_size=512, ffn_activation=activation, mlp="dense")
+    """Of the dense feed-forward as the formula has it, and of the PEER layer in its place."""
+    config = make_config(peer={"num_experts": 1024}, hidden_size=128, ffn_hidden_size=512, ffn_activation=activation)
     model = build_model(config, parallel, VOCAB, torch.float32)
-    with torch.no_grad():
-        out, bias = model.decoder.layers[0].mlp(torch.randn(512, 1, 128))
-    assert bias is None
-    assert out.std().item() == pytest.approx(dense_output_std(config.model), rel=0.05)
+    for layer, tolerance in zip(model.decoder.layers, (0.05, 0.15)):
+        with torch.no_grad():
+            out, bias = layer.mlp(torch.randn(512, 1, 128))
+        assert bias is None
+        assert out.std().item() == pytest.approx(dense_output_std(config.model), rel=tolerance)
+
+
+def test_peer_keys_reach_the_layer(parallel: Parallel) -> None:
+    """Every key of the peer section, none at its default."""
+    peer = {
+        "num_experts": 144, "heads": 3, "top_k": 5, "key_dim": 12, "query_norm": "layer", "gate": "sigmoid",
+        "activation": "silu", "shared_keys": False, "table_dtype": "bfloat16",
+    }  # fmt: skip
+    config = make_config(peer=peer)
+    assert config.peer.model_dump() == peer
+    (layer,) = peer_layers(build_model(config, parallel, VOCAB, torch.float32)).values()
+    assert (layer.num_experts, layer.heads, layer.top_k, layer.key_dim) == (144, 3, 5, 12)
+    assert (layer.gate, layer.activation, layer.norm.kind) == ("sigmoid", "silu", "layer")
+    assert layer.keys.shape == (3, 2, 12, 6)
+    assert layer.down.dtype == layer.up.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -287,7 +327,21 @@ def weights_and_losses(rank: int, world_size: int, expert: int) -> tuple[Any, ..
     batch = make_batch()
     with torch.no_grad():
         losses = token_losses(model, batch["tokens"], batch["labels"], batch["attention_mask"])
-    return dense, layer.first_row, layer.down.detach(), layer.up.detach(), losses, torch.rand(4)
+    return dense, layer.first_row, layer.down.detach(), layer.up.detach(), losses, dropout_streams(groups)
+
+
+def dropout_streams(groups: Parallel) -> dict[tuple[int, int], list[torch.Tensor]]:
+    """By seed and step: what dropout outside and inside the tracked stream draws."""
+    drawn: dict[tuple[int, int], list[torch.Tensor]] = {}
+    for seed, step in ((5, 3), (5, 4), (6, 3), (5, 3)):
+        torch.rand(groups.rank + 1)  # what was drawn before does not matter
+        groups.seed_step(seed, step)
+        with get_cuda_rng_tracker().fork():
+            tracked = torch.rand(4)
+        values = [torch.rand(4), tracked]
+        assert all(torch.equal(a, b) for a, b in zip(values, drawn.get((seed, step), values)))
+        drawn[seed, step] = values
+    return drawn
 
 
 def test_layouts_agree_on_weights_and_losses() -> None:
@@ -301,7 +355,10 @@ def test_layouts_agree_on_weights_and_losses() -> None:
             assert torch.equal(up, one[3][first_row : first_row + len(up)])
             torch.testing.assert_close(losses, one[4], rtol=1e-5, atol=1e-5)
         assert sum(len(rank[2]) for rank in ranks) == 64 * 2 // expert
-        assert not torch.equal(ranks[0][5], ranks[1][5])  # dropout's streams differ between data ranks
+        for streams in zip(*(rank[5].values() for rank in ranks)):  # differ between data parallel ranks
+            assert not any(torch.equal(a, b) for a, b in zip(*streams))
+        for rank in ranks:  # and between seeds and between steps
+            assert len({tuple(part.tolist()) for parts in rank[5].values() for part in parts}) == 6
 
 
 def layout(rank: int, world_size: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peer_dist import PEER
 from peer_dist.sharding import RowLayout
-from peer_dist.sharding.exchange import merge_picks
+from peer_dist.sharding.exchange import Traffic, combine, dispatch, merge_picks, plan_exchange
 from tests.ranks import run_ranks
 
 DIM = 10
@@ -127,6 +127,24 @@ def test_bytes_sent_are_those_of_the_formula():
         assert sent == forward + backward + 2 * 2 * 8  # and two counts to each other rank
 
 
+def twice_case(rank, world_size):
+    """The exchange alone, of a few picks; twice differentiated, it must say no rather than be wrong."""
+    layout = RowLayout(9, dist.group.WORLD)
+    x, gate = (torch.randn(*shape, requires_grad=True) for shape in ((4, DIM), (4, 3)))
+    token, expert, merged = merge_picks(torch.randint(9, (4, 3)), gate)
+    plan, order = plan_exchange(token, expert, 4, layout, Traffic())
+    x_owned, gate_owned = dispatch(x, merged[order], plan)
+    y = torch.randn(x_owned.shape, requires_grad=True)
+    for out, source in ((x_owned, x), (gate_owned, gate), (combine(y, plan), y)):
+        (grad,) = torch.autograd.grad(out.square().sum(), source, create_graph=True, retain_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward(retain_graph=True)
+
+
+def test_the_exchange_is_differentiable_once():
+    run_ranks(twice_case, 2)
+
+
 @settings(max_examples=50, deadline=None)
 @given(tokens=st.integers(0, 6), picks=st.integers(1, 12), experts=st.integers(1, 20), seed=st.integers(0, 2**20))
 def test_merging_adds_gates(tokens, picks, experts, seed):
@@ -141,14 +159,14 @@ def test_merging_adds_gates(tokens, picks, experts, seed):
     assert len({*zip(token.tolist(), expert.tolist())}) == token.numel()
 
 
-def checkpoint_case(rank, world_size):
+def initial_tables(rank, world_size):
     layer = PEER(4, 81**2, top_k=4, seed=7, group=dist.group.WORLD)
     return layer.first_row, layer.down.detach(), layer.up.detach(), layer.state_dict()["down"].shape
 
 
 def test_initial_tables_do_not_depend_on_the_sharding():
     whole = PEER(4, 81**2, top_k=4, seed=7)
-    parts = run_ranks(checkpoint_case, 3)
+    parts = run_ranks(initial_tables, 3)
     assert [part[0] for part in parts] == [0, 2187, 4374]
     torch.testing.assert_close(torch.cat([part[1] for part in parts]), whole.down.detach(), rtol=0, atol=0)
     torch.testing.assert_close(torch.cat([part[2] for part in parts]), whole.up.detach(), rtol=0, atol=0)

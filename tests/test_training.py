@@ -41,20 +41,28 @@ def trained(rank, world_size, tree, steps):
     return [v["train/loss"] for v in values], [v["optimizer/grad_norm"] for v in values]
 
 
-def run_to_the_end(rank, world_size, tree, kill_at=None):
-    """A whole run as the command makes it; rank 1 dies in the middle of step ``kill_at``, if given."""
+def run_to_the_end(rank, world_size, tree, at=None, sent=signal.SIGKILL):
+    """A whole run as the command makes it; in step ``at``, if given, rank 1 gets a signal."""
     from peer_dist.training import Trainer
     from peer_dist.training.signals import StopRequest
 
     class Mortal(Trainer):
         def step(self):
-            if rank == 1 and self.steps_done == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            if rank == 1 and self.steps_done == at:
+                os.kill(os.getpid(), sent)
             return super().step()
 
     with StopRequest() as stop:
         Mortal(parse_config(tree, "test")).run(stop)
     return True
+
+
+def run_by_the_command(rank, world_size, tree):
+    """`peer-dist train` alone, started by no launcher: its exit code."""
+    from peer_dist.training import train
+
+    dist.destroy_process_group()
+    return train(parse_config(tree, "test"))
 
 
 def losses_of(tree):
@@ -63,6 +71,13 @@ def losses_of(tree):
 
 def metrics_of(tree):
     return read_metrics(Path(tree["logging"]["dir"]) / "metrics.jsonl")
+
+
+def scalars_of(tree, name):
+    """What TensorBoard shows: pairs of step and value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return [(event.step, event.value) for event in EventAccumulator(tree["logging"]["dir"]).Reload().Scalars(name)]
 
 
 def assert_close(got, want, tolerance):
@@ -82,7 +97,7 @@ def plain_training(rank, world_size, tree, steps):
     groups = [
         {"params": [p for p in dense if p.dim() > 1], "weight_decay": o.weight_decay, "peak": o.lr},
         {"params": [p for p in dense if p.dim() <= 1], "weight_decay": 0.0, "peak": o.lr},
-        {"params": tables, "weight_decay": t.weight_decay, "peak": t.lr},
+        {"params": tables, "weight_decay": t.weight_decay, "peak": t.lr, "betas": t.betas, "eps": t.eps},
     ]
     for p in dense:  # without DeepSpeed's hooks
         p._backward_hooks = None
@@ -114,6 +129,7 @@ def plain_training(rank, world_size, tree, steps):
 def test_one_rank_equals_plain_pytorch(small):
     """ZeRO, the tables' optimizer, one global norm, the schedule and accumulation, all against plain code."""
     small["train"]["micro_batch_size"] = 8
+    small["table_optimizer"] |= {"betas": [0.8, 0.9], "eps": 1e-5, "weight_decay": 3.0}
     want_losses, want_norms = run_ranks(plain_training, 1, small, 8)[0]
     losses, norms = run_ranks(trained, 1, small, 8)[0]
     assert_close(losses, want_losses, 1e-5)
@@ -203,10 +219,27 @@ def test_init_from_takes_the_weights_only(small, tmp_path):
     assert first["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
     assert first["val/loss"] < metrics_of(small)[0]["val/loss"] - 0.5
     assert metrics_of(new)[1]["optimizer/lr"] == pytest.approx(2e-3 / 3)
+    shutil.rmtree(small["checkpoint"]["dir"])  # from its own first checkpoint on the run does not need it
+    assert run_ranks(run_by_the_command, 1, with_keys(new, train={"steps": 3})) == [0]
+    assert sorted(losses_of(new)) == [1, 2, 3]
+
+
+def test_another_runs_numbers_are_kept(small):
+    """A new run in an old one's logging folder moves its metrics aside; a resumed run does not."""
+    small = with_keys(small, train={"steps": 1})
+    old = {"step": 7, "train/loss": 1.5}
+    logs = Path(small["logging"]["dir"])
+    logs.mkdir(parents=True)
+    (logs / "metrics.jsonl").write_text(json.dumps(old) + "\n")
+    run_ranks(run_to_the_end, 1, small)
+    run_ranks(run_to_the_end, 1, with_keys(small, train={"steps": 2}))
+    (aside,) = logs.glob("metrics-*.jsonl")
+    assert read_metrics(aside) == [old]
+    assert [line["step"] for line in metrics_of(small)] == [0, 1, 2]
 
 
 def poisoned(rank, world_size, tree):
-    """A gradient that is not finite, of one row of one table on one rank, in the second step."""
+    """A gradient that is not finite, of one table on one rank, in the second of five steps; saved after it."""
     trainer = make_trainer(tree)
     trainer.step()
     layer = trainer.layers[3]
@@ -216,20 +249,52 @@ def poisoned(rank, world_size, tree):
     after = [*trainer.model.parameters(), layer.down, layer.up]
     unchanged = all(torch.equal(a, b) for a, b in zip(before, after))
     handle.remove()
-    return unchanged, values["optimizer/skipped_steps"], trainer.step()["train/loss"]
+    trainer.save()
+    rest = [trainer.step() for _ in range(3)]
+    skipped = [v["optimizer/skipped_steps"] for v in (values, *rest)]
+    moved = not torch.equal(before[-1], layer.up)
+    return unchanged, moved, skipped, ([v["train/loss"] for v in rest], [v["optimizer/grad_norm"] for v in rest])
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(small):
-    results = run_ranks(poisoned, 2, with_keys(small, parallel={"expert": 2}))
-    for unchanged, skipped, loss in results:
+    """And leaves nothing behind: the run goes on, and a resumed one equals it bit for bit."""
+    small = with_keys(small, parallel={"expert": 2})
+    results = run_ranks(poisoned, 2, small)
+    for unchanged, moved, skipped, (losses, norms) in results:
         assert unchanged
-        assert skipped == 1
-        assert math.isfinite(loss)
-    assert results[0][2] == results[1][2]
+        assert moved
+        assert skipped == [1, 1, 1, 1]
+        assert all(map(math.isfinite, losses + norms))
+    assert results[0][3] == results[1][3]
+    assert run_ranks(trained, 2, small, 3) == [results[0][3]] * 2
+
+
+def two_rank_traffic(rank, world_size, tree):
+    """Exchange bytes per token of a step, and the bytes that this rank's layers counted in it."""
+    from peer_dist.sharding import Traffic
+
+    counted, reset = [], Traffic.reset
+    trainer = make_trainer(tree)
+    Traffic.reset = lambda self: (counted.append(self.bytes_sent), reset(self))[1]
+    values = trainer.step()
+    assert len(counted) == len(trainer.layers) == 2
+    return values["exchange/bytes_per_token"], sum(counted)
+
+
+def test_exchange_bytes_are_those_of_all_layers_and_ranks(small):
+    results = run_ranks(two_rank_traffic, 2, with_keys(small, parallel={"expert": 2}))
+    assert all(sent > 0 for _, sent in results)
+    assert [value for value, _ in results] == [sum(sent for _, sent in results) / (16 * 32)] * 2
 
 
 def loading(rank, world_size, tree):
     make_trainer(tree)
+
+
+def loading_model(rank, world_size, folder):
+    from peer_dist.evaluation.loading import load_model
+
+    load_model(folder, world_size)
 
 
 def test_checkpoints_are_verified_and_kept(small):
@@ -246,6 +311,8 @@ def test_checkpoints_are_verified_and_kept(small):
         run_ranks(loading, 1, with_keys(small, model={"hidden_size": 64}))
     with pytest.raises(AssertionError, match=r"train.global_batch_size = 16, but the config says 8"):
         run_ranks(loading, 1, with_keys(small, train={"global_batch_size": 8}))
+    with pytest.raises(AssertionError, match=r"train.seed = 5, but the config says 6"):
+        run_ranks(loading, 1, with_keys(small, train={"seed": 6}))
 
     victim = max((folder / "step-00000010").glob("*.distcp"), key=lambda file: file.stat().st_size)
     whole = victim.read_bytes()
@@ -255,12 +322,19 @@ def test_checkpoints_are_verified_and_kept(small):
         victim.write_bytes(damage)
         with pytest.raises(AssertionError, match=rf"{victim.name}: is damaged .* delete the folder .*step-00000010"):
             run_ranks(loading, 1, small)
+    victim.write_bytes(bytes(flipped))
+    with pytest.raises(AssertionError, match=rf"{victim.name}: is damaged"):
+        run_ranks(loading, 1, with_keys(small, checkpoint={"dir": str(folder / "new"), "init_from": str(folder)}))
+    with pytest.raises(AssertionError, match=rf"{victim.name}: is damaged"):
+        run_ranks(loading_model, 1, str(folder))
     victim.unlink()
     with pytest.raises(AssertionError, match=rf"{victim.name}: is missing"):
         run_ranks(loading, 1, small)
     shutil.rmtree(folder / "step-00000010")
     run_ranks(run_to_the_end, 1, small)  # from step 8
     assert sorted(losses_of(small)) == list(range(1, 11))
+    shown = scalars_of(small, "train/loss")  # what the first run wrote of steps 9 and 10 was taken back
+    assert shown == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in losses_of(small).items()]
 
 
 def test_data_may_move_but_not_change(small, text, tmp_path):
@@ -278,29 +352,14 @@ def test_data_may_move_but_not_change(small, text, tmp_path):
         run_ranks(loading, 1, with_keys(small, data={"prefix": str(tmp_path / "other")}))
 
 
-def evaluated(rank, world_size, tree):
-    from peer_dist.data.stream import open_data
-    from peer_dist.evaluation.generate import generate
-    from peer_dist.evaluation.loading import load_model
-    from peer_dist.evaluation.perplexity import held_out_loss
-
-    loaded = load_model(tree["checkpoint"]["dir"], world_size)
-    stream = open_data(loaded.config.data, 32, loaded.config.train.seed).validation
-    loss = held_out_loss(loaded.model, stream, loaded.parallel, loaded.tokenizer, 3, sequences=32)
-    text = "".join(generate(loaded, "ROMEO:", 20, seed=1))
-    greedy = "".join(generate(loaded, "ROMEO:", 5, temperature=0))
-    return loss.loss, loss.tokens, text, greedy
-
-
-def test_evaluation_and_generation_at_any_number_of_ranks(small):
-    run_ranks(run_to_the_end, 2, with_keys(small, parallel={"expert": 2}))
-    last = metrics_of(small)[-1]
-    one = run_ranks(evaluated, 1, small)[0]
-    assert one[0] == pytest.approx(last["val/loss"], rel=1e-6)
-    assert one[1] == 32 * 32
-    for result in run_ranks(evaluated, 3, small):
-        assert result[0] == pytest.approx(one[0], rel=1e-6)
-        assert result[1:] == one[1:]
+def test_signals_end_a_run_with_a_checkpoint(small):
+    """In the step in which one rank gets it, on every rank, and the run is whole: two stops and an end."""
+    small = with_keys(small, parallel={"expert": 2}, checkpoint={"interval": 100, "keep": 9})
+    run_ranks(run_to_the_end, 2, small, 2, signal.SIGTERM)
+    run_ranks(run_to_the_end, 2, small, 5, signal.SIGINT)
+    saved = sorted(path.name for path in Path(small["checkpoint"]["dir"]).iterdir())
+    assert saved == ["step-00000003", "step-00000006"]
+    assert sorted(losses_of(small)) == [1, 2, 3, 4, 5, 6]
 
 
 def torchrun(tree, path, ranks=2):

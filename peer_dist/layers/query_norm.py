@@ -99,10 +99,10 @@ class QueryBatchNorm(nn.Module):
             var = self._total((x - mean).square().sum(0)) / count
             with torch.no_grad():
                 unbiased = var * (count / (count - 1).clamp(min=1))
+                # a pass that is not finite is skipped by the optimizer and must not stay here either
+                fine = torch.isfinite(mean) & torch.isfinite(unbiased)
                 for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    # a pass that is not finite is skipped by the optimizer and must not stay here either
-                    new = torch.where(torch.isfinite(new), new.to(running.dtype), running)
-                    running.lerp_(new, self.momentum)
+                    running.lerp_(torch.where(fine, new.to(running.dtype), running), self.momentum)
         else:
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         x = (x - mean) * torch.rsqrt(var + self.eps) * self.weight.to(x.dtype) + self.bias.to(x.dtype)

@@ -1,0 +1,269 @@
+"""Expert usage, the unigram line, held-out loss and generation, and the commands around them."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from peer_dist.data.prepare import read_prepared
+from peer_dist.evaluation.perplexity import unigram_loss
+from peer_dist.evaluation.usage import ExpertUsage, uniform_unevenness
+from tests.conftest import small_config
+from tests.ranks import run_ranks
+from tests.test_training import metrics_of, run_to_the_end, with_keys
+
+# ---------------------------------------------------------------- usage
+
+
+def unevenness(picks, experts):
+    """Of equal picks, from its definition: log N minus the entropy."""
+    shares = [picks.count(expert) / len(picks) for expert in range(experts)]
+    return math.log(experts) + sum(share * math.log(share) for share in shares if share)
+
+
+def test_usage_by_hand():
+    """Three tokens of one head over four experts; the last pick has a gate of 0."""
+    indices = torch.tensor([[[0, 1]], [[0, 2]], [[0, 3]]])
+    gates = torch.tensor([[[0.75, 0.25]], [[0.5, 0.5]], [[1.0, 0.0]]])
+    usage = ExpertUsage(4, torch.device("cpu"))
+    usage(indices[:1], gates[:1])
+    usage(indices[1:], gates[1:])
+    summary = usage.summary(2)
+    assert summary.usage_percent == 75
+    assert summary.top1_usage_percent == 25
+    shares = [0.75, 1 / 12, 1 / 6]  # gates 2.25, 0.25 and 0.5 of 3
+    assert summary.unevenness == pytest.approx(math.log(4) + sum(z * math.log(z) for z in shares), rel=1e-12)
+    assert summary.picks_per_shard_max_over_mean == pytest.approx(4 / 3)  # 4 picks and 2
+    every = [unevenness(picks, 4) for picks in itertools.product(range(4), repeat=6)]
+    assert summary.unevenness_if_uniform == pytest.approx(sum(every) / len(every), rel=1e-9)
+    usage.reset()
+    empty = usage.summary(2)
+    assert (empty.usage_percent, empty.top1_usage_percent, empty.unevenness) == (0, 0, 0)
+
+
+def test_uniform_unevenness_is_the_mean_over_draws():
+    """Exactly, over all draws of a few picks; in a sample of many; and its limit."""
+    for experts, picks in ((1, 3), (2, 10), (3, 5), (5, 2)):
+        every = [unevenness(drawn, experts) for drawn in itertools.product(range(experts), repeat=picks)]
+        assert uniform_unevenness(experts, picks) == pytest.approx(sum(every) / len(every), rel=1e-9, abs=1e-12)
+    drawn = torch.randint(1000, (200, 3000), generator=torch.Generator().manual_seed(1))
+    sample = [unevenness_of_counts(torch.bincount(row, minlength=1000)) for row in drawn]
+    assert uniform_unevenness(1000, 3000) == pytest.approx(sum(sample) / len(sample), rel=0.01)
+    assert uniform_unevenness(1000, 10**6) == pytest.approx(999 / (2 * 10**6), rel=0.01)
+
+
+def unevenness_of_counts(counts):
+    z = counts.double() / counts.sum()
+    return math.log(len(z)) + float(torch.special.xlogy(z, z).sum())
+
+
+def routed(tokens):
+    generator = torch.Generator().manual_seed(2)
+    indices = torch.randint(50, (tokens, 2, 3), generator=generator)
+    return indices, torch.rand(tokens, 2, 3, generator=generator)
+
+
+def usage_of_a_share(rank, world_size):
+    usage = ExpertUsage(50, torch.device("cpu"))
+    usage(*(part.split([3, 5])[rank] for part in routed(8)))
+    return usage.summary(4, dist.group.WORLD)
+
+
+def test_usage_over_ranks_is_that_of_all_tokens():
+    usage = ExpertUsage(50, torch.device("cpu"))
+    usage(*routed(8))
+    want = usage.summary(4)
+    assert want.top1_usage_percent < want.usage_percent < 100
+    for summary in run_ranks(usage_of_a_share, 2):
+        assert summary.unevenness == pytest.approx(want.unevenness, rel=1e-12)
+        assert {**vars(summary), "unevenness": want.unevenness} == vars(want)
+
+
+def test_unigram_loss_by_hand():
+    """Three tokens: counts 2, 1, 0 of the training text, and one more of each."""
+    loss = unigram_loss(torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1], [2, 2]]), 3)
+    assert loss == pytest.approx(-(math.log(3 / 6) + math.log(2 / 6) + 2 * math.log(1 / 6)) / 4, rel=1e-12)
+
+
+# ---------------------------------------------------------------- a trained model
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """The config of a run that two ranks made."""
+    tree = with_keys(small_config(text, tmp_path_factory.mktemp("run")), parallel={"expert": 2})
+    run_ranks(run_to_the_end, 2, tree)
+    return tree
+
+
+def evaluated(rank, world_size, tree):
+    from peer_dist.data.stream import open_data
+    from peer_dist.evaluation.generate import generate
+    from peer_dist.evaluation.loading import load_model
+    from peer_dist.evaluation.perplexity import held_out_loss
+
+    loaded = load_model(tree["checkpoint"]["dir"], world_size)
+    stream = open_data(loaded.config.data, 32, loaded.config.train.seed).validation
+    loss = held_out_loss(loaded.model, stream, loaded.parallel, loaded.tokenizer, 3, sequences=32)
+    text = "".join(generate(loaded, "ROMEO:", 20, seed=1))
+    greedy = "".join(generate(loaded, "ROMEO:", 5, temperature=0))
+    return loss.loss, loss.tokens, text, greedy
+
+
+def test_evaluation_and_generation_at_any_number_of_ranks(run):
+    last = metrics_of(run)[-1]
+    one = run_ranks(evaluated, 1, run)[0]
+    assert one[0] == pytest.approx(last["val/loss"], rel=1e-6)
+    assert one[1] == 32 * 32
+    for result in run_ranks(evaluated, 3, run):
+        assert result[0] == pytest.approx(one[0], rel=1e-6)
+        assert result[1:] == one[1:]
+
+
+def continuations(rank, world_size, folder):
+    """Greedy text of a model with weights that make it sensitive to every token, by `generate` and by hand."""
+    from peer_dist.evaluation.generate import generate
+    from peer_dist.evaluation.loading import load_model
+    from peer_dist.megatron import forward_logits
+
+    loaded = load_model(folder, world_size)
+    tokenizer, length = loaded.tokenizer, loaded.config.model.seq_length
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if parameter.dim() > 1 and "embedding" not in name:
+                parameter.normal_(0, 0.5)
+
+    def by_hand(ids):
+        ids, begin = list(ids), len(ids)
+        for _ in range(12):
+            with torch.no_grad():
+                logits = forward_logits(loaded.model, torch.tensor([ids[-length:]]))[0, -1, : tokenizer.vocab_size]
+            ids.append(int(logits.argmax()))
+        return tokenizer.decode(ids[begin:]).split("<|endoftext|>")[0]
+
+    def by_us(prompt, **options):
+        return "".join(generate(loaded, prompt, 12, **options))
+
+    long = "What, wilt thou leave me so unsatisfied, and go?"
+    assert len(long) > length
+    greedy = {prompt: by_us(prompt, temperature=0) for prompt in ("", "ROMEO:", long, long[-length:])}
+    assert greedy[long] == greedy[long[-length:]] == by_hand(tokenizer.encode(long)[-length:])
+    assert greedy[""] == by_hand([tokenizer.eod])
+    assert greedy["ROMEO:"] == by_hand([tokenizer.eod, *tokenizer.encode("ROMEO:")])
+    assert len(set(greedy.values())) == 3, greedy
+    assert greedy["ROMEO:"] != by_hand(tokenizer.encode("ROMEO:")), "and on how it begins"
+    assert by_us("ROMEO:", top_k=1, temperature=5.0, seed=3) == greedy["ROMEO:"]
+    drawn = {by_us("ROMEO:", temperature=200.0, seed=seed) for seed in (3, 3, 4)}
+    assert len(drawn) == 2, "a draw is a function of the seed"
+
+
+def test_generation_is_the_models(run):
+    """Greedy text against the argmax by hand: empty, short and too long prompts; top_k of 1 is greedy."""
+    run_ranks(continuations, 1, run["checkpoint"]["dir"])
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_commands(run, tmp_path):
+    """prepare, evaluate and generate as a user starts them, one after the other's files."""
+
+    def command(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", "peer_dist", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def output(process):
+        stdout, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+        return stdout, stderr
+
+    (tmp_path / "in.txt").write_text("To be, or not to be.\n\n" * 100)
+    generate = command(
+        "generate", "--checkpoint", run["checkpoint"]["dir"], "--prompt", "ROMEO:", "--tokens", "9", "--seed", "1"
+    )
+    _, said = output(command("prepare", "-o", str(tmp_path / "set"), "-i", str(tmp_path / "in.txt")))
+    tokens = read_prepared(str(tmp_path / "set")).tokens
+    assert f"{tokens:,} tokens" in " ".join(said.split())
+    evaluate = command(
+        "evaluate",
+        "--checkpoint",
+        run["checkpoint"]["dir"],
+        "--data",
+        str(tmp_path / "set"),
+        "--split",
+        "all",
+        "--json",
+    )
+    text, _ = output(generate)
+    assert text.startswith("ROMEO:")
+    assert len(text) > len("ROMEO:\n")
+    report = json.loads(output(evaluate)[0])
+    assert (report["step"], report["split"], report["tokens"]) == (10, "all", (tokens - 1) // 32 * 32)
+    assert report["perplexity"] == pytest.approx(math.exp(report["loss"]))
+    assert 1 < report["perplexity"] < 257
+    assert set(report["usage"]) == {"1", "3"}
+    assert all(0 < usage["usage_percent"] <= 100 for usage in report["usage"].values())
+
+
+def mistakes(rank, world_size, tree, folder):
+    """The commands' own entry point, in a process that belongs to no group; then a world of one."""
+    from peer_dist import cli
+    from peer_dist.training.world import World
+
+    dist.destroy_process_group()
+    join, World.join = World.join, lambda self: pytest.fail("nothing may be started")
+    file = f"{folder}/file"
+    open(file, "w").close()
+    path = f"{folder}/run.yaml"
+    with open(path, "w") as config:
+        json.dump(with_keys(tree, parallel={"expert": 1}), config)  # JSON is YAML
+    good = ["--checkpoint", tree["checkpoint"]["dir"]]
+    said = []
+    for arguments in (
+        ["prepare", "-o", f"{folder}/set", "-i", f"{folder}/nowhere.txt"],
+        ["evaluate", "--checkpoint", f"{folder}/nowhere"],
+        ["evaluate", *good, "--split", "some"],
+        ["evaluate", *good, "--data", f"{folder}/nowhere"],
+        ["generate", "--checkpoint", f"{folder}/nowhere"],
+        ["train", "-c", path, f"checkpoint.dir={file}/checkpoints"],
+        ["train", "-c", path, f"checkpoint.dir={folder}/new", f"logging.dir={file}/logs"],
+    ):
+        sys.argv = ["peer-dist", *arguments]
+        with contextlib.redirect_stderr(io.StringIO()) as errors, pytest.raises(SystemExit) as leaving:
+            cli.main()
+        assert leaving.value.code == 2, arguments
+        said.append(" ".join(errors.getvalue().split()))
+
+    World.join = join
+    assert "RANK" not in os.environ
+    world = World.from_environment()
+    assert world == World(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    with world.joined():
+        total = torch.ones(3)
+        dist.all_reduce(total)
+        assert (dist.get_rank(), dist.get_world_size(), total.tolist()) == (0, 1, [1, 1, 1])
+    assert not dist.is_initialized()
+    return said
+
+
+def test_wrong_names_are_told_in_one_sentence(run, tmp_path):
+    """Exit code 2 and the name, before any process group; and a process that no launcher started is a world."""
+    (said,) = run_ranks(mistakes, 1, run, str(tmp_path))
+    named = ["nowhere.txt: ", "nowhere: ", "--split some: ", "nowhere", "nowhere: ", "checkpoint.dir", "logging.dir"]
+    for sentence, name in zip(said, named, strict=True):
+        assert sentence.startswith("error: ")
+        assert name in sentence
+        assert "Traceback" not in sentence
