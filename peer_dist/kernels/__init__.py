@@ -75,13 +75,13 @@ class _ExpertMix(torch.autograd.Function):
             dup: Tensor | None = None
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
                 if ctx.sparse_grad:
-                    touched, *values = ops.sparse_table_grads(dpre, hidden, x, dy, picks, rows)
+                    touched, *values = ops.sparse_table_grads(dpre, hidden, x, dy, picks, rows, dtype=down.dtype)
                     ddown, dup = (
                         torch.sparse_coo_tensor(
-                            touched[None], value.to(down.dtype), (rows, dim), is_coalesced=True, check_invariants=False
+                            touched[None], value, (rows, dim), is_coalesced=True, check_invariants=False
                         )
                         for value in values
                     )
                 else:
-                    ddown, dup = (grad.to(down.dtype) for grad in ops.table_grads(dpre, hidden, x, dy, picks, rows))
+                    ddown, dup = ops.table_grads(dpre, hidden, x, dy, picks, rows, dtype=down.dtype)
         return dx.to(x.dtype), None, dgate.to(gate.dtype), ddown, dup, None, None

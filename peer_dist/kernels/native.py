@@ -82,18 +82,18 @@ def table_grads(dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Pick
     shape = (rows, x.shape[1])
     ddown, dup = huge_pages(torch.empty(shape)).zero_(), huge_pages(torch.empty(shape)).zero_()
     _over_segments(dpre, hidden, x, dy, picks.token, order, starts, touched, ddown, dup)
-    return ddown, dup
+    return ddown.to(dtype), dup.to(dtype)
 
 
 def sparse_table_grads(
-    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int
+    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.sparse_table_grads`."""
     order, touched, starts = group_by_expert(picks, rows)
     shape = (touched.numel(), x.shape[1])
     ddown, dup = huge_pages(torch.empty(shape)), huge_pages(torch.empty(shape))
     _over_segments(dpre, hidden, x, dy, picks.token, order, starts, torch.arange(touched.numel()), ddown, dup)
-    return touched, ddown, dup
+    return touched, ddown.to(dtype), dup.to(dtype)
 
 
 def group_by_expert(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -97,18 +97,18 @@ class Composed:
         return self.products.mix(dpre, down, picks), dgate, dpre, hidden.detach()
 
     def table_grads(
-        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int
+        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of ``down`` and ``up``, ``[rows, dim]`` each, in at least float32."""
+        """Gradients of ``down`` and ``up``, ``[rows, dim]`` each in ``dtype``, summed in at least float32."""
         return (
-            self.products.table_grad(dpre, x, picks, rows),
-            self.products.table_grad(hidden, dy, picks, rows),
+            self.products.table_grad(dpre, x, picks, rows).to(dtype),
+            self.products.table_grad(hidden, dy, picks, rows).to(dtype),
         )
 
     def sparse_table_grads(
-        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int
+        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The rows picked at all, ``[touched]`` int64 ascending, and their gradients, ``[touched, dim]`` each."""
         touched, inverse = torch.unique(picks.expert, return_inverse=True)
         compact = Picks(picks.offsets, inverse)
-        return (touched, *self.table_grads(dpre, hidden, x, dy, compact, touched.numel()))
+        return (touched, *self.table_grads(dpre, hidden, x, dy, compact, touched.numel(), dtype=dtype))

@@ -39,7 +39,6 @@ through it either way, so that more picks a row cannot gain much. Hence :data:`E
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peer_dist.kernels.picks import Picks
+from peer_dist.kernels.reference import ACTIVATIONS
 
 try:
     import triton
@@ -70,11 +70,12 @@ TILE_BYTES = 128
 """Bytes of table rows that a thread has in flight: 4 KB a warp. The 16 warps or more that fit a multiprocessor at up to
 128 registers have 64 KB in flight; 3.35 TB/s over 132 multiprocessors at 1 us need 25."""
 
-GRAD_TILE_BYTES = 64
-"""The same for the table gradients, whose programs often meet a single pick and whose reads hit L2."""
+GRAD_TILE_BYTES = 32
+"""The same for the table gradients, whose programs often meet a single pick and whose reads hit L2. They hold 8 columns
+a thread of two sums; 16 made ptxas spill a few bytes at some dims on sm_80."""
 
 MAX_GRAD_BLOCK_D = 2048
-"""Columns of a program of the table gradients: no sum runs over columns there, and 4096 made ptxas spill on sm_80."""
+"""Columns of a program of the table gradients, where no sum runs over columns: 8 warps."""
 
 PIECE = 512
 """Picks of one expert that one program sums. The longer runs of popular experts are cut into pieces."""
@@ -204,7 +205,7 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
     for begin in range(0, WIDTH, BLOCK_D):
         col = begin + tl.arange(0, BLOCK_D)
         cols = part * WIDTH + col
-        mask = live[:, None] & (cols < DIM)[None, :]
+        mask = live[:, None] & ((col < WIDTH) & (cols < DIM))[None, :]
         rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         values = tl.load(x + source[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         dot += tl.sum(rows.to(ACC) * values.to(ACC), 1)
@@ -369,10 +370,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | None, num_
         kernel[grid](*args, num_warps=num_warps, **OPTIONS, **constants)
 
 
-def _tile(width: int, itemsize: int, tile_bytes: int = TILE_BYTES) -> dict[str, int]:
-    """Block sizes and warps for rows of ``width`` columns: at most 16 columns a thread, 16-byte loads."""
+def _tile(width: int, itemsize: int, tile_bytes: int = TILE_BYTES, columns: int = 16) -> dict[str, int]:
+    """Block sizes and warps for rows of ``width`` columns: at most ``columns`` of them a thread, 16-byte loads."""
     block_d = min(MAX_BLOCK_D, max(16, triton.next_power_of_2(width)))
-    num_warps = min(8, max(1, block_d // 512))
+    num_warps = min(8, max(1, block_d // (32 * columns)))
     block_k = num_warps * 32 * tile_bytes // (block_d * itemsize)
     return {"BLOCK_D": block_d, "BLOCK_K": min(32, max(1, block_k)), "num_warps": num_warps}
 
@@ -435,9 +436,6 @@ def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | Non
     args = weight.contiguous(), table, picks.offsets, picks.expert, out
     _launch(_mix_kernel, grid, *args, DIM=dim, ACC=_acc(wide), **tile)
     return out
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 def _fused(x: Tensor, table: Tensor, picks: Picks, activation: str) -> bool:
@@ -556,7 +554,7 @@ def table_grads(
 
 
 def sparse_table_grads(
-    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, *, dtype: torch.dtype | None = None
+    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`table_grads` of the touched rows alone. Waits for their number.
 
@@ -591,7 +589,7 @@ def _run_sums(
     count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(x, dy, dpre)
     itemsize = max(x.element_size(), dy.element_size())
     width = min(MAX_GRAD_BLOCK_D, _resident(2 * x.shape[0], dim, itemsize) or dim)
-    tile = _tile(width, itemsize, GRAD_TILE_BYTES)
+    tile = _tile(width, itemsize, GRAD_TILE_BYTES, columns=8)
     slices = triton.cdiv(dim, tile["BLOCK_D"])
     constants = {"DIM": dim, "ACC": _acc(dtype), **tile}
     shared = picks.by_expert, picks.token, dpre.contiguous(), hidden.contiguous(), x.contiguous(), dy.contiguous()

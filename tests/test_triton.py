@@ -1,0 +1,425 @@
+"""The Triton kernels against ten lines of plain PyTorch in float64, and their compilation for GPUs that are not here.
+
+The kernels run on a GPU where there is one, and everywhere through Triton's interpreter: that is chosen by an
+environment variable before the kernels' module is imported, so this file runs itself again in such a process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import peer_dist.kernels as package
+from peer_dist.kernels import Picks
+
+triton = pytest.importorskip("triton")
+
+from peer_dist.kernels import triton as kernels  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+BF16 = 8e-3 if INTERPRETED else 4e-3  # one rounding to nearest; the interpreter truncates
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+WAYS = {  # each to be taken at the small sizes of tests
+    "token-major": {"EXPERT_MAJOR": 1e9},
+    "by expert": {"EXPERT_MAJOR": 0.0, "L2_BYTES": 600, "NARROWEST": 1},  # slices of the columns where dim allows
+    "wide": {"EXPERT_MAJOR": 1e9, "MAX_BLOCK_D": 32, "MAX_GRAD_BLOCK_D": 32},  # rows too wide for one program
+}
+
+runs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="no GPU: run by test_through_the_interpreter"
+)
+compiles = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels have nothing to compile")
+
+
+def picks_of(counts, rows, generator):
+    offsets = F.pad(torch.as_tensor(counts, dtype=torch.int64).cumsum(0), (1, 0))
+    return Picks(offsets.to(DEVICE), torch.randint(rows, (int(offsets[-1]),), generator=generator).to(DEVICE))
+
+
+def inputs(picks, dim, rows, generator, x_dtype, table_dtype):
+    """x, dy, gate, down, up."""
+    shapes = (picks.tokens, dim), (picks.tokens, dim), (picks.expert.numel(),), (rows, dim), (rows, dim)
+    dtypes = x_dtype, x_dtype, x_dtype, table_dtype, table_dtype
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    scaled = (values[0], values[1], values[2], values[3] / dim**0.5, values[4])
+    return [value.to(DEVICE, dtype) for value, dtype in zip(scaled, dtypes)]
+
+
+def plain(x, dy, gate, down, up, picks, activation):
+    """y, pre, dx, dgate, ddown, dup in float64."""
+    x, dy, gate, down, up = (value.double() for value in (x, dy, gate, down, up))
+    leaves = [value.requires_grad_() for value in (x, gate, down, up)]
+    pre = (x[picks.token] * down[picks.expert]).sum(-1)
+    hidden = ACTIVATIONS[activation](pre) * gate
+    y = torch.zeros_like(x).index_add(0, picks.token, hidden[:, None] * up[picks.expert])
+    return y.detach(), pre.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+def ours(x, dy, gate, down, up, picks, activation):
+    """The same from the kernels, with every uninitialised tensor full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        y, pre = kernels.forward(x, picks, gate, down, up, activation)
+        dx, dgate, dpre, hidden = kernels.backward(dy, x, picks, pre, gate, down, up, activation)
+        ddown, dup = kernels.table_grads(dpre, hidden, x, dy, picks, down.shape[0])
+        sparse = kernels.sparse_table_grads(dpre, hidden, x, dy, picks, down.shape[0])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    touched = picks.expert.unique()
+    assert sparse[0].equal(touched)
+    assert sparse[1].equal(ddown[touched])
+    assert sparse[2].equal(dup[touched])
+    sums = tuple(torch.ones_like(grad) for grad in (ddown, dup))
+    assert kernels.table_grads(dpre, hidden, x, dy, picks, down.shape[0], out=sums)[0] is sums[0]
+    for total, grad in zip(sums, (ddown, dup)):
+        torch.testing.assert_close(total, grad + 1)
+    return y, pre, dx, dgate, ddown, dup
+
+
+def close(got, want, tolerance):
+    for g, w in zip(got, want):
+        assert g.shape == w.shape
+        assert not g.isnan().any()
+        assert (g.double() - w).norm() <= tolerance * w.norm() + 1e-30
+
+
+@runs_kernels
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=6, deadline=None)
+@given(
+    counts=st.lists(st.sampled_from([0, 1, 3, 33]), max_size=5),
+    dim=st.sampled_from([1, 3, 16, 50, 103]),
+    rows=st.sampled_from([1, 2, 9, 64]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    seed=st.integers(0, 2**20),
+)
+def test_equal_to_plain_pytorch_in_float64(way, counts, dim, rows, activation, seed):
+    generator = torch.Generator().manual_seed(seed)
+    picks = picks_of(counts, rows, generator)
+    values = inputs(picks, dim, rows, generator, torch.float64, torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (WAYS[way] | {"PIECE": 8}).items():
+            patch.setattr(kernels, name, value)
+        got = ours(*values, picks, activation)
+    close(got, plain(*values, picks, activation), 1e-12)
+
+
+@runs_kernels
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("x_dtype", "table_dtype", "tolerance"),
+    [
+        (torch.float32, torch.float32, 2e-6),
+        (torch.bfloat16, torch.bfloat16, BF16),
+        (torch.bfloat16, torch.float32, BF16),
+        (torch.float32, torch.bfloat16, 2e-6),
+        (torch.float16, torch.float16, 5e-4),
+    ],
+    ids=str,
+)
+def test_low_precision_is_rounded_once(way, x_dtype, table_dtype, tolerance, monkeypatch):
+    """Whatever the dtypes of tables and tokens, errors are those of float32 sums and of rounding results once."""
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(kernels, name, value)
+    generator = torch.Generator().manual_seed(3)
+    picks = picks_of([20, 0, 1, 33], 30, generator)
+    values = inputs(picks, 72, 30, generator, x_dtype, table_dtype)
+    got = ours(*values, picks, "gelu")
+    assert [value.dtype for value in got] == [x_dtype, torch.float32, x_dtype, x_dtype] + [torch.float32] * 2
+    close(got, plain(*values, picks, "gelu"), tolerance)
+    _, pre, _, _, *grads = got
+    close((pre, *grads), (lambda w: (w[1], w[4], w[5]))(plain(*values, picks, "gelu")), 2e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dim", [412, 1000, 1280, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", ["token-major", "by expert"])
+def test_dims_of_models(way, dim, monkeypatch):
+    for name, value in (WAYS[way] | {"L2_BYTES": 10000}).items():
+        monkeypatch.setattr(kernels, name, value)
+    generator = torch.Generator().manual_seed(dim)
+    picks = picks_of([9, 0, 14], 12, generator)
+    values = inputs(picks, dim, 12, generator, torch.bfloat16, torch.bfloat16)
+    close(ours(*values, picks, "silu"), plain(*values, picks, "silu"), BF16)
+
+
+@runs_kernels
+@pytest.mark.parametrize("counts", [[512], [512, 1, 0, 511], []])
+def test_many_picks_and_none(counts):
+    generator = torch.Generator().manual_seed(9)
+    picks = picks_of(counts, 40, generator)
+    values = inputs(picks, 32, 40, generator, torch.float32, torch.float32)
+    close(ours(*values, picks, "relu"), plain(*values, picks, "relu"), 2e-6)
+
+
+@runs_kernels
+def test_popular_experts_are_summed_in_pieces(monkeypatch):
+    """Runs of a piece, one more, several and none, and pieces to spare."""
+    monkeypatch.setattr(kernels, "PIECE", 8)
+    launched = []
+    launch = kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k)))
+    expert = torch.repeat_interleave(torch.tensor([0, 1, 2, 4, 5]), torch.tensor([8, 9, 40, 1, 16]))
+    generator = torch.Generator().manual_seed(1)
+    expert = expert[torch.randperm(74, generator=generator)].to(DEVICE)
+    picks = Picks(torch.tensor([0, 30, 74], device=DEVICE), expert)
+    values = inputs(picks, 24, 7, generator, torch.float64, torch.float64)
+    close(ours(*values, picks, "gelu"), plain(*values, picks, "gelu"), 1e-13)
+    assert kernels._pieces_kernel in launched
+
+
+@runs_kernels
+@pytest.mark.parametrize("way", WAYS)
+def test_two_runs_give_the_same_bits(way, monkeypatch):
+    for name, value in (WAYS[way] | {"PIECE": 8}).items():
+        monkeypatch.setattr(kernels, name, value)
+    generator = torch.Generator().manual_seed(2)
+    picks = picks_of([30, 7, 0, 41], 6, generator)
+    values = inputs(picks, 40, 6, generator, torch.bfloat16, torch.bfloat16)
+    first, again = (ours(*values, Picks(picks.offsets, picks.expert), "gelu") for _ in range(2))
+    assert all(a.equal(b) for a, b in zip(first, again))
+
+
+@runs_kernels
+def test_gradients_in_the_tables_dtype():
+    generator = torch.Generator().manual_seed(4)
+    picks = picks_of([5, 9], 10, generator)
+    x, dy, *_ = inputs(picks, 48, 10, generator, torch.bfloat16, torch.bfloat16)
+    weights = [torch.randn(14, generator=generator).to(DEVICE) for _ in range(2)]
+    wide = kernels.table_grads(*weights, x, dy, picks, 10)
+    low = kernels.table_grads(*weights, x, dy, picks, 10, dtype=torch.bfloat16)
+    rows, *sparse = kernels.sparse_table_grads(*weights, x, dy, picks, 10, dtype=torch.bfloat16)
+    sums = tuple(grad.clone() for grad in low)
+    kernels.table_grads(*weights, x, dy, picks, 10, out=sums)
+    for a, b, c, d in zip(wide, low, sparse, sums):
+        assert b.dtype == c.dtype == d.dtype == torch.bfloat16
+        close([b], [a.double()], BF16)
+        close([d], [2 * a.double()], 2 * BF16)
+        assert c.equal(b[rows])
+
+
+@runs_kernels
+@pytest.mark.parametrize("way", WAYS)
+def test_the_halves_alone(way, monkeypatch):
+    """What column slices call: partial dots add up to the dots, and the mix of a slice is a slice of the mix."""
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(kernels, name, value)
+    generator = torch.Generator().manual_seed(6)
+    picks = picks_of([11, 0, 40, 2, 3], 8, generator)
+    x, _, weight, down, up = inputs(picks, 60, 8, generator, torch.float64, torch.float64)
+    want = (x[picks.token] * down[picks.expert]).sum(-1)
+    parts = [slice(0, 32), slice(32, 60)]
+    partial = [kernels.dots(x[:, part], down[:, part].contiguous(), picks) for part in parts]
+    torch.testing.assert_close(partial[0] + partial[1], want)
+    mixed = torch.cat([kernels.mix(weight, up[:, part].contiguous(), picks) for part in parts], 1)
+    torch.testing.assert_close(mixed, torch.zeros_like(x).index_add(0, picks.token, weight[:, None] * up[picks.expert]))
+    assert kernels.mix(weight, up, picks, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@runs_kernels
+@pytest.mark.parametrize("sparse", [False, True])
+def test_behind_expert_mix(sparse, monkeypatch):
+    monkeypatch.setattr(package, "_backend", lambda *tensors: kernels)
+    generator = torch.Generator().manual_seed(8)
+    picks = picks_of([4, 0, 9], 6, generator)
+    x, dy, *tables = inputs(picks, 20, 6, generator, torch.bfloat16, torch.float32)
+    leaves = [value.clone().requires_grad_() for value in (x, *tables)]
+    y = package.expert_mix(leaves[0], picks, *leaves[1:], "gelu", sparse)
+    grads = torch.autograd.grad(y, leaves, dy)
+    assert [grad.is_sparse for grad in grads] == [False, False, sparse, sparse]
+    got = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
+    want_y, _, *want = plain(x, dy, *tables, picks, "gelu")
+    close([y, *got], [want_y, *want], BF16)
+
+
+@runs_kernels
+def test_mistakes_are_named():
+    picks = picks_of([2], 4, torch.Generator().manual_seed(0))
+    x, dy, gate, down, up = inputs(picks, 8, 4, torch.Generator().manual_seed(0), torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        kernels.forward(x, picks, gate, down, up, "tanh")
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.dots(x[:, :4], down[:, :4], picks)
+    with pytest.raises(ValueError, match="out must be"):
+        kernels.table_grads(gate, gate, x, dy, picks, 5, out=(down, up))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 13 GB of GPU memory")
+def test_tables_of_more_than_two_to_the_31_elements():
+    rows, dim = 2**19 + 2, 4096
+    down, up = (torch.randn(rows, dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    x = torch.randn(2, dim, dtype=torch.bfloat16, device=DEVICE)
+    picks = Picks.even(torch.tensor([[rows - 1, 0, 7], [rows - 2, rows - 1, 1]], device=DEVICE))
+    gate = torch.rand(6, device=DEVICE)
+    y, _ = kernels.forward(x, picks, gate, down, up, "gelu")
+    few = Picks(picks.offsets, torch.arange(6, device=DEVICE))
+    want, _ = kernels.forward(x, few, gate, down[picks.expert], up[picks.expert], "gelu")
+    assert y.equal(want)
+    ddown, _ = kernels.table_grads(gate, gate, x, x, picks, rows, dtype=torch.bfloat16)
+    torch.testing.assert_close(ddown[-1].float(), gate[0] * x[0].float() + gate[4] * x[1].float(), rtol=1e-2, atol=1e-2)
+
+
+@compiles
+def test_serves_cuda_tensors_alone():
+    assert not kernels.available(torch.zeros(2))
+    assert kernels.available()
+
+
+@runs_kernels
+def test_serves_floating_dtypes():
+    assert kernels.available(torch.zeros(2, device=DEVICE), torch.zeros(2, dtype=torch.bfloat16, device=DEVICE))
+    assert not kernels.available(torch.zeros(2, dtype=torch.int64, device=DEVICE))
+
+
+@compiles
+def test_importable_without_triton():
+    code = "import sys; sys.modules['triton'] = None; from peer_dist.kernels import triton; print(triton.available())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "expected"),
+    [
+        (8192, 2**20, False),  # one pick a row
+        (8192, 2**15, True),  # 32 picks a row
+        (8192, 2**18, True),  # 4 picks a row
+        (8192, 2**12, False),  # the tables stay in L2 as they are
+        (2**18, 2**20, False),  # 32 picks a row, but slices that stay in L2 would be 16 bytes
+    ],
+)
+def test_order_is_chosen_by_bytes(tokens, rows, expected):
+    """At 128 picks a token, d = 1024, bf16."""
+    x, table = (torch.empty(n, 1024, dtype=torch.bfloat16, device="meta") for n in (tokens, rows))
+    picks = Picks.even(torch.empty(tokens, 128, dtype=torch.int64, device="meta"))
+    assert kernels._fused(x, table, picks, "gelu") is not expected
+
+
+@compiles
+@pytest.mark.skipif(os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0", reason="once is enough")
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_through_the_interpreter(which):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, "--durations=0", __file__]
+    result = subprocess.run(
+        command,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ahead-of-time compilation: what the launcher would run, recorded and compiled for a GPU that need not be here.
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+
+
+def launches(dtype, dim, monkeypatch):
+    """Every distinct launch at this dtype and dim: ``(kernel, arguments, num_warps, constants)``."""
+    found = {}
+
+    def record(kernel, grid, *args, num_warps, **constants):
+        kinds = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in args)
+        found.setdefault((kernel, kinds, num_warps, str(constants)), (kernel, args, num_warps, constants))
+
+    generator = torch.Generator().manual_seed(0)
+    for way, count in (("token-major", 400), ("token-major", 4), ("by expert", 4)):
+        picks = picks_of([count, count], 8, generator)
+        x, dy, gate, down, up = (v.to("cpu") for v in inputs(picks, dim, 8, generator, dtype, dtype))
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_launch", record)
+            patch.setattr(kernels, "EXPERT_MAJOR", WAYS[way]["EXPERT_MAJOR"])
+            if way == "by expert":
+                patch.setattr(kernels, "L2_BYTES", dim * 8 * dtype.itemsize // 4)  # a fourth of the table
+            for activation in ACTIVATIONS if (dim, dtype) == (1024, torch.bfloat16) else ("gelu",):
+                _, pre = kernels.forward(x, picks, gate, down, up, activation)
+                kernels.backward(dy, x, picks, pre, gate, down, up, activation)
+            kernels.mix(kernels.dots(x, down, picks), up, picks)
+            kernels.table_grads(pre, pre, x, dy, picks, 8, dtype=dtype)
+            kernels.table_grads(pre, pre, x, dy, picks, 8, out=(torch.zeros(8, dim), torch.zeros(8, dim)))
+    return list(found.values())
+
+
+def compiled(kernel, args, num_warps, constants, capability):
+    """As the launcher's just-in-time compilation would: pointers of 16 bytes' alignment, block sizes as constants."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constexprs, attributes = {}, dict(constants), {}
+    for index, (name, value) in enumerate(zip(kernel.arg_names, args)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif value is None:
+            signature[name], constexprs[name] = "constexpr", None
+        else:
+            signature[name] = "i32"
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    options = {"num_warps": num_warps, **kernels.OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(binary, folder):
+    """Registers a thread and bytes of stack a thread, where spilled registers go."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+
+
+def check_compilation(dtype, dim, capability, monkeypatch, folder):
+    kinds = set()
+    for kernel, args, num_warps, constants in launches(dtype, dim, monkeypatch):
+        binary = compiled(kernel, args, num_warps, constants, capability)
+        registers, stack = resources(binary, folder)
+        name = f"{kernel.__name__} {constants}"
+        print(f"sm_{capability} {num_warps} warps {registers:3d} registers {binary.metadata.shared:5d} shared {name}")
+        assert stack == 0, f"{name} spills: {stack} bytes of stack"
+        assert binary.metadata.shared <= SHARED_LIMIT[capability], name
+        assert registers * num_warps * 32 <= 65536 // 2, f"{name}: fewer than two programs fit a multiprocessor"
+        row_offsets = re.findall(r"arith\.(?:muli|shli) .*: tensor<\d+x1xi(\d+)>", binary.asm["ttir"])
+        assert set(row_offsets) == {"64"}, f"{name}: offsets of rows must be 64 bits wide"
+        if dim * dtype.itemsize % 16 == 0:
+            assert "ld.global.v4.b32" in binary.asm["ptx"], f"{name}: loads are not 16 bytes wide"
+        kinds.add(kernel.__name__)
+    wide = {"_token_kernel"} if dim > kernels.MAX_BLOCK_D else set()
+    assert kinds == {name for name in vars(kernels) if name.endswith("_kernel")} - wide
+
+
+@compiles
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim", [256, 1024, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiles_without_spills(dtype, dim, capability, monkeypatch, tmp_path):
+    check_compilation(dtype, dim, capability, monkeypatch, tmp_path)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim", [64, 100, 412, 512, 1000, 1280, 2048, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compiles_at_any_dim(dtype, dim, capability, monkeypatch, tmp_path):
+    """Any even one: odd rows are read element by element, and float16 ones spill some bytes there."""
+    check_compilation(dtype, dim, capability, monkeypatch, tmp_path)
