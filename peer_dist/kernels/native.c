@@ -47,37 +47,6 @@ static inline float derivative(float a, int kind) {
   return s * (1.0f + a * (1.0f - s));
 }
 
-/* Groups picks by expert, in their order within one: a radix sort of the expert numbers, which are below `rows`.
-   touched[s] is the expert of segment s, whose picks are order[starts[s]] .. order[starts[s + 1] - 1]. Returns the
-   number of segments. `touched` has room for `count`, `starts` for `count + 1`, `scratch` for `count`. */
-i64 group(i64 count, i64 rows, const i64 *expert, i64 *order, i64 *scratch, i64 *touched, i64 *starts) {
-  enum { DIGIT = 11, BUCKETS = 1 << DIGIT };
-  for (i64 i = 0; i < count; i++) order[i] = i;
-  i64 *from = order, *to = scratch;
-  for (int shift = 0; shift == 0 || (rows - 1) >> shift; shift += DIGIT) {
-    i64 next[BUCKETS] = {0}, sum = 0;
-    for (i64 i = 0; i < count; i++) next[expert[i] >> shift & (BUCKETS - 1)]++;
-    for (int b = 0; b < BUCKETS; b++) {
-      i64 size = next[b];
-      next[b] = sum;
-      sum += size;
-    }
-    for (i64 i = 0; i < count; i++) to[next[expert[from[i]] >> shift & (BUCKETS - 1)]++] = from[i];
-    i64 *other = from;
-    from = to;
-    to = other;
-  }
-  if (from != order) memcpy(order, from, count * sizeof(i64));
-  i64 segments = 0;
-  for (i64 i = 0; i < count; i++)
-    if (i == 0 || expert[order[i]] != touched[segments - 1]) {
-      touched[segments] = expert[order[i]];
-      starts[segments++] = i;
-    }
-  starts[segments] = count;
-  return segments;
-}
-
 /* Gradients of both tables' rows: segment s holds the picks order[starts[s]] .. order[starts[s + 1] - 1], all of
    one expert, and is written to row rows[s] of the outputs. */
 void table_grads(i64 s0, i64 s1, i64 dim, const float *dpre, const float *hidden, const float *x, const float *dy,

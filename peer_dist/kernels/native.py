@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,12 +75,14 @@ def backward(
     return made
 
 
-def table_grads(dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int) -> tuple[Tensor, Tensor]:
+def table_grads(
+    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.table_grads`."""
-    order, touched, starts = group_by_expert(picks, rows)
+    touched, starts = picks.segments
     shape = (rows, x.shape[1])
     ddown, dup = huge_pages(torch.empty(shape)).zero_(), huge_pages(torch.empty(shape)).zero_()
-    _over_segments(dpre, hidden, x, dy, picks.token, order, starts, touched, ddown, dup)
+    _over_segments(dpre, hidden, x, dy, picks, starts, touched, ddown, dup)
     return ddown.to(dtype), dup.to(dtype)
 
 
@@ -89,24 +90,11 @@ def sparse_table_grads(
     dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.sparse_table_grads`."""
-    order, touched, starts = group_by_expert(picks, rows)
+    touched, starts = picks.segments
     shape = (touched.numel(), x.shape[1])
     ddown, dup = huge_pages(torch.empty(shape)), huge_pages(torch.empty(shape))
-    _over_segments(dpre, hidden, x, dy, picks.token, order, starts, torch.arange(touched.numel()), ddown, dup)
+    _over_segments(dpre, hidden, x, dy, picks, starts, torch.arange(touched.numel()), ddown, dup)
     return touched, ddown.to(dtype), dup.to(dtype)
-
-
-def group_by_expert(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Picks by expert: ``order [picks]``, the experts picked at all ``[touched]``, ascending, and where the picks
-    of each begin in ``order``, ``[touched + 1]``; all int64. torch's sort takes fifty times as long.
-    """
-    count = picks.expert.numel()
-    order, scratch, touched, starts = (torch.empty(count + 1, dtype=torch.int64) for _ in range(4))
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (picks.expert, order, scratch, touched, starts)]
-    function = _function("group")
-    function.restype = ctypes.c_int64
-    segments = function(ctypes.c_int64(count), ctypes.c_int64(rows), *pointers)
-    return order[:count], touched[:segments], starts[: segments + 1]
 
 
 def huge_pages(tensor: Tensor) -> Tensor:
@@ -127,15 +115,14 @@ def _over_segments(
     hidden: Tensor,
     x: Tensor,
     dy: Tensor,
-    token: Tensor,
-    order: Tensor,
+    picks: Picks,
     starts: Tensor,
     rows: Tensor,
     ddown: Tensor,
     dup: Tensor,
 ) -> None:
     x, dy = x.float().contiguous(), dy.float().contiguous()
-    arguments = (x.shape[1], dpre, hidden, x, dy, token, order, starts, rows, ddown, dup)
+    arguments = (x.shape[1], dpre, hidden, x, dy, picks.token, picks.by_expert, starts, rows, ddown, dup)
     _split(_function("table_grads"), starts, arguments)
 
 
@@ -176,7 +163,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="expert_mix")
 
 
-def _function(name: str) -> Any:
+def _function(name: str) -> Callable[..., None]:
     library = _library()
     assert library is not None
     function = getattr(library, name)

@@ -39,6 +39,20 @@ class Picks:
         return torch.repeat_interleave(ids, counts, output_size=self.expert.numel())
 
     @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        return torch.sort(self.expert, stable=True)
+
+    @property
     def by_expert(self) -> Tensor:
         """``[picks]`` int64: the order that sorts picks by expert, tokens ascending within one."""
-        return torch.argsort(self.expert, stable=True)
+        return self._sorted[1]
+
+    @cached_property
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """The rows that are read at all, ``[touched]`` int64 ascending, and where the picks of each begin in
+        :attr:`by_expert`, ``[touched + 1]`` int64.
+        """
+        touched, counts = torch.unique_consecutive(self._sorted[0], return_counts=True)
+        starts = counts.new_zeros(counts.numel() + 1)
+        torch.cumsum(counts, 0, out=starts[1:])
+        return touched, starts

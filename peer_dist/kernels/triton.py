@@ -561,8 +561,7 @@ def sparse_table_grads(
     Returns:
         The touched rows ``[n]`` int64, ascending, and their rows of ddown and of dup, ``[n, dim]`` in ``dtype``.
     """
-    touched, counts = torch.unique_consecutive(picks.expert[picks.by_expert], return_counts=True)
-    bounds = F.pad(counts.cumsum(0), (1, 0))
+    touched, bounds = picks.segments
     size = (touched.numel(), x.shape[1])
     ddown, dup = (torch.empty(size, dtype=dtype or _wide(x, dy), device=x.device) for _ in range(2))
     _run_sums(dpre, hidden, x, dy, picks, bounds, ddown, dup, add=False)
