@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -99,11 +98,10 @@ def test_the_command_says_so_and_leaves(tmp_path, text, message):
     """Exit code 2, the sentence alone on stderr, and no process group (it would write where there is no such host)."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    begin = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-m", "peer_dist", "train", "--config", str(path)], capture_output=True, text=True, timeout=60
     )
-    assert result.returncode == 2, time.monotonic() - begin
+    assert result.returncode == 2, result.stderr
     assert message in " ".join(result.stderr.split())
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr

@@ -267,7 +267,3 @@ class Config(Section):
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that each read their own sequences."""
         return world_size // (self.parallel.tensor * self.parallel.pipeline)
-
-    def num_micro_batches(self, world_size: int) -> int:
-        """Forward passes per rank and step (gradient accumulation)."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))

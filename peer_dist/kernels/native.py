@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -101,7 +102,7 @@ def huge_pages(tensor: Tensor) -> Tensor:
     """Ask for huge pages under a large CPU tensor that nothing was written to yet: rows at random in gigabytes
     otherwise cost an address translation each. Without effect where the system has none.
     """
-    if tensor.device.type == "cpu" and tensor.nbytes >= 1 << 24 and hasattr(os, "posix_fadvise"):
+    if tensor.device.type == "cpu" and tensor.nbytes >= 1 << 24 and sys.platform == "linux":
         page = 1 << 21
         begin = -(-tensor.data_ptr() // page) * page
         length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page

@@ -129,10 +129,6 @@ class Parallel:
         return self.tensor_group.size()
 
     @property
-    def tensor_rank(self) -> int:
-        return self.tensor_group.rank()
-
-    @property
     def pipeline_size(self) -> int:
         return self.pipeline_group.size()
 

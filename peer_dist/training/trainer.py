@@ -161,7 +161,6 @@ class Trainer:
             metrics.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
         if not self.resumed:
             self._record(metrics, self._validate())
-        saved = start
         stopped = False
         with Progress(console, start, config.train.steps) as progress:
             while self.steps_done < config.train.steps and not stopped:
@@ -177,14 +176,9 @@ class Trainer:
                 if self.steps_done % config.checkpoint.interval == 0 or last:
                     progress.say("saving a checkpoint")
                     self.save()
-                    saved = self.steps_done
-        listen(None)
-        for layer in self.layers.values():
-            layer.on_route = None
         if metrics is not None:
             metrics.close()
         if stopped:
-            assert saved == self.steps_done
             console.print(f"stopped at step {self.steps_done} by a signal; the same command goes on from there")
         self._conclude(console)
 
