@@ -12,13 +12,14 @@ measured in the same run.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import copy_bandwidth, device_name, peak_bytes, seconds, show, write_json
+from measure import copy_bandwidth, device_name, extra_bytes, seconds, show, write_json
 from torch import Tensor
 
 from peer_dist.kernels import Picks, expert_mix, huge_pages
@@ -80,7 +81,7 @@ def draw_picks(case: Case, device: torch.device) -> Tensor:
     return order[ranks.clamp(max=case.experts - 1)]
 
 
-def measure(case: Case, device: torch.device, peers: bool = True) -> dict[str, Any]:
+def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     """One case: seconds, ratios, memory and share of the copy bandwidth; outputs are compared first."""
     problem = Problem(case, device)
     bandwidth = copy_bandwidth(device)
@@ -90,27 +91,29 @@ def measure(case: Case, device: torch.device, peers: bool = True) -> dict[str, A
     per_pick = 2 * problem.expert.numel() * case.dim * item + 2 * problem.x.nbytes
     row: dict[str, Any] = {**asdict(case), "copy_GB_per_s": bandwidth / 1e9}
 
-    with torch.no_grad():
-        row["forward_ms"] = 1e3 * seconds(problem.ours, device)
-    row["both_ms"] = 1e3 * seconds(lambda: problem.backward(problem.ours()), device, 5)
+    def forward(run: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    torch.testing.assert_close(forward(problem.ours), forward(problem.gathered), rtol=2e-2, atol=2e-2)
+    weights = problem.gate.detach().to(problem.x.dtype)
+    runs = {
+        "forward_ms": lambda: forward(problem.ours),
+        "gather_forward_ms": lambda: forward(problem.gathered),
+        "up_half_embedding_bag_ms": lambda: F.embedding_bag(
+            problem.expert, problem.up.detach(), per_sample_weights=weights, mode="sum"
+        ),
+        "both_ms": lambda: problem.backward(problem.ours()),
+        "gather_both_ms": lambda: problem.backward(problem.gathered()),
+    }
+    row |= {name: 1e3 * time for name, time in seconds(runs, device, rounds).items()}
+    row["forward_ratio"] = row["gather_forward_ms"] / row["forward_ms"]
+    row["both_ratio"] = row["gather_both_ms"] / row["both_ms"]
     row["forward_over_floor"] = row["forward_ms"] / 1e3 * bandwidth / read_once
     row["forward_GB_per_s_by_pick"] = per_pick / row["forward_ms"] / 1e6
     row["share_of_copy_bandwidth"] = per_pick / (row["forward_ms"] / 1e3) / bandwidth
-    results = 2 * distinct * (case.dim * item + 8) + 2 * problem.x.nbytes + problem.gate.nbytes
-    row["both_extra_MB"] = (peak_bytes(lambda: problem.backward(problem.ours()), device) - results) / 1e6
-    if peers:
-        with torch.no_grad():
-            torch.testing.assert_close(problem.ours(), problem.gathered(), rtol=2e-2, atol=2e-2)
-            row["gather_forward_ms"] = 1e3 * seconds(problem.gathered, device, 3)
-        row["gather_both_ms"] = 1e3 * seconds(lambda: problem.backward(problem.gathered()), device, 3)
-        row["forward_ratio"] = row["gather_forward_ms"] / row["forward_ms"]
-        row["both_ratio"] = row["gather_both_ms"] / row["both_ms"]
-        bag = torch.nn.functional.embedding_bag
-        with torch.no_grad():
-            weights = problem.gate.to(problem.x.dtype)
-            row["up_half_embedding_bag_ms"] = 1e3 * seconds(
-                lambda: bag(problem.expert, problem.up, per_sample_weights=weights, mode="sum"), device, 3
-            )
+    row["both_extra_MB"] = extra_bytes(lambda: problem.backward(problem.ours()), device) / 1e6
+    row["gather_both_extra_MB"] = extra_bytes(lambda: problem.backward(problem.gathered()), device) / 1e6
     return row
 
 
@@ -133,8 +136,9 @@ def plot(path: Path, title: str, key: str, rows: list[dict[str, Any]]) -> None:
 
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     x = [row[key] for row in rows]
-    axes.plot(x, [row["forward_ms"] for row in rows], "o-", label="forward")
-    axes.plot(x, [row["both_ms"] for row in rows], "s-", label="forward + backward")
+    for peer, color, who in (("", "C0", ""), ("gather_", "C7", "gather + einsum, ")):
+        axes.plot(x, [row[f"{peer}forward_ms"] for row in rows], "o-", color=color, label=f"{who}forward")
+        axes.plot(x, [row[f"{peer}both_ms"] for row in rows], "s--", color=color, label=f"{who}forward + backward")
     axes.set(xlabel=key, ylabel="ms", yscale="log", xscale="linear" if key == "zipf" else "log", title=title)
     axes.legend()
     axes.grid(alpha=0.3, which="both")
@@ -145,17 +149,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sweep", choices=list(SWEEPS))
+    parser.add_argument("--rounds", type=int, help="15 by default, 3 in a sweep")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="of a sweep; .png or .svg")
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.sweep:
         key, cases = SWEEPS[options.sweep]
-        rows = [measure(case, device, peers=False) for case in cases]
+        rows = [measure(case, device, options.rounds or 3) for case in cases]
     else:
         key = "experts"
         base = Case() if device.type == "cpu" else Case(dim=1024, tokens=8192, dtype="bfloat16")
-        rows = [measure(base, device), measure(replace(base, experts=256**2), device, peers=False)]
+        rows = [measure(case, device, options.rounds or 15) for case in (base, replace(base, experts=256**2))]
     title = f"expert_mix on {device_name(device)}"
     show(title, rows)
     write_json(options.json, {"device": device_name(device), "torch": torch.__version__, "rows": rows})

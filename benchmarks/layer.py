@@ -4,8 +4,8 @@
     python benchmarks/layer.py [--dim 256 --tokens 2048 --experts 1048576] [--json FILE]
 
 PEER-pytorch is made to activate k = 16 experts per head (non_competing_scores=False; its default is one). It has
-per-head keys and no query norm, and so has ours here. Both layers' table gradients: dense in PEER-pytorch, which
-has no other; sparse (of the picked rows) and dense in ours.
+per-head keys and no query norm, and so has ours here. Table gradients are dense in PEER-pytorch, which has no other;
+in ours sparse (of the picked rows) and dense. Extra memory: beyond results and gradients, forward + backward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import device_name, peak_bytes, seconds, show, write_json
+from measure import device_name, extra_bytes, seconds, show, write_json
 from torch import Tensor, nn
 
 from peer_dist import PEER
@@ -44,6 +44,16 @@ def twins(dim: int, experts: int, heads: int, top_k: int, device: torch.device) 
     return ours, theirs
 
 
+@torch.no_grad()
+def check(ours: PEER, theirs: nn.Module, x: Tensor) -> None:
+    """Outputs agree, but for tokens whose last pick and best omission have equal scores up to rounding."""
+    apart = ~torch.isclose(ours(x), theirs(x), rtol=1e-3, atol=1e-4).all(-1)[0]
+    scores = retrieve(ours.query(x[0]).unflatten(-1, (ours.heads, -1)), ours.keys, ours.top_k + 1)[1]
+    margin = (scores[..., -2] - scores[..., -1]).amin(-1)
+    assert (margin[apart] < 1e-5).all(), f"outputs differ where picks do not: margins {margin[apart]}"
+    print(f"outputs agree; {int(apart.sum())} of {apart.numel()} tokens have a near-tie (margin < 1e-5)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +62,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=1024**2)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -61,45 +71,45 @@ def main() -> None:
     ours, theirs = twins(options.dim, options.experts, options.heads, options.top_k, device)
     x = torch.randn(1, options.tokens, options.dim, device=device, requires_grad=True)
     dy = torch.randn_like(x)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+    check(ours, theirs, x)
 
     def both(layer: nn.Module) -> tuple[Tensor, ...]:
         return torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
-
-    @torch.no_grad()
-    def retrieval() -> tuple[Tensor, Tensor]:
-        query = ours.query(x[0]).unflatten(-1, (ours.heads, ours.key_dim))
-        return retrieve(query, ours.keys, ours.top_k)
 
     def forward(layer: nn.Module) -> Tensor:
         with torch.no_grad():
             return layer(x)
 
-    rows: list[dict[str, Any]] = []
-    for name, layer, sparse in (
-        ("PEER-pytorch", theirs, False), ("peer_dist", ours, True), ("peer_dist, dense gradients", ours, False)
-    ):  # fmt: skip
-        if layer is ours:
-            ours.sparse_grad = sparse
-        touched = sum(
-            p._values().nbytes + p._indices().nbytes if p.is_sparse else p.nbytes for p in both(layer)
-        )  # what the call returns is no extra memory
-        rows.append(
-            {
-                "layer": name,
-                "forward_ms": 1e3 * seconds(lambda layer=layer: forward(layer), device, options.repeats),
-                "both_ms": 1e3 * seconds(lambda layer=layer: both(layer), device, options.repeats),
-                "extra_MB": (peak_bytes(lambda layer=layer: both(layer), device) - touched) / 1e6,
-            }
-        )
-    for row in rows:
-        row["forward_ratio"] = rows[0]["forward_ms"] / row["forward_ms"]
-        row["both_ratio"] = rows[0]["both_ms"] / row["both_ms"]
+    @torch.no_grad()
+    def retrieval() -> tuple[Tensor, Tensor]:
+        return ours._retrieve(x[0])
+
+    rows: list[dict[str, Any]] = [
+        {"layer": "PEER-pytorch", "extra_MB": extra_bytes(lambda: both(theirs), device) / 1e6}
+    ]
+    for sparse in (True, False):
+        ours.sparse_grad = sparse
+        runs = {
+            "forward_ms": lambda: forward(ours),
+            "their_forward_ms": lambda: forward(theirs),
+            "both_ms": lambda: both(ours),
+            "their_both_ms": lambda: both(theirs),
+        }
+        if sparse:
+            runs["retrieval_ms"] = retrieval
+        taken = {name: 1e3 * time for name, time in seconds(runs, device, options.rounds).items()}
+        row = {"layer": f"peer_dist, {'sparse' if sparse else 'dense'} gradients"}
+        row |= {"forward_ratio": taken["their_forward_ms"] / taken["forward_ms"]}
+        row |= {"both_ratio": taken["their_both_ms"] / taken["both_ms"]}
+        for name in ("forward_ms", "both_ms"):
+            rows[0].setdefault(name, taken.pop(f"their_{name}"))
+        row |= {name: time for name, time in taken.items() if not name.startswith("their")}
+        row["extra_MB"] = extra_bytes(lambda: both(ours), device) / 1e6
         row["extra_share"] = row["extra_MB"] / rows[0]["extra_MB"]
+        rows.append(row)
     title = (
         f"PEER on {device_name(device)}: N={options.experts}, d={options.dim}, {options.heads} x {options.top_k} "
-        f"picks, {options.tokens} tokens; retrieval alone {1e3 * seconds(retrieval, device):.1f} ms"
+        f"picks, {options.tokens} tokens"
     )
     show(title, rows)
     write_json(options.json, {"title": title, "torch": torch.__version__, "rows": rows})

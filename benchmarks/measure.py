@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -21,50 +22,49 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Median seconds of a call, after one that warms up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        begin = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """Most memory held during a call above what was held before it, its results included.
-
-    On a GPU the allocator says; on Linux the kernel's high-water mark of the process does.
+def seconds(runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 9) -> dict[str, float]:
+    """Median seconds of each call. All take their turn in every round, so that a machine whose speed drifts (other
+    tenants, clocks) treats them alike; a turn is one call that warms up and one that is timed, so that none pays for
+    the memory that the one before gave back.
     """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            run()
+            synchronize(device)
+            begin = time.perf_counter()
+            run()
+            synchronize(device)
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """The most that torch's allocator handed out during a call beyond what is held after it: its results."""
     run()
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from what is held now
-    before = _status("VmRSS")
-    run()
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
+        torch.cuda.reset_peak_memory_stats()
+        results = run()
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        del results
+        return extra
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        results = run()
+    kineto = profile.profiler.kineto_results  # type: ignore[union-attr]
+    moves = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
+    held = list(itertools.accumulate((size for _, size in moves), initial=0))
+    del results
+    return max(held) - held[-1]
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, of a large copy."""
     source = torch.randn(1 << (28 if device.type == "cuda" else 26), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds(lambda: target.copy_(source), device, 9)
+    return 2 * source.nbytes / seconds({"copy": lambda: target.copy_(source)}, device)["copy"]
 
 
 def device_name(device: torch.device) -> str:

@@ -9,24 +9,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import mkl, native, reference
-from peer_dist.kernels.native import huge_pages
+from peer_dist.kernels.memory import huge_pages
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed
 from peer_dist.tracing import span
 
-__all__ = ["ACTIVATIONS", "Picks", "expert_mix", "huge_pages"]
+__all__ = ["ACTIVATIONS", "Picks", "expert_mix", "huge_pages", "mix", "table_grad", "top_pairs"]
 
 _MKL, _REFERENCE = Composed(mkl), Composed(reference)
 
 
-def _backend(x: Tensor, down: Tensor, up: Tensor) -> Any:
+def _backend(x: Tensor, *tables: Tensor) -> Any:
     if x.is_cuda:
         from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
 
-        return triton if triton.available(x, down, up) else _REFERENCE
-    if native.available(x, down, up):
+        return triton if triton.available(x, *tables) else _REFERENCE
+    if native.available(x, *tables):
         return native
-    return _MKL if mkl.available(x, down, up) else _REFERENCE
+    return _MKL if mkl.available(x, *tables) else _REFERENCE
 
 
 def expert_mix(
@@ -51,6 +51,36 @@ def expert_mix(
     return _ExpertMix.apply(x, picks, gate, down, up, activation, sparse_grad)
 
 
+def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
+    """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``, at least float32."""
+    return _backend(table, table).mix(weight, table, picks)
+
+
+def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
+    """``out_e += sum over picks of row e of w_i x_t``, the gradient of :func:`mix`, in a fixed order of the sum.
+
+    Args:
+        weight: ``[picks]``.
+        x: ``[tokens, dim]``.
+        picks: the rows that each token reads.
+        out: ``[rows, dim]``, at least float32; a table that is small beside the number of picks.
+    """
+    _backend(x, x).table_grad(weight, x, picks, out)
+
+
+def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` largest sums ``first[:, a] + second[:, b]`` of each row, largest first; NaN counts as largest.
+
+    Args:
+        first, second: ``[queries, n]``.
+        top_k: at most ``n``.
+
+    Returns:
+        Their numbers ``a * n + b``, ``[queries, top_k]`` int64, and the sums, ``[queries, top_k]``.
+    """
+    return (native if native.searches(first, top_k) else reference).top_pairs(first, second, top_k)
+
+
 class _ExpertMix(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -66,7 +96,8 @@ class _ExpertMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, gate, down, up = ctx.saved_tensors
-        picks, (rows, dim) = ctx.picks, down.shape
+        picks = Picks(ctx.picks.offsets, ctx.picks.expert)  # what it works out goes when this is done
+        rows, dim = down.shape
         with span("experts"):
             x, dy = x.contiguous(), dy.contiguous()
             ops = _backend(x, down, up)

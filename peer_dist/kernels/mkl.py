@@ -52,11 +52,11 @@ def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
     return _csr(picks.offsets, picks.expert, weight, table.shape[0]) @ table
 
 
-def table_grad(weight: Tensor, x: Tensor, picks: Picks, rows: int) -> Tensor:
+def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     """See :func:`peer_dist.kernels.reference.table_grad`."""
     if picks.expert.numel() == 0:
-        return x.new_zeros(rows, x.shape[1])
-    order = picks.by_expert
+        return
+    rows, order = out.shape[0], picks.by_expert
     offsets = torch.zeros(rows + 1, dtype=torch.int64)
     torch.cumsum(torch.bincount(picks.expert, minlength=rows), 0, out=offsets[1:])
-    return _csr(offsets, picks.token[order], weight[order], x.shape[0]) @ x
+    out.addmm_(_csr(offsets, picks.token[order], weight[order], x.shape[0]), x)

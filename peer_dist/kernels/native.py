@@ -11,10 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -22,11 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peer_dist.kernels.memory import gradient_memory
 from peer_dist.kernels.picks import Picks
 
-_FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _KINDS = {"gelu": 0, "relu": 1, "silu": 2}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_MOST_TOP_K = 64  # as in native.c
+_STREAM_BYTES = 1 << 24  # of gradients written past the caches: more than would stay there
 
 
 def available(x: Tensor, *tables: Tensor) -> bool:
@@ -36,6 +36,21 @@ def available(x: Tensor, *tables: Tensor) -> bool:
         and all(table.is_contiguous() and table.dtype == tables[0].dtype for table in tables)
         and _library() is not None
     )
+
+
+def searches(scores: Tensor, top_k: int) -> bool:
+    """Whether :func:`top_pairs` can serve."""
+    fine = scores.device.type == "cpu" and scores.dtype == torch.float32 and top_k <= _MOST_TOP_K
+    return fine and _library() is not None
+
+
+def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """See :func:`peer_dist.kernels.reference.top_pairs`."""
+    queries, n = first.shape
+    first, second = first.contiguous(), second.contiguous()
+    number, score = torch.empty(queries, top_k, dtype=torch.int64), torch.empty(queries, top_k)
+    _call("top_pairs", queries, n, top_k, first, second, number, score)
+    return number, score
 
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
@@ -76,100 +91,68 @@ def backward(
     return made
 
 
+def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
+    """See :func:`peer_dist.kernels.reference.table_grad`."""
+    x, weight = x.float().contiguous(), weight.float().contiguous()
+    _check(picks, out)
+    _call("add_rows", out.shape[0], picks.tokens, x.shape[1], weight, x, picks.offsets, picks.expert, out)
+
+
 def table_grads(
     dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.table_grads`."""
-    touched, starts = picks.segments
-    shape = (rows, x.shape[1])
-    ddown, dup = huge_pages(torch.empty(shape)).zero_(), huge_pages(torch.empty(shape)).zero_()
-    _over_segments(dpre, hidden, x, dy, picks, starts, touched, ddown, dup)
-    return ddown.to(dtype), dup.to(dtype)
+    touched, _ = picks.segments
+    grads = [gradient_memory(rows, x.shape[1], dtype).zero_() for _ in range(2)]
+    _sum_segments(dpre, hidden, x, dy, picks, touched, *grads)
+    return grads[0], grads[1]
 
 
 def sparse_table_grads(
     dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.sparse_table_grads`."""
-    touched, starts = picks.segments
-    shape = (touched.numel(), x.shape[1])
-    ddown, dup = huge_pages(torch.empty(shape)), huge_pages(torch.empty(shape))
-    _over_segments(dpre, hidden, x, dy, picks, starts, torch.arange(touched.numel()), ddown, dup)
-    return touched, ddown.to(dtype), dup.to(dtype)
+    touched, _ = picks.segments
+    grads = [gradient_memory(touched.numel(), x.shape[1], dtype) for _ in range(2)]
+    _sum_segments(dpre, hidden, x, dy, picks, None, *grads)
+    return touched, grads[0], grads[1]
 
 
-def huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for huge pages under a large CPU tensor that nothing was written to yet: rows at random in gigabytes
-    otherwise cost an address translation each. Without effect where the system has none.
-    """
-    if tensor.device.type == "cpu" and tensor.nbytes >= 1 << 24 and sys.platform == "linux":
-        page = 1 << 21
-        begin = -(-tensor.data_ptr() // page) * page
-        length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(14))  # MADV_HUGEPAGE
-    return tensor
-
-
-def _over_segments(
-    dpre: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    dy: Tensor,
-    picks: Picks,
-    starts: Tensor,
-    rows: Tensor,
-    ddown: Tensor,
-    dup: Tensor,
+def _sum_segments(
+    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: Tensor | None, ddown: Tensor, dup: Tensor
 ) -> None:
-    x, dy = x.float().contiguous(), dy.float().contiguous()
-    arguments = (x.shape[1], dpre, hidden, x, dy, picks.token, picks.by_expert, starts, rows, ddown, dup)
-    _split(_function("table_grads"), starts, arguments)
+    """Write each picked row's gradients, to ``rows`` or one after the other."""
+    _, starts = picks.segments
+    for weight, source, out in ((dpre, x, ddown), (hidden, dy, dup)):
+        source = source.float().contiguous()
+        arguments = (weight, source, picks.token, picks.by_expert, starts, rows, int(out.nbytes > _STREAM_BYTES), out)
+        _call(f"table_grad_{_SUFFIX[out.dtype]}", starts.numel() - 1, source.shape[1], *arguments)
 
 
 def _over_tokens(name: str, picks: Picks, table: Tensor, *arguments: Tensor | int) -> None:
+    _check(picks, table)
+    _call(f"{name}_{_SUFFIX[table.dtype]}", picks.tokens, table.shape[1], *arguments)
+
+
+def _check(picks: Picks, table: Tensor) -> None:
     if picks.expert.numel():
         low, high = (int(end) for end in torch.aminmax(picks.expert))
         if low < 0 or high >= table.shape[0]:
             raise IndexError(f"picks of rows {low} to {high} from a table of {table.shape[0]} rows")
-    function = _function(f"{name}_{_SUFFIX[table.dtype]}")
-    _split(function, picks.offsets, (table.shape[1], *arguments))
 
 
-def _split(function: Callable[..., None], offsets: Tensor, arguments: tuple[Tensor | int, ...]) -> None:
-    """Call ``function(begin, end, *arguments)`` on ranges of equal work, one per thread.
-
-    Every token (or expert) is one thread's, so the result does not depend on how many there are.
-    """
-    work, count = int(offsets[-1]), offsets.numel() - 1
-    threads = min(torch.get_num_threads(), max(1, work // 4096))
-    raw = [
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments
-    ]  # `arguments` keeps the tensors alive
-    goals = torch.tensor([work * part // threads for part in range(1, threads)], dtype=offsets.dtype)
-    bounds = [0, *torch.searchsorted(offsets, goals).tolist(), count]
-
-    def part(index: int) -> None:
-        function(ctypes.c_int64(bounds[index]), ctypes.c_int64(bounds[index + 1]), *raw)
-
-    if threads == 1:
-        part(0)
-    else:
-        list(_pool(os.getpid(), threads).map(part, range(threads)))
-
-
-@lru_cache(maxsize=1)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Of this process: a forked child cannot use its parent's. ctypes lets go of Python's lock."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="expert_mix")
-
-
-def _function(name: str) -> Callable[..., None]:
+def _call(name: str, *arguments: Tensor | int | None) -> None:
+    """Call a function of native.c; Python's lock is let go of meanwhile."""
     library = _library()
     assert library is not None
     function = getattr(library, name)
     function.restype = None
-    return function
+    function(
+        *(
+            ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+            for a in arguments
+        )
+    )
 
 
 @lru_cache(maxsize=1)
@@ -196,7 +179,9 @@ def _compile(compiler: str, source: bytes, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         code, built = Path(folder, "native.c"), Path(folder, "native.so")
         code.write_bytes(source)
-        subprocess.run([compiler, *_FLAGS, str(code), "-o", str(built), "-lm"], check=True, capture_output=True)
+        command = [compiler, *_FLAGS, str(code), "-o", str(built), "-lm"]
+        if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
+            subprocess.run(command, check=True, capture_output=True)  # on one thread, say by Apple's compiler
         os.replace(built, target)
 
 

@@ -8,6 +8,7 @@ nothing of size ``[tokens, picks, dim]`` exists.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -54,13 +55,36 @@ def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
     return out
 
 
-def table_grad(weight: Tensor, x: Tensor, picks: Picks, rows: int) -> Tensor:
-    """``sum over picks of row e of w_i x_t``: ``[picks], [tokens, dim] -> [rows, dim]``."""
-    out = torch.zeros(rows, x.shape[1], dtype=_wide(weight, x), device=x.device)
+def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
+    """``out_e += sum over picks of row e of w_i x_t``; ``weight``: ``[picks]``, ``x``: ``[tokens, dim]``,
+    ``out``: ``[rows, dim]`` in at least float32.
+    """
     for part in _chunks(picks, x.shape[1]):
         tokens = x[picks.token[part]].to(out.dtype)
         out.index_add_(0, picks.expert[part], tokens * weight[part, None].to(out.dtype))
-    return out
+
+
+@lru_cache(maxsize=64)
+def _candidates(top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs (i, j) of ranks that can be among the ``top_k`` largest sums: ``(i + 1) * (j + 1) <= top_k``.
+
+    Every pair (i', j') with i' <= i and j' <= j scores at least as much, and there are (i + 1)(j + 1) of them.
+    For 16 this leaves 50 of 256.
+    """
+    pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
+    with torch.inference_mode(False):  # the cached tensors also serve training later
+        first, second = torch.tensor(pairs, device=device).unbind(1)
+    return first, second
+
+
+def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The ``top_k`` largest sums ``first[:, a] + second[:, b]`` of each row, largest first: ``[queries, n]`` twice
+    -> their numbers ``a * n + b``, ``[queries, top_k]`` int64, and the sums.
+    """
+    (first_best, a), (second_best, b) = first.topk(top_k), second.topk(top_k)
+    i, j = _candidates(top_k, first.device)
+    best, position = (first_best[:, i] + second_best[:, j]).topk(top_k)
+    return a.gather(1, i[position]) * first.shape[1] + b.gather(1, j[position]), best
 
 
 class Composed:
@@ -72,6 +96,7 @@ class Composed:
 
     def __init__(self, products: ModuleType | Any) -> None:
         self.products = products
+        self.mix, self.table_grad = products.mix, products.table_grad
 
     def forward(
         self, x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str
@@ -81,7 +106,7 @@ class Composed:
         """
         pre = self.products.dots(x, down, picks)
         hidden = ACTIVATIONS[activation](pre) * gate.to(pre.dtype)
-        return self.products.mix(hidden, up, picks), pre
+        return self.mix(hidden, up, picks), pre
 
     def backward(
         self, dy: Tensor, x: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
@@ -94,16 +119,16 @@ class Composed:
             leaves = pre.detach().requires_grad_(), gate.to(pre.dtype).detach().requires_grad_()
             hidden = ACTIVATIONS[activation](leaves[0]) * leaves[1]
         dpre, dgate = torch.autograd.grad(hidden, leaves, dhidden)
-        return self.products.mix(dpre, down, picks), dgate, dpre, hidden.detach()
+        return self.mix(dpre, down, picks), dgate, dpre, hidden.detach()
 
     def table_grads(
         self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Gradients of ``down`` and ``up``, ``[rows, dim]`` each in ``dtype``, summed in at least float32."""
-        return (
-            self.products.table_grad(dpre, x, picks, rows).to(dtype),
-            self.products.table_grad(hidden, dy, picks, rows).to(dtype),
-        )
+        ddown, dup = (torch.zeros(rows, x.shape[1], dtype=_wide(dpre, x), device=x.device) for _ in range(2))
+        self.table_grad(dpre, x, picks, ddown)
+        self.table_grad(hidden, dy, picks, dup)
+        return ddown.to(dtype), dup.to(dtype)
 
     def sparse_table_grads(
         self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype

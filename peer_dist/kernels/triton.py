@@ -258,7 +258,7 @@ def _sum_run(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """``sum dpre_i x_i, sum hidden_i dy_i`` over the picks ``order[start:stop]``."""
+    """``sum dpre_i x_i, sum hidden_i dy_i`` over ``order[start:stop]``; the first alone without ``hidden``."""
     inside = cols < DIM
     down = tl.full([BLOCK_D], 0.0, ACC)
     up = tl.full([BLOCK_D], 0.0, ACC)
@@ -268,13 +268,14 @@ def _sum_run(  # type: ignore[no-untyped-def]
         pick = tl.load(order + place, mask=live, other=0)
         source = tl.load(token + pick, mask=live, other=0)
         to_down = tl.load(dpre + pick, mask=live, other=0.0).to(ACC)
-        to_up = tl.load(hidden + pick, mask=live, other=0.0).to(ACC)
         at = source[:, None] * DIM + cols[None, :]
         mask = live[:, None] & inside[None, :]
         x_rows = tl.load(x + at, mask=mask, other=0.0)
-        dy_rows = tl.load(dy + at, mask=mask, other=0.0)
+        if hidden is not None:
+            to_up = tl.load(hidden + pick, mask=live, other=0.0).to(ACC)
+            dy_rows = tl.load(dy + at, mask=mask, other=0.0)
+            up += tl.sum(dy_rows.to(ACC) * to_up[:, None], 0)
         down += tl.sum(x_rows.to(ACC) * to_down[:, None], 0)
-        up += tl.sum(dy_rows.to(ACC) * to_up[:, None], 0)
     return down, up
 
 
@@ -283,7 +284,7 @@ def _pieces_kernel(  # type: ignore[no-untyped-def]
     order,  # [picks]: sorts picks by expert
     token,  # [picks]
     dpre,  # [picks]
-    hidden,  # [picks]
+    hidden,  # [picks], or None: there is one table only, and neither dy nor dup
     x,  # [tokens, DIM]
     dy,  # [tokens, DIM]
     bounds,  # [runs + 1]: the places in order of each run of one expert
@@ -307,7 +308,8 @@ def _pieces_kernel(  # type: ignore[no-untyped-def]
         down, up = _sum_run(start, stop, order, token, dpre, hidden, x, dy, cols, DIM, BLOCK_D, BLOCK_K, ACC)
         at = partial + piece * (2 * DIM) + cols
         tl.store(at, down, mask=cols < DIM)
-        tl.store(at + DIM, up, mask=cols < DIM)
+        if hidden is not None:
+            tl.store(at + DIM, up, mask=cols < DIM)
 
 
 @_jit
@@ -346,13 +348,16 @@ def _runs_kernel(  # type: ignore[no-untyped-def]
             for piece in range(first_piece, last_piece):
                 at = partial + piece * (2 * DIM) + cols
                 down += tl.load(at, mask=inside, other=0.0)
-                up += tl.load(at + DIM, mask=inside, other=0.0)
+                if hidden is not None:
+                    up += tl.load(at + DIM, mask=inside, other=0.0)
         at = run * DIM + cols
         if ADD:
             down += tl.load(ddown + at, mask=inside, other=0.0).to(ACC)
-            up += tl.load(dup + at, mask=inside, other=0.0).to(ACC)
+            if hidden is not None:
+                up += tl.load(dup + at, mask=inside, other=0.0).to(ACC)
         tl.store(ddown + at, down, mask=inside, eviction_policy="evict_first")
-        tl.store(dup + at, up, mask=inside, eviction_policy="evict_first")
+        if hidden is not None:
+            tl.store(dup + at, up, mask=inside, eviction_policy="evict_first")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,8 +545,7 @@ def table_grads(
     Raises:
         ValueError: ``out`` is not contiguous or not of this shape.
     """
-    ordered = picks.expert[picks.by_expert]
-    bounds = torch.searchsorted(ordered, torch.arange(rows + 1, device=ordered.device))
+    bounds = _bounds(picks, rows)
     if out is None:
         new = [torch.empty(rows, x.shape[1], dtype=dtype or _wide(x, dy), device=x.device) for _ in range(2)]
         ddown, dup = new
@@ -551,6 +555,16 @@ def table_grads(
             raise ValueError(f"out must be [{rows}, {x.shape[1]}], not {tuple(ddown.shape)} and {tuple(dup.shape)}")
     _run_sums(dpre, hidden, x, dy, picks, bounds, ddown, dup, add=out is not None)
     return ddown, dup
+
+
+def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
+    """``out_e += sum w_i x_t`` over the picks of row e: :func:`table_grads` of one table."""
+    _run_sums(weight, None, x, None, picks, _bounds(picks, out.shape[0]), out, None, add=True)
+
+
+def _bounds(picks: Picks, rows: int) -> Tensor:
+    ordered = picks.expert[picks.by_expert]
+    return torch.searchsorted(ordered, torch.arange(rows + 1, device=ordered.device))
 
 
 def sparse_table_grads(
@@ -570,13 +584,13 @@ def sparse_table_grads(
 
 def _run_sums(
     dpre: Tensor,
-    hidden: Tensor,
+    hidden: Tensor | None,
     x: Tensor,
-    dy: Tensor,
+    dy: Tensor | None,
     picks: Picks,
     bounds: Tensor,
     ddown: Tensor,
-    dup: Tensor,
+    dup: Tensor | None,
     add: bool,
 ) -> None:
     """Row i of ``ddown`` and ``dup`` from the picks at ``bounds[i]:bounds[i + 1]`` of the order by expert.
@@ -585,13 +599,15 @@ def _run_sums(
     summed piece by piece first (one program takes some 0.3 us for each pick of its run). How many pieces there are
     stays on the device: the grid is the most there can be, two for each ``size`` picks.
     """
-    count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(x, dy, dpre)
-    itemsize = max(x.element_size(), dy.element_size())
-    width = min(MAX_GRAD_BLOCK_D, _resident(2 * x.shape[0], dim, itemsize) or dim)
+    sources = [x] if dy is None else [x, dy]
+    count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(*sources, dpre)
+    itemsize = max(source.element_size() for source in sources)
+    width = min(MAX_GRAD_BLOCK_D, _resident(len(sources) * x.shape[0], dim, itemsize) or dim)
     tile = _tile(width, itemsize, GRAD_TILE_BYTES, columns=8)
     slices = triton.cdiv(dim, tile["BLOCK_D"])
     constants = {"DIM": dim, "ACC": _acc(dtype), **tile}
-    shared = picks.by_expert, picks.token, dpre.contiguous(), hidden.contiguous(), x.contiguous(), dy.contiguous()
+    weights_and_sources = (tensor if tensor is None else tensor.contiguous() for tensor in (dpre, hidden, x, dy))
+    shared = picks.by_expert, picks.token, *weights_and_sources
     size = max(PIECE, triton.next_power_of_2(2 * count // MAX_PIECES))
     base = partial = None
     if count > size:

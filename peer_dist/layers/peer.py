@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peer_dist.kernels import ACTIVATIONS, huge_pages
-from peer_dist.layers.product_keys import retrieve
-from peer_dist.layers.query_norm import QUERY_NORMS, make_query_norm
+from peer_dist.layers.product_keys import project_and_retrieve, retrieve
+from peer_dist.layers.query_norm import QUERY_NORMS, QueryBatchNorm, make_query_norm
 from peer_dist.sharding import RowLayout, Traffic, routed_experts
 from peer_dist.tracing import span
 
@@ -204,12 +204,17 @@ class PEER(nn.Module):
             table = self._parameters.pop(name)
             object.__setattr__(self, name, table)
 
+    def _retrieve(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.norm, QueryBatchNorm):  # its statistics need the queries of all tokens
+            query = self.norm(self.query(tokens).unflatten(-1, (self.heads, self.key_dim)))
+            return retrieve(query, self.keys, self.top_k)
+        return project_and_retrieve(tokens, self.query.weight, self.norm, self.keys, self.top_k, self.heads)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., dim] -> [..., dim]``, in ``x``'s dtype."""
         tokens = x.reshape(-1, self.dim)
         with span("retrieve"):
-            query = self.norm(self.query(tokens).unflatten(-1, (self.heads, self.key_dim)))
-            indices, scores = retrieve(query, self.keys, self.top_k)
+            indices, scores = self._retrieve(tokens)
             gates = GATES[self.gate](scores)
         if self.on_route is not None:
             self.on_route(indices, gates.detach())

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-
-@lru_cache(maxsize=64)
-def _candidates(top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The pairs (i, j) of ranks that can be among the ``top_k`` largest sums: ``(i + 1) * (j + 1) <= top_k``.
-
-    Every pair (i', j') with i' <= i and j' <= j scores at least as much, and there are (i + 1)(j + 1) of them.
-    For 16 this leaves 50 of 256.
-    """
-    pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
-    with torch.inference_mode(False):  # the cached tensors also serve training later
-        first, second = torch.tensor(pairs, device=device).unbind(1)
-    return first, second
+from peer_dist.kernels import Picks, mix, table_grad, top_pairs
 
 
 def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``top_k`` product keys of largest inner product with each query. Exact.
 
     Key ``(a, b)`` is the concatenation of sub-keys ``keys[0, a]`` and ``keys[1, b]``; its number is
-    ``a * n + b``.
+    ``a * n + b``. The scores of all sub-keys are never held for all tokens at once.
 
     Args:
         query: ``[tokens, heads, key_dim]``.
@@ -34,16 +25,98 @@ def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Expert numbers ``[tokens, heads, top_k]`` int64 and their scores, best first, in at least float32 and
-        differentiable in ``query`` and ``keys``.
+        differentiable (once) in ``query`` and ``keys``.
     """
-    n = keys.shape[-2]
-    halves = query.unflatten(-1, (2, -1))
-    pattern = "thpc,pnc->pthn" if keys.dim() == 3 else "thpc,hpnc->pthn"
-    scores = torch.einsum(pattern, halves, keys)
-    if scores.dtype in (torch.bfloat16, torch.float16):
-        scores = scores.float()
-    (first_scores, second_scores), (first, second) = scores.topk(top_k, dim=-1)
-    i, j = _candidates(top_k, query.device)
-    best, position = (first_scores[..., i] + second_scores[..., j]).topk(top_k, dim=-1)
-    indices = first.gather(-1, i[position]) * n + second.gather(-1, j[position])
-    return indices, best
+    return _Retrieve.apply(query, keys, top_k, query.shape[1], None, None)
+
+
+def project_and_retrieve(
+    x: Tensor, weight: Tensor, norm: nn.Module, keys: Tensor, top_k: int, heads: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`retrieve` with the queries ``norm(x @ weight.T)``, which are never held for all tokens either: the
+    backward pass makes them again.
+
+    Args:
+        x: ``[tokens, dim]``.
+        weight: ``[heads * key_dim, dim]``.
+        norm: takes ``[tokens, heads, key_dim]`` and treats each token by itself.
+        keys, top_k: as in :func:`retrieve`.
+        heads: queries of a token.
+    """
+    return _Retrieve.apply(x, keys, top_k, heads, weight, norm, *norm.parameters())
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Few enough tokens for one head's scores to stay in a CPU's cache; many more on a GPU."""
+    step = 8192 if x.is_cuda else 512
+    for begin in range(0, x.shape[0], step):
+        yield slice(begin, begin + step)
+
+
+class _Retrieve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        keys: Tensor,
+        top_k: int,
+        heads: int,
+        weight: Tensor | None,
+        norm: nn.Module | None,
+        *learned: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        shape, wide = (x.shape[0], heads, top_k), torch.promote_types(keys.dtype, torch.float32)
+        indices = torch.empty(shape, dtype=torch.int64, device=x.device)
+        best = torch.empty(shape, dtype=wide, device=x.device)
+        per_head = keys.expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
+        raw, scores = keys.new_empty(0), keys.new_empty(0)  # the memory of every chunk's
+        for chunk in _chunks(x):
+            query = x[chunk]
+            if weight is not None and norm is not None:
+                raw = torch.mm(query, weight.t(), out=raw.resize_(len(query), len(weight)))
+                query = norm(raw.unflatten(-1, (heads, -1)))
+            halves = query.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
+            scores.resize_(2, len(query), keys.shape[-2])
+            for head in range(heads):
+                first, second = torch.bmm(halves[head], per_head[head], out=scores).to(wide)
+                indices[chunk, head], best[chunk, head] = top_pairs(first, second, top_k)
+        ctx.norm, ctx.learned = norm, learned
+        ctx.save_for_backward(x, keys, weight, indices)
+        ctx.mark_non_differentiable(indices)
+        return indices, best
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None, dscores: Tensor) -> tuple[Tensor | None, ...]:
+        x, keys, weight, indices = ctx.saved_tensors
+        n, half = keys.shape[-2:]
+        table = keys.reshape(-1, half)
+        sets = torch.arange(len(table) // n, device=keys.device).view(-1, 2, 1)  # of sub-keys: [heads or 1, 2, 1]
+        dkeys = torch.zeros(table.shape, dtype=dscores.dtype, device=keys.device)
+        dweight = None if weight is None else torch.zeros_like(weight)
+        dlearned = [torch.zeros_like(parameter) for parameter in ctx.learned]
+        dx = torch.empty_like(x)
+
+        def take(chunk: slice) -> None:
+            raw = x[chunk] if weight is None else (x[chunk] @ weight.t()).unflatten(-1, (indices.shape[1], -1))
+            with torch.enable_grad():
+                raw.requires_grad_()
+                query = ctx.norm(raw) if ctx.learned else raw
+            rows = torch.stack([indices[chunk] // n, indices[chunk] % n], 2).add_(sets * n)
+            picks = Picks.even(rows.flatten(0, 2))  # rows: [tokens, heads, 2, top_k]
+            dpicked = dscores[chunk, :, None].expand_as(rows).flatten()
+            table_grad(dpicked, query.detach().reshape(-1, half), picks, dkeys)
+            dquery = mix(dpicked, table, picks).view_as(query).to(query.dtype)
+            if ctx.learned:
+                dquery, *grads = torch.autograd.grad(query, (raw, *ctx.learned), dquery)
+                for total, grad in zip(dlearned, grads):
+                    total += grad
+            if weight is None:
+                dx[chunk] = dquery
+            else:
+                torch.mm(dquery.flatten(1), weight, out=dx[chunk])
+                dweight.addmm_(dquery.flatten(1).t(), x[chunk])
+
+        for chunk in _chunks(x):
+            take(chunk)
+        return dx, dkeys.view_as(keys).to(keys.dtype), None, None, dweight, None, *dlearned
