@@ -67,7 +67,7 @@ class Problem:
         return torch.einsum("tk,tkd->td", hidden, up)
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, self.leaves, self.dy)
+        return y, *torch.autograd.grad(y, self.leaves, self.dy)
 
 
 def draw_picks(case: Case, device: torch.device) -> Tensor:

@@ -74,7 +74,8 @@ def main() -> None:
     check(ours, theirs, x)
 
     def both(layer: nn.Module) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
+        y = layer(x)
+        return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
 
     def forward(layer: nn.Module) -> Tensor:
         with torch.no_grad():

@@ -247,6 +247,38 @@ void top_pairs(i64 queries, i64 n, i64 k, const float *first, const float *secon
   }
 }
 
+/* Sort picks by expert, those of one expert by token. Place j of the order holds pick order[j], of token token[j];
+   touched[s] is the s-th expert picked at all, whose places begin at starts[s]. `pairs` has room for twice the picks.
+   Returns how many experts are touched. */
+i64 group(i64 tokens, i64 rows, const i64 *offsets, const i64 *expert, uint64_t *pairs, int32_t *order, int32_t *token,
+          i64 *touched, i64 *starts) {
+  enum { BITS = 11, VALUES = 1 << BITS };
+  i64 picks = offsets[tokens], segments = 0;
+  uint64_t *from = pairs, *to = pairs + picks; /* expert << 32 | pick */
+  for (i64 p = 0; p < picks; p++) from[p] = (uint64_t)expert[p] << 32 | (uint64_t)p;
+  for (int shift = 32; (rows - 1) >> (shift - 32) > 0; shift += BITS) { /* stable, the lowest digits first */
+    i64 place[VALUES] = {0}, begin = 0;
+    for (i64 p = 0; p < picks; p++) place[from[p] >> shift & (VALUES - 1)]++;
+    for (i64 v = 0; v < VALUES; v++) {
+      i64 count = place[v];
+      place[v] = begin, begin += count;
+    }
+    for (i64 p = 0; p < picks; p++) to[place[from[p] >> shift & (VALUES - 1)]++] = from[p];
+    uint64_t *swapped = from;
+    from = to, to = swapped;
+  }
+  int32_t *token_of = (int32_t *)to;
+  for (i64 t = 0; t < tokens; t++)
+    for (i64 p = offsets[t]; p < offsets[t + 1]; p++) token_of[p] = t;
+  for (i64 j = 0; j < picks; j++) {
+    i64 row = from[j] >> 32;
+    order[j] = (int32_t)from[j], token[j] = token_of[order[j]];
+    if (j == 0 || row != (i64)(from[j - 1] >> 32)) touched[segments] = row, starts[segments++] = j;
+  }
+  starts[segments] = picks;
+  return segments;
+}
+
 #define PASTE(a, b) a##b
 #define ROW float
 #define NAME(f) PASTE(f, _f32)
@@ -398,10 +430,10 @@ void NAME(backward)(i64 tokens, i64 dim, const float *dy, const i64 *offsets, co
   }
 }
 
-/* Gradients of a table's rows: segment s holds the picks order[starts[s]] .. order[starts[s + 1] - 1], all of one
-   expert, whose sum of weight[p] * x[token of p] is written to row rows[s], or to row s without `rows`. */
-void NAME(table_grad)(i64 segments, i64 dim, const float *weight, const float *x, const i64 *token,
-                      const i64 *order, const i64 *starts, const i64 *rows, i64 stream, ROW *out) {
+/* Gradients of a table's rows out of what `group` made: the sum of weight * x over the picks of segment s is written
+   to row rows[s], or to row s without `rows`. */
+void NAME(table_grad)(i64 segments, i64 dim, const float *weight, const float *x, const int32_t *token,
+                      const int32_t *order, const i64 *starts, const i64 *rows, i64 stream, ROW *out) {
   i64 parts = parts_of(starts[segments]);
 #pragma omp parallel for schedule(dynamic)
   for (i64 part = 0; part < parts; part++) {
@@ -410,12 +442,12 @@ void NAME(table_grad)(i64 segments, i64 dim, const float *weight, const float *x
     for (i64 s = s0; s < s1; s++) {
       ROW *to = out + (rows ? rows[s] : s) * dim;
       i64 begin = starts[s], end = starts[s + 1], i = 0;
-      for (i64 j = begin + AHEAD; j < end + AHEAD && j < last; j++) fetch(x + token[order[j]] * dim, dim * sizeof(float));
+      for (i64 j = begin + AHEAD; j < end + AHEAD && j < last; j++) fetch(x + token[j] * dim, dim * sizeof(float));
       int whole = stream && (uintptr_t)to % 64 == 0;
       for (; i + 64 <= dim; i += 64) {
         v16 a = {}, b = {}, c = {}, d = {};
         for (i64 j = begin; j < end; j++) {
-          const float *from = x + token[order[j]] * dim + i, w = weight[order[j]];
+          const float *from = x + token[j] * dim + i, w = weight[order[j]];
           a += w * load_f32(from), b += w * load_f32(from + 16);
           c += w * load_f32(from + 32), d += w * load_f32(from + 48);
         }
@@ -429,12 +461,12 @@ void NAME(table_grad)(i64 segments, i64 dim, const float *weight, const float *x
       }
       for (; i + 16 <= dim; i += 16) {
         v16 sum = {};
-        for (i64 j = begin; j < end; j++) sum += weight[order[j]] * load_f32(x + token[order[j]] * dim + i);
+        for (i64 j = begin; j < end; j++) sum += weight[order[j]] * load_f32(x + token[j] * dim + i);
         NAME(store)(to + i, sum);
       }
       for (; i < dim; i++) {
         float sum = 0;
-        for (i64 j = begin; j < end; j++) sum += weight[order[j]] * x[token[order[j]] * dim + i];
+        for (i64 j = begin; j < end; j++) sum += weight[order[j]] * x[token[j] * dim + i];
         to[i] = NAME(put)(sum);
       }
     }

@@ -102,9 +102,9 @@ def table_grads(
     dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.table_grads`."""
-    touched, _ = picks.segments
+    touched, *grouped = _group(picks, rows)
     grads = [gradient_memory(rows, x.shape[1], dtype).zero_() for _ in range(2)]
-    _sum_segments(dpre, hidden, x, dy, picks, touched, *grads)
+    _sum_segments(dpre, hidden, x, dy, *grouped, touched, *grads)
     return grads[0], grads[1]
 
 
@@ -112,20 +112,43 @@ def sparse_table_grads(
     dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.sparse_table_grads`."""
-    touched, _ = picks.segments
+    touched, *grouped = _group(picks, rows)
     grads = [gradient_memory(touched.numel(), x.shape[1], dtype) for _ in range(2)]
-    _sum_segments(dpre, hidden, x, dy, picks, None, *grads)
+    _sum_segments(dpre, hidden, x, dy, *grouped, None, *grads)
     return touched, grads[0], grads[1]
 
 
+def _group(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows picked at all ``[touched]``, and in the order by row each pick's number and its token, ``[picks]``
+    int32, and where those of each row begin, ``[touched + 1]``.
+    """
+    count = picks.expert.numel()
+    if count >= 1 << 31:
+        raise ValueError(f"{count} picks in one call are more than 2**31 - 1; take the tokens in parts")
+    most = min(count, rows)
+    order, token = torch.empty(2, count, dtype=torch.int32)
+    touched, starts = torch.empty(most, dtype=torch.int64), torch.empty(most + 1, dtype=torch.int64)
+    pairs = torch.empty(2 * count, dtype=torch.int64)
+    made = _call("group", picks.tokens, rows, picks.offsets, picks.expert, pairs, order, token, touched, starts)
+    return touched[:made].clone(), order, token, starts[: made + 1]
+
+
 def _sum_segments(
-    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: Tensor | None, ddown: Tensor, dup: Tensor
+    dpre: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    order: Tensor,
+    token: Tensor,
+    starts: Tensor,
+    rows: Tensor | None,
+    ddown: Tensor,
+    dup: Tensor,
 ) -> None:
     """Write each picked row's gradients, to ``rows`` or one after the other."""
-    _, starts = picks.segments
     for weight, source, out in ((dpre, x, ddown), (hidden, dy, dup)):
         source = source.float().contiguous()
-        arguments = (weight, source, picks.token, picks.by_expert, starts, rows, int(out.nbytes > _STREAM_BYTES), out)
+        arguments = (weight, source, token, order, starts, rows, int(out.nbytes > _STREAM_BYTES), out)
         _call(f"table_grad_{_SUFFIX[out.dtype]}", starts.numel() - 1, source.shape[1], *arguments)
 
 
@@ -141,18 +164,19 @@ def _check(picks: Picks, table: Tensor) -> None:
             raise IndexError(f"picks of rows {low} to {high} from a table of {table.shape[0]} rows")
 
 
-def _call(name: str, *arguments: Tensor | int | None) -> None:
+def _call(name: str, *arguments: Tensor | int | None) -> int:
     """Call a function of native.c; Python's lock is let go of meanwhile."""
     library = _library()
     assert library is not None
     function = getattr(library, name)
-    function.restype = None
-    function(
+    function.restype = ctypes.c_int64  # of those that return something
+    result: int = function(
         *(
             ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
             for a in arguments
         )
     )
+    return result
 
 
 @lru_cache(maxsize=1)

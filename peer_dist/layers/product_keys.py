@@ -33,8 +33,7 @@ def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def project_and_retrieve(
     x: Tensor, weight: Tensor, norm: nn.Module, keys: Tensor, top_k: int, heads: int
 ) -> tuple[Tensor, Tensor]:
-    """:func:`retrieve` with the queries ``norm(x @ weight.T)``, which are never held for all tokens either: the
-    backward pass makes them again.
+    """:func:`retrieve` with the queries ``norm(x @ weight.T)``, whose gradients are never held for all tokens either.
 
     Args:
         x: ``[tokens, dim]``.
@@ -48,7 +47,7 @@ def project_and_retrieve(
 
 def _chunks(x: Tensor) -> Iterator[slice]:
     """Few enough tokens for one head's scores to stay in a CPU's cache; many more on a GPU."""
-    step = 8192 if x.is_cuda else 512
+    step = 8192 if x.is_cuda else 256
     for begin in range(0, x.shape[0], step):
         yield slice(begin, begin + step)
 
@@ -69,26 +68,24 @@ class _Retrieve(torch.autograd.Function):
         indices = torch.empty(shape, dtype=torch.int64, device=x.device)
         best = torch.empty(shape, dtype=wide, device=x.device)
         per_head = keys.expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
-        raw, scores = keys.new_empty(0), keys.new_empty(0)  # the memory of every chunk's
+        raw = x if weight is None else (x @ weight.t()).unflatten(-1, (heads, -1))
+        scores = keys.new_empty(0)  # the memory of every chunk's
         for chunk in _chunks(x):
-            query = x[chunk]
-            if weight is not None and norm is not None:
-                raw = torch.mm(query, weight.t(), out=raw.resize_(len(query), len(weight)))
-                query = norm(raw.unflatten(-1, (heads, -1)))
+            query = raw[chunk] if norm is None else norm(raw[chunk])
             halves = query.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
             scores.resize_(2, len(query), keys.shape[-2])
             for head in range(heads):
                 first, second = torch.bmm(halves[head], per_head[head], out=scores).to(wide)
                 indices[chunk, head], best[chunk, head] = top_pairs(first, second, top_k)
         ctx.norm, ctx.learned = norm, learned
-        ctx.save_for_backward(x, keys, weight, indices)
+        ctx.save_for_backward(x, raw, keys, weight, indices)
         ctx.mark_non_differentiable(indices)
         return indices, best
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: None, dscores: Tensor) -> tuple[Tensor | None, ...]:
-        x, keys, weight, indices = ctx.saved_tensors
+        x, raw, keys, weight, indices = ctx.saved_tensors
         n, half = keys.shape[-2:]
         table = keys.reshape(-1, half)
         sets = torch.arange(len(table) // n, device=keys.device).view(-1, 2, 1)  # of sub-keys: [heads or 1, 2, 1]
@@ -98,17 +95,16 @@ class _Retrieve(torch.autograd.Function):
         dx = torch.empty_like(x)
 
         def take(chunk: slice) -> None:
-            raw = x[chunk] if weight is None else (x[chunk] @ weight.t()).unflatten(-1, (indices.shape[1], -1))
             with torch.enable_grad():
-                raw.requires_grad_()
-                query = ctx.norm(raw) if ctx.learned else raw
+                some = raw[chunk].detach().requires_grad_()
+                query = ctx.norm(some) if ctx.learned else some
             rows = torch.stack([indices[chunk] // n, indices[chunk] % n], 2).add_(sets * n)
             picks = Picks.even(rows.flatten(0, 2))  # rows: [tokens, heads, 2, top_k]
             dpicked = dscores[chunk, :, None].expand_as(rows).flatten()
             table_grad(dpicked, query.detach().reshape(-1, half), picks, dkeys)
             dquery = mix(dpicked, table, picks).view_as(query).to(query.dtype)
             if ctx.learned:
-                dquery, *grads = torch.autograd.grad(query, (raw, *ctx.learned), dquery)
+                dquery, *grads = torch.autograd.grad(query, (some, *ctx.learned), dquery)
                 for total, grad in zip(dlearned, grads):
                     total += grad
             if weight is None:
