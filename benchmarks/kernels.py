@@ -149,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sweep", choices=list(SWEEPS))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the headline comparison")
     parser.add_argument("--rounds", type=int, help="15 by default, 3 in a sweep")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="of a sweep; .png or .svg")
@@ -160,6 +161,7 @@ def main() -> None:
     else:
         key = "experts"
         base = Case() if device.type == "cpu" else Case(dim=1024, tokens=8192, dtype="bfloat16")
+        base = replace(base, dtype=options.dtype or base.dtype)
         rows = [measure(case, device, options.rounds or 15) for case in (base, replace(base, experts=256**2))]
     title = f"expert_mix on {device_name(device)}"
     show(title, rows)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peer_dist.kernels import Picks, expert_mix, mkl, native, reference
+from peer_dist.kernels import Picks, expert_mix, memory, mix, mkl, native, reference, table_grad, top_pairs
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -70,6 +71,150 @@ def test_forward_and_gradients(backend, sparse, tokens, dim, rows, most, activat
         assert g.dtype == dtype
         scale = float(w.detach().abs().max()) if w.numel() else 1.0
         torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance * max(1.0, scale))
+
+
+@pytest.fixture(params=["this processor", "any processor"])
+def compiled(request, monkeypatch, tmp_path):
+    """native.c for this processor, and as compiled where there are none of its vector instructions."""
+    if request.param == "any processor":
+        if platform.machine() not in ("x86_64", "AMD64"):
+            pytest.skip("its flag is for x86")
+        flags = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in native._FLAGS)
+        monkeypatch.setattr(native, "_FLAGS", flags)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        native._library.cache_clear()
+    yield
+    if request.param == "any processor":
+        native._library.cache_clear()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    queries=st.integers(0, 5), n=st.sampled_from([1, 2, 15, 16, 17, 63, 64, 100, 257, 1024, 1500]),
+    kind=st.sampled_from(["normal", "ties", "equal", "nan", "all nan", "infinite", "ascending"]),
+    seed=st.integers(0, 2**20), data=st.data(),
+)  # fmt: skip
+def test_top_pairs(compiled, queries, n, kind, seed, data):
+    top_k = data.draw(st.sampled_from([k for k in (1, 2, 3, 8, 16, 17, 33, 64) if k <= n]))
+    generator = torch.Generator().manual_seed(seed)
+    halves = torch.randn(2, queries, n, generator=generator)
+    if kind == "ties":
+        halves = (2 * halves).round() / 4
+    elif kind == "equal":
+        halves = torch.zeros_like(halves)
+    elif kind == "nan":
+        halves[torch.rand(halves.shape, generator=generator) < 0.01] = math.nan
+    elif kind == "all nan":
+        halves[1] = math.nan
+    elif kind == "infinite":
+        halves[torch.rand(halves.shape, generator=generator) < 0.7] = -math.inf
+    elif kind == "ascending":
+        halves = halves.sort(-1).values
+    assert native.searches(halves[0], top_k)
+    number, score = top_pairs(*halves, top_k)
+    want = reference.top_pairs(*halves, top_k)[1]
+    torch.testing.assert_close(score, want, rtol=0, atol=0, equal_nan=True)
+    assert ((number >= 0) & (number < n * n)).all()
+    sums = halves[0].gather(1, number // n) + halves[1].gather(1, number % n)
+    torch.testing.assert_close(sums, score, rtol=0, atol=0, equal_nan=True)
+    ordered = number.sort().values
+    assert (ordered[:, 1:] != ordered[:, :-1]).all()
+
+
+def test_more_picks_of_a_head_than_the_search_in_c_holds(backend):
+    halves = torch.randn(2, 3, 80)
+    assert not native.searches(halves[0], 65)
+    torch.testing.assert_close(top_pairs(*halves, 65), reference.top_pairs(*halves, 65))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 3000, 5_000_000])
+def test_picks_grouped_by_row(rows):
+    """As a stable sort does, with one, two and three digits."""
+    generator = torch.Generator().manual_seed(rows)
+    counts = torch.randint(0, 40, (200,), generator=generator)
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    picks = Picks(offsets, torch.randint(rows, (int(offsets[-1]),), generator=generator))
+    picks.expert[0] = rows - 1
+    touched, order, token, starts = native._group(picks, rows)
+    assert order.equal(picks.by_expert.int())
+    assert token.equal(picks.token[picks.by_expert].int())
+    for got, want in zip((touched, starts), picks.segments):
+        assert got.equal(want)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stream", [False, True])
+def test_table_gradients_as_written_by_any_processor(compiled, sparse, dtype, stream, monkeypatch):
+    """Rows that begin at whole cache lines and others, past the caches and not, with a NaN and a row never picked."""
+    monkeypatch.setattr(native, "_STREAM_BYTES", -1 if stream else 1 << 60)
+    for dim in (64, 100, 256):
+        picks, (x, gate, down, up) = case(50, dim, 40, 9, torch.float32, dim)
+        x.data[3, 5] = math.nan
+        tables = [table.detach().to(dtype).requires_grad_() for table in (down, up)]
+        y = expert_mix(x, picks, gate, *tables, "gelu", sparse)
+        got = torch.autograd.grad(y, tables, torch.ones_like(y))
+        exact = [table.detach().double().requires_grad_() for table in tables]
+        want_y = plain(x.double(), picks.token, picks.expert, gate.double(), *exact, "gelu")
+        for g, w in zip(got, torch.autograd.grad(want_y, exact, torch.ones_like(want_y))):
+            g = g.to_dense() if g.is_sparse else g
+            assert g.isnan().any()
+            assert not g.isnan().all()
+            tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 8e-3, "atol": 1e-3}
+            torch.testing.assert_close(g.double(), w, **tolerance, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_activations_in_c(compiled, activation):
+    """Value and slope from far below to far above zero, as exact as float32 allows."""
+    pre = torch.cat([torch.linspace(-120, 120, 4001), torch.linspace(-6, 6, 4001), torch.tensor([0.0, -0.0, 1e-30])])
+    x, one = pre[:, None].clone().requires_grad_(), torch.ones(1, 1)
+    y = expert_mix(
+        x, Picks.even(torch.zeros(len(pre), 1, dtype=torch.int64)), torch.ones(len(pre)), one, one, activation
+    )
+    exact = pre.double().requires_grad_()
+    want = ACTIVATIONS[activation](exact)
+    torch.testing.assert_close(y[:, 0].double(), want, rtol=1e-6, atol=1e-6)
+    slopes = torch.autograd.grad(y.sum(), x)[0][:, 0].double(), torch.autograd.grad(want.sum(), exact)[0]
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-6)
+
+
+def test_the_two_halves_of_any_backend(backend):
+    """mix, and table_grad as its gradient, added to what is there."""
+    picks, (x, weight, table, out) = case(30, 20, 9, 12, torch.float32, 6)
+    x, weight, table, out = (value.detach() for value in (x, weight, table, out))
+    want = torch.zeros(30, 20).index_add(0, picks.token, weight[:, None] * table[picks.expert])
+    torch.testing.assert_close(mix(weight, table, picks), want, rtol=1e-5, atol=1e-5)
+    want = out.index_add(0, picks.expert, weight[:, None] * x[picks.token])
+    table_grad(weight, x, picks, out)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+def test_large_gradients_use_their_memory_again():
+    """Only once nothing refers to it, a view neither; memory of another size is given back."""
+    rows, dim = memory._LARGE // 256, 128
+    first = memory.gradient_memory(rows, dim, torch.float32)
+    place = first.data_ptr()
+    view = first.view(-1)[7:]
+    second = memory.gradient_memory(rows, dim, torch.float32)
+    assert second.data_ptr() != place
+    first.fill_(1)
+    second.fill_(2)
+    assert (first == 1).all()
+    del first
+    third = memory.gradient_memory(rows, dim, torch.float32)
+    assert third.data_ptr() != place
+    assert view[0] == 1
+    del view
+    fourth = memory.gradient_memory(rows - 3, dim, torch.float32)
+    assert fourth.data_ptr() == place
+    assert fourth.shape == (rows - 3, dim)
+    del second, third, fourth
+    assert len(memory._idle) >= 3
+    large = memory.gradient_memory(8 * rows, dim, torch.bfloat16)
+    assert memory._idle == []
+    assert large.is_contiguous()
+    assert memory.gradient_memory(3, dim, torch.bfloat16).untyped_storage().nbytes() == 6 * dim
 
 
 def strided(tokens, each, rows):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer_dist import PEER
-from peer_dist.layers import activation_second_moment
+from peer_dist.layers import activation_second_moment, product_keys
 from peer_dist.layers.product_keys import retrieve
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -91,6 +91,41 @@ def test_retrieval_is_exact(n, tokens, heads, half, shared, seed, data):
     torch.testing.assert_close(every.gather(-1, indices), scores, rtol=1e-12, atol=1e-12)
     distinct = indices.sort(dim=-1).values
     assert (distinct[..., 1:] != distinct[..., :-1]).all()
+
+
+@pytest.mark.parametrize("query_norm", ["batch", "rms", "none"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_retrieval_in_chunks(query_norm, shared, monkeypatch):
+    """Several chunks, the last one short: every gradient is that of the scores written out; a frozen key is none."""
+    torch.manual_seed(3)
+    monkeypatch.setattr(product_keys, "_CHUNK", {"cpu": 16})
+    layer = PEER(9, 100, heads=3, top_k=5, key_dim=6, query_norm=query_norm, shared_keys=shared, dtype=torch.float64)
+    for tokens in (0, 1, 16, 53):
+        x = torch.randn(tokens, 9, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *layer.parameters()]
+        y = layer(x)
+        got = torch.autograd.grad(y.square().sum(), leaves)
+        if tokens > 1:
+            want = plain_peer(layer, x, query_norm)
+            torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+            for g, w in zip(got, torch.autograd.grad(want.square().sum(), leaves)):
+                torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-11)
+    for frozen in (layer.keys, layer.query.weight, *layer.norm.parameters()):
+        frozen.requires_grad_(False)
+        x.grad = None
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        assert frozen.grad is None
+        assert x.grad.isfinite().all()
+
+
+def test_scores_of_all_tokens_are_never_held():
+    layer = PEER(16, 256**2, heads=4, top_k=4, key_dim=8, query_norm="none")
+    x = torch.randn(2000, 16, requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        retrieved = layer._retrieve(x)[1]
+        retrieved.sum().backward()
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 2000 * 4 * 2 * 256 * 4 / 4
 
 
 def test_batch_norm_like_torch():

@@ -84,6 +84,9 @@ def ours(x, dy, gate, down, up, picks, activation):
     assert kernels.table_grads(dpre, hidden, x, dy, picks, down.shape[0], out=sums)[0] is sums[0]
     for total, grad in zip(sums, (ddown, dup)):
         torch.testing.assert_close(total, grad + 1)
+    one = torch.ones_like(ddown)
+    kernels.table_grad(dpre, x, picks, one)
+    torch.testing.assert_close(one, ddown + 1)
     return y, pre, dx, dgate, ddown, dup
 
 
@@ -356,6 +359,7 @@ def launches(dtype, dim, monkeypatch):
             kernels.mix(kernels.dots(x, down, picks), up, picks)
             kernels.table_grads(pre, pre, x, dy, picks, 8, dtype=dtype)
             kernels.table_grads(pre, pre, x, dy, picks, 8, out=(torch.zeros(8, dim), torch.zeros(8, dim)))
+            kernels.table_grad(pre, x, picks, torch.zeros(8, dim))
     return list(found.values())
 
 

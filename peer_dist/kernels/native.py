@@ -102,9 +102,9 @@ def table_grads(
     dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.table_grads`."""
-    touched, *grouped = _group(picks, rows)
+    touched, order, token, starts = _group(picks, rows)
     grads = [gradient_memory(rows, x.shape[1], dtype).zero_() for _ in range(2)]
-    _sum_segments(dpre, hidden, x, dy, *grouped, touched, *grads)
+    _sum_segments(dpre, hidden, x, dy, order, token, starts, touched, *grads)
     return grads[0], grads[1]
 
 
@@ -112,9 +112,9 @@ def sparse_table_grads(
     dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.sparse_table_grads`."""
-    touched, *grouped = _group(picks, rows)
+    touched, order, token, starts = _group(picks, rows)
     grads = [gradient_memory(touched.numel(), x.shape[1], dtype) for _ in range(2)]
-    _sum_segments(dpre, hidden, x, dy, *grouped, None, *grads)
+    _sum_segments(dpre, hidden, x, dy, order, token, starts, None, *grads)
     return touched, grads[0], grads[1]
 
 

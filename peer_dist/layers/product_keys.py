@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import Picks, mix, table_grad, top_pairs
 
+_CHUNK = {"cpu": 256, "cuda": 8192}  # tokens; on a CPU the scores of one head's chunk stay in cache
+
 
 def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``top_k`` product keys of largest inner product with each query. Exact.
@@ -46,8 +48,7 @@ def project_and_retrieve(
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    """Few enough tokens for one head's scores to stay in a CPU's cache; many more on a GPU."""
-    step = 8192 if x.is_cuda else 256
+    step = _CHUNK[x.device.type]
     for begin in range(0, x.shape[0], step):
         yield slice(begin, begin + step)
 
@@ -91,7 +92,8 @@ class _Retrieve(torch.autograd.Function):
         sets = torch.arange(len(table) // n, device=keys.device).view(-1, 2, 1)  # of sub-keys: [heads or 1, 2, 1]
         dkeys = torch.zeros(table.shape, dtype=dscores.dtype, device=keys.device)
         dweight = None if weight is None else torch.zeros_like(weight)
-        dlearned = [torch.zeros_like(parameter) for parameter in ctx.learned]
+        learned = [parameter for parameter in ctx.learned if parameter.requires_grad]
+        dlearned = [torch.zeros_like(parameter) for parameter in learned]
         dx = torch.empty_like(x)
 
         def take(chunk: slice) -> None:
@@ -104,10 +106,10 @@ class _Retrieve(torch.autograd.Function):
             table_grad(dpicked, query.detach().reshape(-1, half), picks, dkeys)
             dquery = mix(dpicked, table, picks).view_as(query).to(query.dtype)
             if ctx.learned:
-                dquery, *grads = torch.autograd.grad(query, (some, *ctx.learned), dquery)
+                dquery, *grads = torch.autograd.grad(query, (some, *learned), dquery)
                 for total, grad in zip(dlearned, grads):
                     total += grad
-            if weight is None:
+            if weight is None or dweight is None:
                 dx[chunk] = dquery
             else:
                 torch.mm(dquery.flatten(1), weight, out=dx[chunk])
@@ -115,4 +117,6 @@ class _Retrieve(torch.autograd.Function):
 
         for chunk in _chunks(x):
             take(chunk)
-        return dx, dkeys.view_as(keys).to(keys.dtype), None, None, dweight, None, *dlearned
+        dnorm = iter(dlearned)
+        dparameters = [next(dnorm) if parameter.requires_grad else None for parameter in ctx.learned]
+        return dx, dkeys.view_as(keys).to(keys.dtype), None, None, dweight, None, *dparameters
