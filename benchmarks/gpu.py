@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from kernels import Case, Problem
 from layer import check, twins
-from measure import copy_bandwidth, device_name, seconds, show, write_json
+from measure import device_name, large_copy, seconds, show, write_json
 from torch import Tensor
 
 from peer_dist.kernels import Picks, _backend, expert_mix
@@ -41,7 +41,9 @@ def products(case: Case, device: torch.device, rounds: int, clones: dict[str, Pa
         torch.testing.assert_close(y.to(x.dtype), problem.gathered(), rtol=2e-2, atol=2e-2)
     same = all(a.equal(b) for a, b in zip(backward(torch.float32), backward(torch.float32)))
     same = same and y.equal(ops.forward(x, picks, gate, down, up, "gelu")[0])
+    copied, copy = large_copy(device)
     runs: dict[str, Callable[[], Any]] = {
+        "copy_ms": copy,
         "forward_ms": lambda: ops.forward(x, picks, gate, down, up, "gelu"),
         "backward_bf16_ms": lambda: backward(torch.bfloat16),
         "backward_fp32_ms": lambda: backward(torch.float32),
@@ -49,7 +51,7 @@ def products(case: Case, device: torch.device, rounds: int, clones: dict[str, Pa
     }
     runs |= published(problem, clones)
     taken = {name: 1e3 * time for name, time in seconds(runs, device, rounds).items()}
-    bandwidth = copy_bandwidth(device)
+    bandwidth = 1e3 * copied / taken["copy_ms"]
     item, distinct = down.element_size(), torch.unique(picks.expert).numel()
     tokens = 2 * x.nbytes
     by_pick, by_row = (2 * rows * case.dim * item + tokens for rows in (picks.expert.numel(), distinct))

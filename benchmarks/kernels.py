@@ -2,8 +2,8 @@
 
     python benchmarks/kernels.py                       the headline comparison for this machine's device
     python benchmarks/kernels.py --sweep experts       N from 64k to 4M at equal picks (also: picks, dim, tokens,
-                                                       skew, density); --plot FILE.png draws it
-    python benchmarks/kernels.py --json FILE
+                                                       skew, density)
+    python benchmarks/kernels.py --json FILE           what plot.py draws
 
 The floor of the forward is the distinct rows of both tables read once, plus x and y, at the copy bandwidth
 measured in the same run.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import copy_bandwidth, device_name, extra_bytes, seconds, show, write_json
+from measure import device_name, extra_bytes, large_copy, seconds, show, write_json
 from torch import Tensor
 
 from peer_dist.kernels import Picks, expert_mix, huge_pages
@@ -84,12 +84,12 @@ def draw_picks(case: Case, device: torch.device) -> Tensor:
 def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     """One case: seconds, ratios, memory and share of the copy bandwidth; outputs are compared first."""
     problem = Problem(case, device)
-    bandwidth = copy_bandwidth(device)
+    copied, copy = large_copy(device)
     item = problem.down.element_size()
     distinct = torch.unique(problem.expert).numel()
     read_once = 2 * distinct * case.dim * item + 2 * problem.x.nbytes
     per_pick = 2 * problem.expert.numel() * case.dim * item + 2 * problem.x.nbytes
-    row: dict[str, Any] = {**asdict(case), "copy_GB_per_s": bandwidth / 1e9}
+    row: dict[str, Any] = {**asdict(case), "picks_per_expert": case.tokens * case.picks / case.experts}
 
     def forward(run: Callable[[], Tensor]) -> Tensor:
         with torch.no_grad():
@@ -98,6 +98,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     torch.testing.assert_close(forward(problem.ours), forward(problem.gathered), rtol=2e-2, atol=2e-2)
     weights = problem.gate.detach().to(problem.x.dtype)
     runs = {
+        "copy_ms": copy,
         "forward_ms": lambda: forward(problem.ours),
         "gather_forward_ms": lambda: forward(problem.gathered),
         "up_half_embedding_bag_ms": lambda: F.embedding_bag(
@@ -107,6 +108,8 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
         "gather_both_ms": lambda: problem.backward(problem.gathered()),
     }
     row |= {name: 1e3 * time for name, time in seconds(runs, device, rounds).items()}
+    bandwidth = 1e3 * copied / row["copy_ms"]
+    row["copy_GB_per_s"] = bandwidth / 1e9
     row["forward_ratio"] = row["gather_forward_ms"] / row["forward_ms"]
     row["both_ratio"] = row["gather_both_ms"] / row["both_ms"]
     row["forward_over_floor"] = row["forward_ms"] / 1e3 * bandwidth / read_once
@@ -124,25 +127,8 @@ SWEEPS: dict[str, tuple[str, list[Case]]] = {
     "tokens": ("tokens", [Case(tokens=t, picks=32) for t in (1024, 4096, 16384, 65536)]),
     "skew": ("zipf", [Case(zipf=z) for z in (0.0, 0.6, 0.9, 1.2)]),
     # picks per expert: 0.25, 8 and 32 (the paper's batch)
-    "density": ("experts", [Case(experts=n) for n in (2048 * 128 * 4, 2048 * 128 // 8, 2048 * 128 // 32)]),
+    "density": ("picks_per_expert", [Case(experts=n) for n in (2048 * 128 * 4, 2048 * 128 // 8, 2048 * 128 // 32)]),
 }
-
-
-def plot(path: Path, title: str, key: str, rows: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    x = [row[key] for row in rows]
-    for peer, color, who in (("", "C0", ""), ("gather_", "C7", "gather + einsum, ")):
-        axes.plot(x, [row[f"{peer}forward_ms"] for row in rows], "o-", color=color, label=f"{who}forward")
-        axes.plot(x, [row[f"{peer}both_ms"] for row in rows], "s--", color=color, label=f"{who}forward + backward")
-    axes.set(xlabel=key, ylabel="ms", yscale="log", xscale="linear" if key == "zipf" else "log", title=title)
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -152,22 +138,19 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the headline comparison")
     parser.add_argument("--rounds", type=int, help="15 by default, 3 in a sweep")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="of a sweep; .png or .svg")
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.sweep:
         key, cases = SWEEPS[options.sweep]
         rows = [measure(case, device, options.rounds or 3) for case in cases]
     else:
-        key = "experts"
+        key = None
         base = Case() if device.type == "cpu" else Case(dim=1024, tokens=8192, dtype="bfloat16")
         base = replace(base, dtype=options.dtype or base.dtype)
         rows = [measure(case, device, options.rounds or 15) for case in (base, replace(base, experts=256**2))]
-    title = f"expert_mix on {device_name(device)}"
-    show(title, rows)
-    write_json(options.json, {"device": device_name(device), "torch": torch.__version__, "rows": rows})
-    if options.plot and options.sweep:
-        plot(options.plot, title, key, rows)
+    show(f"expert_mix on {device_name(device)}", rows)
+    results = {"device": device_name(device), "torch": torch.__version__, "sweep": options.sweep, "over": key}
+    write_json(options.json, {**results, "rows": rows})
 
 
 if __name__ == "__main__":

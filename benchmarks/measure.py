@@ -60,11 +60,11 @@ def extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return max(held) - held[-1]
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a large copy."""
+def large_copy(device: torch.device) -> tuple[int, Callable[[], Any]]:
+    """A copy far larger than the caches, to be timed among others, and the bytes that it reads and writes."""
     source = torch.randn(1 << (28 if device.type == "cuda" else 26), device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds({"copy": lambda: target.copy_(source)}, device)["copy"]
+    return 2 * source.nbytes, lambda: target.copy_(source)
 
 
 def device_name(device: torch.device) -> str:
