@@ -47,7 +47,7 @@ def backend(request, monkeypatch):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.sampled_from([0, 1, 2, 7, 33]),
-    dim=st.sampled_from([1, 3, 16, 50, 103, 412]),
+    dim=st.sampled_from([1, 3, 16, 50, 103, 412, 1000, 1280]),
     rows=st.sampled_from([1, 2, 9, 64]),
     most=st.sampled_from([0, 1, 5, 40, 512]),
     activation=st.sampled_from(list(ACTIVATIONS)),
