@@ -77,6 +77,12 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"train": {"global_batch_size": 12}}, 1, "train.global_batch_size: 12 is not a multiple of"),
         ({"train": {"global_batch_size": 16}}, 4, "train.global_batch_size: 16 is not a multiple of"),
         ({"parallel": {"expert": 9}, "peer": {"num_experts": 4, "top_k": 2}}, 9, "9 shards for 4 experts"),
+        (
+            {"parallel": {"expert": 2, "expert_tensor": 3}},
+            4,
+            "parallel.expert x expert_tensor: 2 x 3 does not divide the 4 rank(s)",
+        ),
+        ({"parallel": {"expert_tensor": 500}}, 500, "parallel.expert_tensor: 500 shards for"),
     ],
 )
 def test_worlds_that_do_not_fit(sections, world_size, message):

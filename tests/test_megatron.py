@@ -327,7 +327,7 @@ def weights_and_losses(rank: int, world_size: int, expert: int) -> tuple[Any, ..
     batch = make_batch()
     with torch.no_grad():
         losses = token_losses(model, batch["tokens"], batch["labels"], batch["attention_mask"])
-    return dense, layer.first_row, layer.down.detach(), layer.up.detach(), losses, dropout_streams(groups)
+    return dense, layer.layout.rows.start, layer.down.detach(), layer.up.detach(), losses, dropout_streams(groups)
 
 
 def dropout_streams(groups: Parallel) -> dict[tuple[int, int], list[torch.Tensor]]:
@@ -369,10 +369,10 @@ def layout(rank: int, world_size: int) -> dict[str, Any]:
         Parallel.initialize()
     mpu = groups.mpu
     answer = {
-        "expert": dist.get_process_group_ranks(groups.expert_group),
+        "expert": dist.get_process_group_ranks(groups.experts.rows),
         "copies": dist.get_process_group_ranks(groups.expert_data_group),
         "data": dist.get_process_group_ranks(groups.data_parallel_group),
-        "ranks": (groups.expert_rank, groups.expert_data_rank, groups.data_parallel_rank),
+        "ranks": (groups.experts.rows.rank(), groups.expert_data_rank, groups.data_parallel_rank),
         "sizes": (groups.expert_size, groups.expert_data_size, groups.data_parallel_size, groups.tensor_size),
         "stage": (groups.is_first_stage, groups.is_last_stage, groups.pipeline_size),
         "mpu": (
@@ -420,7 +420,7 @@ def make_state(model: Any, groups: Parallel) -> dict[str, Any]:
             for key, value in ((table, data), (f"moment.{table}", data * 3)):
                 key = f"tables.{number}.{key}"
                 tables[key] = checkpoint.table_shard(
-                    key, value, layer.first_row, layer.num_experts, groups.expert_data_rank
+                    key, value, layer.layout.offset, layer.layout.shape, groups.expert_data_rank
                 )
     return {"dense": dense, "moments": moments, "tables": tables, "step": 7, "notes": {"a": [1, None, "x"]}}
 
@@ -494,7 +494,7 @@ def test_missing_and_extra_keys_are_named(saved: tuple[dict[str, Any], Path]) ->
     assert norm not in checkpoint.load(fewer, folder, partial=True)["dense"]
     other = {
         **state,
-        "dense": {**state["dense"], norm: checkpoint.table_shard(norm, torch.zeros(7), 0, 7, 0)},
+        "dense": {**state["dense"], norm: checkpoint.table_shard(norm, torch.zeros(7), (0,), (7,), 0)},
     }
     with pytest.raises(CheckpointError, match=rf"^{norm} has shape \(32,\) in the checkpoint .* and \(7,\)"):
         checkpoint.load(other, folder)
@@ -523,7 +523,7 @@ def test_damaged_files_are_named(saved: tuple[dict[str, Any], Path], name: str, 
 
 def test_shards_must_cover_the_table(parallel: Parallel, tmp_path: Path) -> None:
     def shard(rows: int, first_row: int, replica: int = 0) -> Any:
-        return checkpoint.table_shard("table", torch.zeros(rows, 2), first_row, 4, replica)
+        return checkpoint.table_shard("table", torch.zeros(rows, 2), (first_row, 0), (4, 2), replica)
 
     checkpoint.save({"a": shard(3, 0), "b": shard(1, 3)}, tmp_path / "whole")
     for name, state, message in (

@@ -1,4 +1,4 @@
-"""The row-sharded layer on 1 to 4 ranks against the whole layer in one process, in float64."""
+"""The layer on grids of row and column shards against the whole layer in one process, in float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer_dist import PEER
-from peer_dist.sharding import RowLayout
+from peer_dist.sharding import ExpertGroups, GridLayout
 from peer_dist.sharding.exchange import Traffic, combine, dispatch, merge_picks, plan_exchange
 from tests.ranks import run_ranks
 
@@ -15,19 +15,19 @@ DIM = 10
 
 
 def build(options, group):
-    layer = PEER(DIM, seed=11, dtype=torch.float64, group=group, **options["layer"])
+    layer = PEER(seed=11, dtype=torch.float64, group=group, **({"dim": DIM} | options["layer"]))
     with torch.no_grad():
         if options.get("one_shard"):  # every query prefers the first sub-keys, so all picks are low rows
             layer.norm.bias.view(layer.heads, -1)[:, 0] = 50.0
-            layer.keys[0, :, 0] = -torch.arange(layer.keys.shape[1], dtype=torch.float64)
+            layer.keys[..., 0, :, 0] = -torch.arange(layer.keys.shape[-2], dtype=torch.float64)
         for parameter in layer.norm.parameters():
             parameter += torch.linspace(-0.1, 0.1, parameter.numel(), dtype=torch.float64)
     return layer
 
 
-def tokens_of(counts):
+def tokens_of(counts, dim=DIM):
     torch.manual_seed(5)
-    return [torch.randn(sum(counts), DIM, dtype=torch.float64) for _ in ("x", "dy")]
+    return [torch.randn(sum(counts), dim, dtype=torch.float64) for _ in ("x", "dy")]
 
 
 def run(layer, x, dy):
@@ -43,17 +43,23 @@ def run(layer, x, dy):
     return y.detach(), x.grad, layer.down.grad, layer.up.grad, dense, quiet
 
 
-def sharded_case(rank, world_size, cases, counts):
+def sharded_case(rank, world_size, cases, counts, columns):
+    groups = ExpertGroups.over(dist.group.WORLD, columns)
     results = []
     for options in cases:
         x, dy = tokens_of(counts)
-        layer = build(options, dist.group.WORLD)
+        layer = build(options, groups)
         y, dx, ddown, dup, dense, quiet = run(layer, x.split(counts)[rank], dy.split(counts)[rank])
         for grad in dense.values():
             dist.all_reduce(grad)
-        assert layer.down.shape == (len(layer.layout.rows), DIM)
+        assert layer.down.shape == (len(layer.layout.rows), len(layer.layout.columns))
         results.append((y, dx, ddown, dup, dense, quiet, layer.traffic.picks_received))
     return results
+
+
+def whole_table(shards, columns):
+    """Of a grid's shards in the domain's order."""
+    return torch.cat([torch.cat(shards[first : first + columns], 1) for first in range(0, len(shards), columns)])
 
 
 LAYERS = {
@@ -72,64 +78,155 @@ LAYERS = {
 
 
 @pytest.mark.parametrize(
-    "counts",
-    [[23], [11, 12], [0, 23], [9, 9, 5], [3, 0, 20], [4, 11, 1, 7], [0, 0, 23, 0]],
-    ids=lambda counts: "+".join(map(str, counts)),
-)
-def test_sharded_equals_whole(counts):
-    """Outputs and every gradient; ranks without tokens; all picks on one shard (the last case)."""
+    ("counts", "columns"),
+    [
+        ([23], 1), ([11, 12], 1), ([0, 23], 1), ([9, 9, 5], 1), ([3, 0, 20], 1), ([4, 11, 1, 7], 1), ([0, 0, 23, 0], 1),
+        ([11, 12], 2), ([0, 23], 2), ([9, 0, 5], 3), ([4, 11, 1, 7], 2), ([4, 0, 12, 7], 4),
+        ([0, 0, 23, 0], 2), ([3, 5, 0, 8, 1, 6], 2), ([3, 5, 0, 8, 1, 6], 3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sharded_equals_whole(counts, columns):
+    """Outputs and every gradient; ranks without tokens; uneven slices; all picks on one shard (the last case)."""
     cases = [{"layer": options} for options in LAYERS.values()]
     cases.append({"layer": LAYERS["batch norm, uneven tables"], "one_shard": True})
-    ranks = run_ranks(sharded_case, len(counts), cases, counts)
+    ranks = run_ranks(sharded_case, len(counts), cases, counts, columns)
     for number, options in enumerate(cases):
         want = run(build(options, None), *tokens_of(counts))
         results = [results[number] for results in ranks]
         for part in (0, 1, 2, 3, 5):
-            got = torch.cat([result[part] for result in results])
+            parts = [result[part] for result in results]
+            got = whole_table(parts, columns) if part in (2, 3) else torch.cat(parts)
             torch.testing.assert_close(got, want[part], rtol=1e-12, atol=1e-12)
         for result in results:
             assert result[4].keys() == want[4].keys()
             for key, grad in result[4].items():
                 torch.testing.assert_close(grad, want[4][key], rtol=1e-12, atol=1e-12)
         if "one_shard" in options:
-            assert results[0][6] > 0
-            assert all(result[6] == 0 for result in results[1:])
+            assert all(result[6] > 0 for result in results[:columns])
+            assert all(result[6] == 0 for result in results[columns:])
 
 
-def traffic_case(rank, world_size, counts):
-    layer = build({"layer": LAYERS["batch norm, uneven tables"]}, dist.group.WORLD)
+def random_case(world_size, generator):
+    """A layout, sizes, tokens of each rank and a skew."""
+
+    def draw(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    columns = draw(*[size for size in range(1, world_size + 1) if world_size % size == 0])
+    n = draw(1, 2, 3, 5, 8, 11)
+    top_k = 1 + int(torch.randint(min(n, 5), (), generator=generator))
+    dims = [dim for dim in (1, 2, 3, 7, 16, 20) if dim >= columns]
+    layer = {
+        "dim": draw(*dims), "num_experts": n * n, "heads": draw(1, 2, 5), "top_k": top_k, "key_dim": draw(2, 6),
+        "query_norm": draw("batch", "layer", "rms", "none"), "gate": draw("softmax", "sigmoid", "relu"),
+        "activation": draw("gelu", "relu", "silu"), "shared_keys": draw(True, False), "sparse_grad": draw(True, False),
+    }  # fmt: skip
+    counts = [draw(0, 1, 2, 9, 30) for _ in range(world_size)]
+    counts[draw(*range(world_size))] += 2  # batch norm needs something
+    return {"layer": layer, "one_shard": layer["query_norm"] == "layer" and draw(True, False)}, counts, columns
+
+
+def dense_grads(result):
+    return [part.to_dense() if part.is_sparse else part for part in result]
+
+
+def fuzz_cases(rank, world_size, seed, count):
+    generator = torch.Generator().manual_seed(seed)
+    groups = {}
+    results = []
+    for _ in range(count):
+        options, counts, columns = random_case(world_size, generator)
+        if columns not in groups:
+            groups[columns] = ExpertGroups.over(dist.group.WORLD, columns)
+        x, dy = tokens_of(counts, options["layer"]["dim"])
+        layer = build(options, groups[columns])
+        *parts, dense, quiet = run(layer, x.split(counts)[rank], dy.split(counts)[rank])
+        for grad in dense.values():
+            dist.all_reduce(grad)
+        results.append((*dense_grads(parts), dense, quiet))
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "count"), [(1, 20), (2, 60), (3, 50), (4, 80), (6, 40), (8, 50)])
+def test_random_layouts_and_sizes(world_size, count):
+    """300 cases in all. Ties of scores aside, which float64 does not meet, picks are those of the whole layer."""
+    ranks = run_ranks(fuzz_cases, world_size, 77 + world_size, count, timeout=300)
+    generator = torch.Generator().manual_seed(77 + world_size)
+    for number in range(count):
+        options, counts, columns = random_case(world_size, generator)
+        whole = run(build(options, None), *tokens_of(counts, options["layer"]["dim"]))
+        *parts, dense, quiet = whole
+        want = (*dense_grads(parts), dense, quiet)
+        results = [results[number] for results in ranks]
+        compared = {name: (grad, want[4][name]) for name, grad in results[0][4].items()}
+        for part in (0, 1, 2, 3, 5):
+            shards = [result[part] for result in results]
+            compared[part] = whole_table(shards, columns) if part in (2, 3) else torch.cat(shards), want[part]
+        for name, (got, expected) in compared.items():
+            error = (got - expected).abs().max().item() if got.numel() else 0.0
+            assert error <= 1e-9 * (1 + expected.abs().max().item() if got.numel() else 0), (name, options, counts)
+
+
+def traffic_case(rank, world_size, counts, columns):
+    layer = build({"layer": LAYERS["batch norm, uneven tables"]}, ExpertGroups.over(dist.group.WORLD, columns))
     torch.manual_seed(rank)
     picked = []
     layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
-    layer(torch.randn(counts[rank], DIM, dtype=torch.float64)).sum().backward()
-    starts = [RowLayout(49, dist.group.WORLD).first_row(shard) for shard in range(world_size + 1)]
-    return picked[0], layer.traffic.bytes_sent, starts
+    y = layer(torch.randn(counts[rank], DIM, dtype=torch.float64))
+    forward = layer.traffic.bytes_sent
+    y.sum().backward()
+    layout = layer.layout
+    return (
+        picked[0],
+        forward,
+        layer.traffic.bytes_sent - forward,
+        layout.widths,
+        [*map(layout.first_row, range(layout.row_shards + 1))],
+    )
 
 
-def test_bytes_sent_are_those_of_the_formula():
-    """Each token once per shard that it hits, each distinct pick once, both ways; the local part is free."""
-    counts = [5, 9, 3]
-    results = run_ranks(traffic_case, 3, counts)
-    starts = results[0][2]
-    tokens, picks = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.int64)
-    for home, (indices, _, _) in enumerate(results):
-        for row in indices.tolist():
-            for shard in range(3):
-                hit = {e for e in row if starts[shard] <= e < starts[shard + 1]}
-                tokens[home, shard] += bool(hit)
-                picks[home, shard] += len(hit)
-    for rank, (_, sent, _) in enumerate(results):
-        others = [shard for shard in range(3) if shard != rank]
-        out_tokens, out_picks = (int(table[rank, others].sum()) for table in (tokens, picks))
-        in_tokens, in_picks = (int(table[others, rank].sum()) for table in (tokens, picks))
-        forward = out_tokens * (DIM * 8 + 4) + out_picks * (4 + 8) + in_tokens * DIM * 8
-        backward = out_tokens * DIM * 8 + in_tokens * DIM * 8 + in_picks * 8
-        assert sent == forward + backward + 2 * 2 * 8  # and two counts to each other rank
+@pytest.mark.parametrize(
+    ("counts", "columns"),
+    [([5, 9, 3], 1), ([5, 9, 3], 3), ([5, 0, 3, 8], 2), ([5, 9, 3, 0, 2, 7], 2), ([5, 1, 3, 6], 4)],
+)
+def test_bytes_sent_are_those_of_the_formula(counts, columns):
+    """Each token once per row shard that it hits, each distinct pick once, both ways, and within the columns of a row
+    shard picks to the others and dots around a ring; what stays on a rank is free.
+    """
+    world = len(counts)
+    results = run_ranks(traffic_case, world, counts, columns)
+    widths, starts = results[0][3:]
+    rows = world // columns
+    tokens, picks = torch.zeros(world, rows, dtype=torch.int64), torch.zeros(world, rows, dtype=torch.int64)
+    for home, (indices, *_) in enumerate(results):
+        for token in indices.tolist():
+            for row in range(rows):
+                hit = {e for e in token if starts[row] <= e < starts[row + 1]}
+                tokens[home, row] += bool(hit)
+                picks[home, row] += len(hit)
+    for rank, (_, forward, backward, *_) in enumerate(results):
+        row, column = divmod(rank, columns)
+        owners = [(r, c) for r in range(rows) for c in range(columns) if (r, c) != (row, column)]
+        homes = [home for home in range(world) if home != rank]
+        out = sum(int(tokens[rank, r]) * widths[c] for r, c in owners) * 8  # slices of x, or of dy
+        back = int(tokens[homes, row].sum()) * widths[column] * 8  # slices of y, or of dx
+        other_rows = [r for r in range(rows) if r != row]
+        sent_tokens, sent_picks = int(tokens[rank, other_rows].sum()), int(picks[rank, other_rows].sum())
+        own_column = range(column, world, columns)
+        gathered_tokens, gathered_picks = (int(table[own_column, row].sum()) for table in (tokens, picks))
+        ring = 2 * (columns - 1) * int(picks[:, row].sum()) * 8 // columns
+        numbers = 2 * 8 * (rows - 1 + (columns - 1) * rows)
+        want = out + back + sent_tokens * 4 + sent_picks * (4 + 8) + ring + numbers
+        want += (columns - 1) * (gathered_tokens * 4 + gathered_picks * (4 + 8))
+        assert forward == want
+        gates_home = sum(int(picks[home, row]) for home in own_column if home != rank)
+        assert backward == out + back + gates_home * 8 + ring
 
 
 def twice_case(rank, world_size):
     """The exchange alone, of a few picks; twice differentiated, it must say no rather than be wrong."""
-    layout = RowLayout(9, dist.group.WORLD)
+    layout = GridLayout(9, DIM, ExpertGroups.over(dist.group.WORLD))
     x, gate = (torch.randn(*shape, requires_grad=True) for shape in ((4, DIM), (4, 3)))
     token, expert, merged = merge_picks(torch.randint(9, (4, 3)), gate)
     plan, order = plan_exchange(token, expert, 4, layout, Traffic())
@@ -159,14 +256,28 @@ def test_merging_adds_gates(tokens, picks, experts, seed):
     assert len({*zip(token.tolist(), expert.tolist())}) == token.numel()
 
 
-def initial_tables(rank, world_size):
-    layer = PEER(4, 81**2, top_k=4, seed=7, group=dist.group.WORLD)
-    return layer.first_row, layer.down.detach(), layer.up.detach(), layer.state_dict()["down"].shape
+def initial_tables(rank, world_size, columns):
+    layer = PEER(5, 81**2, top_k=4, seed=7, group=ExpertGroups.over(dist.group.WORLD, columns))
+    return layer.layout.rows.start, layer.down.detach(), layer.up.detach(), layer.state_dict()["down"].shape
 
 
-def test_initial_tables_do_not_depend_on_the_sharding():
-    whole = PEER(4, 81**2, top_k=4, seed=7)
-    parts = run_ranks(initial_tables, 3)
-    assert [part[0] for part in parts] == [0, 2187, 4374]
-    torch.testing.assert_close(torch.cat([part[1] for part in parts]), whole.down.detach(), rtol=0, atol=0)
-    torch.testing.assert_close(torch.cat([part[2] for part in parts]), whole.up.detach(), rtol=0, atol=0)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_initial_tables_do_not_depend_on_the_sharding(columns):
+    whole = PEER(5, 81**2, top_k=4, seed=7)
+    parts = run_ranks(initial_tables, 3, columns)
+    assert [part[0] for part in parts] == ([0, 2187, 4374] if columns == 1 else [0, 0, 0])
+    for table, index in ((whole.down, 1), (whole.up, 2)):
+        got = whole_table([part[index] for part in parts], columns)
+        torch.testing.assert_close(got, table.detach(), rtol=0, atol=0)
+
+
+def wrong_grids(rank, world_size):
+    with pytest.raises(ValueError, match="3 column shards do not divide a group of 4 ranks"):
+        ExpertGroups.over(dist.group.WORLD, 3)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with pytest.raises(ValueError, match="no grid of the ranks"):
+        ExpertGroups(dist.group.WORLD, rows=pairs[rank // 2], columns=pairs[rank // 2])
+
+
+def test_groups_that_are_no_grid_are_refused():
+    run_ranks(wrong_grids, 4)

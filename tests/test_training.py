@@ -139,18 +139,25 @@ def test_one_rank_equals_plain_pytorch(small):
 
 @pytest.mark.parametrize("peer", [{"query_norm": "batch"}, {"query_norm": "rms", "shared_keys": False}])
 def test_layouts_train_to_the_same_losses(small, peer):
-    """10 steps on 1 rank, data parallel, EP2, EP3, EP4 and EP2 twice; sequences per forward pass held equal."""
+    """10 steps on 1 rank, data parallel, grids of row and column shards, with copies and without; sequences per forward
+    pass held equal.
+    """
     small["peer"].update(peer)
     one = with_keys(small, train={"micro_batch_size": 8})
     want_losses, want_norms = run_ranks(trained, 1, one, 10)[0]
-    for world_size, expert in [(2, 1), (2, 2), (4, 4), (4, 2)]:
-        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel={"expert": expert})
+    for world_size, rows, columns in [
+        (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 4, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4), (8, 2, 2), (8, 4, 2)
+    ]:  # fmt: skip
+        grid = {"expert": rows, "expert_tensor": columns}
+        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel=grid)
         for losses, norms in run_ranks(trained, world_size, tree, 10):
             assert_close(losses, want_losses, 1e-5)
             assert_close(norms, want_norms, 1e-4)
-    three = with_keys(small, train={"micro_batch_size": 2, "global_batch_size": 12}, parallel={"expert": 3})
     alone = with_keys(small, train={"micro_batch_size": 6, "global_batch_size": 12})
-    assert_close(run_ranks(trained, 3, three, 10)[2][0], run_ranks(trained, 1, alone, 10)[0][0], 1e-5)
+    want_three = run_ranks(trained, 1, alone, 10)[0][0]
+    for key in ("expert", "expert_tensor"):
+        three = with_keys(small, train={"micro_batch_size": 2, "global_batch_size": 12}, parallel={key: 3})
+        assert_close(run_ranks(trained, 3, three, 10)[2][0], want_three, 1e-5)
     assert want_losses[-1] < want_losses[0] - 0.5
 
 
@@ -194,14 +201,25 @@ def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype):
 
 
 def test_a_checkpoint_loads_into_another_layout(small):
-    """Saved by two ranks at step 4, gone on from by one and by four as by two."""
+    """Saved by two ranks at step 4, gone on from by one, by four and by grids as by two."""
     small = with_keys(small, train={"steps": 4}, peer={"query_norm": "batch"})
     run_ranks(run_to_the_end, 2, with_keys(small, train={"micro_batch_size": 4}, parallel={"expert": 2}))
     want, _ = run_ranks(trained, 2, with_keys(small, train={"micro_batch_size": 4}, parallel={"expert": 2}), 5)[0]
-    for world_size, expert in [(1, 1), (4, 4), (4, 2), (2, 1)]:
-        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel={"expert": expert})
+    for world_size, rows, columns in [(1, 1, 1), (4, 4, 1), (4, 2, 1), (2, 1, 1), (2, 1, 2), (4, 2, 2)]:
+        grid = {"expert": rows, "expert_tensor": columns}
+        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel=grid)
         losses, _ = run_ranks(trained, world_size, tree, 5)[0]
         assert_close(losses, want, 1e-5)
+
+
+def test_a_checkpoint_of_a_grid_loads_elsewhere(small):
+    """Saved by 2 x 2 shards of uneven width, gone on from by one rank and by three columns."""
+    small = with_keys(small, train={"steps": 4, "global_batch_size": 12, "micro_batch_size": 3})
+    run_ranks(run_to_the_end, 4, with_keys(small, parallel={"expert": 2, "expert_tensor": 2}))
+    want, _ = run_ranks(trained, 4, with_keys(small, parallel={"expert": 2, "expert_tensor": 2}), 5)[0]
+    for world_size, columns in [(1, 1), (3, 3)]:
+        tree = with_keys(small, train={"micro_batch_size": 12 // world_size}, parallel={"expert_tensor": columns})
+        assert_close(run_ranks(trained, world_size, tree, 5)[0][0], want, 1e-5)
 
 
 def test_init_from_takes_the_weights_only(small, tmp_path):
@@ -405,7 +423,7 @@ def test_torchrun_saves_and_leaves_on_a_signal(small, tmp_path):
 def groups_case(rank, world_size, tree):
     trainer = make_trainer(tree)
     parallel = trainer.parallel
-    return dist.get_world_size(parallel.expert_group), dist.get_world_size(parallel.expert_data_group)
+    return dist.get_world_size(parallel.experts.rows), dist.get_world_size(parallel.expert_data_group)
 
 
 def test_ranks_left_over_replicate_the_tables(small):

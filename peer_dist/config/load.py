@@ -63,14 +63,19 @@ def check_world(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: ranks, batch or experts do not fit ``world_size``.
     """
-    expert = config.parallel.expert
-    if world_size % expert:
+    rows, columns = config.parallel.expert, config.parallel.expert_tensor
+    if world_size % (rows * columns):
+        key, size = "parallel.expert", str(rows)
+        if columns > 1:
+            key, size = "parallel.expert x expert_tensor", f"{rows} x {columns}"
         raise ConfigError(
-            f"parallel.expert: {expert} does not divide the {world_size} rank(s) that were started; "
-            f"start a multiple of {expert} ranks or lower it"
+            f"{key}: {size} does not divide the {world_size} rank(s) that were started; "
+            f"start a multiple of {rows * columns} ranks or lower it"
         )
-    if expert > config.peer.num_experts:
-        raise ConfigError(f"parallel.expert: {expert} shards for {config.peer.num_experts} experts")
+    if rows > config.peer.num_experts:
+        raise ConfigError(f"parallel.expert: {rows} shards for {config.peer.num_experts} experts")
+    if columns > config.model.hidden_size:
+        raise ConfigError(f"parallel.expert_tensor: {columns} shards for {config.model.hidden_size} columns")
     per_pass = config.train.micro_batch_size * config.data_parallel_size(world_size)
     if config.train.global_batch_size % per_pass:
         raise ConfigError(

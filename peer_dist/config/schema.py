@@ -112,15 +112,15 @@ class ParallelConfig(Section):
     virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; only 1 so far")
     sequence: bool = Field(False, description="sequence parallelism within the tensor group; only false so far")
     expert: int = Field(1, ge=1, description="row shards of each expert table (all-to-all between them)")
-    expert_tensor: int = Field(1, ge=1, description="column shards of each expert table; only 1 so far")
+    expert_tensor: int = Field(1, ge=1, description="column shards of each expert table")
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        for key in ("tensor", "pipeline", "virtual_pipeline", "expert_tensor"):
+        for key in ("tensor", "pipeline", "virtual_pipeline"):
             if getattr(self, key) != 1:
                 raise ValueError(
                     f"{key} must be 1 (got {getattr(self, key)}): this version splits work by expert and data "
-                    "parallelism only; use parallel.expert"
+                    "parallelism only; use parallel.expert and parallel.expert_tensor"
                 )
         if self.sequence:
             raise ValueError("sequence must be false: it splits the tensor-parallel group, which has one rank")

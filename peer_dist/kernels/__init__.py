@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,14 @@ def _backend(x: Tensor, *tables: Tensor) -> Any:
 
 
 def expert_mix(
-    x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str, sparse_grad: bool = False
+    x: Tensor,
+    picks: Picks,
+    gate: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sparse_grad: bool = False,
+    sum_columns: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``y_t = sum_i gate_i * act(x_t . down_{e_i}) * up_{e_i}`` over the picks of each token (PEER, section 2).
 
@@ -44,11 +52,13 @@ def expert_mix(
         up: ``[rows, dim]``, of ``down``'s dtype.
         activation: one of :data:`ACTIVATIONS`.
         sparse_grad: give the tables sparse gradients (coalesced, of the picked rows) instead of dense ones.
+        sum_columns: where ``x`` and the tables are a slice of the columns, adds up the slices' dot products
+            ``[picks]``; called once in the forward and once in the backward pass.
 
     Returns:
         ``[tokens, dim]`` in ``x``'s dtype. Differentiable in ``x``, ``gate``, ``down`` and ``up``.
     """
-    return _ExpertMix.apply(x, picks, gate, down, up, activation, sparse_grad)
+    return _ExpertMix.apply(x, picks, gate, down, up, activation, sparse_grad, sum_columns)
 
 
 def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
@@ -84,11 +94,24 @@ def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor
 class _ExpertMix(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str, sparse_grad: bool
+        ctx: Any,
+        x: Tensor,
+        picks: Picks,
+        gate: Tensor,
+        down: Tensor,
+        up: Tensor,
+        activation: str,
+        sparse_grad: bool,
+        sum_columns: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
+        ops = _backend(x, down, up)
         with span("experts"):
-            y, pre = _backend(x, down, up).forward(x.contiguous(), picks, gate, down, up, activation)
-        ctx.picks, ctx.activation, ctx.sparse_grad = picks, activation, sparse_grad
+            if sum_columns is None:
+                y, pre = ops.forward(x.contiguous(), picks, gate, down, up, activation)
+            else:
+                pre = sum_columns(ops.dots(x.contiguous(), down, picks))
+                y = ops.mix(ACTIVATIONS[activation](pre) * gate.to(pre.dtype), up, picks)
+        ctx.picks, ctx.activation, ctx.sparse_grad, ctx.sum_columns = picks, activation, sparse_grad, sum_columns
         ctx.save_for_backward(x, pre, gate, down, up)
         return y.to(x.dtype)
 
@@ -101,7 +124,12 @@ class _ExpertMix(torch.autograd.Function):
         with span("experts"):
             x, dy = x.contiguous(), dy.contiguous()
             ops = _backend(x, down, up)
-            dx, dgate, dpre, hidden = ops.backward(dy, x, picks, pre, gate, down, up, ctx.activation)
+            if ctx.sum_columns is None:
+                dx, dgate, dpre, hidden = ops.backward(dy, x, picks, pre, gate, down, up, ctx.activation)
+            else:
+                dhidden = ctx.sum_columns(ops.dots(dy, up, picks))
+                dgate, dpre, hidden = reference.gated(pre, gate, dhidden, ctx.activation)
+                dx = ops.mix(dpre, down, picks)
             ddown: Tensor | None = None
             dup: Tensor | None = None
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
@@ -115,4 +143,4 @@ class _ExpertMix(torch.autograd.Function):
                     )
                 else:
                     ddown, dup = ops.table_grads(dpre, hidden, x, dy, picks, rows, dtype=down.dtype)
-        return dx.to(x.dtype), None, dgate.to(gate.dtype), ddown, dup, None, None
+        return dx.to(x.dtype), None, dgate.to(gate.dtype), ddown, dup, None, None, None

@@ -87,6 +87,15 @@ def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor
     return a.gather(1, i[position]) * first.shape[1] + b.gather(1, j[position]), best
 
 
+def gated(pre: Tensor, gate: Tensor, dhidden: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """``dgate``, ``dpre`` and ``hidden`` of ``hidden = act(pre) * gate``, ``[picks]`` each, in ``pre``'s dtype."""
+    with torch.enable_grad():
+        leaves = pre.detach().requires_grad_(), gate.to(pre.dtype).detach().requires_grad_()
+        hidden = ACTIVATIONS[activation](leaves[0]) * leaves[1]
+    dpre, dgate = torch.autograd.grad(hidden, leaves, dhidden.to(pre.dtype))
+    return dgate, dpre, hidden.detach()
+
+
 class Composed:
     """A backend's whole operations out of its three products.
 
@@ -95,8 +104,7 @@ class Composed:
     """
 
     def __init__(self, products: ModuleType | Any) -> None:
-        self.products = products
-        self.mix, self.table_grad = products.mix, products.table_grad
+        self.dots, self.mix, self.table_grad = products.dots, products.mix, products.table_grad
 
     def forward(
         self, x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str
@@ -104,7 +112,7 @@ class Composed:
         """The layer's output ``[tokens, dim]`` and its pre-activations ``x_t . down_e``, ``[picks]``, both in
         at least float32. ``gate``: ``[picks]``.
         """
-        pre = self.products.dots(x, down, picks)
+        pre = self.dots(x, down, picks)
         hidden = ACTIVATIONS[activation](pre) * gate.to(pre.dtype)
         return self.mix(hidden, up, picks), pre
 
@@ -114,12 +122,8 @@ class Composed:
         """``dx [tokens, dim]``, and per pick ``dgate``, ``dpre`` and ``hidden`` (the gated activation), which
         the tables' gradients need; in at least float32. ``dy, x``: ``[tokens, dim]``.
         """
-        dhidden = self.products.dots(dy, up, picks)
-        with torch.enable_grad():
-            leaves = pre.detach().requires_grad_(), gate.to(pre.dtype).detach().requires_grad_()
-            hidden = ACTIVATIONS[activation](leaves[0]) * leaves[1]
-        dpre, dgate = torch.autograd.grad(hidden, leaves, dhidden)
-        return self.mix(dpre, down, picks), dgate, dpre, hidden.detach()
+        dgate, dpre, hidden = gated(pre, gate, self.dots(dy, up, picks), activation)
+        return self.mix(dpre, down, picks), dgate, dpre, hidden
 
     def table_grads(
         self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype

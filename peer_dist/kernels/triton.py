@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peer_dist.kernels.picks import Picks
-from peer_dist.kernels.reference import ACTIVATIONS
+from peer_dist.kernels.reference import ACTIVATIONS, gated
 
 try:
     import triton
@@ -499,12 +499,8 @@ def backward(
         ValueError: an unknown activation, or a table that is not contiguous.
     """
     if not _fused(x, down, picks, activation):
-        dhidden = dots(dy, up, picks)
-        with torch.enable_grad():
-            leaves = pre.detach().requires_grad_(), gate.to(pre.dtype).detach().requires_grad_()
-            product = ACTIVATIONS[activation](leaves[0]) * leaves[1]
-        dpre, dgate = torch.autograd.grad(product, leaves, dhidden.to(pre.dtype))
-        return mix(dpre, down, picks, dtype=x.dtype), dgate.to(gate.dtype), dpre, product.detach()
+        dgate, dpre, hidden = gated(pre, gate, dots(dy, up, picks), activation)
+        return mix(dpre, down, picks, dtype=x.dtype), dgate.to(gate.dtype), dpre, hidden
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)

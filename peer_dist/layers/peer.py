@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peer_dist.kernels import ACTIVATIONS, huge_pages
 from peer_dist.layers.product_keys import project_and_retrieve, retrieve
 from peer_dist.layers.query_norm import QUERY_NORMS, QueryBatchNorm, make_query_norm
-from peer_dist.sharding import RowLayout, Traffic, routed_experts
+from peer_dist.sharding import ExpertGroups, GridLayout, Traffic, routed_experts
 from peer_dist.tracing import span
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,10 +45,11 @@ class PEER(nn.Module):
     queries and the layer's own keys. The default ``output_std`` is that of the FFW it replaces when the FFW's
     matrices are drawn from N(0, 1/fan_in): ``sqrt(E[act(z)^2])``.
 
-    Sharding. With ``group`` the rows of ``down`` and ``up`` are spread over its ranks, and every rank must
-    call the layer (and its backward) together, with any number of tokens. Table gradients are then those of
-    the SUM of the ranks' losses; divide by the group's size where each rank's loss is a mean over its own
-    tokens. All else is replicated: average its gradients as data parallelism does.
+    Sharding. With ``group`` the rows of ``down`` and ``up`` are spread over its ranks, or rows and columns over
+    those of :class:`peer_dist.sharding.ExpertGroups`, and every rank must call the layer (and its backward)
+    together, with any number of tokens. Table gradients are then those of the SUM of the ranks' losses; divide by
+    the number of ranks where each rank's loss is a mean over its own tokens. All else is replicated: average its
+    gradients as data parallelism does.
 
     Args:
         dim: width of input and output.
@@ -61,7 +62,7 @@ class PEER(nn.Module):
         gate: ``softmax`` over the k retrieved scores, ``sigmoid`` or ``relu``.
         activation: ``gelu``, ``relu`` or ``silu``.
         shared_keys: one set of keys for all heads, or one per head.
-        group: process group over which the tables are row-sharded; None keeps them whole.
+        group: process group over which the tables are row-sharded, or a grid of ranks; None keeps them whole.
         data_group: ranks that see different tokens, for batch statistics; defaults to ``group``.
         output_std: standard deviation of an output component at initialisation.
         table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``.
@@ -71,7 +72,7 @@ class PEER(nn.Module):
         device, dtype: as everywhere in torch.
 
     State dict: ``query.weight [heads*key_dim, dim]``, ``keys [2, sqrt(N), key_dim/2]`` (``[heads, 2, ...]``
-    if not shared), ``down`` and ``up`` ``[rows of the shard, dim]``, and the norm's.
+    if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, and the norm's.
 
     Raises:
         ValueError: an impossible size or an unknown option.
@@ -89,7 +90,7 @@ class PEER(nn.Module):
         activation: str = "gelu",
         *,
         shared_keys: bool = True,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | ExpertGroups | None = None,
         data_group: dist.ProcessGroup | None = None,
         output_std: float | None = None,
         table_dtype: torch.dtype | None = None,
@@ -123,26 +124,25 @@ class PEER(nn.Module):
             key_dim,
         )
         self.gate, self.activation, self.sparse_grad = gate, activation, sparse_grad
-        self.layout = RowLayout(num_experts, group)
+        if group is not None and not isinstance(group, ExpertGroups):
+            group = ExpertGroups.over(group)
+        self.layout = GridLayout(num_experts, dim, group)
         self.traffic = Traffic()
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
         """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass, if set."""
 
+        if data_group is None and group is not None:
+            data_group = group.domain
         keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
-        rows = len(self.layout.rows)
+        rows, columns = len(self.layout.rows), len(self.layout.columns)
         self.query = nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype)
-        self.norm = make_query_norm(query_norm, heads, key_dim, data_group if data_group is not None else group)
+        self.norm = make_query_norm(query_norm, heads, key_dim, data_group)
         self.norm.to(device=device, dtype=dtype)
         self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
         table_dtype = table_dtype or self.keys.dtype
-        self.down = nn.Parameter(huge_pages(torch.empty(rows, dim, device=device, dtype=table_dtype)))
-        self.up = nn.Parameter(huge_pages(torch.empty(rows, dim, device=device, dtype=table_dtype)))
+        self.down = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
+        self.up = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
         self.reset_parameters(output_std, seed)
-
-    @property
-    def first_row(self) -> int:
-        """The global number of the first row of this rank's ``down`` and ``up``."""
-        return self.layout.rows.start
 
     @torch.no_grad()
     def reset_parameters(self, output_std: float | None = None, seed: int | None = None) -> None:
@@ -170,8 +170,8 @@ class PEER(nn.Module):
     def _drawn_seed(self) -> int:
         """From torch's generator; the first rank's everywhere, since all but the tables is replicated."""
         seed = [int(torch.randint(2**31, ()))]
-        group = self.layout.group
-        if group is not None:
+        if self.layout.groups is not None:
+            group = self.layout.groups.domain
             dist.broadcast_object_list(seed, src=dist.get_global_rank(group, 0), group=group)
         return seed[0]
 
@@ -192,7 +192,8 @@ class PEER(nn.Module):
             drawn = torch.empty(end - begin, self.dim, device=table.device)
             drawn.normal_(0, std, generator=generator)
             mine = range(max(begin, rows.start), min(end, rows.stop))
-            table[mine.start - rows.start : mine.stop - rows.start] = drawn[mine.start - begin : mine.stop - begin]
+            drawn = drawn[mine.start - begin : mine.stop - begin, self.layout.columns.start : self.layout.columns.stop]
+            table[mine.start - rows.start : mine.stop - rows.start] = drawn
 
     def release_tables(self) -> None:
         """Take ``down`` and ``up`` out of the module's parameters; they stay attributes of the same names.
@@ -234,5 +235,5 @@ class PEER(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, num_experts={self.num_experts}, heads={self.heads}, top_k={self.top_k}, "
-            f"gate={self.gate}, activation={self.activation}, rows={self.layout.rows}"
+            f"gate={self.gate}, activation={self.activation}, rows={self.layout.rows}, columns={self.layout.columns}"
         )

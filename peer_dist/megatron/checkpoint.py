@@ -54,14 +54,16 @@ def dense_sharded_state(model: GPTModel) -> dict[str, Sharded]:
     }
 
 
-def table_shard(key: str, tensor: torch.Tensor, first_row: int, num_experts: int, replica_id: int) -> ShardedTensor:
-    """Rows ``first_row`` onward of the table ``key``.
+def table_shard(
+    key: str, tensor: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...], replica_id: int
+) -> ShardedTensor:
+    """This rank's block of the table ``key``.
 
     Args:
         key: the table's (or its optimizer moment's) name in the checkpoint.
-        tensor: [rows, ...]; shards may differ in size and must cover ``num_experts`` rows without overlap.
-        first_row: the global number of the tensor's first row.
-        num_experts: rows of the whole table.
+        tensor: blocks may differ in size and must cover the table without overlap.
+        offset: where in the table the block begins.
+        shape: of the whole table.
         replica_id: 0 on the rank that writes this shard, another number on its copies (the expert data rank).
     """
     return ShardedTensor(
@@ -69,9 +71,9 @@ def table_shard(key: str, tensor: torch.Tensor, first_row: int, num_experts: int
         tensor,
         tensor.dtype,
         local_shape=tuple(tensor.shape),
-        global_shape=(num_experts, *tensor.shape[1:]),
-        global_offset=(first_row, *(0 for _ in tensor.shape[1:])),
-        axis_fragmentations=None,  # no regular grid: rows need not divide evenly
+        global_shape=shape,
+        global_offset=offset,
+        axis_fragmentations=None,  # no regular grid: rows and columns need not divide evenly
         replica_id=replica_id,
     )
 

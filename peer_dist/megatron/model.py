@@ -103,7 +103,7 @@ def _peer_arguments(config: Config, parallel: Parallel, dtype: torch.dtype, laye
     return {
         "dim": config.model.hidden_size,
         **config.peer.model_dump(exclude={"table_dtype"}),
-        "group": parallel.expert_group,
+        "group": parallel.experts,
         "data_group": parallel.data_parallel_group,
         "output_std": dense_output_std(config.model),
         "table_dtype": getattr(torch, config.peer.table_dtype),

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from peer_dist.sharding import ExpertGroups
+
 
 class MegatronMPU:
     """Megatron's groups as the ``mpu`` object that DeepSpeed asks; the rest is parallel_state's own."""
@@ -36,8 +38,8 @@ class MegatronMPU:
 class Parallel:
     """The rank's place in every group. Build it with :meth:`initialize`.
 
-    A group's size and rank come from the group, so that they cannot disagree with it. The expert group holds
-    one copy of the tables, a row shard per rank; the expert data group holds the copies of one shard.
+    A group's size and rank come from the group, so that they cannot disagree with it. The ranks of
+    ``experts`` hold one copy of the tables, a shard per rank; the expert data group holds the copies of one shard.
     """
 
     rank: int
@@ -47,8 +49,7 @@ class Parallel:
     pipeline_group: dist.ProcessGroup
     model_parallel_group: dist.ProcessGroup  # tensor x pipeline
     data_parallel_group: dist.ProcessGroup
-    expert_group: dist.ProcessGroup
-    expert_tensor_group: dist.ProcessGroup
+    experts: ExpertGroups
     expert_data_group: dist.ProcessGroup
 
     @classmethod
@@ -100,8 +101,11 @@ class Parallel:
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             model_parallel_group=parallel_state.get_model_parallel_group(),
             data_parallel_group=parallel_state.get_data_parallel_group(),
-            expert_group=parallel_state.get_expert_model_parallel_group(),
-            expert_tensor_group=parallel_state.get_expert_tensor_parallel_group(),
+            experts=ExpertGroups(
+                domain=parallel_state.get_expert_tensor_and_model_parallel_group(),
+                rows=parallel_state.get_expert_model_parallel_group(),
+                columns=parallel_state.get_expert_tensor_parallel_group(),
+            ),
             expert_data_group=parallel_state.get_expert_data_parallel_group(),
         )
         parallel.seed_step(seed, 0)
@@ -154,11 +158,8 @@ class Parallel:
 
     @property
     def expert_size(self) -> int:
-        return self.expert_group.size()
-
-    @property
-    def expert_rank(self) -> int:
-        return self.expert_group.rank()
+        """Row shards of the tables."""
+        return self.experts.rows.size()
 
     @property
     def expert_data_size(self) -> int:

@@ -1,7 +1,7 @@
 """Expert tables over many ranks: who owns a row, what travels, and the routed layer on top."""
 
 from peer_dist.sharding.exchange import Traffic
-from peer_dist.sharding.layout import RowLayout
+from peer_dist.sharding.layout import ExpertGroups, GridLayout
 from peer_dist.sharding.routed import routed_experts
 
-__all__ = ["RowLayout", "Traffic", "routed_experts"]
+__all__ = ["ExpertGroups", "GridLayout", "Traffic", "routed_experts"]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from peer_dist.kernels import Picks, expert_mix
 from peer_dist.sharding.exchange import Traffic, combine, dispatch, merge_picks, plan_exchange
-from peer_dist.sharding.layout import RowLayout
+from peer_dist.sharding.layout import GridLayout
 from peer_dist.tracing import span
 
 
@@ -17,27 +17,27 @@ def routed_experts(
     down: Tensor,
     up: Tensor,
     activation: str,
-    layout: RowLayout,
+    layout: GridLayout,
     traffic: Traffic,
     sparse_grad: bool = False,
 ) -> Tensor:
-    """``y_t = sum_i gate_i * act(x_t . down_{e_i}) * up_{e_i}`` with the tables' rows spread over a group.
+    """``y_t = sum_i gate_i * act(x_t . down_{e_i}) * up_{e_i}`` with the tables spread over a grid of ranks.
 
-    Every rank of ``layout.group`` must call it, with any number of tokens, none included.
+    Every rank of the layout's domain must call it, with any number of tokens, none included.
 
     Args:
         x: ``[tokens, dim]``, this rank's tokens.
         indices: ``[tokens, picks]`` int64 global expert numbers.
         gates: ``[tokens, picks]``.
-        down, up: ``[rows, dim]``, this rank's shard.
+        down, up: ``[rows, columns]``, this rank's shard.
         traffic: adds up what was sent.
         sparse_grad: see :func:`peer_dist.kernels.expert_mix`.
 
     Returns:
         ``[tokens, dim]``. The gradients of ``down`` and ``up`` are summed over the tokens of all ranks of the
-        group: those of the SUM of the ranks' losses.
+        domain: those of the SUM of the ranks' losses.
     """
-    if layout.shards == 1:
+    if layout.groups is None:
         traffic.picks_received += indices.numel()
         return expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
     with span("dispatch"):
@@ -45,5 +45,14 @@ def routed_experts(
         plan, order = plan_exchange(token, expert, x.shape[0], layout, traffic)
         gate = gate[order]
     x_owned, gate_owned = dispatch(x, gate, plan)
-    y_owned = expert_mix(x_owned, plan.picks, gate_owned, down, up, activation, sparse_grad)
+    y_owned = expert_mix(
+        x_owned,
+        plan.picks,
+        gate_owned,
+        down,
+        up,
+        activation,
+        sparse_grad,
+        plan.sum_columns if layout.column_shards > 1 else None,
+    )
     return combine(y_owned, plan)

@@ -40,8 +40,8 @@ def weights_state(model: Any, parallel: Parallel) -> State:
             state["tables"][f"layer{number}.{part}"] = table_shard(
                 f"tables.layer{number}.{part}",
                 getattr(layer, part).detach(),
-                layer.first_row,
-                layer.num_experts,
+                layer.layout.offset,
+                layer.layout.shape,
                 parallel.expert_data_rank,
             )
     return state
@@ -61,7 +61,7 @@ def run_state(model: Any, engine: ZeroEngine, parallel: Parallel) -> State:
         layer = layers[int(name.removeprefix("layer").split(".")[0])]
         key = f"optimizer.{part}.tables.{name}"
         state["table_optimizer"][f"{name}.{part}"] = table_shard(
-            key, value, layer.first_row, layer.num_experts, parallel.expert_data_rank
+            key, value, layer.layout.offset, layer.layout.shape, parallel.expert_data_rank
         )
     return state
 

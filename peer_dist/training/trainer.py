@@ -98,7 +98,7 @@ class Trainer:
         self.layers = peer_layers(self.model)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         for layer in self.layers.values():
-            self.parameters += 2 * (layer.num_experts - len(layer.layout.rows)) * layer.dim
+            self.parameters += 2 * layer.num_experts * layer.dim - layer.down.numel() - layer.up.numel()
             layer.release_tables()
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
