@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from peer_dist import PEER
 from peer_dist.sharding import ExpertGroups, GridLayout
+from peer_dist.sharding.cost import exchange_bytes
 from peer_dist.sharding.exchange import Traffic, combine, dispatch, merge_picks, plan_exchange
 from tests.ranks import run_ranks
 
@@ -222,6 +223,26 @@ def test_bytes_sent_are_those_of_the_formula(counts, columns):
         assert forward == want
         gates_home = sum(int(picks[home, row]) for home in own_column if home != rank)
         assert backward == out + back + gates_home * 8 + ring
+
+
+def cost_case(rank, world_size, columns):
+    """In float32: what is counted from the picks, and what was sent, sizes of messages apart."""
+    layer = PEER(DIM, 49, 3, 5, 6, seed=2, group=ExpertGroups.over(dist.group.WORLD, columns))
+    picked = []
+    layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
+    layer(torch.randn(7 * rank, DIM)).sum().backward()
+    rows = world_size // columns
+    sizes = 2 * 8 * (rows - 1 + (columns - 1) * rows)
+    cost = exchange_bytes(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4)
+    assert cost.hits == 0 if rank == 0 else 1 <= cost.hits <= rows
+    return cost.total, layer.traffic.bytes_sent - sizes
+
+
+@pytest.mark.parametrize(("world_size", "columns"), [(1, 1), (3, 1), (3, 3), (4, 2), (6, 2)])
+def test_the_cost_model_counts_what_is_sent(world_size, columns):
+    counted, sent = (sum(column) for column in zip(*run_ranks(cost_case, world_size, columns)))
+    assert 0 <= counted - sent <= 2 * world_size  # the last byte of a ring's part, per rank and sum
+    assert (counted > 0) == (world_size > 1)
 
 
 def twice_case(rank, world_size):

@@ -599,7 +599,9 @@ def _run_sums(
     count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(*sources, dpre)
     itemsize = max(source.element_size() for source in sources)
     width = min(MAX_GRAD_BLOCK_D, _resident(len(sources) * x.shape[0], dim, itemsize) or dim)
-    tile = _tile(width, itemsize, GRAD_TILE_BYTES, columns=8)
+    tile = _tile(
+        width, itemsize, GRAD_TILE_BYTES * (3 - len(sources)), columns=8
+    )  # as many bytes for one table as for two
     slices = triton.cdiv(dim, tile["BLOCK_D"])
     constants = {"DIM": dim, "ACC": _acc(dtype), **tile}
     weights_and_sources = (tensor if tensor is None else tensor.contiguous() for tensor in (dpre, hidden, x, dy))

@@ -1,0 +1,75 @@
+"""What a grid's exchanges put on the wire, counted from the picks of the tokens at home."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COUNT = 4  # bytes of a row number, and of a token's number of picks
+PARTIAL = 4  # bytes of a partial dot product
+
+
+@dataclass(frozen=True)
+class ExchangeBytes:
+    """Bytes between ranks for the tokens of one home, what stays on a rank left out.
+
+    Attributes:
+        forward, backward: between homes and owners.
+        column_forward, column_backward: between the owners of a row shard's columns.
+        hits: mean number of distinct row shards that a token hits (``m``).
+    """
+
+    forward: int
+    backward: int
+    column_forward: int
+    column_backward: int
+    hits: float
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.column_forward + self.column_backward
+
+
+def exchange_bytes(
+    indices: Tensor,
+    num_experts: int,
+    dim: int,
+    row_shards: int,
+    column_shards: int,
+    home: int = 0,
+    itemsize: int = 2,
+    gate_itemsize: int = 4,
+) -> ExchangeBytes:
+    """Exactly what :class:`peer_dist.sharding.Traffic` counts over all ranks for these tokens, sizes of messages
+    (16 bytes a pair of ranks and pass) left out.
+
+    Args:
+        indices: ``[tokens, picks]`` int64 global expert numbers, of all heads.
+        home: the tokens' rank in the domain.
+        itemsize: bytes of an element of ``x``, ``y`` and their gradients.
+        gate_itemsize: bytes of a gate and of its gradient.
+    """
+    starts = torch.tensor([num_experts * shard // row_shards for shard in range(row_shards)])
+    expert = indices.sort(1).values
+    fresh = torch.ones_like(expert, dtype=torch.bool)
+    fresh[:, 1:] = expert[:, 1:] != expert[:, :-1]
+    owner = torch.bucketize(expert, starts, right=True) - 1
+    each = torch.zeros(len(expert), row_shards, dtype=torch.int64).scatter_add_(1, owner, fresh.long())
+    tokens, picks = (each > 0).sum(0), each.sum(0)
+
+    row, column = divmod(home, column_shards)
+    own_width = dim * (column + 1) // column_shards - dim * column // column_shards
+    slices = int(tokens.sum()) * dim - int(tokens[row]) * own_width
+    away_tokens, away_picks = (int(counts.sum() - counts[row]) for counts in (tokens, picks))
+    all_tokens, all_picks = int(tokens.sum()), int(picks.sum())
+    ring = 2 * (column_shards - 1) * all_picks * PARTIAL
+    gathered = (column_shards - 1) * (all_tokens * COUNT + all_picks * (COUNT + gate_itemsize))
+    return ExchangeBytes(
+        forward=2 * slices * itemsize + away_tokens * COUNT + away_picks * (COUNT + gate_itemsize),
+        backward=2 * slices * itemsize + away_picks * gate_itemsize,
+        column_forward=gathered + ring,
+        column_backward=ring,
+        hits=all_tokens / max(1, len(indices)),
+    )
