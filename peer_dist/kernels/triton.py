@@ -599,9 +599,8 @@ def _run_sums(
     count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(*sources, dpre)
     itemsize = max(source.element_size() for source in sources)
     width = min(MAX_GRAD_BLOCK_D, _resident(len(sources) * x.shape[0], dim, itemsize) or dim)
-    tile = _tile(
-        width, itemsize, GRAD_TILE_BYTES * (3 - len(sources)), columns=8
-    )  # as many bytes for one table as for two
+    two_rows = dy is None and itemsize == 4  # at once: with one, ptxas aims at 32 registers and spills a few bytes
+    tile = _tile(width, itemsize, GRAD_TILE_BYTES * (2 if two_rows else 1), columns=8)
     slices = triton.cdiv(dim, tile["BLOCK_D"])
     constants = {"DIM": dim, "ACC": _acc(dtype), **tile}
     weights_and_sources = (tensor if tensor is None else tensor.contiguous() for tensor in (dpre, hidden, x, dy))
