@@ -222,6 +222,23 @@ def test_a_checkpoint_of_a_grid_loads_elsewhere(small):
         assert_close(run_ranks(trained, world_size, tree, 5)[0][0], want, 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["rowwise_adam", "rowwise_adagrad"])
+def test_row_wise_optimizers_in_any_layout(small, kind):
+    """A grid with copies trains as one rank does; its checkpoint, a number a row, goes on in another layout."""
+    small = with_keys(small, table_optimizer={"name": kind}, train={"steps": 4})
+    want, norms = run_ranks(trained, 1, with_keys(small, train={"micro_batch_size": 8}), 6)[0]
+    grid = with_keys(small, train={"micro_batch_size": 1}, parallel={"expert": 2, "expert_tensor": 2})
+    assert_close(run_ranks(trained, 8, grid, 6)[5][0], want, 1e-5)
+    assert max(norms) > 0
+    run_ranks(run_to_the_end, 4, with_keys(grid, train={"micro_batch_size": 2}))
+    for world_size, parallel in [(1, {}), (2, {"expert_tensor": 2}), (4, {"expert": 2, "expert_tensor": 2})]:
+        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel=parallel)
+        assert_close(run_ranks(trained, world_size, tree, 2)[0][0], want[4:], 1e-5)
+    other = with_keys(small, train={"micro_batch_size": 8}, table_optimizer={"name": "adam"})
+    with pytest.raises(AssertionError, match=f"was made with table_optimizer.name = {kind}, but the config says adam"):
+        run_ranks(loading, 1, other)
+
+
 def test_init_from_takes_the_weights_only(small, tmp_path):
     """A new run from another's weights: step 0, the other's held-out loss, fresh optimizers and schedule."""
     run_ranks(run_to_the_end, 2, with_keys(small, parallel={"expert": 2}))

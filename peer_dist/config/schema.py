@@ -167,10 +167,12 @@ class OptimizerConfig(Section):
 class TableOptimizerConfig(Section):
     """The expert tables' own optimizer; its learning rate follows the same schedule."""
 
-    name: Literal["adam"] = Field("adam", description="adam: dense Adam in float32")
+    name: Literal["adam", "rowwise_adam", "rowwise_adagrad"] = Field(
+        "adam", description="adam; rowwise_adam: one second moment a row; rowwise_adagrad: that, and no first moment"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the tables")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's betas")
-    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's betas; rowwise_adagrad has none")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the tables")
 
 

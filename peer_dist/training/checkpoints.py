@@ -60,9 +60,11 @@ def run_state(model: Any, engine: ZeroEngine, parallel: Parallel) -> State:
     for name, part, value in engine.tables.state():
         layer = layers[int(name.removeprefix("layer").split(".")[0])]
         key = f"optimizer.{part}.tables.{name}"
-        state["table_optimizer"][f"{name}.{part}"] = table_shard(
-            key, value, layer.layout.offset, layer.layout.shape, parallel.expert_data_rank
-        )
+        layout, copy = layer.layout, parallel.expert_data_rank
+        if value.dim() == 1 and layout.column_shard:  # a number a row: every column shard has it
+            copy += parallel.world_size
+        offset, shape = layout.offset[: value.dim()], layout.shape[: value.dim()]
+        state["table_optimizer"][f"{name}.{part}"] = table_shard(key, value, offset, shape, copy)
     return state
 
 
@@ -244,7 +246,13 @@ def check_resumable(path: Path, config: Config, identity: list[list[Any]], manif
     """
     saved, wanted = manifest["config"], config.model_dump(mode="json")
     fixed = [(section, key) for section in ("model", "peer") for key in wanted[section]]
-    for section, key in [*fixed, ("data", "split"), ("train", "seed"), ("train", "global_batch_size")]:
+    for section, key in [
+        *fixed,
+        ("data", "split"),
+        ("table_optimizer", "name"),
+        ("train", "seed"),
+        ("train", "global_batch_size"),
+    ]:
         if saved.get(section, {}).get(key) != wanted[section][key]:
             raise CheckpointError(
                 f"{path}: was made with {section}.{key} = {saved.get(section, {}).get(key)}, but the config says "

@@ -25,7 +25,7 @@ from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch
 from peer_dist.evaluation.usage import ExpertUsage
 from peer_dist.megatron import Parallel, build_model, peer_layers, run_forward_backward
-from peer_dist.optim import TableAdam, learning_rate_factor
+from peer_dist.optim import TableOptimizer, learning_rate_factor
 from peer_dist.tracing import StepTimes, listen, span
 from peer_dist.training.checkpoints import (
     CheckpointStore,
@@ -126,7 +126,16 @@ class Trainer:
         table, dense = self.config.table_optimizer, self.config.optimizer
         return ZeroEngine(
             self.model,
-            TableAdam(tables, table.lr, table.betas, table.eps, table.weight_decay),
+            TableOptimizer(
+                tables,
+                table.name,
+                table.lr,
+                table.betas,
+                table.eps,
+                table.weight_decay,
+                self.config.model.hidden_size,
+                self.parallel.experts.columns,
+            ),
             mpu=self.parallel.mpu,
             expert_data_group=self.parallel.expert_data_group,
             norm_group=self.parallel.data_parallel_group,

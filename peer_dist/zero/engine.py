@@ -32,7 +32,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
-from peer_dist.optim import TableAdam
+from peer_dist.optim import TableOptimizer
 
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -75,7 +75,7 @@ class ZeroEngine:
     def __init__(
         self,
         model: nn.Module,
-        tables: TableAdam,
+        tables: TableOptimizer,
         *,
         mpu: Any,
         expert_data_group: dist.ProcessGroup,
