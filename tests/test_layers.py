@@ -42,7 +42,11 @@ def plain_peer(layer, x, query_norm):
         query = query * layer.norm.weight.view(layer.heads, -1)
     scores, expert = all_scores(query, layer.keys).topk(layer.top_k, dim=-1)
     hidden = ACTIVATIONS[layer.activation](torch.einsum("td,thkd->thk", x, layer.down[expert]))
-    return torch.einsum("thk,thkd->td", GATES[layer.gate](scores) * hidden, layer.up[expert])
+    y = torch.einsum("thk,thkd->td", GATES[layer.gate](scores) * hidden, layer.up[expert])
+    if layer.output_gate:
+        gate = x @ layer.gate_in.weight.T
+        y = (y * gate / (1 + torch.exp(-gate))) @ layer.gate_out.weight.T
+    return y
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,7 @@ def test_layer_and_every_gradient(query_norm, gate, activation, shared):
     torch.manual_seed(1)
     layer = PEER(
         11, 49, heads=5, top_k=4, key_dim=6, query_norm=query_norm, gate=gate, activation=activation,
-        shared_keys=shared, dtype=torch.float64,
+        shared_keys=shared, output_gate=activation == "silu", dtype=torch.float64,
     )  # fmt: skip
     for parameter in layer.norm.parameters():
         torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -199,7 +203,7 @@ def test_reset_parameters_is_a_new_layer(query_norm):
 def test_output_variance_at_the_start(gate, activation):
     for output_std in (None, 0.3):
         layer = PEER(64, 64**2, heads=4, top_k=8, key_dim=32, gate=gate, activation=activation, seed=3,
-                     output_std=output_std)  # fmt: skip
+                     output_std=output_std, output_gate=gate == "sigmoid")  # fmt: skip
         y = layer(torch.randn(2000, 64))
         want = output_std or math.sqrt(activation_second_moment(ACTIVATIONS[activation]))
         assert float(y.detach().std()) == pytest.approx(want, rel=0.1)

@@ -69,7 +69,7 @@ LAYERS = {
     },
     "per-head keys, sigmoid": {
         "num_experts": 64, "heads": 4, "top_k": 3, "key_dim": 4, "query_norm": "rms", "gate": "sigmoid",
-        "activation": "silu", "shared_keys": False,
+        "activation": "silu", "shared_keys": False, "output_gate": True,
     },
     "tiny pool, every expert picked": {
         "num_experts": 9, "heads": 6, "top_k": 3, "key_dim": 4, "query_norm": "layer", "gate": "relu",

@@ -137,7 +137,9 @@ def test_one_rank_equals_plain_pytorch(small):
     assert max(norms) > small["optimizer"]["grad_clip"], "the case must clip"
 
 
-@pytest.mark.parametrize("peer", [{"query_norm": "batch"}, {"query_norm": "rms", "shared_keys": False}])
+@pytest.mark.parametrize(
+    "peer", [{"query_norm": "batch"}, {"query_norm": "rms", "shared_keys": False, "output_gate": True}]
+)
 def test_layouts_train_to_the_same_losses(small, peer):
     """10 steps on 1 rank, data parallel, grids of row and column shards, with copies and without; sequences per forward
     pass held equal.
@@ -237,6 +239,19 @@ def test_row_wise_optimizers_in_any_layout(small, kind):
     other = with_keys(small, train={"micro_batch_size": 8}, table_optimizer={"name": "adam"})
     with pytest.raises(AssertionError, match=f"was made with table_optimizer.name = {kind}, but the config says adam"):
         run_ranks(loading, 1, other)
+
+
+def test_a_checkpoint_older_than_a_key_is_resumed_at_its_default(small):
+    from peer_dist.megatron import CheckpointError
+    from peer_dist.training.checkpoints import check_resumable
+
+    config = parse_config(small, "test")
+    manifest = {"config": config.model_dump(mode="json"), "data": []}
+    del manifest["config"]["peer"]["output_gate"]
+    check_resumable(Path("run"), config, [], manifest)
+    gated = parse_config(with_keys(small, peer={"output_gate": True}), "test")
+    with pytest.raises(CheckpointError, match=r"was made with peer.output_gate = False, but the config says True"):
+        check_resumable(Path("run"), gated, [], manifest)
 
 
 def test_init_from_takes_the_weights_only(small, tmp_path):

@@ -75,6 +75,7 @@ class PEERSection(Section):
     gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="router score to gate")
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="the experts' activation")
     shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
+    output_gate: bool = Field(False, description="y becomes (y * silu(x W1)) W2 (Memory+)")
     table_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them"
     )

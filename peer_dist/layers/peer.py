@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_dist.kernels import ACTIVATIONS, huge_pages
@@ -62,6 +63,8 @@ class PEER(nn.Module):
         gate: ``softmax`` over the k retrieved scores, ``sigmoid`` or ``relu``.
         activation: ``gelu``, ``relu`` or ``silu``.
         shared_keys: one set of keys for all heads, or one per head.
+        output_gate: multiply the experts' sum by ``silu(gate_in(x))`` and map it by ``gate_out``, both
+            ``[dim, dim]`` (Memory Layers at Scale, arXiv 2412.09764).
         group: process group over which the tables are row-sharded, or a grid of ranks; None keeps them whole.
         data_group: ranks that see different tokens, for batch statistics; defaults to ``group``.
         output_std: standard deviation of an output component at initialisation.
@@ -72,7 +75,8 @@ class PEER(nn.Module):
         device, dtype: as everywhere in torch.
 
     State dict: ``query.weight [heads*key_dim, dim]``, ``keys [2, sqrt(N), key_dim/2]`` (``[heads, 2, ...]``
-    if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, and the norm's.
+    if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, and the norm's and the
+    output gate's.
 
     Raises:
         ValueError: an impossible size or an unknown option.
@@ -90,6 +94,7 @@ class PEER(nn.Module):
         activation: str = "gelu",
         *,
         shared_keys: bool = True,
+        output_gate: bool = False,
         group: dist.ProcessGroup | ExpertGroups | None = None,
         data_group: dist.ProcessGroup | None = None,
         output_std: float | None = None,
@@ -123,7 +128,7 @@ class PEER(nn.Module):
             top_k,
             key_dim,
         )
-        self.gate, self.activation, self.sparse_grad = gate, activation, sparse_grad
+        self.gate, self.activation, self.sparse_grad, self.output_gate = gate, activation, sparse_grad, output_gate
         if group is not None and not isinstance(group, ExpertGroups):
             group = ExpertGroups.over(group)
         self.layout = GridLayout(num_experts, dim, group)
@@ -138,6 +143,9 @@ class PEER(nn.Module):
         self.query = nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype)
         self.norm = make_query_norm(query_norm, heads, key_dim, data_group)
         self.norm.to(device=device, dtype=dtype)
+        if output_gate:
+            self.gate_in = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+            self.gate_out = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
         table_dtype = table_dtype or self.keys.dtype
         self.down = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
@@ -166,6 +174,12 @@ class PEER(nn.Module):
         up_std = output_std / math.sqrt(second_moment * self._gate_energy(seed))
         self._draw_rows(self.down, self.dim**-0.5, seed + 1)
         self._draw_rows(self.up, up_std, seed + 2)
+        if self.output_gate:  # the output keeps its standard deviation
+            generator.manual_seed(seed + 4)
+            gate_moment = activation_second_moment(F.silu)
+            for linear, std in ((self.gate_in, self.dim**-0.5), (self.gate_out, (self.dim * gate_moment) ** -0.5)):
+                drawn = torch.empty(linear.weight.shape, device=self.keys.device)
+                linear.weight.copy_(drawn.normal_(0, std, generator=generator))
 
     def _drawn_seed(self) -> int:
         """From torch's generator; the first rank's everywhere, since all but the tables is replicated."""
@@ -230,6 +244,8 @@ class PEER(nn.Module):
             self.traffic,
             self.sparse_grad,
         )
+        if self.output_gate:
+            y = self.gate_out(y * F.silu(self.gate_in(tokens)))
         return y.view_as(x)
 
     def extra_repr(self) -> str:

@@ -245,19 +245,15 @@ def check_resumable(path: Path, config: Config, identity: list[list[Any]], manif
         CheckpointError: naming the first key that differs.
     """
     saved, wanted = manifest["config"], config.model_dump(mode="json")
-    fixed = [(section, key) for section in ("model", "peer") for key in wanted[section]]
-    for section, key in [
-        *fixed,
-        ("data", "split"),
-        ("table_optimizer", "name"),
-        ("train", "seed"),
-        ("train", "global_batch_size"),
-    ]:
-        if saved.get(section, {}).get(key) != wanted[section][key]:
+    keys = [(section, key) for section in ("model", "peer") for key in wanted[section]]
+    keys += [("data", "split"), ("table_optimizer", "name"), ("train", "seed"), ("train", "global_batch_size")]
+    for section, key in keys:
+        field = type(getattr(config, section)).model_fields[key]
+        before = saved.get(section, {}).get(key, field.get_default())  # an older version did not have it
+        if before != wanted[section][key]:
             raise CheckpointError(
-                f"{path}: was made with {section}.{key} = {saved.get(section, {}).get(key)}, but the config says "
-                f"{wanted[section][key]}; set it back, choose another checkpoint.dir, or start from its weights "
-                "with checkpoint.init_from"
+                f"{path}: was made with {section}.{key} = {before}, but the config says {wanted[section][key]}; set it "
+                "back, choose another checkpoint.dir, or start from its weights with checkpoint.init_from"
             )
 
     if manifest["data"] != identity:
