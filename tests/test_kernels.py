@@ -55,7 +55,7 @@ def backend(request, monkeypatch):
 )
 def test_forward_and_gradients(backend, sparse, tokens, dim, rows, most, activation, seed):
     dtype = torch.float32 if backend == "native" else torch.float64
-    tolerance = 1e-5 if backend == "native" else 1e-12
+    tolerance = 1e-4 if backend == "native" else 1e-12  # of float32 sums that may cancel
     picks, values = case(tokens, dim, rows, most, dtype, seed)
     x, gate, down, up = values
     assert native.available(x, down, up) == (backend == "native")
