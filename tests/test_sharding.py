@@ -245,6 +245,18 @@ def test_the_cost_model_counts_what_is_sent(world_size, columns):
     assert (counted > 0) == (world_size > 1)
 
 
+def lonely_case(rank, world_size):
+    layer = build({"layer": {"num_experts": 16, "top_k": 3, "query_norm": "none"}}, dist.group.WORLD)
+    for name in ("all_to_all_single", "all_reduce"):
+        setattr(dist, name, None)
+    layer(tokens_of([5])[0]).sum().backward()
+    return layer.layout.groups is not None and layer.traffic.bytes_sent == 0
+
+
+def test_a_group_of_one_exchanges_nothing():
+    assert run_ranks(lonely_case, 1) == [True]
+
+
 def twice_case(rank, world_size):
     """The exchange alone, of a few picks; twice differentiated, it must say no rather than be wrong."""
     layout = GridLayout(9, DIM, ExpertGroups.over(dist.group.WORLD))

@@ -13,6 +13,11 @@ from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import MicroBatch, Parallel, run_forward_backward, segment_mask
 
 
+def perplexity_of(loss: float) -> float:
+    """``exp(loss)``, a number whatever the loss."""
+    return math.exp(min(loss, 700.0))
+
+
 @dataclass(frozen=True)
 class HeldOutLoss:
     """Attributes: ``loss`` in nats per token; ``tokens`` it is the mean of."""
@@ -22,7 +27,7 @@ class HeldOutLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return perplexity_of(self.loss)
 
 
 def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) -> dict[str, torch.Tensor | None]:

@@ -13,7 +13,7 @@ from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import HeldOutStream, SplitStreams, open_data
 from peer_dist.evaluation.loading import load_model
-from peer_dist.evaluation.perplexity import held_out_loss, unigram_loss
+from peer_dist.evaluation.perplexity import held_out_loss, perplexity_of, unigram_loss
 from peer_dist.evaluation.usage import ExpertUsage, UsageSummary
 from peer_dist.megatron import peer_layers
 from peer_dist.training.checkpoints import find_checkpoint
@@ -37,13 +37,13 @@ class Report:
     usage: dict[int, UsageSummary]
 
     def json(self) -> str:
-        return json.dumps({**asdict(self), "perplexity": math.exp(min(self.loss, 700.0))})
+        return json.dumps({**asdict(self), "perplexity": perplexity_of(self.loss)})
 
     def rows(self) -> Iterator[tuple[str, str]]:
         yield "checkpoint", f"{self.checkpoint} (step {self.step})"
         yield "text", f"{self.data}, {self.split}: {self.tokens:,} tokens"
         yield "loss", f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
-        yield "perplexity", f"{math.exp(min(self.loss, 700.0)):.3f}"
+        yield "perplexity", f"{perplexity_of(self.loss):.3f}"
         if self.unigram_loss is not None:
             yield (
                 "unigram perplexity",

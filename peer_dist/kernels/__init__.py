@@ -109,8 +109,7 @@ class _ExpertMix(torch.autograd.Function):
             if sum_columns is None:
                 y, pre = ops.forward(x.contiguous(), picks, gate, down, up, activation)
             else:
-                pre = sum_columns(ops.dots(x.contiguous(), down, picks))
-                y = ops.mix(ACTIVATIONS[activation](pre) * gate.to(pre.dtype), up, picks)
+                y, pre = reference.by_halves(ops, x.contiguous(), picks, gate, down, up, activation, sum_columns)
         ctx.picks, ctx.activation, ctx.sparse_grad, ctx.sum_columns = picks, activation, sparse_grad, sum_columns
         ctx.save_for_backward(x, pre, gate, down, up)
         return y.to(x.dtype)
@@ -127,9 +126,9 @@ class _ExpertMix(torch.autograd.Function):
             if ctx.sum_columns is None:
                 dx, dgate, dpre, hidden = ops.backward(dy, x, picks, pre, gate, down, up, ctx.activation)
             else:
-                dhidden = ctx.sum_columns(ops.dots(dy, up, picks))
-                dgate, dpre, hidden = reference.gated(pre, gate, dhidden, ctx.activation)
-                dx = ops.mix(dpre, down, picks)
+                dx, dgate, dpre, hidden = reference.backward_by_halves(
+                    ops, dy, picks, pre, gate, down, up, ctx.activation, ctx.sum_columns
+                )
             ddown: Tensor | None = None
             dup: Tensor | None = None
             if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:

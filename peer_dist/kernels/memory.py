@@ -11,7 +11,6 @@ import weakref
 import torch
 from torch import Tensor
 
-_MADV_HUGEPAGE = 14
 _LARGE = 1 << 24  # bytes from which pages matter
 
 _idle: list[mmap.mmap] = []
@@ -26,7 +25,7 @@ def huge_pages(tensor: Tensor) -> Tensor:
         begin = -(-tensor.data_ptr() // page) * page
         length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
         libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(_MADV_HUGEPAGE))
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
     return tensor
 
 

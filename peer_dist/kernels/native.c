@@ -57,10 +57,10 @@ static inline void fetch(const void *row, i64 bytes) {
 }
 
 static inline float total(v16 v) {
-  float lanes[16], sum = 0;
-  memcpy(lanes, &v, sizeof v);
+  float each[16], sum = 0;
+  memcpy(each, &v, sizeof v);
 #pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < 16; i++) sum += lanes[i];
+  for (int i = 0; i < 16; i++) sum += each[i];
   return sum;
 }
 
@@ -156,10 +156,9 @@ static inline void stream_bf16(bf16 *to, v16 v) { store_bf16(to, v); } /* half a
 static inline i64 collect(const float *s, int32_t at, float least, i64 held, float *value, int32_t *index) {
 #if defined(__AVX512F__)
   __m512 v = _mm512_loadu_ps(s);
-  __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __mmask16 in = _mm512_cmp_ps_mask(v, _mm512_set1_ps(least), _CMP_NLT_UQ);
   _mm512_storeu_ps(value + held, _mm512_maskz_compress_ps(in, v));
-  _mm512_storeu_si512(index + held, _mm512_maskz_compress_epi32(in, _mm512_add_epi32(lane, _mm512_set1_epi32(at))));
+  _mm512_storeu_si512(index + held, _mm512_maskz_compress_epi32(in, _mm512_add_epi32((__m512i)lanes, _mm512_set1_epi32(at))));
   return held + __builtin_popcount(in);
 #else
   for (int i = 0; i < 16; i++) value[held] = s[i], index[held] = at + i, held += !(s[i] < least);
@@ -336,7 +335,7 @@ static inline void NAME(dots_of)(i64 p0, i64 p1, i64 dim, const float *x, const 
   for (i64 p = p0; p < p1; p++) {
     i64 ahead = p + AHEAD;
     if (ahead < p1) fetch(table + expert[ahead] * dim, dim * sizeof(ROW));
-    else if (next && ahead - (p1 - p0) < p1) fetch(next + expert[ahead - (p1 - p0)] * dim, dim * sizeof(ROW));
+    else if (ahead - (p1 - p0) < p1) fetch(next + expert[ahead - (p1 - p0)] * dim, dim * sizeof(ROW));
     out[p - p0] = NAME(dot)(x, table + expert[p] * dim, dim);
   }
 }

@@ -87,6 +87,44 @@ def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor
     return a.gather(1, i[position]) * first.shape[1] + b.gather(1, j[position]), best
 
 
+def by_halves(
+    ops: Any,
+    x: Tensor,
+    picks: Picks,
+    gate: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_columns: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A backend's ``forward`` (see :class:`Composed`) out of its ``dots`` and ``mix``; between them ``sum_columns``
+    may add up the partial dots of column slices.
+    """
+    pre = ops.dots(x, down, picks)
+    if sum_columns is not None:
+        pre = sum_columns(pre)
+    return ops.mix(ACTIVATIONS[activation](pre) * gate.to(pre.dtype), up, picks), pre
+
+
+def backward_by_halves(
+    ops: Any,
+    dy: Tensor,
+    picks: Picks,
+    pre: Tensor,
+    gate: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_columns: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A backend's ``backward`` (see :class:`Composed`), likewise."""
+    dhidden = ops.dots(dy, up, picks)
+    if sum_columns is not None:
+        dhidden = sum_columns(dhidden)
+    dgate, dpre, hidden = gated(pre, gate, dhidden, activation)
+    return ops.mix(dpre, down, picks), dgate, dpre, hidden
+
+
 def gated(pre: Tensor, gate: Tensor, dhidden: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """``dgate``, ``dpre`` and ``hidden`` of ``hidden = act(pre) * gate``, ``[picks]`` each, in ``pre``'s dtype."""
     with torch.enable_grad():
@@ -112,9 +150,7 @@ class Composed:
         """The layer's output ``[tokens, dim]`` and its pre-activations ``x_t . down_e``, ``[picks]``, both in
         at least float32. ``gate``: ``[picks]``.
         """
-        pre = self.dots(x, down, picks)
-        hidden = ACTIVATIONS[activation](pre) * gate.to(pre.dtype)
-        return self.mix(hidden, up, picks), pre
+        return by_halves(self, x, picks, gate, down, up, activation)
 
     def backward(
         self, dy: Tensor, x: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
@@ -122,8 +158,7 @@ class Composed:
         """``dx [tokens, dim]``, and per pick ``dgate``, ``dpre`` and ``hidden`` (the gated activation), which
         the tables' gradients need; in at least float32. ``dy, x``: ``[tokens, dim]``.
         """
-        dgate, dpre, hidden = gated(pre, gate, self.dots(dy, up, picks), activation)
-        return self.mix(dpre, down, picks), dgate, dpre, hidden
+        return backward_by_halves(self, dy, picks, pre, gate, down, up, activation)
 
     def table_grads(
         self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype

@@ -161,8 +161,7 @@ class PEER(nn.Module):
             seed = self._drawn_seed()
         generator = torch.Generator(self.keys.device).manual_seed(seed)
         # drawn in float32 whatever the dtype, so that the dtype only rounds
-        query = torch.empty(self.query.weight.shape, device=self.keys.device)
-        self.query.weight.copy_(query.normal_(0, self.dim**-0.5, generator=generator))
+        self._draw(self.query, self.dim**-0.5, generator)
         bound = (self.key_dim / 2) ** -0.5
         keys = torch.empty(self.keys.shape, device=self.keys.device)
         self.keys.copy_(keys.uniform_(-bound, bound, generator=generator))
@@ -177,9 +176,12 @@ class PEER(nn.Module):
         if self.output_gate:  # the output keeps its standard deviation
             generator.manual_seed(seed + 4)
             gate_moment = activation_second_moment(F.silu)
-            for linear, std in ((self.gate_in, self.dim**-0.5), (self.gate_out, (self.dim * gate_moment) ** -0.5)):
-                drawn = torch.empty(linear.weight.shape, device=self.keys.device)
-                linear.weight.copy_(drawn.normal_(0, std, generator=generator))
+            self._draw(self.gate_in, self.dim**-0.5, generator)
+            self._draw(self.gate_out, (self.dim * gate_moment) ** -0.5, generator)
+
+    def _draw(self, linear: nn.Linear, std: float, generator: torch.Generator) -> None:
+        drawn = torch.empty(linear.weight.shape, device=self.keys.device)
+        linear.weight.copy_(drawn.normal_(0, std, generator=generator))
 
     def _drawn_seed(self) -> int:
         """From torch's generator; the first rank's everywhere, since all but the tables is replicated."""

@@ -27,6 +27,8 @@ class TableOptimizer:
         kind: one of :data:`KINDS`.
         dim: columns of the whole tables, which a row's mean is over.
         columns: ranks that hold the other columns of these rows; None if there are none.
+        copies: ranks that hold copies of these shards; None if there are none.
+        data_parallel_size: what gradients are averaged over.
     """
 
     def __init__(
@@ -39,8 +41,11 @@ class TableOptimizer:
         weight_decay: float,
         dim: int,
         columns: dist.ProcessGroup | None = None,
+        copies: dist.ProcessGroup | None = None,
+        data_parallel_size: int = 1,
     ) -> None:
         self.tables = dict(tables)
+        self._copies, self._data_parallel_size = copies, data_parallel_size
         self._masters = {
             name: table if table.dtype == torch.float32 else table.detach().float().requires_grad_()
             for name, table in self.tables.items()
@@ -59,15 +64,8 @@ class TableOptimizer:
     def _state(self, master: Tensor) -> dict[str, Tensor]:
         assert self._optimizer is not None
         state: dict[str, Tensor] = self._optimizer.state[master]
-        if state:
-            return state
-        # what the optimizer itself would make at its first step
-        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-        if isinstance(self._optimizer, _Rowwise):
-            if self._optimizer.momentum:
-                state["exp_avg"] = torch.zeros_like(master).detach()
-            state["row_sq"] = torch.zeros(len(master), device=master.device)
-        else:
+        if not state:  # what AdamW itself would make at its first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"] = torch.zeros_like(master, memory_format=torch.preserve_format).detach()
             state["exp_avg_sq"] = torch.zeros_like(master, memory_format=torch.preserve_format).detach()
         return state
@@ -76,6 +74,25 @@ class TableOptimizer:
         if self._optimizer is not None:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
+
+    @torch.no_grad()
+    def grad_norm(self, device: torch.device) -> Tensor:
+        """Reduce the gradients over the copies and average them; their norm over all shards of all ranks.
+
+        A collective call of the whole world, with tables or without. The norm, a float32 number on ``device``, is the
+        very same on every rank.
+        """
+        copies = 1 if self._copies is None else dist.get_world_size(self._copies)
+        squares = torch.zeros((), dtype=torch.float32, device=device)
+        for table in self.tables.values():
+            if table.grad is None:
+                table.grad = torch.zeros_like(table)
+            if copies > 1:
+                dist.all_reduce(table.grad, group=self._copies)
+            table.grad.div_(self._data_parallel_size)
+            squares += torch.linalg.vector_norm(table.grad, dtype=torch.float32).square()
+        dist.all_reduce(squares)
+        return (squares / copies).sqrt()
 
     @torch.no_grad()
     def step(self, grad_scale: float) -> None:
@@ -137,6 +154,12 @@ class _Rowwise(torch.optim.Optimizer):
     ) -> None:
         super().__init__(tables, options)
         self.momentum, self.betas, self.dim, self.columns = momentum, betas, dim, columns
+        for table in tables:
+            state = self.state[table]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=table.device)
+            if momentum:
+                state["exp_avg"] = torch.zeros_like(table).detach()
+            state["row_sq"] = torch.zeros(len(table), device=table.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peer_dist.sharding.exchange import merge_picks
+from peer_dist.sharding.layout import first_of
+
 COUNT = 4  # bytes of a row number, and of a token's number of picks
 PARTIAL = 4  # bytes of a partial dot product
 
@@ -51,16 +54,16 @@ def exchange_bytes(
         itemsize: bytes of an element of ``x``, ``y`` and their gradients.
         gate_itemsize: bytes of a gate and of its gradient.
     """
-    starts = torch.tensor([num_experts * shard // row_shards for shard in range(row_shards)])
-    expert = indices.sort(1).values
-    fresh = torch.ones_like(expert, dtype=torch.bool)
-    fresh[:, 1:] = expert[:, 1:] != expert[:, :-1]
+    starts = torch.tensor([first_of(num_experts, shard, row_shards) for shard in range(row_shards)])
+    token, expert, _ = merge_picks(indices, torch.zeros(indices.shape))
     owner = torch.bucketize(expert, starts, right=True) - 1
-    each = torch.zeros(len(expert), row_shards, dtype=torch.int64).scatter_add_(1, owner, fresh.long())
+    each = torch.bincount(token * row_shards + owner, minlength=len(indices) * row_shards).view(
+        len(indices), row_shards
+    )
     tokens, picks = (each > 0).sum(0), each.sum(0)
 
     row, column = divmod(home, column_shards)
-    own_width = dim * (column + 1) // column_shards - dim * column // column_shards
+    own_width = first_of(dim, column + 1, column_shards) - first_of(dim, column, column_shards)
     slices = int(tokens.sum()) * dim - int(tokens[row]) * own_width
     away_tokens, away_picks = (int(counts.sum() - counts[row]) for counts in (tokens, picks))
     all_tokens, all_picks = int(tokens.sum()), int(picks.sum())

@@ -114,10 +114,9 @@ class ExchangePlan:
 
     def sum_columns(self, value: Tensor) -> Tensor:
         """Partial sums ``[received picks]`` -> their sum over the column shards, in place."""
-        if self.layout.column_shards > 1:
-            dist.all_reduce(value, group=self.groups.columns)
-            others = self.layout.column_shards - 1  # a ring sends each number on twice, but for a rank's own part
-            self.traffic.bytes_sent += 2 * others * value.nbytes // self.layout.column_shards
+        dist.all_reduce(value, group=self.groups.columns)
+        others = self.layout.column_shards - 1  # a ring sends each number on twice, but for a rank's own part
+        self.traffic.bytes_sent += 2 * others * value.nbytes // self.layout.column_shards
         return value
 
 

@@ -62,6 +62,11 @@ class ExpertGroups:
         return cls(group, rows, column)
 
 
+def first_of(size: int, shard: int, shards: int) -> int:
+    """Where a shard of ``size`` rows or columns begins; of ``shards`` itself, ``size``."""
+    return size * shard // shards
+
+
 @dataclass(frozen=True)
 class GridLayout:
     """Contiguous row and column shards of ``[num_experts, dim]`` tables; sizes differ by at most one.
@@ -94,11 +99,11 @@ class GridLayout:
 
     def first_row(self, shard: int) -> int:
         """The first global row of a row shard; of ``row_shards`` itself, ``num_experts``."""
-        return self.num_experts * shard // self.row_shards
+        return first_of(self.num_experts, shard, self.row_shards)
 
     def columns_of(self, shard: int) -> slice:
         """The columns of a column shard."""
-        return slice(self.dim * shard // self.column_shards, self.dim * (shard + 1) // self.column_shards)
+        return slice(*(first_of(self.dim, each, self.column_shards) for each in (shard, shard + 1)))
 
     @property
     def rows(self) -> range:

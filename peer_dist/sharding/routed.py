@@ -37,7 +37,7 @@ def routed_experts(
         ``[tokens, dim]``. The gradients of ``down`` and ``up`` are summed over the tokens of all ranks of the
         domain: those of the SUM of the ranks' losses.
     """
-    if layout.groups is None:
+    if layout.row_shards * layout.column_shards == 1:
         traffic.picks_received += indices.numel()
         return expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
     with span("dispatch"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import resource
@@ -22,7 +21,7 @@ from peer_dist import __version__
 from peer_dist.config import Config, ConfigError, check_world
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import open_data, open_tokenizer
-from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch
+from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch, perplexity_of
 from peer_dist.evaluation.usage import ExpertUsage
 from peer_dist.megatron import Parallel, build_model, peer_layers, run_forward_backward
 from peer_dist.optim import TableOptimizer, learning_rate_factor
@@ -135,11 +134,10 @@ class Trainer:
                 table.weight_decay,
                 self.config.model.hidden_size,
                 self.parallel.experts.columns,
+                self.parallel.expert_data_group,
+                self.parallel.data_parallel_size,
             ),
             mpu=self.parallel.mpu,
-            expert_data_group=self.parallel.expert_data_group,
-            norm_group=self.parallel.data_parallel_group,
-            data_parallel_size=self.parallel.data_parallel_size,
             lr=dense.lr,
             betas=dense.betas,
             eps=dense.eps,
@@ -237,7 +235,7 @@ class Trainer:
     ) -> dict[str, float]:
         values = {
             "train/loss": loss,
-            "train/perplexity": math.exp(min(loss, 700.0)),
+            "train/perplexity": perplexity_of(loss),
             "optimizer/lr": lr,
             "optimizer/table_lr": table_lr,
             "optimizer/grad_norm": result.grad_norm,

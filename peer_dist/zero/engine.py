@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -62,9 +61,6 @@ class ZeroEngine:
         model: without its tables (released).
         tables: the optimizer of the expert tables.
         mpu: Megatron's groups in the form that DeepSpeed asks for.
-        expert_data_group: ranks that hold the same table shard.
-        norm_group: ranks that hold all copies of the tables between them.
-        data_parallel_size: what gradients are averaged over.
         grad_clip: global norm to clip at; 0 never clips.
         dtype: of the model's parameters, float32 or bfloat16.
 
@@ -78,9 +74,6 @@ class ZeroEngine:
         tables: TableOptimizer,
         *,
         mpu: Any,
-        expert_data_group: dist.ProcessGroup,
-        norm_group: dist.ProcessGroup,
-        data_parallel_size: int,
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -89,8 +82,7 @@ class ZeroEngine:
         dtype: torch.dtype,
     ) -> None:
         self.tables = tables
-        self._expert_data_group, self._norm_group = expert_data_group, norm_group
-        self._data_parallel_size, self._grad_clip = data_parallel_size, grad_clip
+        self._grad_clip = grad_clip
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -137,22 +129,9 @@ class ZeroEngine:
         with self._engine.coalesce_grad_reduction():
             yield
 
-    @torch.no_grad()
     def _table_norm(self) -> Tensor:
-        """Reduce the tables' gradients; their norm over all shards. Called by DeepSpeed inside its step."""
-        device = next(iter(self._parameters.values())).device
-        squares = torch.zeros((), dtype=torch.float32, device=device)
-        for table in self.tables.tables.values():
-            if table.grad is None:
-                table.grad = torch.zeros_like(table)
-            if dist.get_world_size(self._expert_data_group) > 1:
-                dist.all_reduce(table.grad, group=self._expert_data_group)
-            table.grad.div_(self._data_parallel_size)
-            squares += torch.linalg.vector_norm(table.grad, dtype=torch.float32).square()
-        # over all copies too, so that every rank has the very same number
-        dist.all_reduce(squares, group=self._norm_group)
-        squares /= dist.get_world_size(self._expert_data_group)
-        norm = squares.sqrt()
+        """Called by DeepSpeed inside its step."""
+        norm = self.tables.grad_norm(next(iter(self._parameters.values())).device)
         # -1 is how DeepSpeed marks a norm that is not finite
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
