@@ -153,7 +153,7 @@ def test_attention_is_megatrons(parallel: Parallel, documents: bool) -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
-    config = build_model(make_config(), parallel, VOCAB, torch.float32).config
+    config = build_model(make_config(), parallel, VOCAB, torch.float32)[0].config
     theirs = DotProductAttention(config, 1, AttnMaskType.causal, "self")
     q, k, v = (torch.randn(SEQ, 2, 2, 16) for _ in range(3))
     mask = make_batch()["attention_mask"]
@@ -229,7 +229,7 @@ def test_output_std_is_the_dense_layers(parallel: Parallel, activation: str) -> 
     """Of the dense feed-forward as the formula has it, and of the PEER layer in its place."""
     config = make_config(peer={"num_experts": 1024}, hidden_size=128, ffn_hidden_size=512, ffn_activation=activation)
     model = build_model(config, parallel, VOCAB, torch.float32)
-    for layer, tolerance in zip(model.decoder.layers, (0.05, 0.15)):
+    for layer, tolerance in zip(model[0].decoder.layers, (0.05, 0.15)):
         with torch.no_grad():
             out, bias = layer.mlp(torch.randn(512, 1, 128))
         assert bias is None
@@ -258,11 +258,11 @@ def test_model_has_the_configured_parts(parallel: Parallel, tied: bool) -> None:
     model = build_model(make_config(tied_embeddings=tied), parallel, VOCAB, torch.bfloat16)
     assert torch.equal(state, torch.get_rng_state())
     names = dict(model.named_parameters())
-    assert ("output_layer.weight" in names) is not tied
+    assert ("0.output_layer.weight" in names) is not tied
     assert not [name for name in names if name.endswith("bias") and "peer" not in name]
     assert list(peer_layers(model)) == [2]
-    assert names["decoder.layers.1.mlp.peer.down"].dtype == torch.float32
-    assert names["decoder.layers.0.mlp.linear_fc1.weight"].dtype == torch.bfloat16
+    assert names["0.decoder.layers.1.mlp.peer.down"].dtype == torch.float32
+    assert names["0.decoder.layers.0.mlp.linear_fc1.weight"].dtype == torch.bfloat16
     batch = make_batch()
     losses = token_losses(model, batch["tokens"], batch["labels"])
     assert losses.dtype == torch.float32
@@ -486,16 +486,16 @@ def test_dense_state_leaves_the_tables_out(parallel: Parallel) -> None:
 def test_missing_and_extra_keys_are_named(saved: tuple[dict[str, Any], Path]) -> None:
     state, folder = saved
     norm = "decoder.final_layernorm.weight"
-    more = {**state, "new": checkpoint.like(state["dense"][norm], torch.zeros(32), "invented")}
+    more = {**state, "new": checkpoint.like(state["dense"][f"0.{norm}"], torch.zeros(32), "invented")}
     with pytest.raises(CheckpointError, match=r"^invented is missing from the checkpoint"):
         checkpoint.load(more, folder)
-    fewer = {**state, "dense": {name: value for name, value in state["dense"].items() if name != norm}}
+    fewer = {**state, "dense": {name: value for name, value in state["dense"].items() if name != f"0.{norm}"}}
     with pytest.raises(CheckpointError, match=f"^{norm} is in the checkpoint .* but not in the model"):
         checkpoint.load(fewer, folder)
-    assert norm not in checkpoint.load(fewer, folder, partial=True)["dense"]
+    assert f"0.{norm}" not in checkpoint.load(fewer, folder, partial=True)["dense"]
     other = {
         **state,
-        "dense": {**state["dense"], norm: checkpoint.table_shard(norm, torch.zeros(7), (0,), (7,), 0)},
+        "dense": {**state["dense"], f"0.{norm}": checkpoint.table_shard(norm, torch.zeros(7), (0,), (7,), 0)},
     }
     with pytest.raises(CheckpointError, match=rf"^{norm} has shape \(32,\) in the checkpoint .* and \(7,\)"):
         checkpoint.load(other, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,15 +64,16 @@ def check_world(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: ranks, batch or experts do not fit ``world_size``.
     """
-    rows, columns = config.parallel.expert, config.parallel.expert_tensor
-    if world_size % (rows * columns):
-        key, size = "parallel.expert", str(rows)
-        if columns > 1:
-            key, size = "parallel.expert x expert_tensor", f"{rows} x {columns}"
-        raise ConfigError(
-            f"{key}: {size} does not divide the {world_size} rank(s) that were started; "
-            f"start a multiple of {rows * columns} ranks or lower it"
-        )
+    parallel = config.parallel
+    rows, columns = parallel.expert, parallel.expert_tensor
+    for keys in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
+        sizes = {key: getattr(parallel, key) for key in keys if getattr(parallel, key) > 1}
+        product = math.prod(sizes.values())
+        if world_size % product:
+            raise ConfigError(
+                f"parallel.{' x '.join(sizes)}: {' x '.join(map(str, sizes.values()))} does not divide the "
+                f"{world_size} rank(s) that were started; start a multiple of {product} ranks or lower it"
+            )
     if rows > config.peer.num_experts:
         raise ConfigError(f"parallel.expert: {rows} shards for {config.peer.num_experts} experts")
     if columns > config.model.hidden_size:
@@ -82,6 +84,12 @@ def check_world(config: Config, world_size: int) -> None:
             f"train.global_batch_size: {config.train.global_batch_size} is not a multiple of "
             f"micro_batch_size * data-parallel ranks ({config.train.micro_batch_size} * "
             f"{config.data_parallel_size(world_size)} = {per_pass})"
+        )
+    passes = config.train.global_batch_size // per_pass
+    if parallel.virtual_pipeline > 1 and passes % parallel.pipeline:
+        raise ConfigError(
+            f"parallel.virtual_pipeline: the interleaved schedule needs a multiple of {parallel.pipeline} (pipeline) "
+            f"forward passes a step, and global_batch_size / (micro_batch_size * data-parallel ranks) is {passes}"
         )
 
 
@@ -140,8 +148,14 @@ def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> st
         if model is None:
             break
     key = ".".join(parts)
-    # a rule over a whole section may be broken by one of its keys on the command line
-    inside = [place for leaf, place in origin.items() if leaf.startswith(f"{key}.") and place.startswith("command")]
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    # a rule over a whole section, or over several, may be broken by one of its keys on the command line
+    inside = [
+        place
+        for leaf, place in origin.items()
+        if place.startswith("command") and (leaf.startswith(f"{key}.") if key else leaf in message)
+    ]
     where = origin.get(key) or next(iter(inside), source)
     if first["type"] == "extra_forbidden":
         known = list(_section(parts[:-1]).model_fields)
@@ -150,8 +164,6 @@ def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> st
         return f"{where}: {key}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{where}: {key}: is missing; it has no default"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
     if first["type"] != "value_error" and not isinstance(first["input"], (dict, list)):
         message += f"; got {first['input']!r}"
-    return f"{where}: {key}: {message}"
+    return f"{where}: {key}: {message}" if key else f"{where}: {message}"

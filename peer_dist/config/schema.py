@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 MLPKind = Literal["dense", "peer"]
 
+VOCAB_MULTIPLE = 128  # what the vocabulary is padded to a multiple of, in every layout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -108,37 +109,53 @@ class PEERSection(Section):
 class ParallelConfig(Section):
     """How ranks divide the work. Ranks left over by these replicate the whole (data parallelism)."""
 
-    tensor: int = Field(1, ge=1, description="tensor-parallel ranks; only 1 so far")
-    pipeline: int = Field(1, ge=1, description="pipeline stages; only 1 so far")
-    virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; only 1 so far")
-    sequence: bool = Field(False, description="sequence parallelism within the tensor group; only false so far")
+    tensor: int = Field(1, ge=1, description="tensor-parallel ranks; a power of two that divides heads and widths")
+    pipeline: int = Field(1, ge=1, description="pipeline stages")
+    virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; above 1: interleaved schedule")
+    sequence: bool = Field(False, description="sequence parallelism within the tensor group")
+    context: int = Field(1, ge=1, description="context-parallel ranks; only 1, the rest needs TransformerEngine")
     expert: int = Field(1, ge=1, description="row shards of each expert table (all-to-all between them)")
     expert_tensor: int = Field(1, ge=1, description="column shards of each expert table")
+    batch_p2p: bool = Field(
+        False, description="send and receive between stages in one batched call; not with 2 interleaved stages"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        for key in ("tensor", "pipeline", "virtual_pipeline"):
-            if getattr(self, key) != 1:
-                raise ValueError(
-                    f"{key} must be 1 (got {getattr(self, key)}): this version splits work by expert and data "
-                    "parallelism only; use parallel.expert and parallel.expert_tensor"
-                )
-        if self.sequence:
+        if self.context != 1:
+            raise ValueError(
+                f"context must be 1 (got {self.context}): splitting a sequence's attention over ranks needs "
+                "TransformerEngine, whose attention has no mask between documents; use tensor and sequence"
+            )
+        if VOCAB_MULTIPLE % self.tensor:
+            raise ValueError(
+                f"tensor must be a power of two up to {VOCAB_MULTIPLE} (got {self.tensor}): it divides the "
+                f"vocabulary, which is padded to a multiple of {VOCAB_MULTIPLE}"
+            )
+        if self.sequence and self.tensor == 1:
             raise ValueError("sequence must be false: it splits the tensor-parallel group, which has one rank")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"virtual_pipeline must be 1 (got {self.virtual_pipeline}): there is one pipeline stage; raise pipeline"
+            )
+        if self.batch_p2p and self.virtual_pipeline > 1 and self.pipeline == 2:
+            raise ValueError(
+                "batch_p2p must be false with 2 interleaved stages: Megatron-core mixes up their messages "
+                "and trains on wrong gradients"
+            )
         return self
 
 
 class ZeroConfig(Section):
-    """DeepSpeed ZeRO for the dense part."""
+    """What of the dense part is sharded over data-parallel ranks."""
 
-    stage: int = Field(1, ge=0, le=3, description="ZeRO stage; only 1 (sharded optimizer states) so far")
-
-    @field_validator("stage")
-    @classmethod
-    def _supported(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError(f"must be 1 (got {value}): this version shards optimizer states only")
-        return value
+    stage: int = Field(
+        1,
+        ge=0,
+        le=3,
+        description="0: nothing (Megatron's DDP and optimizer); DeepSpeed ZeRO 1: optimizer states, "
+        "2: and gradients, 3: and parameters (without pipeline)",
+    )
 
 
 class OptimizerConfig(Section):
@@ -225,6 +242,11 @@ class TrainConfig(Section):
     global_batch_size: int = Field(16, ge=1, description="sequences per step over all ranks")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
     seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of weights, dropout and data order")
+    recompute_layers: int = Field(
+        0,
+        ge=0,
+        description="layers of each stage (and virtual stage) whose activations are computed again in backward",
+    )
 
 
 class EvaluationConfig(Section):
@@ -266,6 +288,28 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        model, parallel, chunks = self.model, self.parallel, self.parallel.pipeline * self.parallel.virtual_pipeline
+        for name, size in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("ffn_hidden_size", model.ffn_hidden_size),
+            ("seq_length", model.seq_length),
+        ):
+            if size % parallel.tensor:
+                raise ValueError(f"parallel.tensor ({parallel.tensor}) must divide model.{name} ({size})")
+        if model.num_layers % chunks:
+            raise ValueError(
+                f"parallel.pipeline x virtual_pipeline ({parallel.pipeline} x {parallel.virtual_pipeline}) must divide "
+                f"model.num_layers ({model.num_layers})"
+            )
+        if self.zero.stage == 3 and parallel.pipeline > 1:
+            raise ValueError(
+                f"zero.stage 3 cannot be used with parallel.pipeline ({parallel.pipeline}): stages would wait for each "
+                "other's parameters; use zero.stage 1, or parallel.tensor instead of stages"
+            )
+        return self
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that each read their own sequences."""

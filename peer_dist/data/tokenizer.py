@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from peer_dist.config.schema import VOCAB_MULTIPLE
 from peer_dist.data.documents import MAX_DOCUMENT, DataError, input_files, read_documents
 
 END_OF_DOCUMENT = "<|endoftext|>"
-_VOCABULARY_MULTIPLE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class TextTokenizer:
     @property
     def padded_vocab_size(self) -> int:
         """``vocab_size`` rounded up to a multiple of 128: the rows of the embedding, in any layout."""
-        return -(-self.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without an end-of-document token."""

@@ -17,7 +17,7 @@ from peer_dist.training.checkpoints import find_checkpoint, read_manifest, resto
 class LoadedModel:
     """A model in evaluation mode and all that is needed to feed it."""
 
-    model: torch.nn.Module
+    model: torch.nn.ModuleList
     config: Config
     tokenizer: TextTokenizer
     parallel: Parallel
@@ -37,6 +37,7 @@ def load_model(checkpoint: str, world_size: int) -> LoadedModel:
     manifest = read_manifest(path)
     tree = manifest["config"]
     tree["parallel"] = {"expert": world_size}
+    tree["zero"] = {}
     config = parse_config(tree, str(path))
     verify_checkpoint(path)
     parallel = Parallel.initialize(expert=world_size, seed=config.train.seed)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from peer_dist.data.stream import HeldOutStream
 from peer_dist.data.tokenizer import TextTokenizer
@@ -43,7 +42,7 @@ def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) ->
 
 
 def held_out_loss(
-    model: torch.nn.Module,
+    model: torch.nn.ModuleList,
     stream: HeldOutStream,
     parallel: Parallel,
     tokenizer: TextTokenizer,
@@ -59,20 +58,24 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     try:
-        for begin in range(0, wanted, micro_batch_size * parallel.data_parallel_size):
-            first = begin + parallel.data_parallel_rank * micro_batch_size
-            positions = range(first, first + micro_batch_size)
-            batch: MicroBatch = make_micro_batch(stream.batch(positions), tokenizer.eod, parallel.device)
-            # every rank takes part in every pass; what lies beyond the end has no weight
-            real = torch.tensor([float(p < wanted) for p in positions], device=parallel.device)
-            mask = batch["loss_mask"]
-            assert mask is not None
-            mask.mul_(real[:, None])
-            total[0] += run_forward_backward(model, [batch], forward_only=True).sum()
-            total[1] += mask.sum()
+        per_pass = micro_batch_size * parallel.data_parallel_size
+        for begin in range(0, wanted, per_pass * parallel.pipeline_size):
+            batches: list[MicroBatch] = []
+            for number in range(parallel.pipeline_size):  # enough to fill the pipeline
+                first = begin + number * per_pass + parallel.data_parallel_rank * micro_batch_size
+                positions = range(first, first + micro_batch_size)
+                batch = make_micro_batch(stream.batch(positions), tokenizer.eod, parallel.device)
+                # every rank takes part in every pass; what lies beyond the end has no weight
+                real = torch.tensor([float(p < wanted) for p in positions], device=parallel.device)
+                mask = batch["loss_mask"]
+                assert mask is not None
+                mask.mul_(real[:, None])
+                total[1] += mask.sum()
+                batches.append(batch)
+            total[0] += run_forward_backward(model, batches, forward_only=True).sum()
     finally:
         model.train(was_training)
-    dist.all_reduce(total, group=parallel.data_parallel_group)
+    parallel.total(total)
     return HeldOutLoss(float(total[0] / total[1]), int(total[1]))
 
 

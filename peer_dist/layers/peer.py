@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peer_dist.kernels import ACTIVATIONS, huge_pages
 from peer_dist.layers.product_keys import project_and_retrieve, retrieve
 from peer_dist.layers.query_norm import QUERY_NORMS, QueryBatchNorm, make_query_norm
+from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.sharding import ExpertGroups, GridLayout, Traffic, routed_experts
 from peer_dist.tracing import span
 
@@ -134,7 +135,7 @@ class PEER(nn.Module):
         self.layout = GridLayout(num_experts, dim, group)
         self.traffic = Traffic()
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
-        """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass, if set."""
+        """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass (but recomputed ones)."""
 
         if data_group is None and group is not None:
             data_group = group.domain
@@ -233,7 +234,7 @@ class PEER(nn.Module):
         with span("retrieve"):
             indices, scores = self._retrieve(tokens)
             gates = GATES[self.gate](scores)
-        if self.on_route is not None:
+        if self.on_route is not None and not is_recomputation():
             self.on_route(indices, gates.detach())
         y = routed_experts(
             tokens,

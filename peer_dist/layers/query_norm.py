@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from peer_dist.layers.recomputation import is_recomputation
+
 QUERY_NORMS = ("batch", "layer", "rms", "none")
 
 
@@ -47,8 +49,8 @@ class QueryBatchNorm(nn.Module):
     """BatchNorm of each of the ``heads * key_dim`` features over all tokens of all ranks of a group.
 
     In training the statistics are those of one forward pass over every rank's tokens, later positions
-    included; in evaluation they are the running ones. Computed in at least float32; the running statistics
-    stay float32 when the module is cast.
+    included; in evaluation they are the running ones, which recomputed passes do not move again. Computed in at
+    least float32; the running statistics stay float32 when the module is cast.
 
     Every rank of the group must take part in each forward and backward pass, tokens or not.
     """
@@ -89,6 +91,13 @@ class QueryBatchNorm(nn.Module):
     def _total(self, x: Tensor) -> Tensor:
         return x if self.group is None else _SumOverRanks.apply(x, self.group)
 
+    @torch.no_grad()
+    def _keep(self, mean: Tensor, var: Tensor) -> None:
+        # a pass that is not finite is skipped by the optimizer and must not stay here either
+        fine = torch.isfinite(mean) & torch.isfinite(var)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.lerp_(torch.where(fine, new.to(running.dtype), running), self.momentum)
+
     def forward(self, query: Tensor) -> Tensor:
         """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
         x = _at_least_float32(query.flatten(1))
@@ -97,12 +106,8 @@ class QueryBatchNorm(nn.Module):
             count = sums[-1].detach().clamp(min=1)
             mean = sums[:-1] / count
             var = self._total((x - mean).square().sum(0)) / count
-            with torch.no_grad():
-                unbiased = var * (count / (count - 1).clamp(min=1))
-                # a pass that is not finite is skipped by the optimizer and must not stay here either
-                fine = torch.isfinite(mean) & torch.isfinite(unbiased)
-                for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
-                    running.lerp_(torch.where(fine, new.to(running.dtype), running), self.momentum)
+            if not is_recomputation():
+                self._keep(mean, var * (count / (count - 1).clamp(min=1)))
         else:
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         x = (x - mean) * torch.rsqrt(var + self.eps) * self.weight.to(x.dtype) + self.bias.to(x.dtype)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError
+    from .engine import ReplicatedEngine
     from .model import (
         build_model,
+        count_parameters,
         dense_output_std,
         forward_logits,
         peer_layers,
@@ -27,7 +29,9 @@ _HOMES = {
     "MegatronMPU": "parallel",
     "MicroBatch": "schedule",
     "Parallel": "parallel",
+    "ReplicatedEngine": "engine",
     "build_model": "model",
+    "count_parameters": "model",
     "dense_output_std": "model",
     "forward_logits": "model",
     "peer_layers": "model",
@@ -41,7 +45,9 @@ __all__ = [
     "MegatronMPU",
     "MicroBatch",
     "Parallel",
+    "ReplicatedEngine",
     "build_model",
+    "count_parameters",
     "dense_output_std",
     "forward_logits",
     "peer_layers",

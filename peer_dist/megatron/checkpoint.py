@@ -25,7 +25,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.models.gpt import GPTModel
+from torch import nn
+
+from .model import TABLES, chunks_of
 
 State = dict[str, Any]
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -35,22 +37,20 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message says why in one sentence."""
 
 
-def dense_sharded_state(model: GPTModel) -> dict[str, Sharded]:
+def dense_sharded_state(model: nn.ModuleList) -> dict[str, Sharded]:
     """Every parameter and buffer except the expert tables, by its name in ``model.named_parameters()``.
 
     The keys in the checkpoint number the layers of the whole model, whatever the pipeline.
     """
-    state = model.sharded_state_dict(
-        metadata={
-            "non_homogeneous_layers": True,  # a key per layer: feed-forward kinds may differ
-            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        }
-    )
-    tables = (".mlp.peer.down", ".mlp.peer.up")
+    metadata = {
+        "non_homogeneous_layers": True,  # a key per layer: feed-forward kinds may differ
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
     return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Sharded) and not name.endswith(tables)  # the rest is empty extra state
+        f"{chunk}.{name}": value
+        for chunk, part in enumerate(chunks_of(model))
+        for name, value in part.sharded_state_dict(metadata=metadata).items()
+        if isinstance(value, Sharded) and not name.endswith(TABLES)  # the rest is empty extra state
     }
 
 

@@ -26,6 +26,8 @@ _MODULES = (
     "megatron.core.pipeline_parallel",
     "megatron.core.tensor_parallel.random",
     "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
 )
 
 # Loggers that warn about what is intended here, at every layer or step: a feed-forward module that Megatron

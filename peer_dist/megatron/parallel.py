@@ -47,8 +47,9 @@ class Parallel:
     device: torch.device
     tensor_group: dist.ProcessGroup
     pipeline_group: dist.ProcessGroup
-    model_parallel_group: dist.ProcessGroup  # tensor x pipeline
     data_parallel_group: dist.ProcessGroup
+    token_group: dist.ProcessGroup  # tensor x data: the ranks of a stage, which share its tokens
+    virtual_pipeline_size: int
     experts: ExpertGroups
     expert_data_group: dist.ProcessGroup
 
@@ -99,8 +100,9 @@ class Parallel:
             else torch.device("cpu"),
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-            model_parallel_group=parallel_state.get_model_parallel_group(),
             data_parallel_group=parallel_state.get_data_parallel_group(),
+            token_group=parallel_state.get_tensor_and_data_parallel_group(),
+            virtual_pipeline_size=virtual_pipeline,
             experts=ExpertGroups(
                 domain=parallel_state.get_expert_tensor_and_model_parallel_group(),
                 rows=parallel_state.get_expert_model_parallel_group(),
@@ -155,6 +157,13 @@ class Parallel:
     @property
     def data_parallel_rank(self) -> int:
         return self.data_parallel_group.rank()
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """On every rank, the sum over data-parallel ranks of what the last stage has. Collective; in place."""
+        if not self.is_last_stage or self.tensor_group.rank():
+            value.zero_()
+        dist.all_reduce(value)
+        return value
 
     @property
     def expert_size(self) -> int:

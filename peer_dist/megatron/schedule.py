@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
 
 # tokens, labels: int64 [b, s]; loss_mask: float [b, s]; attention_mask (optional): bool [b, 1, s, s] or None
 MicroBatch = Mapping[str, torch.Tensor | None]
 
 
 def run_forward_backward(
-    model: GPTModel,
+    model: nn.ModuleList,
     micro_batches: Sequence[MicroBatch],
     scale: float | torch.Tensor = 1.0,
     forward_only: bool = False,
@@ -25,10 +26,14 @@ def run_forward_backward(
     else divides it, so ``scale`` holds the division by the step's number of tokens.
 
     Args:
-        model: from :func:`build_model` (``engine.module`` under DeepSpeed).
-        micro_batches: at least one, on the model's device; all of one shape.
+        model: from :func:`build_model`.
+        micro_batches: at least one, on the model's device; all of one shape, the same on all tensor and pipeline
+            ranks; under the interleaved schedule a multiple of the number of stages.
         scale: float, or a 0-dim tensor on the model's device.
         forward_only: no gradients. Dropout and BatchNorm follow ``model.training``.
+
+    Unless ``forward_only``, gradients of replicated parameters are summed at the end
+    (:func:`peer_dist.megatron.gradients.finalize_gradients`).
 
     Returns:
         The micro-batches' summed token losses before scaling, float32 [len(micro_batches)], on the last
@@ -53,8 +58,8 @@ def run_forward_backward(
     with torch.set_grad_enabled(not forward_only):
         sums = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=model,
+            data_iterator=[iter(micro_batches) for _ in model],
+            model=list(model),
             num_microbatches=len(micro_batches),
             seq_length=tokens.shape[1],
             micro_batch_size=tokens.shape[0],

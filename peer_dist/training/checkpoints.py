@@ -25,7 +25,7 @@ from peer_dist.config import Config
 from peer_dist.data.prepare import read_prepared
 from peer_dist.megatron import CheckpointError, Parallel, peer_layers
 from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
-from peer_dist.zero import ZeroEngine
+from peer_dist.optim import Engine
 
 MANIFEST = "manifest.json"
 Result = TypeVar("Result")
@@ -47,7 +47,7 @@ def weights_state(model: Any, parallel: Parallel) -> State:
     return state
 
 
-def run_state(model: Any, engine: ZeroEngine, parallel: Parallel) -> State:
+def run_state(model: Any, engine: Engine, parallel: Parallel) -> State:
     """Everything that training goes on from. A collective call."""
     state = weights_state(model, parallel)
     dense = state["model"]
@@ -76,10 +76,11 @@ def restore_weights(path: Path, model: Any, parallel: Parallel) -> None:
 
 
 @torch.no_grad()
-def restore_run(path: Path, model: Any, engine: ZeroEngine, parallel: Parallel, step: int) -> None:
+def restore_run(path: Path, model: Any, engine: Engine, parallel: Parallel, step: int) -> None:
     """Continue from a checkpoint: weights, tables and both optimizers."""
-    loaded = load(run_state(model, engine, parallel), path)
-    _copy_weights(loaded, model)
+    with engine.whole_parameters():
+        loaded = load(run_state(model, engine, parallel), path)
+        _copy_weights(loaded, model)
     for key, value in loaded["optimizer"].items():
         name, part = key.rsplit(".", 1)
         engine.load_dense_state(name, part, value)

@@ -23,8 +23,15 @@ from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch, perplexity_of
 from peer_dist.evaluation.usage import ExpertUsage
-from peer_dist.megatron import Parallel, build_model, peer_layers, run_forward_backward
-from peer_dist.optim import TableOptimizer, learning_rate_factor
+from peer_dist.megatron import (
+    Parallel,
+    ReplicatedEngine,
+    build_model,
+    count_parameters,
+    peer_layers,
+    run_forward_backward,
+)
+from peer_dist.optim import DenseAdam, Engine, StepResult, TableOptimizer, learning_rate_factor
 from peer_dist.tracing import StepTimes, listen, span
 from peer_dist.training.checkpoints import (
     CheckpointStore,
@@ -41,7 +48,7 @@ from peer_dist.training.metrics import Metrics, read_metrics
 from peer_dist.training.progress import Progress
 from peer_dist.training.signals import StopRequest
 from peer_dist.training.world import World
-from peer_dist.zero import StepResult, ZeroEngine
+from peer_dist.zero import ZeroEngine
 
 _SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
 
@@ -87,17 +94,17 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.parallel = Parallel.initialize(
-            expert=config.parallel.expert, expert_tensor=config.parallel.expert_tensor, seed=config.train.seed
-        )
+        layout = config.parallel.model_dump(exclude={"sequence", "context", "batch_p2p"})
+        self.parallel = Parallel.initialize(**layout, seed=config.train.seed)
         self.dtype = _dtype(config, self.parallel.device)
         self.data_identity = data_identity(config)  # now: the files may be moved or replaced while the run goes on
         self.data = open_data(config.data, config.model.seq_length, config.train.seed)
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
         self.layers = peer_layers(self.model)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
+        kinds = config.model.mlp_kinds
+        self.expert_parameters = kinds.count("peer") * 2 * config.peer.num_experts * config.model.hidden_size
+        self.parameters = count_parameters(self.model, self.parallel) + self.expert_parameters
         for layer in self.layers.values():
-            self.parameters += 2 * layer.num_experts * layer.dim - layer.down.numel() - layer.up.numel()
             layer.release_tables()
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
@@ -116,35 +123,30 @@ class Trainer:
         self.times = StepTimes(self.parallel.device)
         self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
 
-    def _make_engine(self) -> ZeroEngine:
+    def _make_engine(self) -> Engine:
         tables = {
             f"layer{number}.{part}": getattr(layer, part)
             for number, layer in self.layers.items()
             for part in ("down", "up")
         }
         table, dense = self.config.table_optimizer, self.config.optimizer
-        return ZeroEngine(
-            self.model,
-            TableOptimizer(
-                tables,
-                table.name,
-                table.lr,
-                table.betas,
-                table.eps,
-                table.weight_decay,
-                self.config.model.hidden_size,
-                self.parallel.experts.columns,
-                self.parallel.expert_data_group,
-                self.parallel.data_parallel_size,
-            ),
-            mpu=self.parallel.mpu,
-            lr=dense.lr,
-            betas=dense.betas,
-            eps=dense.eps,
-            weight_decay=dense.weight_decay,
-            grad_clip=dense.grad_clip,
-            dtype=self.dtype,
+        table_optimizer = TableOptimizer(
+            tables,
+            table.name,
+            table.lr,
+            table.betas,
+            table.eps,
+            table.weight_decay,
+            self.config.model.hidden_size,
+            self.parallel.experts.columns,
+            self.parallel.expert_data_group,
+            self.parallel.data_parallel_size,
         )
+        adam = DenseAdam(dense.lr, dense.betas, dense.eps, dense.weight_decay, dense.grad_clip)
+        stage = self.config.zero.stage
+        if stage == 0:
+            return ReplicatedEngine(self.model, table_optimizer, adam, self.parallel)
+        return ZeroEngine(self.model, table_optimizer, adam, stage=stage, mpu=self.parallel.mpu, dtype=self.dtype)
 
     def _resume(self, step: int) -> None:
         path = self.store.path(step)
@@ -216,9 +218,7 @@ class Trainer:
         self.steps_done += 1
         self.skipped_steps += not result.applied
 
-        total = losses.sum().double()
-        dist.all_reduce(total, group=parallel.data_parallel_group)
-        loss = float(total) / tokens
+        loss = float(parallel.total(losses.sum().double())) / tokens
         return self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
 
     def _micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor | None]]:
@@ -246,12 +246,12 @@ class Trainer:
         spent = self.times.read()
         values |= {f"time/{name}": spent.get(name, 0.0) for name in _SPANS}
         values["time/other"] = max(0.0, seconds - sum(spent.get(name, 0.0) for name in _SPANS))
-        if self.layers:
+        if self.expert_parameters:
             sent = sum(layer.traffic.bytes_sent for layer in self.layers.values())
             for layer in self.layers.values():
                 layer.traffic.reset()
             everyone = torch.tensor([float(sent)], dtype=torch.float64, device=self.parallel.device)
-            dist.all_reduce(everyone, group=self.parallel.data_parallel_group)
+            dist.all_reduce(everyone)
             values["exchange/bytes_per_token"] = float(everyone) / tokens
         values["memory/peak_gib"] = _peak_memory(self.parallel.device) / 2**30
         return values
@@ -260,10 +260,12 @@ class Trainer:
         """Expert usage since the last call, per layer."""
         values: dict[str, float] = {}
         for number, usage in self.usage.items():
-            summary = usage.summary(self.parallel.expert_size, self.parallel.data_parallel_group)
+            summary = usage.summary(self.parallel.expert_size, self.parallel.token_group)
             values |= {f"experts/layer{number}_{name}": value for name, value in asdict(summary).items()}
             usage.reset()
-        return values
+        stages: list[dict[str, float]] = [{} for _ in range(self.parallel.pipeline_size)]
+        dist.all_gather_object(stages, values, group=self.parallel.pipeline_group)
+        return {name: value for stage in stages for name, value in stage.items()}
 
     def _validate(self) -> dict[str, float]:
         if self.data.validation is None:
@@ -295,8 +297,9 @@ class Trainer:
                 "python": platform.python_version(),
             },
         }
-        state = run_state(self.model, self.engine, self.parallel)
-        return self.store.save(self.steps_done, state, info, self.data.tokenizer)
+        with self.engine.whole_parameters():
+            state = run_state(self.model, self.engine, self.parallel)
+            return self.store.save(self.steps_done, state, info, self.data.tokenizer)
 
     def _record(self, metrics: Metrics | None, values: dict[str, float]) -> None:
         if metrics is not None and values:
@@ -309,11 +312,10 @@ class Trainer:
         return bool(told)
 
     def _introduce(self, console: Console, start: int) -> None:
-        expert = sum(2 * layer.num_experts * layer.dim for layer in self.layers.values())
-        where = f"{self.parallel.world_size} x {self.parallel.device.type}"
+        where = f"{self.parallel.world_size} x {self.parallel.device.type}, {str(self.dtype).removeprefix('torch.')}"
         console.print(
-            f"[bold]peer_dist[/] {self.parameters / 1e6:.1f}M parameters, {expert / 1e6:.1f}M of them in experts; "
-            f"{where}, {str(self.dtype).removeprefix('torch.')}; "
+            f"[bold]peer_dist[/] {self.parameters / 1e6:.1f}M parameters, "
+            f"{self.expert_parameters / 1e6:.1f}M of them in experts; {where}; "
             + (f"going on from step {start}" if start else "starting at step 0"),
             highlight=False,
             soft_wrap=True,

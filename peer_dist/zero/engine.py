@@ -12,10 +12,10 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -29,103 +29,98 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 
-from peer_dist.optim import TableOptimizer
+from peer_dist.layers.peer import PEER
+from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
 
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-@dataclass(frozen=True)
-class StepResult:
-    """What an optimizer step did.
-
-    Attributes:
-        grad_norm: the norm of all gradients, dense and table, before clipping; inf or nan if not finite.
-        applied: False where non-finite gradients made every rank skip the step.
-    """
-
-    grad_norm: float
-    applied: bool
-
-
-class ZeroEngine:
-    """AdamW over a model's dense parameters with ZeRO-1, and a table optimizer in step with it.
+class ZeroEngine(Engine):
+    """See :class:`peer_dist.optim.Engine`: DeepSpeed ZeRO-1, 2 or 3.
 
     Args:
-        model: without its tables (released).
+        model: the stage's chunks of the model, without their tables (released).
         tables: the optimizer of the expert tables.
+        stage: 1, 2 or 3; 3 for one chunk only.
         mpu: Megatron's groups in the form that DeepSpeed asks for.
-        grad_clip: global norm to clip at; 0 never clips.
         dtype: of the model's parameters, float32 or bfloat16.
-
-    DeepSpeed averages gradients over data parallel ranks, and so are the tables' here: scale each rank's loss
-    so that the average over ranks is the loss meant.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.ModuleList,
         tables: TableOptimizer,
+        adam: DenseAdam,
         *,
+        stage: int,
         mpu: Any,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        grad_clip: float,
         dtype: torch.dtype,
     ) -> None:
-        self.tables = tables
-        self._grad_clip = grad_clip
+        self.tables, self.grad_clip, self._stage = tables, adam.grad_clip, stage
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": adam.weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+        inner = torch.optim.AdamW(groups, lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=True)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # counted by us: the schedule runs all micro-batches
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": grad_clip,
+            "gradient_clipping": adam.grad_clip,
             "steps_per_print": 2**60,
-            "zero_optimization": {"stage": 1},
+            "zero_optimization": {"stage": stage},
         }
         if dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True}
+        for parameter in parameters:  # of the two copies of a tied embedding one counts in the norm
+            parameter.ds_pipe_replicated = getattr(parameter, "shared", False)  # type: ignore[attr-defined]
+        seen: nn.Module = model
+        if stage == 3:
+            (seen,) = model  # whose forward pass starts ZeRO-3's
+            # PEER reads its sub-modules' parameters itself: they are to be fetched with its own
+            deepspeed.utils.set_z3_leaf_modules(seen, [PEER], raise_if_not_found=False)
         os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=adam, config=config, mpu=mpu, dist_init_required=False
+                model=seen, optimizer=inner, config=config, mpu=mpu, dist_init_required=False
             )
         self._zero = self._engine.optimizer
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._init_state()
-        dense_norm = self._zero.scaled_global_norm
-        self._zero.scaled_global_norm = lambda *args, **kwargs: combine_grad_norm_groups(
-            [dense_norm(*args, **kwargs), self._table_norm()]
-        )
+        if stage == 3:
+            groups_of_norms = self._zero._get_norm_groups
+            self._zero._get_norm_groups = lambda: [*groups_of_norms(), self._table_norm()]
+        else:
+            dense_norm = self._zero.scaled_global_norm
+            self._zero.scaled_global_norm = lambda *args, **kwargs: combine_grad_norm_groups(
+                [dense_norm(*args, **kwargs), self._table_norm()]
+            )
 
     def _init_state(self) -> None:
         """Make Adam's state before the first step, so that it can be saved and loaded at any step."""
         inner = self._zero.optimizer
-        for group in inner.param_groups:
-            for flat in group["params"]:
-                inner.state[flat] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                    "exp_avg": torch.zeros_like(flat.data),
-                    "exp_avg_sq": torch.zeros_like(flat.data),
-                }
-        self._zero._lazy_init_hp_params_optimizer_state()
+        flats = (
+            self._zero.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else [flat for group in inner.param_groups for flat in group["params"]]
+        )
+        for flat in flats:
+            inner.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                **{moment: torch.zeros_like(flat.data) for moment in MOMENTS},
+            }
+        if self._stage < 3:
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Forward and backward passes inside add up; the reduction over ranks happens once, on leaving."""
         with self._engine.coalesce_grad_reduction():
             yield
 
@@ -136,25 +131,18 @@ class ZeroEngine:
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
     def step(self, lr: float, table_lr: float) -> StepResult:
-        """Clip and update everything, or, with non-finite gradients, nothing on any rank."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
         self.tables.set_lr(table_lr)
         self._engine.step()
-        applied = bool(self._engine.was_step_applied())
-        norm = float(self._engine.get_global_grad_norm())
-        if not applied:
-            self.tables.zero_grad()
-            return StepResult(norm, applied)
-        clip = (norm + 1e-6) / self._grad_clip if self._grad_clip > 0 else 0.0
-        self.tables.step(1 / clip if clip > 1 else 1.0)
-        return StepResult(norm, applied)
+        return self._finish(
+            StepResult(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
+        )
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
 
     @property
     def steps(self) -> int:
-        """Updates made."""
         return int(next(iter(self._zero.optimizer.state.values()))["step"])
 
     @steps.setter
@@ -163,11 +151,13 @@ class ZeroEngine:
             state["step"].fill_(float(value))
         self.tables.steps = value
 
-    def dense_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """``(parameter name, part, whole float32 tensor)`` for the parts exp_avg, exp_avg_sq and master.
+    @contextlib.contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        parameters = list(self._parameters.values()) if self._stage == 3 else []
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3):
+            yield
 
-        A collective over the data parallel group: take every item on every rank.
-        """
+    def dense_state(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, parameter in self._parameters.items():
             for moment in MOMENTS:
                 yield name, moment, safe_get_full_optimizer_state(parameter, moment)
@@ -175,13 +165,25 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
-        """Put back what :meth:`dense_state` gave."""
         parameter = self._parameters[name]
-        if part == "master":
+        if self._stage == 3:
+            own = self._partition(parameter, value)
+            if part == "master":
+                safe_set_local_fp32_param(parameter, own)
+                parameter.ds_tensor.copy_(own)  # type: ignore[attr-defined]
+            else:
+                safe_set_local_optimizer_state(parameter, own, part)
+        elif part == "master":
             safe_set_full_fp32_param(parameter, value)
             parameter.copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, part)
+
+    def _partition(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's part of a parameter, as ZeRO-3 cuts it: flat, padded to equal parts."""
+        size, group = parameter.ds_tensor.ds_numel, parameter.ds_process_group
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
+        return padded.narrow(0, size * dist.get_rank(group), size)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,122 @@
+"""ZeRO-0: every rank has all of the optimizer's state. Megatron's data-parallel wrapper and its Adam."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import Tensor, nn
+
+from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
+
+from .model import chunks_of
+from .parallel import Parallel
+
+
+class ReplicatedEngine(Engine):
+    """See :class:`peer_dist.optim.Engine`. Gradients add up and are reduced in float32.
+
+    Args:
+        model: from :func:`build_model`, without its tables (released).
+        tables: the optimizer of the expert tables.
+    """
+
+    def __init__(self, model: nn.ModuleList, tables: TableOptimizer, adam: DenseAdam, parallel: Parallel) -> None:
+        self.tables, self.grad_clip = tables, adam.grad_clip
+        self._data_parallel_size = parallel.data_parallel_size
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        megatron = chunks_of(model)[0].config
+        config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self._chunks = [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks_of(model)]
+        self._optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=adam.lr,
+                adam_beta1=adam.betas[0],
+                adam_beta2=adam.betas[1],
+                adam_eps=adam.eps,
+                weight_decay=adam.weight_decay,
+                clip_grad=adam.grad_clip,
+                bf16=megatron.bf16,
+                params_dtype=megatron.params_dtype,
+            ),
+            self._chunks,
+            use_gloo_process_groups=False,
+        )
+        self._inner = self._optimizer.optimizer
+        for group in self._inner.param_groups:
+            group["weight_decay"] = adam.weight_decay * group.get("wd_mult", 1.0)  # else the scheduler's work
+            for main in group["params"]:
+                self._inner.state[main] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=main.device),
+                    **{moment: torch.zeros_like(main) for moment in MOMENTS},
+                }
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        yield
+        for chunk in self._chunks:
+            chunk.finish_grad_sync()
+            chunk.scale_gradients(1 / self._data_parallel_size)  # it has added them up
+
+    def step(self, lr: float, table_lr: float) -> StepResult:
+        for group in self._inner.param_groups:
+            group["lr"] = lr
+        self.tables.set_lr(table_lr)
+        self._optimizer.prepare_grads()
+        device = next(iter(self._parameters.values())).device
+        norm = math.hypot(float(self._optimizer.get_grad_norm()), float(self.tables.grad_norm(device)))
+        applied = math.isfinite(norm)
+        if applied:
+            clip = (norm + 1e-6) / self.grad_clip if self.grad_clip > 0 else 0.0
+            if clip > 1:  # Megatron's own clipping asserts CUDA
+                torch._foreach_mul_([main.grad for main in self._optimizer.get_parameters()], 1 / clip)
+            self._optimizer.step_with_ready_grads()
+        return self._finish(StepResult(norm, applied))
+
+    @property
+    def steps(self) -> int:
+        group = self._inner.param_groups[0]  # where apex and TransformerEngine count
+        return int(group["step"] if "step" in group else self._state(next(iter(self._parameters)))["step"])
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        for group in self._inner.param_groups:
+            if not isinstance(self._inner, torch.optim.AdamW):
+                group["step"] = value
+            for main in group["params"]:
+                self._inner.state[main]["step"].fill_(float(value))
+        self.tables.steps = value
+
+    @contextlib.contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        yield
+
+    def _main(self, name: str) -> Tensor:
+        """The float32 parameter that Adam steps."""
+        parameter = self._parameters[name]
+        return parameter if parameter.dtype == torch.float32 else parameter.main_param  # type: ignore[attr-defined]
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        return self._inner.state[self._main(name)]
+
+    def dense_state(self) -> Iterator[tuple[str, str, Tensor]]:
+        for name in self._parameters:
+            for moment in MOMENTS:
+                yield name, moment, self._state(name)[moment]
+            yield name, "master", self._main(name).detach()
+
+    @torch.no_grad()
+    def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
+        if part == "master":
+            self._main(name).copy_(value)
+            self._parameters[name].copy_(value)
+        else:
+            self._state(name)[part].copy_(value)

@@ -1,0 +1,93 @@
+"""What the training loop asks of whatever updates the parameters."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from peer_dist.optim.tables import TableOptimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class DenseAdam:
+    """AdamW over the dense parameters; matrices decay, norms and biases do not.
+
+    Attributes:
+        grad_clip: global norm to clip at, tables included; 0 never clips.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    grad_clip: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did.
+
+    Attributes:
+        grad_norm: the norm of all gradients, dense and table, before clipping; inf or nan if not finite.
+        applied: False where non-finite gradients made every rank skip the step.
+    """
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(abc.ABC):
+    """AdamW over a model's dense parameters, and a table optimizer in step with it under one global norm.
+
+    Gradients are averaged over data-parallel ranks: scale each rank's loss so that the average is the loss meant.
+    """
+
+    tables: TableOptimizer
+    grad_clip: float
+
+    @abc.abstractmethod
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Forward and backward passes inside add up; the reduction over ranks happens once, on leaving."""
+
+    @abc.abstractmethod
+    def step(self, lr: float, table_lr: float) -> StepResult:
+        """Clip and update everything, or, with non-finite gradients, nothing on any rank."""
+
+    def _finish(self, result: StepResult) -> StepResult:
+        """The tables' part of a step, after the dense one."""
+        if result.applied:
+            clip = (result.grad_norm + 1e-6) / self.grad_clip if self.grad_clip > 0 else 0.0
+            self.tables.step(1 / clip if clip > 1 else 1.0)
+        else:
+            self.tables.zero_grad()
+        return result
+
+    @property
+    @abc.abstractmethod
+    def steps(self) -> int:
+        """Updates made."""
+
+    @steps.setter
+    @abc.abstractmethod
+    def steps(self, value: int) -> None: ...
+
+    @abc.abstractmethod
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Inside, every parameter has its whole (tensor-parallel) shape; changes made to it are lost if it had not."""
+
+    @abc.abstractmethod
+    def dense_state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """``(parameter name, part, whole float32 tensor)`` for the parts exp_avg, exp_avg_sq and master.
+
+        A collective over the data parallel group: take every item on every rank.
+        """
+
+    @abc.abstractmethod
+    def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
+        """Put back what :meth:`dense_state` gave; the master also becomes the parameter's value."""
