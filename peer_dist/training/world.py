@@ -49,6 +49,8 @@ class World:
         Raises:
             WorldError: fewer GPUs than ranks on this machine.
         """
+        # without it Megatron's sums over tensor ranks do not overlap its products; read when CUDA starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if torch.cuda.is_available():
             gpus = torch.cuda.device_count()
             if self.local_rank >= gpus:

@@ -1,0 +1,58 @@
+"""Every parallel layout trains as one process does, and goes on from every other's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.layouts import BATCH, TABLE, Layout, base_config, compare, trained
+from tests.ranks import run_ranks
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(each, marks=() if each.quick else pytest.mark.slow, id=str(each)) for each in TABLE]
+)
+def test_trains_as_one_process(layout: Layout, text: Path, tmp_path: Path) -> None:
+    differences = compare(layout, base_config(text, tmp_path.parent / "unused"))
+    assert differences.fine, differences
+
+
+GATED = {"peer": {**BATCH["peer"], "output_gate": True}}
+SAVED = [
+    Layout(1, {}, 0, settings=GATED),
+    Layout(2, {"expert": 2}, 3, settings=GATED),
+    Layout(2, {"tensor": 2, "sequence": True, "expert_tensor": 2}, 0, settings=GATED),
+    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, 1, settings=GATED, quick=True),
+    Layout(4, {"tensor": 2, "pipeline": 2, "expert": 2}, 2, settings=GATED, quick=True),
+    Layout(4, {"tensor": 4, "expert": 2, "expert_tensor": 2}, 3, settings=GATED, quick=True),
+    Layout(4, {"pipeline": 4}, 0, settings=GATED),
+    Layout(8, {"pipeline": 2, "expert": 2, "expert_tensor": 2}, 1, settings=GATED),
+]
+
+
+def saved_on_the_way(rank: int, world_size: int, tree: dict[str, Any]) -> list[float]:
+    """A checkpoint after five steps, and the losses of the next five."""
+    from peer_dist.config import parse_config
+    from peer_dist.training import Trainer
+
+    trainer = Trainer(parse_config(tree, "test"))
+    for _ in range(5):
+        trainer.step()
+    trainer.save()
+    return [trainer.step()["train/loss"] for _ in range(5)]
+
+
+@pytest.mark.parametrize(
+    "saver", [pytest.param(each, marks=() if each.quick else pytest.mark.slow, id=str(each)) for each in SAVED]
+)
+def test_a_checkpoint_of_any_layout_loads_into_any_other(saver: Layout, text: Path, tmp_path: Path) -> None:
+    """The next five losses are the undisturbed run's. Each quick one loads into the quick ones, each other into all."""
+    base = base_config(text, tmp_path)
+    wanted = run_ranks(saved_on_the_way, saver.ranks, saver.config(base))[0]
+    for loader in SAVED:
+        if saver.quick and not loader.quick:
+            continue
+        for losses, _ in run_ranks(trained, loader.ranks, loader.config(base), 5):
+            assert losses == pytest.approx(wanted, rel=1e-5), f"loaded into {loader}"
