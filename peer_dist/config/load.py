@@ -140,8 +140,12 @@ def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> st
         if model is None:
             break
     key = ".".join(parts)
-    # a rule over a whole section may be broken by one of its keys on the command line
-    inside = [place for leaf, place in origin.items() if leaf.startswith(f"{key}.") and place.startswith("command")]
+    # a rule over a whole section, or over several, may be broken by one of its keys on the command line
+    inside = [
+        place
+        for leaf, place in origin.items()
+        if place.startswith("command") and (leaf.startswith(f"{key}.") if key else leaf in first["msg"])
+    ]
     where = origin.get(key) or next(iter(inside), source)
     if first["type"] == "extra_forbidden":
         known = list(_section(parts[:-1]).model_fields)
@@ -154,4 +158,4 @@ def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> st
     message = message[:1].lower() + message[1:]
     if first["type"] != "value_error" and not isinstance(first["input"], (dict, list)):
         message += f"; got {first['input']!r}"
-    return f"{where}: {key}: {message}"
+    return f"{where}: {key}: {message}" if key else f"{where}: {message}"

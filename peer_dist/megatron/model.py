@@ -107,6 +107,7 @@ def _peer_arguments(config: Config, parallel: Parallel, dtype: torch.dtype, laye
         "data_group": parallel.data_parallel_group,
         "output_std": dense_output_std(config.model),
         "table_dtype": getattr(torch, config.peer.table_dtype),
+        "sparse_grad": config.table_optimizer.lazy,
         "seed": config.train.seed + 1_000_003 * layer_number,  # its own, so that no other layer moves it
         "device": parallel.device,
         "dtype": dtype,
@@ -142,7 +143,8 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
     random numbers drawn before; torch's random state is left as it was.
 
     Args:
-        config: the run; ``model``, ``peer``, ``parallel.sequence`` and ``train.seed`` are read.
+        config: the run; ``model``, ``peer``, ``parallel.sequence``, ``table_optimizer.lazy`` and ``train.seed``
+            are read.
         parallel: from :meth:`Parallel.initialize`.
         vocab_size: rows of the embedding, padding included; a multiple of the tensor-parallel size.
         dtype: of parameters and activations, float32 or bfloat16 (float64 in tests).

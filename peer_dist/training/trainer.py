@@ -136,6 +136,13 @@ class Trainer:
                 self.parallel.experts.columns,
                 self.parallel.expert_data_group,
                 self.parallel.data_parallel_size,
+                lazy=table.lazy,
+                rounding_seed=self.config.train.seed if table.stochastic_rounding else None,
+                offsets={
+                    f"layer{number}.{part}": layer.layout.offset
+                    for number, layer in self.layers.items()
+                    for part in ("down", "up")
+                },
             ),
             mpu=self.parallel.mpu,
             lr=dense.lr,
@@ -198,7 +205,8 @@ class Trainer:
         factor = learning_rate_factor(
             step, config.optimizer.warmup_steps, config.optimizer.decay_steps, config.optimizer.min_lr_ratio
         )
-        lr, table_lr = config.optimizer.lr * factor, config.table_optimizer.lr * factor
+        lr = config.optimizer.lr * factor
+        table_lr = config.table_optimizer.lr * learning_rate_factor(step, *config.table_schedule)
         tokens = config.train.global_batch_size * config.model.seq_length
 
         self.times.reset()
