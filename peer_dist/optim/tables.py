@@ -16,7 +16,7 @@ KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
 
 # Elements of a block of rows, which bound a step's temporaries: on a CPU they stay in its cache, and a GPU
 # gets enough to do for each launch.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 17, 1 << 24
+_CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
 
 
 class TableOptimizer:
