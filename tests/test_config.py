@@ -42,6 +42,17 @@ def load(tmp_path, text, *overrides):
         ("table_optimizer: {betas: [-0.1, 0.9]}", [], "run.yaml: table_optimizer.betas: "),
         ("data: {prefix: a}\ntrain: {seed: 4294967296}", [], "run.yaml: train.seed: "),
         ("optimizer: {warmup_steps: 9, decay_steps: 9}", [], "warmup_steps (9) must be less than decay_steps (9)"),
+        (
+            "data: {prefix: a}\noptimizer: {decay_steps: 50}\ntable_optimizer: {warmup_steps: 50}",
+            [],
+            "run.yaml: table_optimizer.warmup_steps (50) must be less than table_optimizer.decay_steps (50); each is",
+        ),
+        (
+            "data: {prefix: a}",
+            ["table_optimizer.stochastic_rounding=true"],
+            "command line (table_optimizer.stochastic_rounding=true): table_optimizer.stochastic_rounding rounds to "
+            "bfloat16, but peer.table_dtype is float32; set that to bfloat16",
+        ),
         ("model: [", [], "run.yaml: is not valid YAML at line 1"),
         ("- model", [], "run.yaml: must hold sections such as 'model:', not a list"),
         ("data: {prefix: a}", ["train.steps=0"], "command line (train.steps=0): train.steps: input should be greater"),
