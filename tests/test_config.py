@@ -36,7 +36,7 @@ def load(tmp_path, text, *overrides):
         (
             "parallel: {context: 2}",
             [],
-            "run.yaml: parallel: context must be 1 (got 2): splitting a sequence's attention",
+            "run.yaml: parallel: context must be 1 (got 2): splitting a sequence's",
         ),
         ("parallel: {sequence: true}", [], "run.yaml: parallel: sequence must be false: it splits the tensor-parallel"),
         ("parallel: {virtual_pipeline: 2}", [], "run.yaml: parallel: virtual_pipeline must be 1 (got 2): there is one"),
@@ -74,6 +74,17 @@ def load(tmp_path, text, *overrides):
         ("table_optimizer: {betas: [-0.1, 0.9]}", [], "run.yaml: table_optimizer.betas: "),
         ("data: {prefix: a}\ntrain: {seed: 4294967296}", [], "run.yaml: train.seed: "),
         ("optimizer: {warmup_steps: 9, decay_steps: 9}", [], "warmup_steps (9) must be less than decay_steps (9)"),
+        (
+            "data: {prefix: a}\noptimizer: {decay_steps: 50}\ntable_optimizer: {warmup_steps: 50}",
+            [],
+            "run.yaml: table_optimizer.warmup_steps (50) must be less than table_optimizer.decay_steps (50); each is",
+        ),
+        (
+            "data: {prefix: a}",
+            ["table_optimizer.stochastic_rounding=true"],
+            "command line (table_optimizer.stochastic_rounding=true): table_optimizer.stochastic_rounding rounds to "
+            "bfloat16, but peer.table_dtype is float32; set that to bfloat16",
+        ),
         ("model: [", [], "run.yaml: is not valid YAML at line 1"),
         ("- model", [], "run.yaml: must hold sections such as 'model:', not a list"),
         ("data: {prefix: a}", ["train.steps=0"], "command line (train.steps=0): train.steps: input should be greater"),
@@ -117,10 +128,10 @@ def test_overrides_are_yaml_and_win(tmp_path):
         (
             {"parallel": {"tensor": 2, "pipeline": 2}},
             6,
-            "parallel.tensor x pipeline: 2 x 2 does not divide the 6 rank(s)",
+            "parallel.tensor x pipeline: 2 x 2 does not divide the 6",
         ),
         (
-            {"parallel": {"tensor": 2, "pipeline": 2, "expert": 4}},
+            {"parallel": {"tensor": 2, "pipeline": 2}},
             12,
             "train.global_batch_size: 16 is not a multiple of micro_batch_size * data-parallel ranks (8 * 3 = 24)",
         ),

@@ -241,6 +241,61 @@ def test_row_wise_optimizers_in_any_layout(small, kind):
         run_ranks(loading, 1, other)
 
 
+@pytest.mark.parametrize("kind", ["adam", "rowwise_adam", "rowwise_adagrad"])
+def test_lazy_training_in_any_layout(small, kind):
+    """10 steps that touch few of many experts: row shards, column shards and copies train as one rank does."""
+    small["peer"].update(num_experts=2500, heads=2, top_k=2)
+    small["table_optimizer"].update(name=kind, lazy=True, lr=0.03, weight_decay=5.0)
+    small = with_keys(small, model={"seq_length": 16})
+    want_losses, want_norms = run_ranks(trained, 1, with_keys(small, train={"micro_batch_size": 8}), 10)[0]
+    for world_size, grid in [(2, {"expert": 2}), (2, {"expert_tensor": 2}), (2, {}), (4, {"expert_tensor": 2})]:
+        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel=grid)
+        for losses, norms in run_ranks(trained, world_size, tree, 10):
+            assert_close(losses, want_losses, 1e-5)
+            assert_close(norms, want_norms, 1e-4)
+    dense = with_keys(small, train={"micro_batch_size": 8}, table_optimizer={"lazy": False})
+    dense_losses, _ = run_ranks(trained, 1, dense, 10)[0]
+    assert max(abs(a - b) for a, b in zip(dense_losses, want_losses)) > 1e-3, "the case must leave rows untouched"
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_stochastically_rounded_tables_train_and_resume_bit_for_bit(small, tmp_path, lazy):
+    """bf16 tables without masters; a checkpoint of masters is another run's."""
+    small = with_keys(
+        small,
+        train={"precision": "bf16"},
+        parallel={"expert": 2},
+        peer={"table_dtype": "bfloat16"},
+        table_optimizer={"stochastic_rounding": True, "lazy": lazy},
+    )
+    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
+    run_ranks(run_to_the_end, 2, quiet)
+    run_ranks(run_to_the_end, 2, with_keys(small, train={"steps": 4}))
+    run_ranks(run_to_the_end, 2, small)
+    losses = losses_of(small)
+    assert losses == losses_of(quiet)
+    assert losses[10] < losses[1] - 0.3
+    masters = with_keys(small, table_optimizer={"stochastic_rounding": False})
+    with pytest.raises(AssertionError, match=r"made with table_optimizer.stochastic_rounding = True, but the config"):
+        run_ranks(loading, 2, masters)
+
+
+def table_rates(rank, world_size, tree, steps):
+    trainer = make_trainer(tree)
+    return [[values["optimizer/lr"], values["optimizer/table_lr"]] for values in (trainer.step() for _ in range(steps))]
+
+
+def test_the_tables_may_have_a_schedule_of_their_own(small):
+    """What it leaves unset is the dense part's."""
+    small["optimizer"].update(warmup_steps=2, decay_steps=6, min_lr_ratio=0.5, lr=1.0)
+    small["table_optimizer"].update(warmup_steps=0, min_lr_ratio=0.0, lr=1.0)
+    rates = run_ranks(table_rates, 1, small, 8)[0]
+    dense = [0.5, 1.0] + [0.75 + 0.25 * math.cos(math.pi * step / 4) for step in range(5)] + [0.5]
+    tables = [0.5 + 0.5 * math.cos(math.pi * step / 6) for step in range(7)] + [0.0]
+    for got, want in zip(zip(*rates), (dense, tables)):
+        assert list(got) == pytest.approx(want, abs=1e-12)
+
+
 def test_a_checkpoint_older_than_a_key_is_resumed_at_its_default(small):
     from peer_dist.megatron import CheckpointError
     from peer_dist.training.checkpoints import check_resumable
@@ -306,9 +361,10 @@ def poisoned(rank, world_size, tree):
     return unchanged, moved, skipped, ([v["train/loss"] for v in rest], [v["optimizer/grad_norm"] for v in rest])
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(small):
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(small, lazy):
     """And leaves nothing behind: the run goes on, and a resumed one equals it bit for bit."""
-    small = with_keys(small, parallel={"expert": 2})
+    small = with_keys(small, parallel={"expert": 2}, table_optimizer={"lazy": lazy})
     results = run_ranks(poisoned, 2, small)
     for unchanged, moved, skipped, (losses, norms) in results:
         assert unchanged

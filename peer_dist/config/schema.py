@@ -78,7 +78,9 @@ class PEERSection(Section):
     shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
     output_gate: bool = Field(False, description="y becomes (y * silu(x W1)) W2 (Memory+)")
     table_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them"
+        "float32",
+        description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them, unless "
+        "table_optimizer.stochastic_rounding",
     )
 
     @field_validator("num_experts")
@@ -159,7 +161,7 @@ class ZeroConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW for the dense part, and the learning-rate schedule of both optimizers."""
+    """AdamW for the dense part, and the learning-rate schedule that the tables' optimizer shares by default."""
 
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
@@ -183,7 +185,7 @@ class OptimizerConfig(Section):
 
 
 class TableOptimizerConfig(Section):
-    """The expert tables' own optimizer; its learning rate follows the same schedule."""
+    """The expert tables' own optimizer."""
 
     name: Literal["adam", "rowwise_adam", "rowwise_adagrad"] = Field(
         "adam", description="adam; rowwise_adam: one second moment a row; rowwise_adagrad: that, and no first moment"
@@ -192,6 +194,16 @@ class TableOptimizerConfig(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's betas; rowwise_adagrad has none")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the tables")
+    warmup_steps: int | None = Field(None, ge=0, description="their own warm-up; null: optimizer.warmup_steps")
+    decay_steps: int | None = Field(None, ge=1, description="their own; null: optimizer.decay_steps")
+    min_lr_ratio: float | None = Field(None, ge=0, le=1, description="their own; null: optimizer.min_lr_ratio")
+    lazy: bool = Field(
+        False,
+        description="update only the rows that the step's picks touched: no decay, and frozen moments, of the others",
+    )
+    stochastic_rounding: bool = Field(
+        False, description="bfloat16 tables without float32 masters, rounded up or down at random"
+    )
 
 
 class DataConfig(Section):
@@ -309,7 +321,28 @@ class Config(Section):
                 f"zero.stage 3 cannot be used with parallel.pipeline ({parallel.pipeline}): stages would wait for each "
                 "other's parameters; use zero.stage 1, or parallel.tensor instead of stages"
             )
+        warmup, decay, _ = self.table_schedule
+        if warmup >= decay:
+            raise ValueError(
+                f"table_optimizer.warmup_steps ({warmup}) must be less than table_optimizer.decay_steps ({decay}); "
+                "each is that of optimizer where it is not set"
+            )
+        if self.table_optimizer.stochastic_rounding and self.peer.table_dtype != "bfloat16":
+            raise ValueError(
+                f"table_optimizer.stochastic_rounding rounds to bfloat16, but peer.table_dtype is "
+                f"{self.peer.table_dtype}; set that to bfloat16 or stochastic_rounding to false"
+            )
         return self
+
+    @property
+    def table_schedule(self) -> tuple[int, int, float]:
+        """Warm-up steps, decay steps and floor of the tables' learning rate."""
+        own, shared = self.table_optimizer, self.optimizer
+        return (
+            shared.warmup_steps if own.warmup_steps is None else own.warmup_steps,
+            shared.decay_steps if own.decay_steps is None else own.decay_steps,
+            shared.min_lr_ratio if own.min_lr_ratio is None else own.min_lr_ratio,
+        )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that each read their own sequences."""

@@ -143,6 +143,7 @@ def _peer_arguments(config: Config, parallel: Parallel, dtype: torch.dtype, laye
         "data_group": parallel.token_group,
         "output_std": dense_output_std(config.model),
         "table_dtype": getattr(torch, config.peer.table_dtype),
+        "sparse_grad": config.table_optimizer.lazy,
         "seed": _layer_seed(config, layer_number),
         "device": parallel.device,
         "dtype": dtype,
@@ -179,7 +180,7 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
     torch's random state is left as it was.
 
     Args:
-        config: the run; ``model``, ``peer``, ``parallel`` and ``train`` are read.
+        config: the run; ``model``, ``peer``, ``parallel``, ``table_optimizer.lazy`` and ``train`` are read.
         parallel: from :meth:`Parallel.initialize`.
         vocab_size: rows of the embedding, padding included; a multiple of the tensor-parallel size.
         dtype: of parameters and activations, float32 or bfloat16 (float64 in tests).

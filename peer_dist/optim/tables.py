@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_dist.optim.rounding import random_bits, round_stochastically, stream_key
+from peer_dist.optim.sparse import merge, row_gradient, sum_over_copies
+
 KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
+
+# Elements of a block of rows, which bound a step's temporaries: on a CPU they stay in its cache, and a GPU
+# gets enough to do for each launch.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
 
 
 class TableOptimizer:
@@ -19,16 +26,27 @@ class TableOptimizer:
     - ``rowwise_adam``: its second moment is one number a row, the mean of the elements' squared gradients;
     - ``rowwise_adagrad``: no first moment, and the sum of these means over the steps instead.
 
+    A lazy one has the semantics of :class:`torch.optim.SparseAdam`: it takes sparse gradients, and rows without a
+    gradient keep weight and moments, decay included, while the one count of steps that corrects the moments' bias
+    goes on. Its ``adam`` adds ``eps`` where SparseAdam does, before this correction. Time and memory of a step
+    are those of the rows touched.
+
     A float32 table is stepped in place. A table of lower precision has a float32 master beside it, of which it
-    is the rounding.
+    is the rounding; with ``rounding_seed`` there is none, and the new weights are rounded stochastically to bfloat16
+    (:mod:`peer_dist.optim.rounding`).
 
     Args:
         tables: name to parameter, ``[rows, columns]`` each.
         kind: one of :data:`KINDS`.
         dim: columns of the whole tables, which a row's mean is over.
-        columns: ranks that hold the other columns of these rows; None if there are none.
-        copies: ranks that hold copies of these shards; None if there are none.
+        columns: ranks that hold the other columns of these rows; None if there are none. The same rows must be
+            touched on all of them.
+        copies: ranks that hold copies of these shards; None if there are none. Each may touch rows of its own.
         data_parallel_size: what gradients are averaged over.
+        lazy: gradients are sparse.
+        rounding_seed: of stochastic rounding; None rounds a master to the nearest.
+        offsets: name to the row and column at which the shard begins in the whole table: with them the same bits
+            round a place in every layout. (0, 0) by default.
     """
 
     def __init__(
@@ -43,37 +61,59 @@ class TableOptimizer:
         columns: dist.ProcessGroup | None = None,
         copies: dist.ProcessGroup | None = None,
         data_parallel_size: int = 1,
+        lazy: bool = False,
+        rounding_seed: int | None = None,
+        offsets: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self.tables = dict(tables)
-        self._copies, self._data_parallel_size = copies, data_parallel_size
+        self._kind, self._lr, self._betas, self._eps, self._weight_decay = kind, lr, betas, eps, weight_decay
+        self._dim, self._columns, self._copies, self._data_parallel_size = dim, columns, copies, data_parallel_size
+        self._lazy, self._rounding_seed, self._offsets = lazy, rounding_seed, offsets or {}
+        self._steps = 0
         self._masters = {
-            name: table if table.dtype == torch.float32 else table.detach().float().requires_grad_()
+            name: table
+            if table.dtype == torch.float32 or rounding_seed is not None
+            else table.detach().float().requires_grad_()
             for name, table in self.tables.items()
         }
-        masters = list(self._masters.values())
-        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "eps": eps}
-        self._optimizer: torch.optim.Optimizer | None = None
-        if kind == "adam" and masters:
+        self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
+        self._adamw: torch.optim.AdamW | None = None
+        if kind == "adam" and not lazy and rounding_seed is None and self.tables:
             # fused: one pass over weight, gradient and both moments
-            self._optimizer = torch.optim.AdamW(masters, betas=betas, fused=True, **options)
-        elif masters:
-            self._optimizer = _Rowwise(masters, kind == "rowwise_adam", betas, dim, columns, options)
-        for master in masters:
-            self._state(master)
+            self._adamw = torch.optim.AdamW(
+                self._masters.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+            )
+            for name, master in self._masters.items():
+                step = torch.zeros((), dtype=torch.float32, device=master.device)
+                self._adamw.state[master] = {"step": step, **self._moments[name]}
+        if lazy:
+            for table in self.tables.values():
+                table.register_post_accumulate_grad_hook(_merge_grad)
 
-    def _state(self, master: Tensor) -> dict[str, Tensor]:
-        assert self._optimizer is not None
-        state: dict[str, Tensor] = self._optimizer.state[master]
-        if not state:  # what AdamW itself would make at its first step
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            state["exp_avg"] = torch.zeros_like(master, memory_format=torch.preserve_format).detach()
-            state["exp_avg_sq"] = torch.zeros_like(master, memory_format=torch.preserve_format).detach()
-        return state
+    def _new_moments(self, table: Tensor) -> dict[str, Tensor]:
+        moments = {}
+        if self._kind != "rowwise_adagrad":
+            moments["exp_avg"] = torch.zeros_like(table, dtype=torch.float32, requires_grad=False)
+        if self._kind == "adam":
+            moments["exp_avg_sq"] = torch.zeros_like(table, dtype=torch.float32, requires_grad=False)
+        else:
+            moments["row_sq"] = torch.zeros(len(table), device=table.device)
+        return moments
 
     def set_lr(self, lr: float) -> None:
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
+        self._lr = lr
+        if self._adamw is not None:
+            for group in self._adamw.param_groups:
                 group["lr"] = lr
+
+    def _grad(self, table: Tensor) -> Tensor:
+        """Its gradient, none touched or zero where it got none; one of a lazy optimizer is merged."""
+        if table.grad is None:
+            if self._lazy:
+                none = torch.empty(0, dtype=torch.int64, device=table.device)
+                return row_gradient(none, table.new_empty(0, table.shape[1]), len(table))
+            return torch.zeros_like(table, requires_grad=False)
+        return merge(table.grad) if self._lazy else table.grad
 
     @torch.no_grad()
     def grad_norm(self, device: torch.device) -> Tensor:
@@ -85,31 +125,120 @@ class TableOptimizer:
         copies = 1 if self._copies is None else dist.get_world_size(self._copies)
         squares = torch.zeros((), dtype=torch.float32, device=device)
         for table in self.tables.values():
-            if table.grad is None:
-                table.grad = torch.zeros_like(table)
-            if copies > 1:
-                dist.all_reduce(table.grad, group=self._copies)
-            table.grad.div_(self._data_parallel_size)
-            squares += torch.linalg.vector_norm(table.grad, dtype=torch.float32).square()
+            grad = self._grad(table)
+            if copies > 1 and self._lazy:
+                assert self._copies is not None
+                grad = sum_over_copies(grad, self._copies)
+            elif copies > 1:
+                dist.all_reduce(grad, group=self._copies)
+            values = grad.values() if self._lazy else grad
+            values.div_(self._data_parallel_size)
+            squares += torch.linalg.vector_norm(values, dtype=torch.float32).square()
+            table.grad = grad
         dist.all_reduce(squares)
         return (squares / copies).sqrt()
 
     @torch.no_grad()
     def step(self, grad_scale: float) -> None:
         """One update with the tables' gradients times ``grad_scale``; the gradients are freed."""
-        if self._optimizer is None:
+        self._steps += 1
+        if self._adamw is not None:
+            self._step_adamw(self._adamw, grad_scale)
             return
         for name, table in self.tables.items():
-            assert table.grad is not None, name
-            grad = table.grad.float()
+            grad = self._grad(table)
+            table.grad = None
+            if self._lazy:
+                self._update(name, grad.indices()[0], grad.values(), grad_scale)
+            else:
+                self._update(name, None, grad, grad_scale)
+
+    def _step_adamw(self, adamw: torch.optim.AdamW, grad_scale: float) -> None:
+        for name, table in self.tables.items():
+            grad = self._grad(table).float()
             table.grad = None
             self._masters[name].grad = grad.mul_(grad_scale) if grad_scale != 1.0 else grad
-        self._optimizer.step()
+        adamw.step()
         for name, table in self.tables.items():
             master = self._masters[name]
             master.grad = None
             if master is not table:
                 table.copy_(master)
+
+    def _update(self, name: str, rows: Tensor | None, values: Tensor, grad_scale: float) -> None:
+        """Step one table, a block of rows after the other.
+
+        Args:
+            rows: ``[touched]``, those that ``values`` are of; None: all.
+            values: ``[touched, columns]``, their gradients; written to.
+        """
+        table, master, moments = self.tables[name], self._masters[name], self._moments[name]
+        size = max(1, (_GPU_BLOCK if table.is_cuda else _CPU_BLOCK) // table.shape[1])
+        blocks = [slice(first, min(first + size, len(values))) for first in range(0, len(values), size)]
+        mean = self._row_mean(values, blocks, grad_scale) if "row_sq" in moments else None
+        for block in blocks:
+            grad = values[block].float()
+            if grad_scale != 1.0:
+                grad.mul_(grad_scale)
+            if rows is None:  # views: float32 is stepped in place
+                weight, state = master[block].float(), {part: value[block] for part, value in moments.items()}
+            else:
+                touched = rows[block]
+                weight = master.index_select(0, touched).float()
+                state = {part: value.index_select(0, touched) for part, value in moments.items()}
+            self._apply(weight, grad, state, None if mean is None else mean[block])
+            if rows is not None:
+                for part, value in state.items():
+                    moments[part].index_copy_(0, touched, value)
+                if master.dtype == torch.float32:
+                    master.index_copy_(0, touched, weight)
+            if table.dtype == torch.float32:
+                continue
+            if self._rounding_seed is None:
+                rounded = weight.to(table.dtype)
+            else:
+                numbers = torch.arange(block.start, block.stop, device=table.device) if rows is None else touched
+                rounded = self._round(name, numbers, weight)
+            if rows is None:
+                table[block] = rounded
+            else:
+                table.index_copy_(0, touched, rounded)
+
+    def _row_mean(self, values: Tensor, blocks: list[slice], grad_scale: float) -> Tensor:
+        """``[touched]``: the mean of the squared gradients over the columns of the whole table."""
+        mean = torch.empty(len(values), device=values.device)
+        for block in blocks:
+            torch.linalg.vector_norm(values[block].float(), dim=1, out=mean[block])
+        mean.mul_(grad_scale).square_()
+        if self._columns is not None and dist.get_world_size(self._columns) > 1:
+            dist.all_reduce(mean, group=self._columns)
+        return mean.div_(self._dim)
+
+    def _apply(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], mean: Tensor | None) -> None:
+        """Step some rows in place: ``[n, columns]`` float32, a number a row ``[n]``."""
+        weight.mul_(1 - self._lr * self._weight_decay)
+        if self._kind == "rowwise_adagrad":
+            assert mean is not None
+            root = state["row_sq"].add_(mean).sqrt().add_(self._eps)
+            weight.addcdiv_(grad, root[:, None], value=-self._lr)
+            return
+        first, second = self._betas
+        moment = state["exp_avg"].lerp_(grad, 1 - first)
+        correction, eps = 1 - second**self._steps, self._eps
+        if mean is None:
+            square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
+            eps /= math.sqrt(correction) if self._lazy else 1.0
+        else:
+            square = state["row_sq"].lerp_(mean, 1 - second)[:, None]
+        root = (square / correction).sqrt_().add_(eps)
+        weight.addcdiv_(moment, root, value=-self._lr / (1 - first**self._steps))
+
+    def _round(self, name: str, rows: Tensor, weight: Tensor) -> Tensor:
+        """``weight [n, columns]`` of the shard's ``rows [n]`` in bfloat16."""
+        assert self._rounding_seed is not None
+        row, column = self._offsets.get(name, (0, 0))
+        key = stream_key(self._rounding_seed, name, self._steps)
+        return round_stochastically(weight, random_bits(key, rows + row, range(column, column + weight.shape[1])))
 
     def zero_grad(self) -> None:
         for table in self.tables.values():
@@ -118,12 +247,14 @@ class TableOptimizer:
     @property
     def steps(self) -> int:
         """Updates made."""
-        return int(self._state(next(iter(self._masters.values())))["step"]) if self.tables else 0
+        return self._steps
 
     @steps.setter
     def steps(self, value: int) -> None:
-        for master in self._masters.values():
-            self._state(master)["step"].fill_(float(value))
+        self._steps = value
+        if self._adamw is not None:
+            for state in self._adamw.state.values():
+                state["step"].fill_(float(value))
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(table name, part, tensor)`` of all that a checkpoint needs beside the tables.
@@ -132,57 +263,14 @@ class TableOptimizer:
         same on every column shard) and ``master`` ``[rows, columns]``. Writing into the tensors loads them.
         """
         for name, table in self.tables.items():
+            for part, value in self._moments[name].items():
+                yield name, part, value
             master = self._masters[name]
-            for part, value in self._state(master).items():
-                if part != "step":
-                    yield name, part, value
             if master is not table:
                 yield name, "master", master.detach()
 
 
-class _Rowwise(torch.optim.Optimizer):
-    """``rowwise_adam`` (with ``momentum``) and ``rowwise_adagrad``; makes nothing of a table's size in a step."""
-
-    def __init__(
-        self,
-        tables: list[Tensor],
-        momentum: bool,
-        betas: tuple[float, float],
-        dim: int,
-        columns: dist.ProcessGroup | None,
-        options: dict[str, Any],
-    ) -> None:
-        super().__init__(tables, options)
-        self.momentum, self.betas, self.dim, self.columns = momentum, betas, dim, columns
-        for table in tables:
-            state = self.state[table]
-            state["step"] = torch.zeros((), dtype=torch.float32, device=table.device)
-            if momentum:
-                state["exp_avg"] = torch.zeros_like(table).detach()
-            state["row_sq"] = torch.zeros(len(table), device=table.device)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for table in group["params"]:
-                self._step(table, group["lr"], group["weight_decay"], group["eps"])
-
-    def _step(self, table: Tensor, lr: float, weight_decay: float, eps: float) -> None:
-        state, grad = self.state[table], table.grad
-        assert grad is not None
-        state["step"] += 1
-        mean = torch.linalg.vector_norm(grad, dim=1).square_()
-        if self.columns is not None and dist.get_world_size(self.columns) > 1:
-            dist.all_reduce(mean, group=self.columns)
-        mean /= self.dim
-        table.mul_(1 - lr * weight_decay)
-        if not self.momentum:
-            state["row_sq"] += mean
-            table.addcdiv_(grad, (state["row_sq"].sqrt() + eps)[:, None], value=-lr)
-            return
-        first, second = self.betas
-        steps = float(state["step"])
-        state["row_sq"].lerp_(mean, 1 - second)
-        state["exp_avg"].lerp_(grad, 1 - first)
-        root = (state["row_sq"] / (1 - second**steps)).sqrt_().add_(eps)
-        table.addcdiv_(state["exp_avg"], root[:, None], value=-lr / (1 - first**steps))
+def _merge_grad(table: Tensor) -> None:
+    """After each micro-batch, so that what they add up to is no longer than the rows touched by any."""
+    assert table.grad is not None
+    table.grad = merge(table.grad)

@@ -247,7 +247,8 @@ def check_resumable(path: Path, config: Config, identity: list[list[Any]], manif
     """
     saved, wanted = manifest["config"], config.model_dump(mode="json")
     keys = [(section, key) for section in ("model", "peer") for key in wanted[section]]
-    keys += [("data", "split"), ("table_optimizer", "name"), ("train", "seed"), ("train", "global_batch_size")]
+    keys += [("data", "split"), ("table_optimizer", "name"), ("table_optimizer", "stochastic_rounding")]
+    keys += [("train", "seed"), ("train", "global_batch_size")]
     for section, key in keys:
         field = type(getattr(config, section)).model_fields[key]
         before = saved.get(section, {}).get(key, field.get_default())  # an older version did not have it

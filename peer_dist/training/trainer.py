@@ -124,14 +124,12 @@ class Trainer:
         self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
 
     def _make_engine(self) -> Engine:
-        tables = {
-            f"layer{number}.{part}": getattr(layer, part)
-            for number, layer in self.layers.items()
-            for part in ("down", "up")
-        }
+        named = [
+            (f"layer{number}.{part}", layer, part) for number, layer in self.layers.items() for part in ("down", "up")
+        ]
         table, dense = self.config.table_optimizer, self.config.optimizer
         table_optimizer = TableOptimizer(
-            tables,
+            {name: getattr(layer, part) for name, layer, part in named},
             table.name,
             table.lr,
             table.betas,
@@ -141,6 +139,9 @@ class Trainer:
             self.parallel.experts.columns,
             self.parallel.expert_data_group,
             self.parallel.data_parallel_size,
+            lazy=table.lazy,
+            rounding_seed=self.config.train.seed if table.stochastic_rounding else None,
+            offsets={name: layer.layout.offset for name, layer, _ in named},
         )
         adam = DenseAdam(dense.lr, dense.betas, dense.eps, dense.weight_decay, dense.grad_clip)
         stage = self.config.zero.stage
@@ -200,7 +201,8 @@ class Trainer:
         factor = learning_rate_factor(
             step, config.optimizer.warmup_steps, config.optimizer.decay_steps, config.optimizer.min_lr_ratio
         )
-        lr, table_lr = config.optimizer.lr * factor, config.table_optimizer.lr * factor
+        lr = config.optimizer.lr * factor
+        table_lr = config.table_optimizer.lr * learning_rate_factor(step, *config.table_schedule)
         tokens = config.train.global_batch_size * config.model.seq_length
 
         self.times.reset()
