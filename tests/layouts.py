@@ -116,6 +116,7 @@ LATE = {"model": {"mlp": ["dense", "dense", "peer", "peer"]}}
 UNEQUAL = {"model": {"num_layers": 8, "mlp": ["peer", "peer", "dense", "dense", "peer", "dense", "peer", "peer"]}}
 PER_HEAD = {"peer": {"query_norm": "rms", "shared_keys": False, "output_gate": True}}
 ROWWISE = {"table_optimizer": {"name": "rowwise_adam"}, **RMS}
+LAZY = {"table_optimizer": {"name": "rowwise_adagrad", "lazy": True}, **RMS}
 
 _WITH_EVERY_ZERO: list[tuple[int, dict[str, Any]]] = [
     (2, {}),
@@ -137,6 +138,8 @@ TABLE: list[Layout] = [
         for zero in range(3 if "pipeline" in parallel else 4)
     ),
     Layout(1, {}, 0),
+    Layout(2, {"expert": 2}, quick=True),
+    Layout(2, {"expert_tensor": 2}, settings=PER_HEAD, quick=True),
     Layout(1, {}, 3, recompute=2, settings=BATCH),
     Layout(2, {"tensor": 2}, settings=UNTIED),
     Layout(2, {"tensor": 2, "expert": 2}, settings=BATCH, recompute=4, quick=True),
@@ -145,7 +148,7 @@ TABLE: list[Layout] = [
     Layout(2, {"pipeline": 2}, settings=LATE),
     Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, settings=BATCH, recompute=1, quick=True),
     Layout(3, {}, sequences=6),
-    Layout(3, {"expert": 3}, 3, sequences=6, settings=BATCH),
+    Layout(3, {"expert": 3}, 3, sequences=6, settings=BATCH, quick=True),
     Layout(3, {"expert_tensor": 3}, 2, sequences=6, settings=PER_HEAD),
     Layout(4, {"tensor": 4, "expert": 2, "expert_tensor": 2}, settings=BATCH),
     Layout(4, {"tensor": 4, "sequence": True, "expert": 4}, 0, settings=PER_HEAD),
@@ -157,7 +160,9 @@ TABLE: list[Layout] = [
     Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True, "expert_tensor": 2}, 0, settings=UNTIED, recompute=1),
     Layout(4, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}, 3, settings=BATCH, quick=True),
     Layout(8, {"expert": 2, "expert_tensor": 2}, 3, settings=ROWWISE),
+    Layout(8, {"expert": 4, "expert_tensor": 2}, settings=PER_HEAD, quick=True),
     Layout(8, {"tensor": 2, "expert": 2, "expert_tensor": 2}, 2, settings=BATCH),
+    Layout(8, {"tensor": 2, "pipeline": 2, "expert_tensor": 2}, 0, settings=LAZY, recompute=2),
     Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "expert": 4}, settings=BATCH),
     Layout(8, {"tensor": 2, "pipeline": 4, "sequence": True, "expert": 2}, settings={**UNEQUAL, **BATCH}, recompute=1),
     Layout(8, {"pipeline": 2, "expert": 2, "expert_tensor": 2}, settings=PER_HEAD),
@@ -166,18 +171,27 @@ TABLE: list[Layout] = [
 
 @dataclass(frozen=True)
 class Differences:
-    """The largest relative ones from one process, over all steps and ranks."""
+    """The largest relative ones from one process, over all steps and ranks.
+
+    Attributes:
+        held_out: of the loss after the last step, in evaluation mode: with the statistics that BatchNorm kept.
+    """
 
     loss: float
     norm: float
+    held_out: float
 
     @property
     def fine(self) -> bool:
-        return self.loss < LOSS and self.norm < NORM
+        return self.loss < LOSS and self.norm < NORM and self.held_out < LOSS
 
 
-def trained(rank: int, world_size: int, tree: dict[str, Any], steps: int) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of the first steps, or of the next ones where there is a checkpoint."""
+def trained(
+    rank: int, world_size: int, tree: dict[str, Any], steps: int
+) -> tuple[list[float], list[float], list[float]]:
+    """Losses and gradient norms of the first steps, or of the next ones where there is a checkpoint, and the held-out
+    loss after them.
+    """
     from peer_dist.config import check_world, parse_config
     from peer_dist.training import Trainer
 
@@ -185,10 +199,11 @@ def trained(rank: int, world_size: int, tree: dict[str, Any], steps: int) -> tup
     check_world(config, world_size)
     trainer = Trainer(config)
     values = [trainer.step() for _ in range(steps)]
-    return [v["train/loss"] for v in values], [v["optimizer/grad_norm"] for v in values]
+    held_out = [trainer._validate()["val/loss"]]
+    return [v["train/loss"] for v in values], [v["optimizer/grad_norm"] for v in values], held_out
 
 
-_alone: dict[str, tuple[list[float], list[float]]] = {}
+_alone: dict[str, tuple[list[float], ...]] = {}
 
 
 def compare(layout: Layout, base: dict[str, Any]) -> Differences:
@@ -203,15 +218,15 @@ def compare(layout: Layout, base: dict[str, Any]) -> Differences:
         return max(abs(a - b) / abs(b) for rank in ranks for a, b in zip(rank[which], wanted[which], strict=True))
 
     ranks = run_ranks(trained, layout.ranks, layout.config(base), STEPS)
-    return Differences(largest(0), largest(1))
+    return Differences(largest(0), largest(1), largest(2))
 
 
 def rows() -> Iterator[str]:
     """The table in Markdown, line by line."""
     from peer_dist.data.prepare import prepare
 
-    yield "| ranks | layout | ZeRO | beside that | loss | gradient norm |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    yield "| ranks | layout | ZeRO | beside that | loss | gradient norm | held-out loss |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     with tempfile.TemporaryDirectory() as folder:
         prepare(None, Path(folder) / "text")
         base = base_config(Path(folder) / "text", Path(folder))
@@ -220,7 +235,7 @@ def rows() -> Iterator[str]:
             mark = "" if got.fine else " **too much**"
             yield (
                 f"| {layout.ranks} | {layout.name} | {layout.zero} | {layout.options} "
-                f"| {got.loss:.0e} | {got.norm:.0e}{mark} |"
+                f"| {got.loss:.0e} | {got.norm:.0e} | {got.held_out:.0e}{mark} |"
             )
 
 

@@ -44,15 +44,51 @@ def saved_on_the_way(rank: int, world_size: int, tree: dict[str, Any]) -> list[f
     return [trainer.step()["train/loss"] for _ in range(5)]
 
 
+QUICK = [layout for layout in SAVED if layout.quick]
+
+
 @pytest.mark.parametrize(
-    "saver", [pytest.param(each, marks=() if each.quick else pytest.mark.slow, id=str(each)) for each in SAVED]
+    ("saver", "loaders"),
+    [
+        *(pytest.param(saver, QUICK, id=f"{saver} into some") for saver in QUICK),
+        *(pytest.param(saver, SAVED, marks=pytest.mark.slow, id=f"{saver} into all") for saver in SAVED),
+    ],
 )
-def test_a_checkpoint_of_any_layout_loads_into_any_other(saver: Layout, text: Path, tmp_path: Path) -> None:
-    """The next five losses are the undisturbed run's. Each quick one loads into the quick ones, each other into all."""
+def test_a_checkpoint_of_any_layout_loads_into_any_other(
+    saver: Layout, loaders: list[Layout], text: Path, tmp_path: Path
+) -> None:
+    """The next five losses are the undisturbed run's."""
     base = base_config(text, tmp_path)
     wanted = run_ranks(saved_on_the_way, saver.ranks, saver.config(base))[0]
-    for loader in SAVED:
-        if saver.quick and not loader.quick:
-            continue
-        for losses, _ in run_ranks(trained, loader.ranks, loader.config(base), 5):
+    for loader in loaders:
+        for losses, *_ in run_ranks(trained, loader.ranks, loader.config(base), 5):
             assert losses == pytest.approx(wanted, rel=1e-5), f"loaded into {loader}"
+
+
+def picks_of_a_step(rank: int, world_size: int, tree: dict[str, Any]) -> int:
+    """(token, expert) pairs that this rank's shards computed."""
+    from peer_dist.config import parse_config
+    from peer_dist.sharding import Traffic
+    from peer_dist.training import Trainer
+
+    counted = []
+    trainer = Trainer(parse_config(tree, "test"))
+    reset = Traffic.reset
+    Traffic.reset = lambda self: (counted.append(self.picks_received), reset(self))[1]  # type: ignore[assignment, func-returns-value]
+    trainer.step()
+    return sum(counted)
+
+
+def test_no_expert_is_computed_twice(text: Path, tmp_path: Path) -> None:
+    """Tensor ranks share the tokens, with sequence parallelism and without; grids of other shapes compute as many."""
+    base = base_config(text, tmp_path)
+    rows, sequence, split, stages = (
+        sum(run_ranks(picks_of_a_step, layout.ranks, layout.config(base)))
+        for layout in (
+            Layout(2, {"expert": 2}),
+            Layout(2, {"tensor": 2, "sequence": True, "expert": 2}),
+            Layout(2, {"tensor": 2, "expert": 2}),
+            Layout(4, {"pipeline": 2, "tensor": 2, "expert": 2}),
+        )
+    )
+    assert rows == sequence == split == stages > 0

@@ -88,6 +88,7 @@ def test_only_megatron_sees_the_stand_in() -> None:
     assert cpu.install()
     assert layers.torch is seen is not torch
     assert torch.Tensor.cuda is cuda
+    assert torch.zeros(2).type() == "torch.FloatTensor"
     assert seen.cuda.current_device() == torch.device("cpu")
     assert seen.zeros(2, device="cuda").device == torch.device("cpu")
     for call in (

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from peer_dist.config import parse_config
 from peer_dist.training.metrics import read_metrics
+from peer_dist.training.signals import StopRequest
 from tests.ranks import run_ranks
 
 
@@ -44,7 +46,6 @@ def trained(rank, world_size, tree, steps):
 def run_to_the_end(rank, world_size, tree, at=None, sent=signal.SIGKILL):
     """A whole run as the command makes it; in step ``at``, if given, rank 1 gets a signal."""
     from peer_dist.training import Trainer
-    from peer_dist.training.signals import StopRequest
 
     class Mortal(Trainer):
         def step(self):
@@ -137,32 +138,6 @@ def test_one_rank_equals_plain_pytorch(small):
     assert max(norms) > small["optimizer"]["grad_clip"], "the case must clip"
 
 
-@pytest.mark.parametrize(
-    "peer", [{"query_norm": "batch"}, {"query_norm": "rms", "shared_keys": False, "output_gate": True}]
-)
-def test_layouts_train_to_the_same_losses(small, peer):
-    """10 steps on 1 rank, data parallel, grids of row and column shards, with copies and without; sequences per forward
-    pass held equal.
-    """
-    small["peer"].update(peer)
-    one = with_keys(small, train={"micro_batch_size": 8})
-    want_losses, want_norms = run_ranks(trained, 1, one, 10)[0]
-    for world_size, rows, columns in [
-        (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 4, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2), (4, 1, 4), (8, 2, 2), (8, 4, 2)
-    ]:  # fmt: skip
-        grid = {"expert": rows, "expert_tensor": columns}
-        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel=grid)
-        for losses, norms in run_ranks(trained, world_size, tree, 10):
-            assert_close(losses, want_losses, 1e-5)
-            assert_close(norms, want_norms, 1e-4)
-    alone = with_keys(small, train={"micro_batch_size": 6, "global_batch_size": 12})
-    want_three = run_ranks(trained, 1, alone, 10)[0][0]
-    for key in ("expert", "expert_tensor"):
-        three = with_keys(small, train={"micro_batch_size": 2, "global_batch_size": 12}, parallel={key: 3})
-        assert_close(run_ranks(trained, 3, three, 10)[2][0], want_three, 1e-5)
-    assert want_losses[-1] < want_losses[0] - 0.5
-
-
 def test_killed_and_resumed_is_bit_for_bit(small, tmp_path):
     """Rank 1 dies in step 7; the same command goes on from step 4 and ends as if nothing had happened."""
     small = with_keys(small, parallel={"expert": 2}, model={"dropout": 0.1}, train={"steps": 10})
@@ -189,10 +164,19 @@ def test_more_steps_change_nothing_before(small, tmp_path):
     assert losses_of(small) == losses_of(quiet)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype):
-    """bf16 weights over float32 masters; tables in either dtype."""
-    small = with_keys(small, train={"precision": "bf16"}, parallel={"expert": 2}, peer={"table_dtype": dtype})
+@pytest.mark.parametrize(
+    ("dtype", "parallel", "stage"),
+    [
+        ("float32", {"expert": 2}, 1),
+        ("bfloat16", {"expert": 2}, 0),
+        ("bfloat16", {"tensor": 2, "sequence": True}, 3),
+        ("bfloat16", {"pipeline": 2}, 2),
+    ],
+)
+def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype, parallel, stage):
+    """bf16 weights over float32 masters, with every engine; tables in either dtype."""
+    small = with_keys(small, train={"precision": "bf16"}, peer={"table_dtype": dtype})
+    small = with_keys(small, parallel=parallel, zero={"stage": stage}, model={"num_layers": 2, "mlp": "peer"})
     quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
     run_ranks(run_to_the_end, 2, quiet)
     run_ranks(run_to_the_end, 2, with_keys(small, train={"steps": 4}))
@@ -202,16 +186,78 @@ def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype):
     assert losses[10] < losses[1] - 0.3
 
 
-def test_a_checkpoint_loads_into_another_layout(small):
-    """Saved by two ranks at step 4, gone on from by one, by four and by grids as by two."""
-    small = with_keys(small, train={"steps": 4}, peer={"query_norm": "batch"})
-    run_ranks(run_to_the_end, 2, with_keys(small, train={"micro_batch_size": 4}, parallel={"expert": 2}))
-    want, _ = run_ranks(trained, 2, with_keys(small, train={"micro_batch_size": 4}, parallel={"expert": 2}), 5)[0]
-    for world_size, rows, columns in [(1, 1, 1), (4, 4, 1), (4, 2, 1), (2, 1, 1), (2, 1, 2), (4, 2, 2)]:
-        grid = {"expert": rows, "expert_tensor": columns}
-        tree = with_keys(small, train={"micro_batch_size": 8 // world_size}, parallel=grid)
-        losses, _ = run_ranks(trained, world_size, tree, 5)[0]
-        assert_close(losses, want, 1e-5)
+def written_later(rank, world_size, tree):
+    """A run whose checkpoints are written only when the step after them is done; the steps in which one was."""
+    from peer_dist.training import Trainer, checkpoints
+
+    done, waited = threading.Event(), []
+
+    class Later(checkpoints._Writer):
+        def run(self):
+            done.wait(60)
+            super().run()
+
+    class Watching(Trainer):
+        def step(self):
+            values = super().step()
+            if self.store.writing:
+                waited.append(self.steps_done)
+                done.set()
+            return values
+
+        def save(self):
+            done.clear()
+            if self.steps_done == self.config.train.steps:
+                done.set()
+            return super().save()
+
+    checkpoints._Writer = Later
+    with StopRequest() as stop:
+        Watching(parse_config(tree, "test")).run(stop)
+    return waited
+
+
+def test_asynchronous_saving(small, tmp_path):
+    """Training goes on while checkpoints are written, and they are byte for byte those of a run that waits."""
+    small = with_keys(small, parallel={"expert": 2})
+    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
+    run_ranks(run_to_the_end, 2, quiet)
+    assert run_ranks(written_later, 2, with_keys(small, checkpoint={"asynchronous": True})) == [[5, 9]] * 2
+    assert losses_of(small) == losses_of(quiet)
+    for name in ("step-00000008", "step-00000010"):
+        files, wanted = (
+            json.loads((Path(tree["checkpoint"]["dir"]) / name / "manifest.json").read_text())["files"]
+            for tree in (small, quiet)
+        )
+        assert {k: v for k, v in files.items() if k.endswith(".distcp")} == {
+            k: v for k, v in wanted.items() if k.endswith(".distcp")
+        }
+        assert files.keys() == wanted.keys()
+    assert sorted(os.listdir(small["checkpoint"]["dir"])) == ["step-00000008", "step-00000010"]
+
+
+def full_disk(rank, world_size, tree):
+    from peer_dist.training import checkpoints
+
+    class Full(checkpoints._Writer):
+        def run(self):
+            if rank == 1:
+                self._folder = self._folder / "nowhere"
+            super().run()
+
+    checkpoints._Writer = Full
+    trainer = make_trainer(tree)
+    trainer.step()
+    trainer.save()
+    trainer.step()
+    with pytest.raises(checkpoints.CheckpointError, match=r"nowhere/.*No such file or directory; nothing complete"):
+        trainer.store.finish()
+    return trainer.store.steps()
+
+
+def test_asynchronous_saving_that_fails_is_said_by_every_rank(small):
+    small = with_keys(small, parallel={"expert": 2}, checkpoint={"asynchronous": True})
+    assert run_ranks(full_disk, 2, small) == [[], []]
 
 
 def test_a_checkpoint_of_a_grid_loads_elsewhere(small):
@@ -343,36 +389,52 @@ def test_another_runs_numbers_are_kept(small):
     assert [line["step"] for line in metrics_of(small)] == [0, 1, 2]
 
 
-def poisoned(rank, world_size, tree):
-    """A gradient that is not finite, of one table on one rank, in the second of five steps; saved after it."""
+def poisoned(rank, world_size, tree, table):
+    """A gradient that is not finite, of one parameter on one rank, in the second of five steps; saved after it."""
     trainer = make_trainer(tree)
     trainer.step()
-    layer = trainer.layers[3]
-    handle = layer.up.register_hook(lambda grad: grad * (math.nan if rank == 1 else 1.0))
-    before = [p.detach().clone() for p in [*trainer.model.parameters(), layer.down, layer.up]]
+    tables = [t for layer in trainer.layers.values() for t in (layer.down, layer.up)]
+    victim = tables[-1] if table and tables else list(trainer.model.parameters())[-1]
+
+    def weights():
+        with trainer.engine.whole_parameters():
+            return [p.detach().clone() for p in [*trainer.model.parameters(), *tables]]
+
+    handle = victim.register_hook(lambda grad: grad * (math.nan if rank == world_size - 1 else 1.0))
+    before = weights()
     values = trainer.step()
-    after = [*trainer.model.parameters(), layer.down, layer.up]
-    unchanged = all(torch.equal(a, b) for a, b in zip(before, after))
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, weights()))
     handle.remove()
     trainer.save()
     rest = [trainer.step() for _ in range(3)]
     skipped = [v["optimizer/skipped_steps"] for v in (values, *rest)]
-    moved = not torch.equal(before[-1], layer.up)
+    moved = not any(torch.equal(a, b) for a, b in zip(before, weights()))
     return unchanged, moved, skipped, ([v["train/loss"] for v in rest], [v["optimizer/grad_norm"] for v in rest])
 
 
-@pytest.mark.parametrize("lazy", [False, True])
-def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(small, lazy):
+@pytest.mark.parametrize("table", [True, False], ids=["table", "dense"])
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "stage", "lazy"),
+    [
+        (2, {"expert": 2}, 1, False),
+        (2, {"expert": 2}, 1, True),
+        (2, {"expert": 2}, 0, False),
+        (2, {"expert": 2}, 3, False),
+        (4, {"tensor": 2, "pipeline": 2, "expert": 2}, 2, True),
+    ],
+)
+def test_a_gradient_that_is_not_finite_skips_the_step_on_every_rank(small, world_size, parallel, stage, lazy, table):
     """And leaves nothing behind: the run goes on, and a resumed one equals it bit for bit."""
-    small = with_keys(small, parallel={"expert": 2}, table_optimizer={"lazy": lazy})
-    results = run_ranks(poisoned, 2, small)
+    small = with_keys(small, parallel=parallel, zero={"stage": stage}, table_optimizer={"lazy": lazy})
+    small = with_keys(small, model={"num_layers": 2, "mlp": ["dense", "peer"]})
+    results = run_ranks(poisoned, world_size, small, table)
     for unchanged, moved, skipped, (losses, norms) in results:
         assert unchanged
         assert moved
         assert skipped == [1, 1, 1, 1]
         assert all(map(math.isfinite, losses + norms))
-    assert results[0][3] == results[1][3]
-    assert run_ranks(trained, 2, small, 3) == [results[0][3]] * 2
+        assert (losses, norms) == results[0][3]
+    assert run_ranks(trained, world_size, small, 3) == [results[0][3]] * world_size
 
 
 def two_rank_traffic(rank, world_size, tree):

@@ -274,6 +274,9 @@ class CheckpointConfig(Section):
     dir: str = Field("runs/default/checkpoints", description="folder of this run's checkpoints")
     interval: int = Field(200, ge=1, description="steps between checkpoints (the last step always has one)")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    asynchronous: bool = Field(
+        False, description="train on while a thread of each rank writes a copy of its shards (in host memory)"
+    )
     init_from: str | None = Field(
         None, description="a checkpoint whose weights start a new run (fresh optimizers, step 0)"
     )

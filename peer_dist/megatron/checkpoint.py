@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +28,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from .model import TABLES, chunks_of
 
@@ -85,6 +88,30 @@ def like(param: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
     return dataclasses.replace(param, key=key, data=tensor, dtype=tensor.dtype)
 
 
+class _Kept(io.BytesIO):
+    """The writer closes its file, which would free it."""
+
+    def close(self) -> None:
+        pass
+
+
+class _MemoryFiles(FileSystem):
+    """Keeps files of tensors in memory; the small ones that describe them go to the disk."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, memoryview] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        if Path(path).suffix != ".distcp":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        buffer = _Kept()
+        yield buffer
+        self.files[Path(path).name] = buffer.getbuffer()
+
+
 class _SaveHere(TorchDistSaveShardedStrategy):
     """Megatron's plan and format, written by torch's own synchronous writer.
 
@@ -92,11 +119,18 @@ class _SaveHere(TorchDistSaveShardedStrategy):
     entry script again: seconds at the first save, and forks beside live threads.
     """
 
+    def __init__(self, files: _MemoryFiles | None) -> None:
+        super().__init__("torch_dist", 1)
+        self.files = files
+
     def save(self, sharded_state_dict: State, checkpoint_dir: str | Path) -> None:
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        writer = dcp.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=self.files is None)
+        if self.files is not None:
+            writer.fs = self.files
         dcp.save(
             mcore_to_pyt_state_dict(state),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+            storage_writer=writer,
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -139,27 +173,31 @@ def _first_sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
 
 
-def save(state: State, folder: str | Path) -> None:
+def save(state: State, folder: str | Path, in_memory: bool = False) -> dict[str, memoryview]:
     """Write ``state`` into ``folder``; all ranks call it, and it returns when all have written.
 
     Plain values may hold what ``torch.load(weights_only=True)`` reads; rank 0's are stored. Not in place:
     write into a new folder, then rename it.
 
+    Returns:
+        With ``in_memory``, what this rank still has to write into the folder: a copy of its tensors, by file name.
+
     Raises:
         CheckpointError: on every rank, if shards do not cover a tensor exactly or a rank cannot write its
             tensors; on the rank alone, if it cannot make the folder or ``common.pt``.
     """
-    folder = Path(folder)
+    folder, files = Path(folder), _MemoryFiles() if in_memory else None
     with _readable_errors(f"cannot save the checkpoint {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         # Megatron's check raises on rank 0 only, and the others wait for it; torch's raises everywhere.
         dist_checkpointing.save(
             _copy(state),
             str(folder),
-            sharded_strategy=_SaveHere("torch_dist", 1),
+            sharded_strategy=_SaveHere(files),
             validate_access_integrity=False,
         )
-        _verify(state, folder, partial=False)  # finds a tensor that no rank was told to write
+        _verify(state, folder, partial=False, written=not in_memory)  # finds a tensor that no rank was told to write
+    return {} if files is None else files.files
 
 
 def load(template: State, folder: str | Path, partial: bool = False) -> State:
@@ -181,23 +219,25 @@ def load(template: State, folder: str | Path, partial: bool = False) -> State:
     folder = Path(folder)
     with _readable_errors(f"cannot load the checkpoint {folder}"):
         _verify(template, folder, partial)
-        return dist_checkpointing.load(_copy(template), str(folder), validate_access_integrity=False)
+        loaded: State = dist_checkpointing.load(_copy(template), str(folder), validate_access_integrity=False)
+    # Megatron leaves out what is empty: a stage without a PEER layer has no tables
+    return {**{key: value for key, value in template.items() if value == {}}, **loaded}
 
 
-def _verify(template: State, folder: Path, partial: bool) -> None:
+def _verify(template: State, folder: Path, partial: bool, written: bool = True) -> None:
     """Compare template and checkpoint on rank 0, so that all ranks raise the same error or none does."""
     shapes: list[Any] = [None] * dist.get_world_size()
     wanted = {shard.key: (shard.global_shape, shard.allow_shape_mismatch) for shard in _sharded(template)}
     dist.gather_object(wanted, shapes if dist.get_rank() == 0 else None)
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
-        problem = [_problem({key: value for rank in shapes for key, value in rank.items()}, folder, partial)]
+        problem = [_problem({key: value for rank in shapes for key, value in rank.items()}, folder, partial, written)]
     dist.broadcast_object_list(problem)
     if problem[0] is not None:
         raise CheckpointError(problem[0])
 
 
-def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, partial: bool) -> str | None:
+def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, partial: bool, written: bool) -> str | None:
     """What is wrong with the checkpoint, in a sentence. Reads no tensor that a rank wrote."""
     for name in ("metadata.json", "common.pt", ".metadata"):
         if not (folder / name).is_file():
@@ -224,6 +264,8 @@ def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, part
             return f"{key} has shape {tuple(there)} in the checkpoint {folder} and {tuple(shape)} in the model"
         if sum(chunk.sizes.numel() for chunk in stored[key].chunks) != there.numel():
             return f"{key} is incomplete in the checkpoint {folder}"
+    if not written:
+        return None
     sizes: dict[str, int] = {}
     for info in (metadata.storage_data or {}).values():
         sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)

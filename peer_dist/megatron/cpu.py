@@ -74,16 +74,26 @@ _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
 _TORCH = _Proxy(torch, cuda=_CUDA, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
 
 
-def _tensor_cuda(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``Tensor.cuda`` that leaves the tensor where it is for megatron.core, and fails as ever elsewhere."""
+def _for_megatron(original: Callable[..., Any], answer: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of Tensor that is another one for megatron.core, and as ever elsewhere."""
 
     @functools.wraps(original)
-    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return self if caller.startswith("megatron.core") else original(self, *args, **kwargs)
+        return (answer if caller.startswith("megatron.core") else original)(self, *args, **kwargs)
 
-    cuda._peer_dist = True  # type: ignore[attr-defined]
-    return cuda
+    method._peer_dist = True  # type: ignore[attr-defined]
+    return method
+
+
+def _leave(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``Tensor.cuda`` where there is none."""
+    return tensor
+
+
+def _cuda_type(tensor: torch.Tensor) -> str:
+    """``Tensor.type()`` as its optimizers want it: torch.FloatTensor is a torch.cuda.FloatTensor."""
+    return str(torch.tensor([], dtype=tensor.dtype).type()).replace("torch.", "torch.cuda.")
 
 
 def install() -> bool:
@@ -112,5 +122,6 @@ def install() -> bool:
     random.__dict__["_get_cuda_rng_state"] = lambda *_, **__: torch.get_rng_state()
     random.__dict__["_set_cuda_rng_state"] = lambda state, *_, **__: torch.set_rng_state(state)
     if not hasattr(torch.Tensor.cuda, "_peer_dist"):
-        torch.Tensor.cuda = _tensor_cuda(torch.Tensor.cuda)  # type: ignore[method-assign]
+        torch.Tensor.cuda = _for_megatron(torch.Tensor.cuda, _leave)  # type: ignore[method-assign]
+        torch.Tensor.type = _for_megatron(torch.Tensor.type, _cuda_type)  # type: ignore[method-assign]
     return True

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
@@ -75,9 +76,8 @@ class ReplicatedEngine(Engine):
         norm = math.hypot(float(self._optimizer.get_grad_norm()), float(self.tables.grad_norm(device)))
         applied = math.isfinite(norm)
         if applied:
-            clip = (norm + 1e-6) / self.grad_clip if self.grad_clip > 0 else 0.0
-            if clip > 1:  # Megatron's own clipping asserts CUDA
-                torch._foreach_mul_([main.grad for main in self._optimizer.get_parameters()], 1 / clip)
+            if self.grad_clip > 0:
+                clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), self.grad_clip, norm)
             self._optimizer.step_with_ready_grads()
         return self._finish(StepResult(norm, applied))
 

@@ -13,8 +13,10 @@ import json
 import os
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,6 +111,7 @@ class CheckpointStore:
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
+        self._unfinished: _Unfinished | None = None
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -124,37 +127,112 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def save(self, step: int, state: State, info: dict[str, Any], tokenizer: Any) -> Path:
-        """Write a checkpoint; all ranks call it and return when it is complete.
+    def save(self, step: int, state: State, info: dict[str, Any], tokenizer: Any, wait: bool = True) -> Path:
+        """Write a checkpoint; all ranks call it.
+
+        It returns when the checkpoint is complete or, without ``wait``, as soon as the state may change: a thread of
+        each rank writes a copy of its tensors, and :meth:`finish` makes it a checkpoint.
 
         Raises:
             CheckpointError: it could not be written; no complete checkpoint was touched.
         """
-        final, partial = self.path(step), self.folder / f".step-{step:08d}.partial"
+        self.finish()
+        partial = self.folder / f".step-{step:08d}.partial"
 
         def begin() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-        def finish() -> None:
-            with (partial / MANIFEST).open("w", encoding="utf-8") as file:
-                json.dump({"step": step, **info, "files": files}, file, indent=1)
+        _from_rank_zero(begin)
+        rest = save(state, partial, in_memory=not wait)
+        _from_rank_zero(lambda: tokenizer.save(partial / "tokenizer.json"))
+        self._unfinished = _Unfinished(partial, self.path(step), {"step": step, **info}, _Writer(partial, rest))
+        if wait:
+            self.finish()
+        return self.path(step)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether :meth:`finish` has something to do; the same on every rank."""
+        return self._unfinished is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._unfinished is not None and self._unfinished.writer.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and make it a checkpoint; all ranks call it.
+
+        Raises:
+            CheckpointError: as :meth:`save` does.
+        """
+        if self._unfinished is None:
+            return
+        save, self._unfinished = self._unfinished, None
+        files = _checksums(save.partial, save.writer.written())
+
+        def complete() -> None:
+            with (save.partial / MANIFEST).open("w", encoding="utf-8") as file:
+                json.dump({**save.info, "files": files}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(partial)
-            if final.exists():  # without a manifest, or it would have been resumed from
-                shutil.rmtree(final)
-            partial.rename(final)
+            _sync_folder(save.partial)
+            if save.final.exists():  # without a manifest, or it would have been resumed from
+                shutil.rmtree(save.final)
+            save.partial.rename(save.final)
             _sync_folder(self.folder)
             for old in self.steps()[: -self.keep]:
                 shutil.rmtree(self.path(old), ignore_errors=True)
 
-        _from_rank_zero(begin)
-        save(state, partial)
-        _from_rank_zero(lambda: tokenizer.save(partial / "tokenizer.json"))
-        files = _checksums(partial)
-        _from_rank_zero(finish)
-        return final
+        _from_rank_zero(complete)
+
+
+class _Writer(threading.Thread):
+    """Writes files to the disk, with their checksums, while the run goes on; it takes part in no collective call."""
+
+    def __init__(self, folder: Path, files: dict[str, memoryview]) -> None:
+        super().__init__(daemon=True)  # a run that fails leaves no checkpoint, and does not wait for one
+        self._folder, self._files = folder, files
+        self._checksums: dict[str, list[int]] = {}
+        self._problem: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            for name in list(self._files):
+                content = self._files.pop(name)
+                with (self._folder / name).open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._checksums[name] = [len(content), zlib.crc32(content)]
+        except OSError as error:
+            self._problem = f"{error.filename or self._folder}: {error.strerror or error}"
+
+    def written(self) -> dict[str, list[int]]:
+        """Wait; all ranks' files with size and CRC-32. A collective call.
+
+        Raises:
+            CheckpointError: on every rank, if one could not write.
+        """
+        self.join()
+        everyone: list[tuple[dict[str, list[int]], str | None]] = [({}, None)] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self._checksums, self._problem))
+        for _, problem in everyone:
+            if problem is not None:
+                raise CheckpointError(f"{problem}; nothing complete was touched")
+        return {name: value for files, _ in everyone for name, value in files.items()}
+
+
+@dataclass(frozen=True)
+class _Unfinished:
+    """A save whose files may not all be there yet."""
+
+    partial: Path
+    final: Path
+    info: dict[str, Any]
+    writer: _Writer
 
 
 def _from_rank_zero(action: Callable[[], Result]) -> Result:
@@ -273,11 +351,16 @@ def _checksum(path: Path) -> list[int]:
     return [size, value]
 
 
-def _checksums(folder: Path) -> dict[str, list[int]]:
-    """File name to size and CRC-32, of all files, read by all ranks in shares; made durable on the way."""
+def _checksums(folder: Path, known: dict[str, list[int]]) -> dict[str, list[int]]:
+    """File name to size and CRC-32, of all files, read by all ranks in shares; made durable on the way.
+
+    Args:
+        known: files that are durable already.
+    """
     names = _from_rank_zero(
         lambda: sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     )
+    names = [name for name in names if name not in known]
     mine = {}
     for name in names[dist.get_rank() :: dist.get_world_size()]:
         with (folder / name).open("rb") as file:
@@ -285,7 +368,7 @@ def _checksums(folder: Path) -> dict[str, list[int]]:
         mine[name] = _checksum(folder / name)
     everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
-    return {name: value for rank in everyone for name, value in rank.items()}
+    return {**known, **{name: value for rank in everyone for name, value in rank.items()}}
 
 
 def _sync_folder(folder: Path) -> None:

@@ -175,7 +175,9 @@ class Trainer:
         with Progress(console, start, config.train.steps) as progress:
             while self.steps_done < config.train.steps and not stopped:
                 values = self.step()
-                stopped = self._any_rank(stop.received is not None)
+                stopped, writing = self._any_rank(stop.received is not None, self.store.writing)
+                if self.store.unfinished and not writing:
+                    self.store.finish()
                 last = self.steps_done == config.train.steps or stopped
                 if self.steps_done % config.logging.interval == 0 or last:
                     values |= self._usage_values()
@@ -186,6 +188,7 @@ class Trainer:
                 if self.steps_done % config.checkpoint.interval == 0 or last:
                     progress.say("saving a checkpoint")
                     self.save()
+        self.store.finish()
         if metrics is not None:
             metrics.close()
         if stopped:
@@ -286,7 +289,7 @@ class Trainer:
         return {"val/loss": result.loss, "val/perplexity": result.perplexity}
 
     def save(self) -> Path:
-        """Write a checkpoint of the present state; a collective call."""
+        """Write a checkpoint of the present state, or begin to; a collective call."""
         info: dict[str, Any] = {
             "updates": self.steps_done - self.skipped_steps,
             "sequences": self.steps_done * self.config.train.global_batch_size,
@@ -301,17 +304,18 @@ class Trainer:
         }
         with self.engine.whole_parameters():
             state = run_state(self.model, self.engine, self.parallel)
-            return self.store.save(self.steps_done, state, info, self.data.tokenizer)
+            wait = not self.config.checkpoint.asynchronous
+            return self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
 
     def _record(self, metrics: Metrics | None, values: dict[str, float]) -> None:
         if metrics is not None and values:
             metrics.write(self.steps_done, values)
 
-    def _any_rank(self, flag: bool) -> bool:
-        """Whether any rank says so: signals reach some ranks a step earlier than others."""
-        told = torch.tensor([float(flag)], device=self.parallel.device)
+    def _any_rank(self, *flags: bool) -> list[bool]:
+        """Which flags are set on any rank: signals, for one, reach some ranks a step earlier than others."""
+        told = torch.tensor(flags, dtype=torch.float32, device=self.parallel.device)
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told)
+        return [bool(flag) for flag in told.tolist()]
 
     def _introduce(self, console: Console, start: int) -> None:
         where = f"{self.parallel.world_size} x {self.parallel.device.type}, {str(self.dtype).removeprefix('torch.')}"
