@@ -27,6 +27,7 @@ class Layout:
 
     Attributes:
         parallel: the config's parallel section.
+        zero, offload: the config's zero section.
         recompute: layers of each stage whose activations are recomputed.
         sequences: per forward pass over all data-parallel ranks.
         passes: forward passes a step.
@@ -40,6 +41,7 @@ class Layout:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     sequences: int = SEQUENCES
     passes: int = 2
+    offload: bool = False
     quick: bool = False
 
     @property
@@ -63,7 +65,7 @@ class Layout:
 
     @property
     def options(self) -> str:
-        parts = ["recomputation"] * bool(self.recompute)
+        parts = ["recomputation"] * bool(self.recompute) + ["offload"] * self.offload
         for section in self.settings.values():
             parts += [f"{key}: {value}" for key, value in section.items()]
         return ", ".join(parts).replace("'", "")
@@ -76,7 +78,7 @@ class Layout:
         """The base config as plain values, in this layout."""
         tree = self._with_settings(base, self.sequences // self.data_parallel)
         tree["train"]["recompute_layers"] = self.recompute
-        return {**tree, "parallel": self.parallel, "zero": {"stage": self.zero}}
+        return {**tree, "parallel": self.parallel, "zero": {"stage": self.zero, "offload": self.offload}}
 
     def alone(self, base: dict[str, Any]) -> dict[str, Any]:
         """The same run in one process."""
@@ -142,6 +144,9 @@ TABLE: list[Layout] = [
     Layout(2, {"expert_tensor": 2}, settings=PER_HEAD, quick=True),
     Layout(1, {}, 3, recompute=2, settings=BATCH),
     Layout(2, {"tensor": 2}, settings=UNTIED),
+    Layout(2, {"expert": 2}, 1, offload=True),
+    Layout(2, {"expert": 2}, 3, offload=True),
+    Layout(4, {"tensor": 2, "pipeline": 2}, 2, offload=True, quick=True),
     Layout(2, {"tensor": 2, "expert": 2}, settings=BATCH, recompute=4, quick=True),
     Layout(2, {"tensor": 2, "sequence": True}, 3, settings=BATCH, recompute=2),
     Layout(2, {"pipeline": 2}, settings=UNTIED),

@@ -65,6 +65,7 @@ def load(tmp_path, text, *overrides):
             ["zero.stage=3"],
             "command line (zero.stage=3): zero.stage 3 cannot be used with parallel.pipeline (2)",
         ),
+        ("zero: {stage: 0, offload: true}", [], "run.yaml: zero: offload needs stage 1, 2 or 3 (got 0)"),
         ("zero: {stage: 4}", [], "run.yaml: zero.stage: input should be less than or equal to 3"),
         ("data: {prefix: a}", ["parallel.tensor=5"], "command line (parallel.tensor=5): parallel: tensor must be"),
         ("optimizer: {lr: fast}", [], "run.yaml: optimizer.lr: input should be a valid number"),

@@ -165,18 +165,19 @@ def test_more_steps_change_nothing_before(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "parallel", "stage"),
+    ("dtype", "parallel", "zero"),
     [
-        ("float32", {"expert": 2}, 1),
-        ("bfloat16", {"expert": 2}, 0),
-        ("bfloat16", {"tensor": 2, "sequence": True}, 3),
-        ("bfloat16", {"pipeline": 2}, 2),
+        ("float32", {"expert": 2}, {"stage": 1}),
+        ("bfloat16", {"expert": 2}, {"stage": 0}),
+        ("bfloat16", {"tensor": 2, "sequence": True}, {"stage": 3}),
+        ("bfloat16", {"pipeline": 2}, {"stage": 2}),
+        ("bfloat16", {"expert": 2}, {"stage": 2, "offload": True}),
     ],
 )
-def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype, parallel, stage):
+def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype, parallel, zero):
     """bf16 weights over float32 masters, with every engine; tables in either dtype."""
     small = with_keys(small, train={"precision": "bf16"}, peer={"table_dtype": dtype})
-    small = with_keys(small, parallel=parallel, zero={"stage": stage}, model={"num_layers": 2, "mlp": "peer"})
+    small = with_keys(small, parallel=parallel, zero=zero, model={"num_layers": 2, "mlp": "peer"})
     quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
     run_ranks(run_to_the_end, 2, quiet)
     run_ranks(run_to_the_end, 2, with_keys(small, train={"steps": 4}))

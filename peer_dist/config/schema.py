@@ -158,6 +158,15 @@ class ZeroConfig(Section):
         description="0: nothing (Megatron's DDP and optimizer); DeepSpeed ZeRO 1: optimizer states, "
         "2: and gradients, 3: and parameters (without pipeline)",
     )
+    offload: bool = Field(
+        False, description="ZeRO keeps float32 masters and moments in host memory and steps them there"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ZeroConfig:
+        if self.offload and self.stage == 0:
+            raise ValueError("offload needs stage 1, 2 or 3 (got 0): it is DeepSpeed that moves the states")
+        return self
 
 
 class OptimizerConfig(Section):

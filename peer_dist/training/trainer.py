@@ -144,10 +144,18 @@ class Trainer:
             offsets={name: layer.layout.offset for name, layer, _ in named},
         )
         adam = DenseAdam(dense.lr, dense.betas, dense.eps, dense.weight_decay, dense.grad_clip)
-        stage = self.config.zero.stage
-        if stage == 0:
+        zero = self.config.zero
+        if zero.stage == 0:
             return ReplicatedEngine(self.model, table_optimizer, adam, self.parallel)
-        return ZeroEngine(self.model, table_optimizer, adam, stage=stage, mpu=self.parallel.mpu, dtype=self.dtype)
+        return ZeroEngine(
+            self.model,
+            table_optimizer,
+            adam,
+            stage=zero.stage,
+            offload=zero.offload,
+            mpu=self.parallel.mpu,
+            dtype=self.dtype,
+        )
 
     def _resume(self, step: int) -> None:
         path = self.store.path(step)

@@ -49,6 +49,7 @@ class ZeroEngine(Engine):
         model: the stage's chunks of the model, without their tables (released).
         tables: the optimizer of the expert tables.
         stage: 1, 2 or 3; 3 for one chunk only.
+        offload: masters and moments stay in host memory, and torch's AdamW steps them there.
         mpu: Megatron's groups in the form that DeepSpeed asks for.
         dtype: of the model's parameters, float32 or bfloat16.
     """
@@ -60,6 +61,7 @@ class ZeroEngine(Engine):
         adam: DenseAdam,
         *,
         stage: int,
+        offload: bool,
         mpu: Any,
         dtype: torch.dtype,
     ) -> None:
@@ -77,6 +79,9 @@ class ZeroEngine(Engine):
             "steps_per_print": 2**60,
             "zero_optimization": {"stage": stage},
         }
+        if offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own is compiled for minutes at first use
         if dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True}
         for parameter in parameters:  # of the two copies of a tied embedding one counts in the norm
