@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer_dist import PEER
-from peer_dist.sharding import ExpertGroups, GridLayout
+from peer_dist.sharding import ExpertGroups, GridLayout, routed_experts
 from peer_dist.sharding.cost import exchange_bytes
-from peer_dist.sharding.exchange import Traffic, combine, dispatch, merge_picks, plan_exchange
+from peer_dist.sharding.exchange import Traffic, merge_picks
 from tests.ranks import run_ranks
 
 DIM = 10
@@ -109,7 +109,7 @@ def test_sharded_equals_whole(counts, columns):
 
 
 def random_case(world_size, generator):
-    """A layout, sizes, tokens of each rank and a skew."""
+    """A layout, sizes, tokens of each rank, parts in which they travel (more than tokens, at times) and a skew."""
 
     def draw(*choices):
         return choices[int(torch.randint(len(choices), (), generator=generator))]
@@ -122,6 +122,7 @@ def random_case(world_size, generator):
         "dim": draw(*dims), "num_experts": n * n, "heads": draw(1, 2, 5), "top_k": top_k, "key_dim": draw(2, 6),
         "query_norm": draw("batch", "layer", "rms", "none"), "gate": draw("softmax", "sigmoid", "relu"),
         "activation": draw("gelu", "relu", "silu"), "shared_keys": draw(True, False), "sparse_grad": draw(True, False),
+        "dispatch_chunks": draw(1, 2, 3, 4, 5), "dense_hidden": draw(0, 7),
     }  # fmt: skip
     counts = [draw(0, 1, 2, 9, 30) for _ in range(world_size)]
     counts[draw(*range(world_size))] += 2  # batch norm needs something
@@ -169,8 +170,9 @@ def test_random_layouts_and_sizes(world_size, count):
             assert error <= 1e-9 * (1 + expected.abs().max().item() if got.numel() else 0), (name, options, counts)
 
 
-def traffic_case(rank, world_size, counts, columns):
-    layer = build({"layer": LAYERS["batch norm, uneven tables"]}, ExpertGroups.over(dist.group.WORLD, columns))
+def traffic_case(rank, world_size, counts, columns, chunks):
+    options = LAYERS["batch norm, uneven tables"] | {"dispatch_chunks": chunks}
+    layer = build({"layer": options}, ExpertGroups.over(dist.group.WORLD, columns))
     torch.manual_seed(rank)
     picked = []
     layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
@@ -188,24 +190,31 @@ def traffic_case(rank, world_size, counts, columns):
 
 
 @pytest.mark.parametrize(
-    ("counts", "columns"),
-    [([5, 9, 3], 1), ([5, 9, 3], 3), ([5, 0, 3, 8], 2), ([5, 9, 3, 0, 2, 7], 2), ([5, 1, 3, 6], 4)],
-)
-def test_bytes_sent_are_those_of_the_formula(counts, columns):
+    ("counts", "columns", "chunks"),
+    [
+        ([5, 9, 3], 1, 1), ([5, 9, 3], 3, 1), ([5, 0, 3, 8], 2, 1), ([5, 9, 3, 0, 2, 7], 2, 1), ([5, 1, 3, 6], 4, 1),
+        ([5, 9, 3], 1, 4), ([5, 9, 3], 3, 2), ([5, 0, 3, 8], 2, 3),
+    ],
+)  # fmt: skip
+def test_bytes_sent_are_those_of_the_formula(counts, columns, chunks):
     """Each token once per row shard that it hits, each distinct pick once, both ways, and within the columns of a row
-    shard picks to the others and dots around a ring; what stays on a rank is free.
+    shard picks to the others and dots around a ring; what stays on a rank is free. Parts of the tokens only add counts.
     """
     world = len(counts)
-    results = run_ranks(traffic_case, world, counts, columns)
+    results = run_ranks(traffic_case, world, counts, columns, chunks)
     widths, starts = results[0][3:]
     rows = world // columns
     tokens, picks = torch.zeros(world, rows, dtype=torch.int64), torch.zeros(world, rows, dtype=torch.int64)
+    summed = torch.zeros(chunks, rows, dtype=torch.int64)  # picks of all homes, whose dots a part's ring adds up
     for home, (indices, *_) in enumerate(results):
-        for token in indices.tolist():
+        ends = [len(indices) * (chunk + 1) // chunks for chunk in range(chunks)]
+        for number, token in enumerate(indices.tolist()):
+            chunk = next(chunk for chunk, end in enumerate(ends) if number < end)
             for row in range(rows):
                 hit = {e for e in token if starts[row] <= e < starts[row + 1]}
                 tokens[home, row] += bool(hit)
                 picks[home, row] += len(hit)
+                summed[chunk, row] += len(hit)
     for rank, (_, forward, backward, *_) in enumerate(results):
         row, column = divmod(rank, columns)
         owners = [(r, c) for r in range(rows) for c in range(columns) if (r, c) != (row, column)]
@@ -216,8 +225,8 @@ def test_bytes_sent_are_those_of_the_formula(counts, columns):
         sent_tokens, sent_picks = int(tokens[rank, other_rows].sum()), int(picks[rank, other_rows].sum())
         own_column = range(column, world, columns)
         gathered_tokens, gathered_picks = (int(table[own_column, row].sum()) for table in (tokens, picks))
-        ring = 2 * (columns - 1) * int(picks[:, row].sum()) * 8 // columns
-        numbers = 2 * 8 * (rows - 1 + (columns - 1) * rows)
+        ring = sum(2 * (columns - 1) * count * 8 // columns for count in summed[:, row].tolist())
+        numbers = 2 * 8 * chunks * (rows - 1 + (columns - 1) * rows)
         want = out + back + sent_tokens * 4 + sent_picks * (4 + 8) + ring + numbers
         want += (columns - 1) * (gathered_tokens * 4 + gathered_picks * (4 + 8))
         assert forward == want
@@ -225,23 +234,26 @@ def test_bytes_sent_are_those_of_the_formula(counts, columns):
         assert backward == out + back + gates_home * 8 + ring
 
 
-def cost_case(rank, world_size, columns):
+def cost_case(rank, world_size, columns, chunks):
     """In float32: what is counted from the picks, and what was sent, sizes of messages apart."""
-    layer = PEER(DIM, 49, 3, 5, 6, seed=2, group=ExpertGroups.over(dist.group.WORLD, columns))
+    groups = ExpertGroups.over(dist.group.WORLD, columns)
+    layer = PEER(DIM, 49, 3, 5, 6, seed=2, group=groups, dispatch_chunks=chunks)
     picked = []
     layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
     layer(torch.randn(7 * rank, DIM)).sum().backward()
     rows = world_size // columns
-    sizes = 2 * 8 * (rows - 1 + (columns - 1) * rows)
+    sizes = 2 * 8 * chunks * (rows - 1 + (columns - 1) * rows)
     cost = exchange_bytes(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4)
     assert cost.hits == 0 if rank == 0 else 1 <= cost.hits <= rows
     return cost.total, layer.traffic.bytes_sent - sizes
 
 
-@pytest.mark.parametrize(("world_size", "columns"), [(1, 1), (3, 1), (3, 3), (4, 2), (6, 2)])
-def test_the_cost_model_counts_what_is_sent(world_size, columns):
-    counted, sent = (sum(column) for column in zip(*run_ranks(cost_case, world_size, columns)))
-    assert 0 <= counted - sent <= 2 * world_size  # the last byte of a ring's part, per rank and sum
+@pytest.mark.parametrize(
+    ("world_size", "columns", "chunks"), [(1, 1, 1), (3, 1, 1), (3, 3, 1), (4, 2, 1), (6, 2, 1), (3, 3, 4), (4, 2, 2)]
+)
+def test_the_cost_model_counts_what_is_sent(world_size, columns, chunks):
+    counted, sent = (sum(column) for column in zip(*run_ranks(cost_case, world_size, columns, chunks)))
+    assert 0 <= counted - sent <= 2 * world_size * chunks  # the last byte of a ring's part, per rank and sum
     assert (counted > 0) == (world_size > 1)
 
 
@@ -258,15 +270,13 @@ def test_a_group_of_one_exchanges_nothing():
 
 
 def twice_case(rank, world_size):
-    """The exchange alone, of a few picks; twice differentiated, it must say no rather than be wrong."""
+    """Twice differentiated, the routed layer must say no rather than be wrong."""
     layout = GridLayout(9, DIM, ExpertGroups.over(dist.group.WORLD))
-    x, gate = (torch.randn(*shape, requires_grad=True) for shape in ((4, DIM), (4, 3)))
-    token, expert, merged = merge_picks(torch.randint(9, (4, 3)), gate)
-    plan, order = plan_exchange(token, expert, 4, layout, Traffic())
-    x_owned, gate_owned = dispatch(x, merged[order], plan)
-    y = torch.randn(x_owned.shape, requires_grad=True)
-    for out, source in ((x_owned, x), (gate_owned, gate), (combine(y, plan), y)):
-        (grad,) = torch.autograd.grad(out.square().sum(), source, create_graph=True, retain_graph=True)
+    shapes = (4, DIM), (4, 3), (len(layout.rows), DIM), (len(layout.rows), DIM)
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    x, gates, down, up = leaves
+    y = routed_experts(x, torch.randint(9, (4, 3)), gates, down, up, "gelu", layout, Traffic(), dispatch_chunks=2)
+    for grad in torch.autograd.grad(y.square().sum(), leaves, create_graph=True):
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward(retain_graph=True)
 
