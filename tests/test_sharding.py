@@ -1,13 +1,16 @@
 """The layer on grids of row and column shards against the whole layer in one process, in float64."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from peer_dist import PEER
-from peer_dist.sharding import ExpertGroups, GridLayout, routed_experts
+from peer_dist.sharding import ExpertGroups, GridLayout, routed, routed_experts
 from peer_dist.sharding.cost import exchange_bytes
 from peer_dist.sharding.exchange import Traffic, merge_picks
 from tests.ranks import run_ranks
@@ -283,6 +286,187 @@ def twice_case(rank, world_size):
 
 def test_the_exchange_is_differentiable_once():
     run_ranks(twice_case, 2)
+
+
+TWO_PARTS = {
+    "num_experts": 16, "heads": 2, "top_k": 3, "key_dim": 4, "query_norm": "none", "dispatch_chunks": 2,
+}  # fmt: skip
+
+
+def record(layer, before=lambda event: None, after=lambda event: None):
+    """What this rank does from now on, in order: exchanges of gates and rows (and when it waits for them), what the
+    owner computes and what the dense block does. For one forward and backward pass of two parts; a synchronous exchange
+    is not recorded.
+    """
+    events = []
+    names = iter(["gates", *(f"{row} {part}" for row in ("x", "y", "dy", "dx") for part in (0, 1)), "dgates"])
+    send, columns = dist.all_to_all_single, layer.layout.groups.columns
+
+    def happens(event, run=lambda: None):
+        before(event)
+        events.append(event)
+        result = run()
+        after(event)
+        return result
+
+    class Recorded:
+        def __init__(self, work, name):
+            self.work, self.name = work, name
+
+        def wait(self):
+            return happens(f"wait for {self.name}", self.work.wait)
+
+    def start(out, x, receive=None, sizes=None, group=None, async_op=False):
+        def run():
+            return send(out, x, receive, sizes, group=group, async_op=async_op)
+
+        if not async_op or not x.is_floating_point() or (columns is not None and group is columns):
+            return run()
+        name = next(names)
+        return Recorded(happens(f"start {name}", run), name)
+
+    def computed(name, function):
+        count = iter(range(2))
+        return lambda *arguments: happens(f"{name} {next(count)}", lambda: function(*arguments))
+
+    dist.all_to_all_single = start
+    routed.expert_mix_forward = computed("experts", routed.expert_mix_forward)
+    routed.expert_mix_backward = computed("experts backward", routed.expert_mix_backward)
+    routed.expert_table_grads = computed("tables", routed.expert_table_grads)
+    if layer.dense_hidden:
+        for name in ("dense_in", "dense_out"):
+            linear = getattr(layer, name)
+            linear.register_forward_hook(lambda *_, name=name: happens(name))
+            linear.register_full_backward_hook(lambda *_, name=name: happens(f"{name} backward"))
+    return events
+
+
+def order_case(rank, world_size, counts, columns):
+    layer = build({"layer": TWO_PARTS | {"dense_hidden": 3}}, ExpertGroups.over(dist.group.WORLD, columns))
+    x = tokens_of(counts)[0].split(counts)[rank].clone().requires_grad_()
+    events = record(layer)
+    layer(x).sum().backward()
+    return events
+
+
+@pytest.mark.parametrize(("counts", "columns"), [([5, 9], 1), ([9, 0], 1), ([5, 1, 0, 6], 2), ([5, 9], 2)], ids=str)
+def test_exchanges_overlap_the_experts_and_the_dense_block(counts, columns):
+    """On every rank: an exchange has started before, and is waited for after, the experts of another part. The halves
+    of the dense block lie where the first part arrives and where the last one returns. Forward and backward.
+    """
+    want = """
+        start gates, start x 0, start x 1, dense_in, wait for gates, wait for x 0, experts 0,
+        start y 0, wait for x 1, experts 1, start y 1, dense_out, wait for y 0, wait for y 1,
+        start dy 0, start dy 1, dense_out backward, wait for dy 0, experts backward 0,
+        start dx 0, wait for dy 1, experts backward 1, start dx 1, start dgates, tables 0,
+        dense_in backward, wait for dx 0, wait for dx 1, wait for dgates
+    """
+    for events in run_ranks(order_case, len(counts), counts, columns):
+        assert events == [event.strip() for event in want.split(",")]
+
+
+def late_case(rank, world_size):
+    """Rank 1 sends each of these only when rank 0 has computed that: rank 0 must not be waiting for it, nor rank 1's
+    earlier exchanges need rank 1's attention.
+    """
+    needs = {
+        "start x 1": "experts 0",
+        "start y 0": "experts 1",
+        "start dy 1": "experts backward 0",
+        "start dx 0": "experts backward 1",
+    }
+    store = dist.distributed_c10d._get_default_store()
+
+    def before(event):
+        if rank == 1 and event in needs:
+            store.wait([needs[event]], timedelta(seconds=30))
+
+    def after(event):
+        if rank == 0 and event in needs.values():
+            store.set(event, "done")
+
+    layer = build({"layer": TWO_PARTS}, dist.group.WORLD)
+    events = record(layer, before, after)
+    layer(tokens_of([8])[0].requires_grad_()).sum().backward()
+    return len(events)
+
+
+def test_exchanges_proceed_while_experts_compute():
+    assert run_ranks(late_case, 2) == [25, 25]
+
+
+def checkpointed_case(rank, world_size, columns, chunks):
+    """Gradients and bytes without recomputation, and with either kind of it."""
+    options = LAYERS["tiny pool, every expert picked"]
+    if chunks > 1:
+        options = LAYERS["per-head keys, sigmoid"] | {"dispatch_chunks": chunks, "dense_hidden": 5}
+    groups = ExpertGroups.over(dist.group.WORLD, columns)
+    results = []
+    for reentrant in (None, False, True):
+        layer = build({"layer": options}, groups)
+        counts = [3 + 4 * (rank % 2) for rank in range(world_size)]
+        x, dy = (part.split(counts)[rank] for part in tokens_of(counts))
+        x = x.clone().requires_grad_()
+        y = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+        (y * dy).sum().backward()
+        grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+        results.append(({"y": y.detach(), "x": x.grad, **grads}, layer.traffic.bytes_sent))
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "columns", "chunks"), [(2, 1, 1), (2, 1, 3), (4, 2, 3)])
+def test_recomputation_changes_no_gradient(world_size, columns, chunks):
+    """Where recomputation stops as soon as it has what it needs, and nothing needs the results, the last part's are not
+    sent again.
+    """
+    for (want, sent), (early, sent_early), (whole, sent_whole) in run_ranks(
+        checkpointed_case, world_size, columns, chunks
+    ):
+        for got in (early, whole):
+            assert got.keys() == want.keys()
+            for name, value in got.items():
+                torch.testing.assert_close(value, want[name], rtol=1e-13, atol=1e-13)
+        assert sent < sent_early <= sent_whole
+        assert (sent_early < sent_whole) is (chunks == 1)
+
+
+def shared_case(rank, world_size, columns, chunks, sparse):
+    """Two layers over the same tables; on one rank whole."""
+    groups = ExpertGroups.over(dist.group.WORLD, columns) if world_size > 1 else None
+    options = {"num_experts": 25, "heads": 2, "top_k": 3, "key_dim": 4, "dtype": torch.float64}
+    first = PEER(DIM, **options, seed=1, group=groups, sparse_grad=sparse[0], dispatch_chunks=chunks, dense_hidden=3)
+    second = PEER(DIM, **options, seed=2, group=groups, sparse_grad=sparse[1], dispatch_chunks=chunks, tables_of=first)
+    x, dy = (part.split(12 // world_size)[rank] for part in tokens_of([12]))
+    x = x.clone().requires_grad_()
+    y = second(x + first(x))
+    (y * dy).sum().backward()
+    assert second.down.grad is first.down.grad
+    return y.detach(), x.grad, *dense_grads([first.down.grad, first.up.grad])
+
+
+@pytest.mark.parametrize(("world_size", "columns"), [(3, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("sparse", [(False, False), (True, True), (True, False)], ids=str)
+def test_tables_of_two_layers_over_ranks(world_size, columns, sparse):
+    ranks = run_ranks(shared_case, world_size, columns, 2, sparse)
+    want = shared_case(0, 1, 1, 1, (False, False))
+    for part, expected in enumerate(want):
+        parts = [result[part] for result in ranks]
+        got = torch.cat(parts) if part < 2 else whole_table(parts, columns)
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def unlike_groups(rank, world_size):
+    options = {"num_experts": 25, "heads": 2, "top_k": 3, "key_dim": 4, "seed": 1}
+    grid = ExpertGroups.over(dist.group.WORLD, 2)
+    rows = PEER(DIM, **options, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="tables_of must be a layer with the same column shards: 1 there, 2 here"):
+        PEER(DIM, **options, group=grid, tables_of=rows)
+    with pytest.raises(ValueError, match=r"tables_of must be a layer with the same ranks: \[0, 1\] there, None here"):
+        PEER(DIM, **options, tables_of=rows)
+
+
+def test_tables_over_other_ranks_are_not_shared():
+    run_ranks(unlike_groups, 2)
 
 
 @settings(max_examples=50, deadline=None)
