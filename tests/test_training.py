@@ -138,7 +138,11 @@ def test_one_rank_equals_plain_pytorch(small):
 
 
 @pytest.mark.parametrize(
-    "peer", [{"query_norm": "batch"}, {"query_norm": "rms", "shared_keys": False, "output_gate": True}]
+    "peer",
+    [
+        {"query_norm": "batch"},
+        {"query_norm": "rms", "shared_keys": False, "output_gate": True, "dense_hidden": 24, "dispatch_chunks": 3},
+    ],
 )
 def test_layouts_train_to_the_same_losses(small, peer):
     """10 steps on 1 rank, data parallel, grids of row and column shards, with copies and without; sequences per forward

@@ -95,6 +95,9 @@ class PEER(nn.Module):
         ValueError: an impossible size, an unknown option, or tables of another layer that do not fit.
     """
 
+    down: nn.Parameter
+    up: nn.Parameter
+
     def __init__(
         self,
         dim: int,
