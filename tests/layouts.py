@@ -116,7 +116,15 @@ UNTIED = {"model": {"tied_embeddings": False}}
 # of four layers on two stages: none on the first; on four: two, none, one, ... of eight
 LATE = {"model": {"mlp": ["dense", "dense", "peer", "peer"]}}
 UNEQUAL = {"model": {"num_layers": 8, "mlp": ["peer", "peer", "dense", "dense", "peer", "dense", "peer", "peer"]}}
-PER_HEAD = {"peer": {"query_norm": "rms", "shared_keys": False, "output_gate": True}}
+PER_HEAD = {
+    "peer": {
+        "query_norm": "rms",
+        "shared_keys": False,
+        "output_gate": True,
+        "dense_hidden": 24,
+        "dispatch_chunks": 3,
+    }
+}
 ROWWISE = {"table_optimizer": {"name": "rowwise_adam"}, **RMS}
 LAZY = {"table_optimizer": {"name": "rowwise_adagrad", "lazy": True}, **RMS}
 

@@ -43,6 +43,8 @@ def plain_peer(layer, x, query_norm):
     scores, expert = all_scores(query, layer.keys).topk(layer.top_k, dim=-1)
     hidden = ACTIVATIONS[layer.activation](torch.einsum("td,thkd->thk", x, layer.down[expert]))
     y = torch.einsum("thk,thkd->td", GATES[layer.gate](scores) * hidden, layer.up[expert])
+    if layer.dense_hidden:
+        y = y + ACTIVATIONS[layer.activation](x @ layer.dense_in.weight.T) @ layer.dense_out.weight.T
     if layer.output_gate:
         gate = x @ layer.gate_in.weight.T
         y = (y * gate / (1 + torch.exp(-gate))) @ layer.gate_out.weight.T
@@ -57,7 +59,7 @@ def test_layer_and_every_gradient(query_norm, gate, activation, shared):
     torch.manual_seed(1)
     layer = PEER(
         11, 49, heads=5, top_k=4, key_dim=6, query_norm=query_norm, gate=gate, activation=activation,
-        shared_keys=shared, output_gate=activation == "silu", dtype=torch.float64,
+        shared_keys=shared, output_gate=activation == "silu", dense_hidden=7 * (gate == "softmax"), dtype=torch.float64,
     )  # fmt: skip
     for parameter in layer.norm.parameters():
         torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -198,15 +200,95 @@ def test_reset_parameters_is_a_new_layer(query_norm):
     assert all(torch.equal(value, want[name]) for name, value in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("dense_hidden", [0, 200])
 @pytest.mark.parametrize("gate", list(GATES))
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_output_variance_at_the_start(gate, activation):
+def test_output_variance_at_the_start(gate, activation, dense_hidden):
     for output_std in (None, 0.3):
         layer = PEER(64, 64**2, heads=4, top_k=8, key_dim=32, gate=gate, activation=activation, seed=3,
-                     output_std=output_std, output_gate=gate == "sigmoid")  # fmt: skip
+                     output_std=output_std, output_gate=gate == "sigmoid", dense_hidden=dense_hidden)  # fmt: skip
         y = layer(torch.randn(2000, 64))
         want = output_std or math.sqrt(activation_second_moment(ACTIVATIONS[activation]))
         assert float(y.detach().std()) == pytest.approx(want, rel=0.1)
+
+
+def test_a_dense_block_moves_no_other_weight():
+    """But ``up``, by the factor that leaves it half of the variance."""
+    options = {"heads": 3, "top_k": 2, "key_dim": 4, "output_gate": True, "seed": 5}
+    plain, beside = PEER(12, 25, **options).state_dict(), PEER(12, 25, **options, dense_hidden=9).state_dict()
+    assert tuple(beside.pop("dense_in.weight").shape) == (9, 12)
+    assert tuple(beside.pop("dense_out.weight").shape) == (12, 9)
+    torch.testing.assert_close(beside.pop("up"), plain.pop("up") * math.sqrt(0.5))
+    assert beside.keys() == plain.keys()
+    assert all(torch.equal(value, plain[name]) for name, value in beside.items())
+
+
+def shared_pair(seed, **options):
+    options = {"heads": 2, "top_k": 3, "key_dim": 4, "query_norm": "layer", "dtype": torch.float64} | options
+    first = PEER(8, 25, **options, seed=seed)
+    return torch.nn.ModuleList([first, PEER(8, 25, **options, seed=seed + 1, tables_of=first)])
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("released", [False, True])
+def test_shared_tables_and_their_gradients(sparse, released):
+    """Each layer has its own way to the experts; both layers' gradients add up in the one pair of tables."""
+    first, second = layers = shared_pair(3, sparse_grad=sparse, dense_hidden=5)
+    tables = [first.down, first.up]
+    names = [name for name, _ in layers.named_parameters()]
+    assert names.count("0.down") == 1
+    assert not {"1.down", "1.up"} & {*names}
+    assert not torch.equal(first.keys, second.keys)
+    if released:
+        for layer in layers:
+            layer.release_tables()
+        assert not [name for name, _ in layers.named_parameters() if "down" in name or "up" in name]
+    assert second.down is tables[0]
+    assert second.up is tables[1]
+    x = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *tables, first.keys, second.keys, second.dense_in.weight]
+    second(x + first(x)).square().sum().backward()
+    want = plain_peer(second, x + plain_peer(first, x, "layer"), "layer").square().sum()
+    for leaf, expected in zip(inputs, torch.autograd.grad(want, inputs)):
+        got = leaf.grad.to_dense() if leaf.grad.is_sparse else leaf.grad
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert tables[0].grad.is_sparse is sparse
+
+
+def test_shared_tables_are_saved_and_loaded():
+    saved, other = shared_pair(3), shared_pair(7)
+    state = saved.state_dict()
+    assert state["0.down"].data_ptr() == state["1.down"].data_ptr()
+    other.load_state_dict(state)
+    x = torch.randn(9, 8, dtype=torch.float64)
+    for layer, twin in zip(saved, other):
+        assert torch.equal(layer(x), twin(x))
+    assert other[0].down is other[1].down
+    copied = copy.deepcopy(saved)
+    assert copied[0].up is copied[1].up is not saved[0].up
+
+
+def test_a_layer_does_not_draw_another_layers_tables():
+    first, second = shared_pair(3)
+    before = first.down.clone(), first.up.clone(), second.keys.clone()
+    second.reset_parameters(seed=9)
+    assert torch.equal(first.down, before[0])
+    assert torch.equal(first.up, before[1])
+    assert not torch.equal(second.keys, before[2])
+    assert torch.equal(second.keys, PEER(8, 25, heads=2, top_k=3, key_dim=4, dtype=torch.float64, seed=9).keys)
+
+
+@pytest.mark.parametrize(
+    ("dim", "options", "word"),
+    [
+        (8, {"num_experts": 36}, "the same num_experts: 25 there, 36 here"),
+        (9, {}, "the same dim: 8 there, 9 here"),
+        (8, {"table_dtype": torch.bfloat16}, r"the same table_dtype: torch.float64 there, torch.bfloat16 here"),
+    ],
+)
+def test_tables_that_do_not_fit_are_not_shared(dim, options, word):
+    with pytest.raises(ValueError, match=word):
+        PEER(dim, **{"num_experts": 25, "heads": 2, "top_k": 3, "key_dim": 4} | options, tables_of=shared_pair(3)[0])
 
 
 def test_state_dict_names_and_shapes():
@@ -245,6 +327,8 @@ def test_released_tables_are_no_parameters_but_still_train():
         ({"gate": "tanh"}, "gate must be one of softmax, sigmoid, relu"),
         ({"query_norm": "group"}, "query_norm must be one of"),
         ({"activation": "elu"}, "activation must be one of"),
+        ({"dense_hidden": -1}, "dense_hidden must be at least 0"),
+        ({"dispatch_chunks": 0}, "dispatch_chunks must be at least 1"),
     ],
 )
 def test_impossible_options_are_refused(options, word):

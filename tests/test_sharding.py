@@ -1,15 +1,18 @@
 """The layer on grids of row and column shards against the whole layer in one process, in float64."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from peer_dist import PEER
-from peer_dist.sharding import ExpertGroups, GridLayout
+from peer_dist.sharding import ExpertGroups, GridLayout, routed, routed_experts
 from peer_dist.sharding.cost import exchange_bytes
-from peer_dist.sharding.exchange import Traffic, combine, dispatch, merge_picks, plan_exchange
+from peer_dist.sharding.exchange import Traffic, merge_picks
 from tests.ranks import run_ranks
 
 DIM = 10
@@ -109,7 +112,7 @@ def test_sharded_equals_whole(counts, columns):
 
 
 def random_case(world_size, generator):
-    """A layout, sizes, tokens of each rank and a skew."""
+    """A layout, sizes, tokens of each rank, parts in which they travel (more than tokens, at times) and a skew."""
 
     def draw(*choices):
         return choices[int(torch.randint(len(choices), (), generator=generator))]
@@ -122,6 +125,7 @@ def random_case(world_size, generator):
         "dim": draw(*dims), "num_experts": n * n, "heads": draw(1, 2, 5), "top_k": top_k, "key_dim": draw(2, 6),
         "query_norm": draw("batch", "layer", "rms", "none"), "gate": draw("softmax", "sigmoid", "relu"),
         "activation": draw("gelu", "relu", "silu"), "shared_keys": draw(True, False), "sparse_grad": draw(True, False),
+        "dispatch_chunks": draw(1, 2, 3, 4, 5), "dense_hidden": draw(0, 7),
     }  # fmt: skip
     counts = [draw(0, 1, 2, 9, 30) for _ in range(world_size)]
     counts[draw(*range(world_size))] += 2  # batch norm needs something
@@ -169,8 +173,9 @@ def test_random_layouts_and_sizes(world_size, count):
             assert error <= 1e-9 * (1 + expected.abs().max().item() if got.numel() else 0), (name, options, counts)
 
 
-def traffic_case(rank, world_size, counts, columns):
-    layer = build({"layer": LAYERS["batch norm, uneven tables"]}, ExpertGroups.over(dist.group.WORLD, columns))
+def traffic_case(rank, world_size, counts, columns, chunks):
+    options = LAYERS["batch norm, uneven tables"] | {"dispatch_chunks": chunks}
+    layer = build({"layer": options}, ExpertGroups.over(dist.group.WORLD, columns))
     torch.manual_seed(rank)
     picked = []
     layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
@@ -188,24 +193,31 @@ def traffic_case(rank, world_size, counts, columns):
 
 
 @pytest.mark.parametrize(
-    ("counts", "columns"),
-    [([5, 9, 3], 1), ([5, 9, 3], 3), ([5, 0, 3, 8], 2), ([5, 9, 3, 0, 2, 7], 2), ([5, 1, 3, 6], 4)],
-)
-def test_bytes_sent_are_those_of_the_formula(counts, columns):
+    ("counts", "columns", "chunks"),
+    [
+        ([5, 9, 3], 1, 1), ([5, 9, 3], 3, 1), ([5, 0, 3, 8], 2, 1), ([5, 9, 3, 0, 2, 7], 2, 1), ([5, 1, 3, 6], 4, 1),
+        ([5, 9, 3], 1, 4), ([5, 9, 3], 3, 2), ([5, 0, 3, 8], 2, 3),
+    ],
+)  # fmt: skip
+def test_bytes_sent_are_those_of_the_formula(counts, columns, chunks):
     """Each token once per row shard that it hits, each distinct pick once, both ways, and within the columns of a row
-    shard picks to the others and dots around a ring; what stays on a rank is free.
+    shard picks to the others and dots around a ring; what stays on a rank is free. Parts of the tokens only add counts.
     """
     world = len(counts)
-    results = run_ranks(traffic_case, world, counts, columns)
+    results = run_ranks(traffic_case, world, counts, columns, chunks)
     widths, starts = results[0][3:]
     rows = world // columns
     tokens, picks = torch.zeros(world, rows, dtype=torch.int64), torch.zeros(world, rows, dtype=torch.int64)
+    summed = torch.zeros(chunks, rows, dtype=torch.int64)  # picks of all homes, whose dots a part's ring adds up
     for home, (indices, *_) in enumerate(results):
-        for token in indices.tolist():
+        ends = [len(indices) * (chunk + 1) // chunks for chunk in range(chunks)]
+        for number, token in enumerate(indices.tolist()):
+            chunk = next(chunk for chunk, end in enumerate(ends) if number < end)
             for row in range(rows):
                 hit = {e for e in token if starts[row] <= e < starts[row + 1]}
                 tokens[home, row] += bool(hit)
                 picks[home, row] += len(hit)
+                summed[chunk, row] += len(hit)
     for rank, (_, forward, backward, *_) in enumerate(results):
         row, column = divmod(rank, columns)
         owners = [(r, c) for r in range(rows) for c in range(columns) if (r, c) != (row, column)]
@@ -216,8 +228,8 @@ def test_bytes_sent_are_those_of_the_formula(counts, columns):
         sent_tokens, sent_picks = int(tokens[rank, other_rows].sum()), int(picks[rank, other_rows].sum())
         own_column = range(column, world, columns)
         gathered_tokens, gathered_picks = (int(table[own_column, row].sum()) for table in (tokens, picks))
-        ring = 2 * (columns - 1) * int(picks[:, row].sum()) * 8 // columns
-        numbers = 2 * 8 * (rows - 1 + (columns - 1) * rows)
+        ring = sum(2 * (columns - 1) * count * 8 // columns for count in summed[:, row].tolist())
+        numbers = 2 * 8 * chunks * (rows - 1 + (columns - 1) * rows)
         want = out + back + sent_tokens * 4 + sent_picks * (4 + 8) + ring + numbers
         want += (columns - 1) * (gathered_tokens * 4 + gathered_picks * (4 + 8))
         assert forward == want
@@ -225,23 +237,26 @@ def test_bytes_sent_are_those_of_the_formula(counts, columns):
         assert backward == out + back + gates_home * 8 + ring
 
 
-def cost_case(rank, world_size, columns):
+def cost_case(rank, world_size, columns, chunks):
     """In float32: what is counted from the picks, and what was sent, sizes of messages apart."""
-    layer = PEER(DIM, 49, 3, 5, 6, seed=2, group=ExpertGroups.over(dist.group.WORLD, columns))
+    groups = ExpertGroups.over(dist.group.WORLD, columns)
+    layer = PEER(DIM, 49, 3, 5, 6, seed=2, group=groups, dispatch_chunks=chunks)
     picked = []
     layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
     layer(torch.randn(7 * rank, DIM)).sum().backward()
     rows = world_size // columns
-    sizes = 2 * 8 * (rows - 1 + (columns - 1) * rows)
+    sizes = 2 * 8 * chunks * (rows - 1 + (columns - 1) * rows)
     cost = exchange_bytes(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4)
     assert cost.hits == 0 if rank == 0 else 1 <= cost.hits <= rows
     return cost.total, layer.traffic.bytes_sent - sizes
 
 
-@pytest.mark.parametrize(("world_size", "columns"), [(1, 1), (3, 1), (3, 3), (4, 2), (6, 2)])
-def test_the_cost_model_counts_what_is_sent(world_size, columns):
-    counted, sent = (sum(column) for column in zip(*run_ranks(cost_case, world_size, columns)))
-    assert 0 <= counted - sent <= 2 * world_size  # the last byte of a ring's part, per rank and sum
+@pytest.mark.parametrize(
+    ("world_size", "columns", "chunks"), [(1, 1, 1), (3, 1, 1), (3, 3, 1), (4, 2, 1), (6, 2, 1), (3, 3, 4), (4, 2, 2)]
+)
+def test_the_cost_model_counts_what_is_sent(world_size, columns, chunks):
+    counted, sent = (sum(column) for column in zip(*run_ranks(cost_case, world_size, columns, chunks)))
+    assert 0 <= counted - sent <= 2 * world_size * chunks  # the last byte of a ring's part, per rank and sum
     assert (counted > 0) == (world_size > 1)
 
 
@@ -258,21 +273,200 @@ def test_a_group_of_one_exchanges_nothing():
 
 
 def twice_case(rank, world_size):
-    """The exchange alone, of a few picks; twice differentiated, it must say no rather than be wrong."""
+    """Twice differentiated, the routed layer must say no rather than be wrong."""
     layout = GridLayout(9, DIM, ExpertGroups.over(dist.group.WORLD))
-    x, gate = (torch.randn(*shape, requires_grad=True) for shape in ((4, DIM), (4, 3)))
-    token, expert, merged = merge_picks(torch.randint(9, (4, 3)), gate)
-    plan, order = plan_exchange(token, expert, 4, layout, Traffic())
-    x_owned, gate_owned = dispatch(x, merged[order], plan)
-    y = torch.randn(x_owned.shape, requires_grad=True)
-    for out, source in ((x_owned, x), (gate_owned, gate), (combine(y, plan), y)):
-        (grad,) = torch.autograd.grad(out.square().sum(), source, create_graph=True, retain_graph=True)
+    shapes = (4, DIM), (4, 3), (len(layout.rows), DIM), (len(layout.rows), DIM)
+    leaves = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+    x, gates, down, up = leaves
+    y = routed_experts(x, torch.randint(9, (4, 3)), gates, down, up, "gelu", layout, Traffic(), dispatch_chunks=2)
+    for grad in torch.autograd.grad(y.square().sum(), leaves, create_graph=True):
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward(retain_graph=True)
 
 
 def test_the_exchange_is_differentiable_once():
     run_ranks(twice_case, 2)
+
+
+TWO_PARTS = {
+    "num_experts": 16, "heads": 2, "top_k": 3, "key_dim": 4, "query_norm": "none", "dispatch_chunks": 2,
+}  # fmt: skip
+
+
+def record(layer, before=lambda event: None, after=lambda event: None):
+    """What this rank does from now on, in order: exchanges of gates and rows (and when it waits for them), what the
+    owner computes and what the dense block does. For one forward and backward pass of two parts; a synchronous exchange
+    is not recorded.
+    """
+    events = []
+    names = iter(["gates", *(f"{row} {part}" for row in ("x", "y", "dy", "dx") for part in (0, 1)), "dgates"])
+    send, columns = dist.all_to_all_single, layer.layout.groups.columns
+
+    def happens(event, run=lambda: None):
+        before(event)
+        events.append(event)
+        result = run()
+        after(event)
+        return result
+
+    class Recorded:
+        def __init__(self, work, name):
+            self.work, self.name = work, name
+
+        def wait(self):
+            return happens(f"wait for {self.name}", self.work.wait)
+
+    def start(out, x, receive=None, sizes=None, group=None, async_op=False):
+        def run():
+            return send(out, x, receive, sizes, group=group, async_op=async_op)
+
+        if not async_op or not x.is_floating_point() or (columns is not None and group is columns):
+            return run()
+        name = next(names)
+        return Recorded(happens(f"start {name}", run), name)
+
+    def computed(name, function):
+        count = iter(range(2))
+        return lambda *arguments: happens(f"{name} {next(count)}", lambda: function(*arguments))
+
+    dist.all_to_all_single = start
+    routed.expert_mix_forward = computed("experts", routed.expert_mix_forward)
+    routed.expert_mix_backward = computed("experts backward", routed.expert_mix_backward)
+    routed.expert_table_grads = computed("tables", routed.expert_table_grads)
+    if layer.dense_hidden:
+        for name in ("dense_in", "dense_out"):
+            linear = getattr(layer, name)
+            linear.register_forward_hook(lambda *_, name=name: happens(name))
+            linear.register_full_backward_hook(lambda *_, name=name: happens(f"{name} backward"))
+    return events
+
+
+def order_case(rank, world_size, counts, columns):
+    layer = build({"layer": TWO_PARTS | {"dense_hidden": 3}}, ExpertGroups.over(dist.group.WORLD, columns))
+    x = tokens_of(counts)[0].split(counts)[rank].clone().requires_grad_()
+    events = record(layer)
+    layer(x).sum().backward()
+    return events
+
+
+@pytest.mark.parametrize(("counts", "columns"), [([5, 9], 1), ([9, 0], 1), ([5, 1, 0, 6], 2), ([5, 9], 2)], ids=str)
+def test_exchanges_overlap_the_experts_and_the_dense_block(counts, columns):
+    """On every rank: an exchange has started before, and is waited for after, the experts of another part. The halves
+    of the dense block lie where the first part arrives and where the last one returns. Forward and backward.
+    """
+    want = """
+        start gates, start x 0, start x 1, dense_in, wait for gates, wait for x 0, experts 0,
+        start y 0, wait for x 1, experts 1, start y 1, dense_out, wait for y 0, wait for y 1,
+        start dy 0, start dy 1, dense_out backward, wait for dy 0, experts backward 0,
+        start dx 0, wait for dy 1, experts backward 1, start dx 1, start dgates, tables 0,
+        dense_in backward, wait for dx 0, wait for dx 1, wait for dgates
+    """
+    for events in run_ranks(order_case, len(counts), counts, columns):
+        assert events == [event.strip() for event in want.split(",")]
+
+
+def late_case(rank, world_size):
+    """Rank 1 sends each of these only when rank 0 has computed that: rank 0 must not be waiting for it, nor rank 1's
+    earlier exchanges need rank 1's attention.
+    """
+    needs = {
+        "start x 1": "experts 0",
+        "start y 0": "experts 1",
+        "start dy 1": "experts backward 0",
+        "start dx 0": "experts backward 1",
+    }
+    store = dist.distributed_c10d._get_default_store()
+
+    def before(event):
+        if rank == 1 and event in needs:
+            store.wait([needs[event]], timedelta(seconds=30))
+
+    def after(event):
+        if rank == 0 and event in needs.values():
+            store.set(event, "done")
+
+    layer = build({"layer": TWO_PARTS}, dist.group.WORLD)
+    events = record(layer, before, after)
+    layer(tokens_of([8])[0].requires_grad_()).sum().backward()
+    return len(events)
+
+
+def test_exchanges_proceed_while_experts_compute():
+    assert run_ranks(late_case, 2) == [25, 25]
+
+
+def checkpointed_case(rank, world_size, columns, chunks):
+    """Gradients and bytes without recomputation, and with either kind of it."""
+    options = LAYERS["tiny pool, every expert picked"]
+    if chunks > 1:
+        options = LAYERS["per-head keys, sigmoid"] | {"dispatch_chunks": chunks, "dense_hidden": 5}
+    groups = ExpertGroups.over(dist.group.WORLD, columns)
+    results = []
+    for reentrant in (None, False, True):
+        layer = build({"layer": options}, groups)
+        counts = [3 + 4 * (rank % 2) for rank in range(world_size)]
+        x, dy = (part.split(counts)[rank] for part in tokens_of(counts))
+        x = x.clone().requires_grad_()
+        y = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+        (y * dy).sum().backward()
+        grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+        results.append(({"y": y.detach(), "x": x.grad, **grads}, layer.traffic.bytes_sent))
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "columns", "chunks"), [(2, 1, 1), (2, 1, 3), (4, 2, 3)])
+def test_recomputation_changes_no_gradient(world_size, columns, chunks):
+    """Where recomputation stops as soon as it has what it needs, and nothing needs the results, the last part's are not
+    sent again.
+    """
+    for (want, sent), (early, sent_early), (whole, sent_whole) in run_ranks(
+        checkpointed_case, world_size, columns, chunks
+    ):
+        for got in (early, whole):
+            assert got.keys() == want.keys()
+            for name, value in got.items():
+                torch.testing.assert_close(value, want[name], rtol=1e-13, atol=1e-13)
+        assert sent < sent_early <= sent_whole
+        assert (sent_early < sent_whole) is (chunks == 1)
+
+
+def shared_case(rank, world_size, columns, chunks, sparse):
+    """Two layers over the same tables; on one rank whole."""
+    groups = ExpertGroups.over(dist.group.WORLD, columns) if world_size > 1 else None
+    options = {"num_experts": 25, "heads": 2, "top_k": 3, "key_dim": 4, "dtype": torch.float64}
+    first = PEER(DIM, **options, seed=1, group=groups, sparse_grad=sparse[0], dispatch_chunks=chunks, dense_hidden=3)
+    second = PEER(DIM, **options, seed=2, group=groups, sparse_grad=sparse[1], dispatch_chunks=chunks, tables_of=first)
+    x, dy = (part.split(12 // world_size)[rank] for part in tokens_of([12]))
+    x = x.clone().requires_grad_()
+    y = second(x + first(x))
+    (y * dy).sum().backward()
+    assert second.down.grad is first.down.grad
+    return y.detach(), x.grad, *dense_grads([first.down.grad, first.up.grad])
+
+
+@pytest.mark.parametrize(("world_size", "columns"), [(3, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("sparse", [(False, False), (True, True), (True, False)], ids=str)
+def test_tables_of_two_layers_over_ranks(world_size, columns, sparse):
+    ranks = run_ranks(shared_case, world_size, columns, 2, sparse)
+    want = shared_case(0, 1, 1, 1, (False, False))
+    for part, expected in enumerate(want):
+        parts = [result[part] for result in ranks]
+        got = torch.cat(parts) if part < 2 else whole_table(parts, columns)
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+def unlike_groups(rank, world_size):
+    options = {"num_experts": 25, "heads": 2, "top_k": 3, "key_dim": 4, "seed": 1}
+    grid = ExpertGroups.over(dist.group.WORLD, 2)
+    rows = PEER(DIM, **options, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="tables_of must be a layer with the same column shards: 1 there, 2 here"):
+        PEER(DIM, **options, group=grid, tables_of=rows)
+    with pytest.raises(ValueError, match=r"tables_of must be a layer with the same ranks: \[0, 1\] there, None here"):
+        PEER(DIM, **options, tables_of=rows)
+
+
+def test_tables_over_other_ranks_are_not_shared():
+    run_ranks(unlike_groups, 2)
 
 
 @settings(max_examples=50, deadline=None)

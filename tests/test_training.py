@@ -356,6 +356,13 @@ def test_a_checkpoint_older_than_a_key_is_resumed_at_its_default(small):
         check_resumable(Path("run"), gated, [], manifest)
 
 
+def test_the_parts_in_which_tokens_travel_may_change_on_resume(small):
+    from peer_dist.training.checkpoints import check_resumable
+
+    manifest = {"config": parse_config(small, "test").model_dump(mode="json"), "data": []}
+    check_resumable(Path("run"), parse_config(with_keys(small, peer={"dispatch_chunks": 4}), "test"), [], manifest)
+
+
 def test_init_from_takes_the_weights_only(small, tmp_path):
     """A new run from another's weights: step 0, the other's held-out loss, fresh optimizers and schedule."""
     run_ranks(run_to_the_end, 2, with_keys(small, parallel={"expert": 2}))

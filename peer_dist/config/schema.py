@@ -77,6 +77,10 @@ class PEERSection(Section):
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="the experts' activation")
     shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
     output_gate: bool = Field(False, description="y becomes (y * silu(x W1)) W2 (Memory+)")
+    dense_hidden: int = Field(0, ge=0, description="hidden width of a dense block beside the experts; 0: none")
+    dispatch_chunks: int = Field(
+        1, ge=1, description="parts in which tokens travel, so that exchange and experts overlap; may change on resume"
+    )
     table_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them, unless "

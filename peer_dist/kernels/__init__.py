@@ -15,7 +15,18 @@ from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed
 from peer_dist.tracing import span
 
-__all__ = ["ACTIVATIONS", "Picks", "expert_mix", "huge_pages", "mix", "table_grad", "top_pairs"]
+__all__ = [
+    "ACTIVATIONS",
+    "Picks",
+    "expert_mix",
+    "expert_mix_backward",
+    "expert_mix_forward",
+    "expert_table_grads",
+    "huge_pages",
+    "mix",
+    "table_grad",
+    "top_pairs",
+]
 
 _MKL, _REFERENCE = Composed(mkl), Composed(reference)
 
@@ -38,7 +49,6 @@ def expert_mix(
     up: Tensor,
     activation: str,
     sparse_grad: bool = False,
-    sum_columns: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``y_t = sum_i gate_i * act(x_t . down_{e_i}) * up_{e_i}`` over the picks of each token (PEER, section 2).
 
@@ -52,13 +62,91 @@ def expert_mix(
         up: ``[rows, dim]``, of ``down``'s dtype.
         activation: one of :data:`ACTIVATIONS`.
         sparse_grad: give the tables sparse gradients (coalesced, of the picked rows) instead of dense ones.
-        sum_columns: where ``x`` and the tables are a slice of the columns, adds up the slices' dot products
-            ``[picks]``; called once in the forward and once in the backward pass.
 
     Returns:
         ``[tokens, dim]`` in ``x``'s dtype. Differentiable in ``x``, ``gate``, ``down`` and ``up``.
     """
-    return _ExpertMix.apply(x, picks, gate, down, up, activation, sparse_grad, sum_columns)
+    return _ExpertMix.apply(x, picks, gate, down, up, activation, sparse_grad)
+
+
+def expert_mix_forward(
+    x: Tensor,
+    picks: Picks,
+    gate: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_columns: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`expert_mix` for callers that differentiate by :func:`expert_mix_backward` and
+    :func:`expert_table_grads` themselves, say because they take the tokens in parts.
+
+    Args:
+        sum_columns: where ``x`` and the tables are a slice of the columns, adds up the slices' dot products
+            ``[picks]``.
+
+    Returns:
+        ``y [tokens, dim]`` and the pre-activations ``x_t . down_e``, ``[picks]``, both in at least float32.
+    """
+    ops = _backend(x, down, up)
+    with span("experts"):
+        if sum_columns is None:
+            return ops.forward(x.contiguous(), picks, gate, down, up, activation)
+        return reference.by_halves(ops, x.contiguous(), picks, gate, down, up, activation, sum_columns)
+
+
+def expert_mix_backward(
+    dy: Tensor,
+    x: Tensor,
+    picks: Picks,
+    pre: Tensor,
+    gate: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sum_columns: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of :func:`expert_mix_forward` but those of the tables.
+
+    Args:
+        dy: ``[tokens, dim]``.
+        pre: ``[picks]``, from the forward pass.
+
+    Returns:
+        ``dx [tokens, dim]`` and per pick ``dgate``, ``dpre`` and ``hidden`` (the gated activation), of which the last
+        two are for :func:`expert_table_grads`; all in at least float32.
+    """
+    ops = _backend(x, down, up)
+    with span("experts"):
+        x, dy = x.contiguous(), dy.contiguous()
+        if sum_columns is None:
+            return ops.backward(dy, x, picks, pre, gate, down, up, activation)
+        return reference.backward_by_halves(ops, dy, picks, pre, gate, down, up, activation, sum_columns)
+
+
+def expert_table_grads(
+    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, table: Tensor, sparse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``down`` and ``up``: ``sum of dpre_i x_t`` and ``sum of hidden_i dy_t`` of each row.
+
+    Args:
+        dpre, hidden: ``[picks]``.
+        x, dy: ``[tokens, dim]``.
+        table: ``[rows, dim]``, either of the two, for its shape and dtype.
+        sparse: coalesced sparse tensors of the picked rows instead of dense ones.
+    """
+    ops = _backend(x, table)
+    rows, dim = table.shape
+    with span("experts"):
+        x, dy = x.contiguous(), dy.contiguous()
+        if not sparse:
+            return ops.table_grads(dpre, hidden, x, dy, picks, rows, dtype=table.dtype)
+        touched, ddown, dup = ops.sparse_table_grads(dpre, hidden, x, dy, picks, rows, dtype=table.dtype)
+        first, second = (
+            torch.sparse_coo_tensor(touched[None], value, (rows, dim), is_coalesced=True, check_invariants=False)
+            for value in (ddown, dup)
+        )
+        return first, second
 
 
 def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
@@ -102,15 +190,9 @@ class _ExpertMix(torch.autograd.Function):
         up: Tensor,
         activation: str,
         sparse_grad: bool,
-        sum_columns: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
-        ops = _backend(x, down, up)
-        with span("experts"):
-            if sum_columns is None:
-                y, pre = ops.forward(x.contiguous(), picks, gate, down, up, activation)
-            else:
-                y, pre = reference.by_halves(ops, x.contiguous(), picks, gate, down, up, activation, sum_columns)
-        ctx.picks, ctx.activation, ctx.sparse_grad, ctx.sum_columns = picks, activation, sparse_grad, sum_columns
+        y, pre = expert_mix_forward(x, picks, gate, down, up, activation)
+        ctx.picks, ctx.activation, ctx.sparse_grad = picks, activation, sparse_grad
         ctx.save_for_backward(x, pre, gate, down, up)
         return y.to(x.dtype)
 
@@ -119,27 +201,10 @@ class _ExpertMix(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, gate, down, up = ctx.saved_tensors
         picks = Picks(ctx.picks.offsets, ctx.picks.expert)  # what it works out goes when this is done
-        rows, dim = down.shape
-        with span("experts"):
-            x, dy = x.contiguous(), dy.contiguous()
-            ops = _backend(x, down, up)
-            if ctx.sum_columns is None:
-                dx, dgate, dpre, hidden = ops.backward(dy, x, picks, pre, gate, down, up, ctx.activation)
-            else:
-                dx, dgate, dpre, hidden = reference.backward_by_halves(
-                    ops, dy, picks, pre, gate, down, up, ctx.activation, ctx.sum_columns
-                )
-            ddown: Tensor | None = None
-            dup: Tensor | None = None
-            if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-                if ctx.sparse_grad:
-                    touched, *values = ops.sparse_table_grads(dpre, hidden, x, dy, picks, rows, dtype=down.dtype)
-                    ddown, dup = (
-                        torch.sparse_coo_tensor(
-                            touched[None], value, (rows, dim), is_coalesced=True, check_invariants=False
-                        )
-                        for value in values
-                    )
-                else:
-                    ddown, dup = ops.table_grads(dpre, hidden, x, dy, picks, rows, dtype=down.dtype)
-        return dx.to(x.dtype), None, dgate.to(gate.dtype), ddown, dup, None, None, None
+        x, dy = x.contiguous(), dy.contiguous()
+        dx, dgate, dpre, hidden = expert_mix_backward(dy, x, picks, pre, gate, down, up, ctx.activation)
+        ddown: Tensor | None = None
+        dup: Tensor | None = None
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, ctx.sparse_grad)
+        return dx.to(x.dtype), None, dgate.to(gate.dtype), ddown, dup, None, None

@@ -47,6 +47,14 @@ class PEER(nn.Module):
     queries and the layer's own keys. The default ``output_std`` is that of the FFW it replaces when the FFW's
     matrices are drawn from N(0, 1/fan_in): ``sqrt(E[act(z)^2])``.
 
+    A dense feed-forward block beside the experts (``dense_hidden``): ``dense_out(act(dense_in(x)))`` is added to the
+    experts' sum, before the output gate if there is one. With tables over several ranks it is computed while tokens and
+    results travel (as OmniMoE does with its shared expert). At the start each of the two has half of the output's
+    variance: ``up`` is drawn with ``s / sqrt(2)``, and no other weight changes.
+
+    Shared tables (``tables_of``): the layer reads, and gives gradients to, the ``down`` and ``up`` of another layer. It
+    does not draw them; the scale of the experts' sum is that which the other layer gave to ``up``.
+
     Sharding. With ``group`` the rows of ``down`` and ``up`` are spread over its ranks, or rows and columns over
     those of :class:`peer_dist.sharding.ExpertGroups`, and every rank must call the layer (and its backward)
     together, with any number of tokens. Table gradients are then those of the SUM of the ranks' losses; divide by
@@ -66,22 +74,30 @@ class PEER(nn.Module):
         shared_keys: one set of keys for all heads, or one per head.
         output_gate: multiply the experts' sum by ``silu(gate_in(x))`` and map it by ``gate_out``, both
             ``[dim, dim]`` (Memory Layers at Scale, arXiv 2412.09764).
+        dense_hidden: hidden width of a dense block beside the experts; 0 for none.
+        dispatch_chunks: number of parts in which tokens travel to the experts, so that the exchange of one overlaps the
+            experts of another; the same on all ranks. Outputs do not depend on it.
         group: process group over which the tables are row-sharded, or a grid of ranks; None keeps them whole.
         data_group: ranks that see different tokens, for batch statistics; defaults to ``group``.
         output_std: standard deviation of an output component at initialisation.
-        table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``.
+        table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``, with ``tables_of`` to that layer's.
         sparse_grad: give ``down`` and ``up`` sparse gradients, of the picked rows only (for SparseAdam, say).
+        tables_of: a layer whose tables this one shares: the same parameters, registered in both.
         seed: seed of the initial weights, the same on every rank; by default drawn from torch's generator on the
             group's first rank.
         device, dtype: as everywhere in torch.
 
     State dict: ``query.weight [heads*key_dim, dim]``, ``keys [2, sqrt(N), key_dim/2]`` (``[heads, 2, ...]``
-    if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, and the norm's and the
-    output gate's.
+    if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, the norm's, the output gate's
+    ``gate_in.weight`` and ``gate_out.weight``, and the dense block's ``dense_in.weight [dense_hidden, dim]`` and
+    ``dense_out.weight [dim, dense_hidden]``. Layers that share tables both list them.
 
     Raises:
-        ValueError: an impossible size or an unknown option.
+        ValueError: an impossible size, an unknown option, or tables of another layer that do not fit.
     """
+
+    down: nn.Parameter
+    up: nn.Parameter
 
     def __init__(
         self,
@@ -96,11 +112,14 @@ class PEER(nn.Module):
         *,
         shared_keys: bool = True,
         output_gate: bool = False,
+        dense_hidden: int = 0,
+        dispatch_chunks: int = 1,
         group: dist.ProcessGroup | ExpertGroups | None = None,
         data_group: dist.ProcessGroup | None = None,
         output_std: float | None = None,
         table_dtype: torch.dtype | None = None,
         sparse_grad: bool = False,
+        tables_of: PEER | None = None,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -115,6 +134,10 @@ class PEER(nn.Module):
             raise ValueError(f"key_dim must be even, not {key_dim}")
         if dim < 1 or heads < 1:
             raise ValueError(f"dim and heads must be at least 1, not {dim} and {heads}")
+        if dense_hidden < 0:
+            raise ValueError(f"dense_hidden must be at least 0, not {dense_hidden}")
+        if dispatch_chunks < 1:
+            raise ValueError(f"dispatch_chunks must be at least 1, not {dispatch_chunks}")
         for name, value, known in (
             ("query_norm", query_norm, QUERY_NORMS),
             ("gate", gate, GATES),
@@ -130,9 +153,15 @@ class PEER(nn.Module):
             key_dim,
         )
         self.gate, self.activation, self.sparse_grad, self.output_gate = gate, activation, sparse_grad, output_gate
+        self.dense_hidden, self.dispatch_chunks = dense_hidden, dispatch_chunks
+        self.owns_tables = tables_of is None
+        """Whether the tables are its own, rather than those of the layer that was given as ``tables_of``."""
         if group is not None and not isinstance(group, ExpertGroups):
             group = ExpertGroups.over(group)
         self.layout = GridLayout(num_experts, dim, group)
+        if tables_of is not None:
+            table_dtype = table_dtype or tables_of.down.dtype
+            _check_same_tables(tables_of, self.layout, table_dtype)
         self.traffic = Traffic()
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
         """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass (but recomputed ones)."""
@@ -147,15 +176,23 @@ class PEER(nn.Module):
         if output_gate:
             self.gate_in = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
             self.gate_out = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+        if dense_hidden:
+            self.dense_in = nn.Linear(dim, dense_hidden, bias=False, device=device, dtype=dtype)
+            self.dense_out = nn.Linear(dense_hidden, dim, bias=False, device=device, dtype=dtype)
         self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
-        table_dtype = table_dtype or self.keys.dtype
-        self.down = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
-        self.up = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
+        if tables_of is None:
+            table_dtype = table_dtype or self.keys.dtype
+            self.down = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
+            self.up = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
+        else:
+            self.down, self.up = tables_of.down, tables_of.up
         self.reset_parameters(output_std, seed)
 
     @torch.no_grad()
     def reset_parameters(self, output_std: float | None = None, seed: int | None = None) -> None:
-        """Draw all weights anew; see the class. Independent of the sharding for a given ``seed`` and device."""
+        """Draw all weights anew, but for another layer's tables; see the class. Independent of the sharding for a given
+        ``seed`` and device.
+        """
         if self.keys.is_meta:
             return
         if seed is None:
@@ -171,14 +208,20 @@ class PEER(nn.Module):
         second_moment = activation_second_moment(ACTIVATIONS[self.activation])
         if output_std is None:
             output_std = math.sqrt(second_moment)
-        up_std = output_std / math.sqrt(second_moment * self._gate_energy(seed))
-        self._draw_rows(self.down, self.dim**-0.5, seed + 1)
-        self._draw_rows(self.up, up_std, seed + 2)
+        part_std = output_std * math.sqrt(0.5) if self.dense_hidden else output_std
+        if self.owns_tables:
+            up_std = part_std / math.sqrt(second_moment * self._gate_energy(seed))
+            self._draw_rows(self.down, self.dim**-0.5, seed + 1)
+            self._draw_rows(self.up, up_std, seed + 2)
         if self.output_gate:  # the output keeps its standard deviation
             generator.manual_seed(seed + 4)
             gate_moment = activation_second_moment(F.silu)
             self._draw(self.gate_in, self.dim**-0.5, generator)
             self._draw(self.gate_out, (self.dim * gate_moment) ** -0.5, generator)
+        if self.dense_hidden:
+            generator.manual_seed(seed + 5)
+            self._draw(self.dense_in, self.dim**-0.5, generator)
+            self._draw(self.dense_out, part_std * (self.dense_hidden * second_moment) ** -0.5, generator)
 
     def _draw(self, linear: nn.Linear, std: float, generator: torch.Generator) -> None:
         drawn = torch.empty(linear.weight.shape, device=self.keys.device)
@@ -246,6 +289,8 @@ class PEER(nn.Module):
             self.layout,
             self.traffic,
             self.sparse_grad,
+            self.dispatch_chunks,
+            (lambda x: ACTIVATIONS[self.activation](self.dense_in(x)), self.dense_out) if self.dense_hidden else None,
         )
         if self.output_gate:
             y = self.gate_out(y * F.silu(self.gate_in(tokens)))
@@ -256,3 +301,20 @@ class PEER(nn.Module):
             f"dim={self.dim}, num_experts={self.num_experts}, heads={self.heads}, top_k={self.top_k}, "
             f"gate={self.gate}, activation={self.activation}, rows={self.layout.rows}, columns={self.layout.columns}"
         )
+
+
+def _check_same_tables(other: PEER, layout: GridLayout, dtype: torch.dtype) -> None:
+    """Refuse to share tables of another shape, dtype or distribution over ranks."""
+
+    def ranks(layout: GridLayout) -> list[int] | None:
+        return None if layout.groups is None else dist.get_process_group_ranks(layout.groups.domain)
+
+    for name, mine, theirs in (
+        ("num_experts", layout.num_experts, other.num_experts),
+        ("dim", layout.dim, other.dim),
+        ("table_dtype", dtype, other.down.dtype),
+        ("ranks", ranks(layout), ranks(other.layout)),
+        ("column shards", layout.column_shards, other.layout.column_shards),
+    ):
+        if mine != theirs:
+            raise ValueError(f"tables_of must be a layer with the same {name}: {theirs} there, {mine} here")

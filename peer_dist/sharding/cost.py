@@ -46,7 +46,7 @@ def exchange_bytes(
     gate_itemsize: int = 4,
 ) -> ExchangeBytes:
     """Exactly what :class:`peer_dist.sharding.Traffic` counts over all ranks for these tokens, sizes of messages
-    (16 bytes a pair of ranks and pass) left out.
+    (16 bytes a pair of ranks, pass and part of the tokens) left out.
 
     Args:
         indices: ``[tokens, picks]`` int64 global expert numbers, of all heads.

@@ -1,13 +1,30 @@
-"""The routed layer: tokens and their picks in, the sum of the picked experts out, wherever these live."""
+"""The routed layer: tokens and their picks in, the sum of the picked experts out, wherever these live.
+
+Three nodes of autograd's graph, dispatch, experts and combine, each of which starts what the next one waits for:
+
+    forward    dispatch: start x  |  experts: per part wait for x, compute, start y  |  combine: wait for y
+    backward   combine: start dy  |  experts: per part wait for dy, compute, start dx; tables  |  dispatch: wait for dx
+
+So the exchange of one part overlaps the experts of another, the gradients of the tables overlap the last of dx, and
+what a caller computes between two nodes overlaps too: autograd runs the nodes that are ready in the reverse of the
+order in which they were made, so that in the backward pass it lies between the same two.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
-from peer_dist.kernels import Picks, expert_mix
-from peer_dist.sharding.exchange import Traffic, combine, dispatch, merge_picks, plan_exchange
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peer_dist.kernels import Picks, expert_mix, expert_mix_backward, expert_mix_forward, expert_table_grads
+from peer_dist.sharding.exchange import Arrival, ExchangePlan, Traffic, merge_picks, plan_exchange
 from peer_dist.sharding.layout import GridLayout
 from peer_dist.tracing import span
+
+Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def routed_experts(
@@ -20,6 +37,8 @@ def routed_experts(
     layout: GridLayout,
     traffic: Traffic,
     sparse_grad: bool = False,
+    dispatch_chunks: int = 1,
+    beside: Beside | None = None,
 ) -> Tensor:
     """``y_t = sum_i gate_i * act(x_t . down_{e_i}) * up_{e_i}`` with the tables spread over a grid of ranks.
 
@@ -32,6 +51,10 @@ def routed_experts(
         down, up: ``[rows, columns]``, this rank's shard.
         traffic: adds up what was sent.
         sparse_grad: see :func:`peer_dist.kernels.expert_mix`.
+        dispatch_chunks: number of contiguous parts in which the tokens travel, the same on all ranks of the domain: the
+            exchange of one part overlaps the experts of another. Without effect where nothing travels.
+        beside: the two halves of ``[tokens, dim] -> anything -> [tokens, dim]``, whose result for ``x`` is added. The
+            first half runs while tokens travel to the owners, the second while results travel home; backward likewise.
 
     Returns:
         ``[tokens, dim]``. The gradients of ``down`` and ``up`` are summed over the tokens of all ranks of the
@@ -39,20 +62,160 @@ def routed_experts(
     """
     if layout.row_shards * layout.column_shards == 1:
         traffic.picks_received += indices.numel()
-        return expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
+        y = expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
+        return y if beside is None else y + beside[1](beside[0](x))
     with span("dispatch"):
         token, expert, gate = merge_picks(indices, gates)
-        plan, order = plan_exchange(token, expert, x.shape[0], layout, traffic)
+        plan, order = plan_exchange(token, expert, x.shape[0], layout, traffic, dispatch_chunks)
         gate = gate[order]
-    x_owned, gate_owned = dispatch(x, gate, plan)
-    y_owned = expert_mix(
-        x_owned,
-        plan.picks,
-        gate_owned,
-        down,
-        up,
-        activation,
-        sparse_grad,
-        plan.sum_columns if layout.column_shards > 1 else None,
-    )
-    return combine(y_owned, plan)
+    transit = _Transit(plan)
+    edge = _Dispatch.apply(x, gate, transit)
+    half = None if beside is None else beside[0](x)
+    edge = _Experts.apply(edge, down, up, activation, sparse_grad, transit)
+    transit.start_last_home()
+    other = None if beside is None or half is None else beside[1](half)
+    y = _Combine.apply(edge, transit, x.dtype, x.device)
+    return y if other is None else y + other
+
+
+class _Transit:
+    """What is under way between homes and owners for one batch, in one direction of differentiation at a time.
+
+    The three nodes hand it to each other here. The edges between them are empty tensors: autograd never sees memory
+    that a collective is still writing.
+    """
+
+    def __init__(self, plan: ExchangePlan) -> None:
+        self.plan = plan
+        self.rows: tuple[Tensor, list[Arrival]] | None = None  # x or dy, on the way to the owners
+        self.picks: Arrival | None = None  # gates on the way to the owners, or their gradients on the way home
+        self.home: list[Arrival] = []  # y or dx of each part, on the way home
+        self.last: Tensor | None = None  # y of the last part, not sent yet
+
+    def take_rows(self) -> tuple[Tensor, list[Arrival]]:
+        assert self.rows is not None
+        (rows, arrivals), self.rows, self.home = self.rows, None, []
+        return rows, arrivals
+
+    def take_picks(self) -> Arrival:
+        assert self.picks is not None
+        picks, self.picks = self.picks, None
+        return picks
+
+    def take_home(self) -> list[Arrival]:
+        home, self.home = self.home, []
+        return home
+
+    def start_home(self, value: Tensor) -> None:
+        """Send the next part's ``[received tokens, columns]`` home."""
+        with span("combine"):
+            self.home.append(self.plan.start_rows_to_homes(value, self.plan.parts[len(self.home)]))
+
+    def start_last_home(self) -> None:
+        assert self.last is not None
+        value, self.last = self.last, None
+        self.start_home(value)
+
+    def sum_columns(self) -> Callable[[Tensor], Tensor] | None:
+        return self.plan.sum_columns if self.plan.layout.column_shards > 1 else None
+
+
+class _Dispatch(torch.autograd.Function):
+    """``x [tokens, dim]`` and ``gate [sent picks]`` leave for the owners; their gradients arrive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, transit: _Transit) -> Tensor:
+        ctx.transit, ctx.dtype, ctx.device = transit, x.dtype, x.device
+        with span("dispatch"):
+            transit.picks = transit.plan.start_picks_to_owners(gate)
+            transit.rows = transit.plan.start_rows_to_owners(x)
+        return x.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        transit: _Transit = ctx.transit
+        with span("combine"):
+            dx = transit.plan.add_rows_at_home(transit.take_home(), ctx.dtype, ctx.device)
+            return dx, transit.take_picks().wait(), None
+
+
+class _Experts(torch.autograd.Function):
+    """The owners' part, of each part of the tokens as it arrives. The tables' gradients are made once, of all parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, edge: Tensor, down: Tensor, up: Tensor, activation: str, sparse_grad: bool, transit: _Transit
+    ) -> Tensor:
+        plan = transit.plan
+        x, arrivals = transit.take_rows()
+        with span("dispatch"):
+            gate = plan.picks_at_owners(transit.take_picks())
+        made: list[Tensor] = []
+        for part, arrival in zip(plan.parts, arrivals):
+            # The last part is left to the caller: recomputation under a checkpoint stops here and needs no result.
+            if transit.last is not None:
+                transit.start_last_home()
+            with span("dispatch"):
+                arrival.wait()
+            y, pre = expert_mix_forward(
+                x[part.tokens], plan.picks_of(part), gate[part.picks], down, up, activation, transit.sum_columns()
+            )
+            transit.last = y.to(x.dtype)
+            made.append(pre)
+        ctx.transit, ctx.activation, ctx.sparse_grad = transit, activation, sparse_grad
+        ctx.save_for_backward(x, gate, down, up, *made)
+        return x.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, edge: Tensor) -> tuple[Tensor | None, ...]:
+        transit: _Transit = ctx.transit
+        plan = transit.plan
+        x, gate, down, up, *made = ctx.saved_tensors
+        dy, arrivals = transit.take_rows()
+        goes_home = ctx.needs_input_grad[0]
+        per_pick: list[tuple[Tensor, Tensor, Tensor]] = []
+        for part, arrival, pre in zip(plan.parts, arrivals, made):
+            with span("dispatch"):
+                arrival.wait()
+            dx, *each = expert_mix_backward(
+                dy[part.tokens],
+                x[part.tokens],
+                plan.picks_of(part),
+                pre,
+                gate[part.picks],
+                down,
+                up,
+                ctx.activation,
+                transit.sum_columns(),
+            )
+            per_pick.append((each[0], each[1], each[2]))
+            if goes_home:
+                transit.start_home(dx.to(x.dtype))
+        dgate, dpre, hidden = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*per_pick))
+        if goes_home:
+            with span("combine"):
+                transit.picks = plan.start_picks_to_homes(dgate.to(gate.dtype))
+        ddown: Tensor | None = None
+        dup: Tensor | None = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            ddown, dup = expert_table_grads(dpre, hidden, x, dy, plan.all_picks(), down, ctx.sparse_grad)
+        return (edge if goes_home else None), ddown, dup, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """``y [tokens, dim]`` at home; its gradient leaves for the owners."""
+
+    @staticmethod
+    def forward(ctx: Any, edge: Tensor, transit: _Transit, dtype: torch.dtype, device: torch.device) -> Tensor:
+        ctx.transit = transit
+        with span("combine"):
+            return transit.plan.add_rows_at_home(transit.take_home(), dtype, device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        with span("dispatch"):
+            ctx.transit.rows = ctx.transit.plan.start_rows_to_owners(dy)
+        return dy.new_empty(0), None, None, None

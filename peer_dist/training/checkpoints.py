@@ -325,6 +325,7 @@ def check_resumable(path: Path, config: Config, identity: list[list[Any]], manif
     """
     saved, wanted = manifest["config"], config.model_dump(mode="json")
     keys = [(section, key) for section in ("model", "peer") for key in wanted[section]]
+    keys.remove(("peer", "dispatch_chunks"))  # when things travel, not what is computed
     keys += [("data", "split"), ("table_optimizer", "name"), ("table_optimizer", "stochastic_rounding")]
     keys += [("train", "seed"), ("train", "global_batch_size")]
     for section, key in keys:
