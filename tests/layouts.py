@@ -116,6 +116,10 @@ UNTIED = {"model": {"tied_embeddings": False}}
 # of four layers on two stages: none on the first; on four: two, none, one, ... of eight
 LATE = {"model": {"mlp": ["dense", "dense", "peer", "peer"]}}
 UNEQUAL = {"model": {"num_layers": 8, "mlp": ["peer", "peer", "dense", "dense", "peer", "dense", "peer", "peer"]}}
+EVERY_LAYER = {"num_layers": 4, "mlp": "peer"}
+SHARED = {"model": EVERY_LAYER, "peer": {"query_norm": "rms", "layers_per_pool": 2}}
+# interleaved, layers 1 and 3 are on the first stage
+SHARED_APART = {"model": {"mlp": ["peer", "dense", "peer", "dense"]}, "peer": {"layers_per_pool": 2}}
 PER_HEAD = {
     "peer": {
         "query_norm": "rms",
@@ -160,6 +164,10 @@ TABLE: list[Layout] = [
     Layout(2, {"pipeline": 2}, settings=UNTIED),
     Layout(2, {"pipeline": 2}, settings=LATE),
     Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, settings=BATCH, recompute=1, quick=True),
+    Layout(2, {"pipeline": 2}, settings=SHARED, quick=True),
+    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, 0, settings=SHARED_APART),
+    Layout(4, {"expert": 2, "expert_tensor": 2}, 3, settings=SHARED),
+    Layout(4, {"tensor": 2, "expert": 2}, 0, settings={**SHARED, **{"table_optimizer": {"lazy": True}}}),
     Layout(3, {}, sequences=6),
     Layout(3, {"expert": 3}, 3, sequences=6, settings=BATCH, quick=True),
     Layout(3, {"expert_tensor": 3}, 2, sequences=6, settings=PER_HEAD),

@@ -65,6 +65,12 @@ def load(tmp_path, text, *overrides):
             ["zero.stage=3"],
             "command line (zero.stage=3): zero.stage 3 cannot be used with parallel.pipeline (2)",
         ),
+        (
+            "data: {prefix: a}\nparallel: {pipeline: 2}\nmodel: {mlp: peer}\npeer: {layers_per_pool: 3}",
+            [],
+            "run.yaml: peer.layers_per_pool (3) has layers [1, 2, 3] share tables, but parallel.pipeline (2) puts "
+            "them on stages [0, 1]",
+        ),
         ("zero: {stage: 0, offload: true}", [], "run.yaml: zero: offload needs stage 1, 2 or 3 (got 0)"),
         ("zero: {stage: 4}", [], "run.yaml: zero.stage: input should be less than or equal to 3"),
         ("data: {prefix: a}", ["parallel.tensor=5"], "command line (parallel.tensor=5): parallel: tensor must be"),

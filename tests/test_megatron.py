@@ -242,11 +242,14 @@ def test_peer_keys_reach_the_layer(parallel: Parallel) -> None:
     peer = {
         "num_experts": 144, "heads": 3, "top_k": 5, "key_dim": 12, "query_norm": "layer", "gate": "sigmoid",
         "activation": "silu", "shared_keys": False, "output_gate": True, "dense_hidden": 20, "dispatch_chunks": 3,
-        "table_dtype": "bfloat16",
+        "layers_per_pool": 2, "table_dtype": "bfloat16",
     }  # fmt: skip
     config = make_config(peer=peer)
     assert config.peer.model_dump() == peer
-    (layer,) = peer_layers(build_model(config, parallel, VOCAB, torch.float32)).values()
+    config = config.model_copy(update={"model": make_config(num_layers=3, mlp="peer").model})
+    layer, second, third = peer_layers(build_model(config, parallel, VOCAB, torch.float32)).values()
+    assert layer.down is second.down is not third.down
+    assert layer.up is second.up is not third.up
     assert (layer.num_experts, layer.heads, layer.top_k, layer.key_dim) == (144, 3, 5, 12)
     assert (layer.gate, layer.activation, layer.norm.kind) == ("sigmoid", "silu", "layer")
     assert layer.keys.shape == (3, 2, 12, 6)

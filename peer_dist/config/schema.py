@@ -81,6 +81,9 @@ class PEERSection(Section):
     dispatch_chunks: int = Field(
         1, ge=1, description="parts in which tokens travel, so that exchange and experts overlap; may change on resume"
     )
+    layers_per_pool: int = Field(
+        1, ge=1, description="PEER layers, counted from the first, that share one pair of tables; on one pipeline stage"
+    )
     table_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them, unless "
@@ -332,6 +335,14 @@ class Config(Section):
                 f"parallel.pipeline x virtual_pipeline ({parallel.pipeline} x {parallel.virtual_pipeline}) must divide "
                 f"model.num_layers ({model.num_layers})"
             )
+        for pool in self.peer_pools:
+            stages = sorted({number // (model.num_layers // chunks) % parallel.pipeline for number in pool})
+            if len(stages) > 1:
+                raise ValueError(
+                    f"peer.layers_per_pool ({self.peer.layers_per_pool}) has layers {[n + 1 for n in pool]} share "
+                    f"tables, but parallel.pipeline ({parallel.pipeline}) puts them on stages {stages}; lower it, or "
+                    "place the PEER layers of a pool on one stage (model.mlp)"
+                )
         if self.zero.stage == 3 and parallel.pipeline > 1:
             raise ValueError(
                 f"zero.stage 3 cannot be used with parallel.pipeline ({parallel.pipeline}): stages would wait for each "
@@ -359,6 +370,13 @@ class Config(Section):
             shared.decay_steps if own.decay_steps is None else own.decay_steps,
             shared.min_lr_ratio if own.min_lr_ratio is None else own.min_lr_ratio,
         )
+
+    @property
+    def peer_pools(self) -> list[list[int]]:
+        """The PEER layers (from 0) that share one pair of tables, pool by pool."""
+        layers = [number for number, kind in enumerate(self.model.mlp_kinds) if kind == "peer"]
+        size = self.peer.layers_per_pool
+        return [layers[first : first + size] for first in range(0, len(layers), size)]
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that each read their own sequences."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         forward_logits,
         peer_layers,
         segment_mask,
+        table_owners,
         token_losses,
     )
     from .parallel import MegatronMPU, Parallel
@@ -37,6 +38,7 @@ _HOMES = {
     "peer_layers": "model",
     "run_forward_backward": "schedule",
     "segment_mask": "model",
+    "table_owners": "model",
     "token_losses": "model",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "peer_layers",
     "run_forward_backward",
     "segment_mask",
+    "table_owners",
     "token_losses",
 ]
 

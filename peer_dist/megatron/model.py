@@ -44,13 +44,18 @@ INIT_STD = 0.02  # of every dense matrix; those that write to the residual strea
 class PEERMLP(MegatronModule):
     """A PEER layer in the place of Megatron's MLP; the layer spec's ``params`` are PEER's arguments.
 
+    The first layer of a pool puts itself into ``pools``, and later ones share its tables.
+
     Each tensor rank takes its share of the tokens, so that no expert is computed twice: under sequence parallelism
     those it has, else its slice of the sequence, gathered again afterwards.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: Any = None, **peer: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, submodules: Any = None, *, pools: dict[int, PEER], pool: int, **peer: Any
+    ) -> None:
         super().__init__(config=config)
-        self.peer = PEER(**peer)
+        self.peer = PEER(**peer, tables_of=pools.get(pool))
+        pools.setdefault(pool, self.peer)
         self.layer_number = 0
         self.splits_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         for name, parameter in self.peer.named_parameters():
@@ -138,7 +143,7 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
 def _peer_arguments(config: Config, parallel: Parallel, dtype: torch.dtype, layer_number: int) -> dict[str, Any]:
     return {
         "dim": config.model.hidden_size,
-        **config.peer.model_dump(exclude={"table_dtype"}),
+        **config.peer.model_dump(exclude={"table_dtype", "layers_per_pool"}),
         "group": parallel.experts,
         "data_group": parallel.token_group,
         "output_std": dense_output_std(config.model),
@@ -186,25 +191,40 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
         dtype: of parameters and activations, float32 or bfloat16 (float64 in tests).
     """
     megatron = _transformer_config(config, parallel, dtype)
+    pools: dict[int, PEER] = {}
     with torch.random.fork_rng(devices=[]):
         chunks = [
-            _build_chunk(config, megatron, parallel, vocab_size, dtype, chunk)
+            _build_chunk(config, megatron, parallel, vocab_size, dtype, chunk, pools)
             for chunk in range(parallel.virtual_pipeline_size)
         ]
     return nn.ModuleList(chunks).to(parallel.device)
 
 
 def _build_chunk(
-    config: Config, megatron: TransformerConfig, parallel: Parallel, vocab_size: int, dtype: torch.dtype, chunk: int
+    config: Config,
+    megatron: TransformerConfig,
+    parallel: Parallel,
+    vocab_size: int,
+    dtype: torch.dtype,
+    chunk: int,
+    pools: dict[int, PEER],
 ) -> GPTModel:
     dense = ModuleSpec(
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     virtual = chunk if parallel.virtual_pipeline_size > 1 else None
     first = get_transformer_layer_offset(megatron, virtual, parallel.pipeline_rank)
+    pool_of = {number + 1: pool for pool, layers in enumerate(config.peer_pools) for number in layers}
     layers = [
         _layer_spec(
-            ModuleSpec(module=PEERMLP, params=_peer_arguments(config, parallel, dtype, number))
+            ModuleSpec(
+                module=PEERMLP,
+                params={
+                    **_peer_arguments(config, parallel, dtype, number),
+                    "pools": pools,
+                    "pool": pool_of[number],
+                },
+            )
             if config.model.mlp_kinds[number - 1] == "peer"
             else dense,
             _layer_seed(config, number) + 500_000,  # PEER takes some of the first
@@ -239,6 +259,11 @@ def peer_layers(model: nn.ModuleList) -> dict[int, PEER]:
     """This rank's PEER layers in layer order, by their number in the whole model, from 1."""
     mlps = [layer.mlp for chunk in chunks_of(model) for layer in chunk.decoder.layers]
     return {mlp.layer_number: mlp.peer for mlp in mlps if isinstance(mlp, PEERMLP)}
+
+
+def table_owners(model: nn.ModuleList) -> dict[int, PEER]:
+    """Those of :func:`peer_layers` whose tables are not another layer's."""
+    return {number: layer for number, layer in peer_layers(model).items() if layer.owns_tables}
 
 
 def count_parameters(model: nn.ModuleList, parallel: Parallel) -> int:

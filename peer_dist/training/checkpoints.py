@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from peer_dist.config import Config
 from peer_dist.data.prepare import read_prepared
-from peer_dist.megatron import CheckpointError, Parallel, peer_layers
+from peer_dist.megatron import CheckpointError, Parallel, table_owners
 from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
 from peer_dist.optim import Engine
 
@@ -37,7 +37,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 def weights_state(model: Any, parallel: Parallel) -> State:
     """The model's parameters, buffers and expert tables, as sharded tensors over their own memory."""
     state: State = {"model": dense_sharded_state(model), "tables": {}}
-    for number, layer in peer_layers(model).items():
+    for number, layer in table_owners(model).items():
         for part in ("down", "up"):
             state["tables"][f"layer{number}.{part}"] = table_shard(
                 f"tables.layer{number}.{part}",
@@ -57,7 +57,7 @@ def run_state(model: Any, engine: Engine, parallel: Parallel) -> State:
         f"{name}.{part}": like(dense[name], value, f"optimizer.{part}.{dense[name].key}")
         for name, part, value in engine.dense_state()
     }
-    layers = peer_layers(model)
+    layers = table_owners(model)
     state["table_optimizer"] = {}
     for name, part, value in engine.tables.state():
         layer = layers[int(name.removeprefix("layer").split(".")[0])]
@@ -100,7 +100,7 @@ def _copy_weights(loaded: State, model: Any) -> None:
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in loaded["model"].items():
         _copy(own[name], value)
-    layers = peer_layers(model)
+    layers = table_owners(model)
     for name, value in loaded["tables"].items():
         number, part = name.removeprefix("layer").split(".")
         _copy(getattr(layers[int(number)], part), value)

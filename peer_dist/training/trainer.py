@@ -30,6 +30,7 @@ from peer_dist.megatron import (
     count_parameters,
     peer_layers,
     run_forward_backward,
+    table_owners,
 )
 from peer_dist.optim import DenseAdam, Engine, StepResult, TableOptimizer, learning_rate_factor
 from peer_dist.tracing import StepTimes, listen, span
@@ -101,8 +102,7 @@ class Trainer:
         self.data = open_data(config.data, config.model.seq_length, config.train.seed)
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
         self.layers = peer_layers(self.model)
-        kinds = config.model.mlp_kinds
-        self.expert_parameters = kinds.count("peer") * 2 * config.peer.num_experts * config.model.hidden_size
+        self.expert_parameters = len(config.peer_pools) * 2 * config.peer.num_experts * config.model.hidden_size
         self.parameters = count_parameters(self.model, self.parallel) + self.expert_parameters
         for layer in self.layers.values():
             layer.release_tables()
@@ -125,7 +125,9 @@ class Trainer:
 
     def _make_engine(self) -> Engine:
         named = [
-            (f"layer{number}.{part}", layer, part) for number, layer in self.layers.items() for part in ("down", "up")
+            (f"layer{number}.{part}", layer, part)
+            for number, layer in table_owners(self.model).items()
+            for part in ("down", "up")
         ]
         table, dense = self.config.table_optimizer, self.config.optimizer
         table_optimizer = TableOptimizer(
