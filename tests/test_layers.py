@@ -40,7 +40,14 @@ def plain_peer(layer, x, query_norm):
     elif query_norm == "rms":
         query = query / torch.sqrt(query.square().mean(-1, keepdim=True) + 1e-5)
         query = query * layer.norm.weight.view(layer.heads, -1)
-    scores, expert = all_scores(query, layer.keys).topk(layer.top_k, dim=-1)
+    keys = layer.keys
+    if layer.key_norm is not None:
+        norm = layer.key_norm.norm
+        center = keys - keys.mean(-1, keepdim=True) * (norm.bias is not None)
+        keys = center / torch.sqrt(center.square().mean(-1, keepdim=True) + 1e-5)
+        shape = (*keys.shape[:-2], 1, -1)
+        keys = keys * norm.weight.view(shape) + (0 if norm.bias is None else norm.bias.view(shape))
+    scores, expert = all_scores(query, keys).topk(layer.top_k, dim=-1)
     hidden = ACTIVATIONS[layer.activation](torch.einsum("td,thkd->thk", x, layer.down[expert]))
     y = torch.einsum("thk,thkd->td", GATES[layer.gate](scores) * hidden, layer.up[expert])
     if layer.dense_hidden:
@@ -59,9 +66,10 @@ def test_layer_and_every_gradient(query_norm, gate, activation, shared):
     torch.manual_seed(1)
     layer = PEER(
         11, 49, heads=5, top_k=4, key_dim=6, query_norm=query_norm, gate=gate, activation=activation,
-        shared_keys=shared, output_gate=activation == "silu", dense_hidden=7 * (gate == "softmax"), dtype=torch.float64,
+        shared_keys=shared, output_gate=activation == "silu", dense_hidden=7 * (gate == "softmax"),
+        key_norm={"gelu": "none", "relu": "layer", "silu": "rms"}[activation], dtype=torch.float64,
     )  # fmt: skip
-    for parameter in layer.norm.parameters():
+    for parameter in [*layer.norm.parameters(), *(layer.key_norm.parameters() if layer.key_norm else ())]:
         torch.nn.init.uniform_(parameter, 0.5, 1.5)
     x = torch.randn(3, 7, 11, dtype=torch.float64, requires_grad=True)
     picked = []

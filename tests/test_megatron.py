@@ -242,7 +242,7 @@ def test_peer_keys_reach_the_layer(parallel: Parallel) -> None:
     peer = {
         "num_experts": 144, "heads": 3, "top_k": 5, "key_dim": 12, "query_norm": "layer", "gate": "sigmoid",
         "activation": "silu", "shared_keys": False, "output_gate": True, "dense_hidden": 20, "dispatch_chunks": 3,
-        "layers_per_pool": 2, "table_dtype": "bfloat16",
+        "key_norm": "rms", "layers_per_pool": 2, "table_dtype": "bfloat16",
     }  # fmt: skip
     config = make_config(peer=peer)
     assert config.peer.model_dump() == peer
@@ -253,6 +253,7 @@ def test_peer_keys_reach_the_layer(parallel: Parallel) -> None:
     assert (layer.num_experts, layer.heads, layer.top_k, layer.key_dim) == (144, 3, 5, 12)
     assert (layer.gate, layer.activation, layer.norm.kind) == ("sigmoid", "silu", "layer")
     assert layer.keys.shape == (3, 2, 12, 6)
+    assert layer.key_norm.norm.kind == "rms"
     assert layer.gate_in.weight.shape == layer.gate_out.weight.shape
     assert layer.dense_in.weight.shape == layer.dense_out.weight.T.shape == (20, config.model.hidden_size)
     assert layer.dispatch_chunks == 3

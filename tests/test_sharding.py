@@ -1,5 +1,6 @@
 """The layer on grids of row and column shards against the whole layer in one process, in float64."""
 
+from collections import Counter
 from datetime import timedelta
 
 import pytest
@@ -180,13 +181,13 @@ def traffic_case(rank, world_size, counts, columns, chunks):
     picked = []
     layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
     y = layer(torch.randn(counts[rank], DIM, dtype=torch.float64))
-    forward = layer.traffic.bytes_sent
+    forward = layer.traffic.sent.copy()
     y.sum().backward()
     layout = layer.layout
     return (
         picked[0],
         forward,
-        layer.traffic.bytes_sent - forward,
+        layer.traffic.sent - forward,
         layout.widths,
         [*map(layout.first_row, range(layout.row_shards + 1))],
     )
@@ -229,12 +230,21 @@ def test_bytes_sent_are_those_of_the_formula(counts, columns, chunks):
         own_column = range(column, world, columns)
         gathered_tokens, gathered_picks = (int(table[own_column, row].sum()) for table in (tokens, picks))
         ring = sum(2 * (columns - 1) * count * 8 // columns for count in summed[:, row].tolist())
-        numbers = 2 * 8 * chunks * (rows - 1 + (columns - 1) * rows)
-        want = out + back + sent_tokens * 4 + sent_picks * (4 + 8) + ring + numbers
-        want += (columns - 1) * (gathered_tokens * 4 + gathered_picks * (4 + 8))
-        assert forward == want
         gates_home = sum(int(picks[home, row]) for home in own_column if home != rank)
-        assert backward == out + back + gates_home * 8 + ring
+        assert +forward == +Counter(
+            {
+                "counts": 2 * 8 * chunks * (rows - 1),
+                "picks": sent_tokens * 4 + sent_picks * 4,
+                "gates": sent_picks * 8,
+                "x": out,
+                "y": back,
+                "column counts": 2 * 8 * chunks * (columns - 1) * rows,
+                "column picks": (columns - 1) * (gathered_tokens * 4 + gathered_picks * 4),
+                "column gates": (columns - 1) * gathered_picks * 8,
+                "dots": ring,
+            }
+        )
+        assert +backward == +Counter({"dy": out, "dx": back, "dgates": gates_home * 8, "ddots": ring})
 
 
 def cost_case(rank, world_size, columns, chunks):

@@ -76,6 +76,7 @@ class PEERSection(Section):
     gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="router score to gate")
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="the experts' activation")
     shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
+    key_norm: Literal["none", "layer", "rms"] = Field("none", description="normalisation of the sub-keys (UltraMem)")
     output_gate: bool = Field(False, description="y becomes (y * silu(x W1)) W2 (Memory+)")
     dense_hidden: int = Field(0, ge=0, description="hidden width of a dense block beside the experts; 0: none")
     dispatch_chunks: int = Field(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peer_dist.kernels import ACTIVATIONS, huge_pages
 from peer_dist.layers.product_keys import project_and_retrieve, retrieve
-from peer_dist.layers.query_norm import QUERY_NORMS, QueryBatchNorm, make_query_norm
+from peer_dist.layers.query_norm import KEY_NORMS, QUERY_NORMS, KeyNorm, QueryBatchNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.sharding import ExpertGroups, GridLayout, Traffic, routed_experts
 from peer_dist.tracing import span
@@ -72,6 +72,7 @@ class PEER(nn.Module):
         gate: ``softmax`` over the k retrieved scores, ``sigmoid`` or ``relu``.
         activation: ``gelu``, ``relu`` or ``silu``.
         shared_keys: one set of keys for all heads, or one per head.
+        key_norm: ``none``, or ``layer`` or ``rms`` of every sub-key (UltraMem, arXiv 2411.12364).
         output_gate: multiply the experts' sum by ``silu(gate_in(x))`` and map it by ``gate_out``, both
             ``[dim, dim]`` (Memory Layers at Scale, arXiv 2412.09764).
         dense_hidden: hidden width of a dense block beside the experts; 0 for none.
@@ -88,7 +89,7 @@ class PEER(nn.Module):
         device, dtype: as everywhere in torch.
 
     State dict: ``query.weight [heads*key_dim, dim]``, ``keys [2, sqrt(N), key_dim/2]`` (``[heads, 2, ...]``
-    if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, the norm's, the output gate's
+    if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, the norms', the output gate's
     ``gate_in.weight`` and ``gate_out.weight``, and the dense block's ``dense_in.weight [dense_hidden, dim]`` and
     ``dense_out.weight [dim, dense_hidden]``. Layers that share tables both list them.
 
@@ -111,6 +112,7 @@ class PEER(nn.Module):
         activation: str = "gelu",
         *,
         shared_keys: bool = True,
+        key_norm: str = "none",
         output_gate: bool = False,
         dense_hidden: int = 0,
         dispatch_chunks: int = 1,
@@ -140,6 +142,7 @@ class PEER(nn.Module):
             raise ValueError(f"dispatch_chunks must be at least 1, not {dispatch_chunks}")
         for name, value, known in (
             ("query_norm", query_norm, QUERY_NORMS),
+            ("key_norm", key_norm, KEY_NORMS),
             ("gate", gate, GATES),
             ("activation", activation, ACTIVATIONS),
         ):
@@ -180,6 +183,9 @@ class PEER(nn.Module):
             self.dense_in = nn.Linear(dim, dense_hidden, bias=False, device=device, dtype=dtype)
             self.dense_out = nn.Linear(dense_hidden, dim, bias=False, device=device, dtype=dtype)
         self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
+        self.key_norm = None if key_norm == "none" else KeyNorm(key_norm, 2 if shared_keys else 2 * heads, key_dim // 2)
+        if self.key_norm is not None:
+            self.key_norm.to(device=device, dtype=dtype)
         if tables_of is None:
             table_dtype = table_dtype or self.keys.dtype
             self.down = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
@@ -205,6 +211,8 @@ class PEER(nn.Module):
         self.keys.copy_(keys.uniform_(-bound, bound, generator=generator))
         if not isinstance(self.norm, nn.Identity):
             self.norm.reset_parameters()  # type: ignore[operator]
+        if self.key_norm is not None:
+            self.key_norm.reset_parameters(bound / math.sqrt(3))
         second_moment = activation_second_moment(ACTIVATIONS[self.activation])
         if output_std is None:
             output_std = math.sqrt(second_moment)
@@ -239,7 +247,7 @@ class PEER(nn.Module):
         """``E[sum over distinct experts of (sum of its gates)^2]`` for standard normal queries."""
         generator = torch.Generator(self.keys.device).manual_seed(seed + 3)
         query = torch.randn(64, self.heads, self.key_dim, generator=generator, device=self.keys.device)
-        indices, scores = retrieve(query, self.keys.float(), self.top_k)
+        indices, scores = retrieve(query, self._product_keys().float(), self.top_k)
         gates, indices = GATES[self.gate](scores).flatten(1), indices.flatten(1)
         energy = sum(float((g[:, None] * g * (index[:, None] == index)).sum()) for g, index in zip(gates, indices))
         return max(energy / len(gates), 1e-12)
@@ -265,11 +273,15 @@ class PEER(nn.Module):
             table = self._parameters.pop(name)
             object.__setattr__(self, name, table)
 
+    def _product_keys(self) -> Tensor:
+        return self.keys if self.key_norm is None else self.key_norm(self.keys)
+
     def _retrieve(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        keys = self._product_keys()
         if isinstance(self.norm, QueryBatchNorm):  # its statistics need the queries of all tokens
             query = self.norm(self.query(tokens).unflatten(-1, (self.heads, self.key_dim)))
-            return retrieve(query, self.keys, self.top_k)
-        return project_and_retrieve(tokens, self.query.weight, self.norm, self.keys, self.top_k, self.heads)
+            return retrieve(query, keys, self.top_k)
+        return project_and_retrieve(tokens, self.query.weight, self.norm, keys, self.top_k, self.heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., dim] -> [..., dim]``, in ``x``'s dtype."""

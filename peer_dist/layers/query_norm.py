@@ -1,4 +1,4 @@
-"""Normalisation of queries: what keeps a million experts in use (PEER, section 3.4)."""
+"""Normalisation of queries, which keeps a million experts in use (PEER, section 3.4), and of sub-keys (UltraMem)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,41 @@ from torch.autograd.function import once_differentiable
 from peer_dist.layers.recomputation import is_recomputation
 
 QUERY_NORMS = ("batch", "layer", "rms", "none")
+KEY_NORMS = ("none", "layer", "rms")
 
 
 def make_query_norm(kind: str, heads: int, key_dim: int, group: dist.ProcessGroup | None) -> nn.Module:
     """One of :data:`QUERY_NORMS` over queries ``[tokens, heads, key_dim]``; batch statistics span ``group``."""
     if kind == "batch":
         return QueryBatchNorm(heads, key_dim, group)
-    return nn.Identity() if kind == "none" else QueryVectorNorm(kind, heads, key_dim)
+    return nn.Identity() if kind == "none" else VectorNorm(kind, heads, key_dim)
+
+
+class KeyNorm(nn.Module):
+    """LayerNorm or RMSNorm of every sub-key, with an affine map per set of sub-keys.
+
+    At the start the weights keep the scale that sub-keys are drawn with, and so that of the scores.
+
+    Args:
+        kind: ``layer`` or ``rms``.
+        sets: of sub-keys, 2 per set of product keys.
+        half: width of a sub-key.
+    """
+
+    def __init__(self, kind: str, sets: int, half: int) -> None:
+        super().__init__()
+        self.norm = VectorNorm(kind, sets, half)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """``std``: of a sub-key's components as drawn."""
+        self.norm.reset_parameters()
+        self.norm.weight.fill_(std)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """``[..., 2, n, half]`` -> the same."""
+        per_key = keys.movedim(-2, 0)  # [n, ..., 2, half]
+        return self.norm(per_key.flatten(1, -2)).view_as(per_key).movedim(0, -2)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -114,8 +142,8 @@ class QueryBatchNorm(nn.Module):
         return x.view_as(query).to(query.dtype)
 
 
-class QueryVectorNorm(nn.Module):
-    """LayerNorm or RMSNorm of each query vector, with an affine map per head, in at least float32."""
+class VectorNorm(nn.Module):
+    """LayerNorm or RMSNorm of each query (or sub-key) vector, with an affine map per head, in at least float32."""
 
     def __init__(self, kind: str, heads: int, key_dim: int, eps: float = 1e-5) -> None:
         super().__init__()

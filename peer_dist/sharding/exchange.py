@@ -12,8 +12,9 @@ start the same collectives in the same order, whatever number of tokens they hav
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,13 +26,25 @@ from peer_dist.sharding.layout import ExpertGroups, GridLayout
 
 @dataclass
 class Traffic:
-    """Bytes that this rank sent to other ranks, and what it received, since :meth:`reset`."""
+    """What this rank sent to other ranks, and what it received, since :meth:`reset`.
 
-    bytes_sent: int = 0
-    picks_received: int = 0  # after merging, its own included
+    Attributes:
+        sent: bytes by collective: ``counts``, ``picks`` (a number a token, and rows), ``gates``, ``x`` and ``y``
+            forward, ``dy``, ``dx`` and ``dgates`` backward; within the column group ``column counts``, ``column picks``,
+            ``column gates`` and ``dots`` forward, ``ddots`` backward.
+        picks_received: after merging, its own included.
+    """
+
+    sent: Counter[str] = field(default_factory=Counter)
+    picks_received: int = 0
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(self.sent.values())
 
     def reset(self) -> None:
-        self.bytes_sent = self.picks_received = 0
+        self.sent.clear()
+        self.picks_received = 0
 
 
 class Arrival:
@@ -53,6 +66,7 @@ def _start(
     receive: Sequence[int],
     group: dist.ProcessGroup,
     traffic: Traffic,
+    what: str,
     out: Tensor | None = None,
 ) -> Arrival:
     """Send rows of ``x`` grouped by destination; rows grouped by source will arrive, in ``out`` if given."""
@@ -61,15 +75,15 @@ def _start(
         out = x.new_empty(sum(receive), *x.shape[1:])
     work = dist.all_to_all_single(out, x, list(receive), list(send), group=group, async_op=True)
     row_bytes = x.element_size() * x.shape[1:].numel()
-    traffic.bytes_sent += (sum(send) - send[dist.get_rank(group)]) * row_bytes
+    traffic.sent[what] += (sum(send) - send[dist.get_rank(group)]) * row_bytes
     return Arrival(work, out, x)
 
 
 def _all_to_all(
-    x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, traffic: Traffic
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, traffic: Traffic, what: str
 ) -> Tensor:
     """Rows of ``x`` grouped by destination -> rows grouped by source."""
-    return _start(x, send, receive, group, traffic).wait()
+    return _start(x, send, receive, group, traffic, what).wait()
 
 
 @dataclass(frozen=True)
@@ -126,8 +140,8 @@ class ExchangePlan:
         home = [count * each for count in part.send for each in self.layout.widths]
         return home, [count * width for row in part.receive for count in row]
 
-    def start_rows_to_owners(self, x: Tensor) -> tuple[Tensor, list[Arrival]]:
-        """Send ``[tokens, dim]`` at home, part by part.
+    def start_rows_to_owners(self, x: Tensor, what: str) -> tuple[Tensor, list[Arrival]]:
+        """Send ``[tokens, dim]`` at home, part by part; ``what`` it is, ``x`` or ``dy``, is counted apart.
 
         Returns:
             ``[received tokens, columns]`` at the owner, where the rows of a part are once its arrival is waited for.
@@ -143,13 +157,13 @@ class ExchangePlan:
                 slices = [x[:, self.layout.columns_of(shard)] for shard in range(self.layout.column_shards)]
                 sent = torch.cat([piece[rows].flatten() for rows in part.token.split(part.send) for piece in slices])
             out = flat[part.tokens.start * width : part.tokens.stop * width]
-            arrivals.append(_start(sent.flatten(), home, owner, self.groups.domain, self.traffic, out))
+            arrivals.append(_start(sent.flatten(), home, owner, self.groups.domain, self.traffic, what, out))
         return received, arrivals
 
-    def start_rows_to_homes(self, y: Tensor, part: Part) -> Arrival:
+    def start_rows_to_homes(self, y: Tensor, part: Part, what: str) -> Arrival:
         """Send a part's ``[its received tokens, columns]`` from the owner to the homes."""
         home, owner = self._sizes(part)
-        return _start(y.flatten(), owner, home, self.groups.domain, self.traffic)
+        return _start(y.flatten(), owner, home, self.groups.domain, self.traffic, what)
 
     def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Of all parts, in order: the sum over row shards of what the owners sent, ``[tokens, dim]``."""
@@ -167,11 +181,11 @@ class ExchangePlan:
     def start_picks_to_owners(self, value: Tensor) -> Arrival:
         """Send ``[sent picks]`` to the owners in this home's column."""
         received = [sum(row[self.layout.column_shard]) for row in self.receive_picks]
-        return _start(value, self.send_picks, received, self.groups.rows, self.traffic)
+        return _start(value, self.send_picks, received, self.groups.rows, self.traffic, "gates")
 
     def picks_at_owners(self, arrival: Arrival) -> Tensor:
         """``[received picks]``, at all owners of a row shard."""
-        return _gather_columns(arrival.wait(), self.receive_picks, self.groups, self.traffic)
+        return _gather_columns(arrival.wait(), self.receive_picks, self.groups, self.traffic, "gates")
 
     def start_picks_to_homes(self, value: Tensor) -> Arrival:
         """Send ``[received picks]``, the same at all owners of a row shard; ``[sent picks]`` will arrive."""
@@ -179,17 +193,20 @@ class ExchangePlan:
         pieces = iter(value.split([count[part] for part in parts for row in sizes for count in row]))
         by_part = [[[next(pieces) for _ in row][mine] for row in sizes] for _ in parts]
         own = torch.cat([by_part[part][row] for row in range(len(sizes)) for part in parts])
-        return _start(own, [sum(row[mine]) for row in sizes], self.send_picks, self.groups.rows, self.traffic)
+        received = [sum(row[mine]) for row in sizes]
+        return _start(own, received, self.send_picks, self.groups.rows, self.traffic, "dgates")
 
-    def sum_columns(self, value: Tensor) -> Tensor:
+    def sum_columns(self, value: Tensor, what: str) -> Tensor:
         """Partial sums ``[picks]`` -> their sum over the column shards, in place."""
         dist.all_reduce(value, group=self.groups.columns)
         others = self.layout.column_shards - 1  # a ring sends each number on twice, but for a rank's own part
-        self.traffic.bytes_sent += 2 * others * value.nbytes // self.layout.column_shards
+        self.traffic.sent[what] += 2 * others * value.nbytes // self.layout.column_shards
         return value
 
 
-def _gather_columns(value: Tensor, sizes: list[list[list[int]]], groups: ExpertGroups, traffic: Traffic) -> Tensor:
+def _gather_columns(
+    value: Tensor, sizes: list[list[list[int]]], groups: ExpertGroups, traffic: Traffic, what: str
+) -> Tensor:
     """What the owners of a row shard received, each from the homes of its own column, at all of them.
 
     Args:
@@ -205,7 +222,7 @@ def _gather_columns(value: Tensor, sizes: list[list[list[int]]], groups: ExpertG
         # every one of them sends all that it has to each of the others
         repeated = value.repeat(columns, *([1] * (value.dim() - 1)))
         assert groups.columns is not None
-        value = _all_to_all(repeated, [len(value)] * columns, totals, groups.columns, traffic)
+        value = _all_to_all(repeated, [len(value)] * columns, totals, groups.columns, traffic, f"column {what}")
     elif parts == 1:
         return value
     pieces = iter(value.split([count for column in range(columns) for row in sizes for count in row[column]]))
@@ -273,9 +290,9 @@ def plan_exchange(
     ).view(row_shards, parts, 2)
     theirs = torch.empty_like(counts)
     dist.all_to_all_single(theirs, counts, group=groups.rows)
-    traffic.bytes_sent += (row_shards - 1) * parts * 2 * counts.element_size()
+    traffic.sent["counts"] += (row_shards - 1) * parts * 2 * counts.element_size()
     once = [[[row_shards]] * column_shards]  # as if from one home a column
-    theirs = _gather_columns(theirs, once, groups, traffic).view(column_shards, row_shards, parts, 2)
+    theirs = _gather_columns(theirs, once, groups, traffic, "counts").view(column_shards, row_shards, parts, 2)
     # waits for the device: all_to_all wants its sizes on the host
     sent, *received = torch.cat([counts[None], theirs]).tolist()  # [row][part][tokens, picks], [column] of that
     send_tokens, send_picks = ([sum(count[which] for count in row) for row in sent] for which in (0, 1))
@@ -286,11 +303,11 @@ def plan_exchange(
 
     mine = layout.column_shard
     column_tokens = [sum(row[mine]) for row in receive_tokens]
-    each = _all_to_all(picks_each, send_tokens, column_tokens, groups.rows, traffic)
-    each = _gather_columns(each, receive_tokens, groups, traffic)
+    each = _all_to_all(picks_each, send_tokens, column_tokens, groups.rows, traffic, "picks")
+    each = _gather_columns(each, receive_tokens, groups, traffic, "picks")
     column_picks = [sum(row[mine]) for row in receive_picks]
-    rows = _all_to_all(local.to(torch.int32), send_picks, column_picks, groups.rows, traffic)
-    rows = _gather_columns(rows, receive_picks, groups, traffic)
+    rows = _all_to_all(local.to(torch.int32), send_picks, column_picks, groups.rows, traffic, "picks")
+    rows = _gather_columns(rows, receive_picks, groups, traffic, "picks")
     offsets = torch.zeros(each.numel() + 1, dtype=torch.int64, device=each.device)
     torch.cumsum(each, 0, out=offsets[1:])
     traffic.picks_received += rows.numel()

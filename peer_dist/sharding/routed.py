@@ -13,6 +13,7 @@ order in which they were made, so that in the backward pass it lies between the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,18 +107,18 @@ class _Transit:
         home, self.home = self.home, []
         return home
 
-    def start_home(self, value: Tensor) -> None:
-        """Send the next part's ``[received tokens, columns]`` home."""
+    def start_home(self, value: Tensor, what: str) -> None:
+        """Send the next part's ``[received tokens, columns]``, ``y`` or ``dx``, home."""
         with span("combine"):
-            self.home.append(self.plan.start_rows_to_homes(value, self.plan.parts[len(self.home)]))
+            self.home.append(self.plan.start_rows_to_homes(value, self.plan.parts[len(self.home)], what))
 
     def start_last_home(self) -> None:
         assert self.last is not None
         value, self.last = self.last, None
-        self.start_home(value)
+        self.start_home(value, "y")
 
-    def sum_columns(self) -> Callable[[Tensor], Tensor] | None:
-        return self.plan.sum_columns if self.plan.layout.column_shards > 1 else None
+    def sum_columns(self, what: str) -> Callable[[Tensor], Tensor] | None:
+        return partial(self.plan.sum_columns, what=what) if self.plan.layout.column_shards > 1 else None
 
 
 class _Dispatch(torch.autograd.Function):
@@ -128,7 +129,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.transit, ctx.dtype, ctx.device = transit, x.dtype, x.device
         with span("dispatch"):
             transit.picks = transit.plan.start_picks_to_owners(gate)
-            transit.rows = transit.plan.start_rows_to_owners(x)
+            transit.rows = transit.plan.start_rows_to_owners(x, "x")
         return x.new_empty(0)
 
     @staticmethod
@@ -159,7 +160,7 @@ class _Experts(torch.autograd.Function):
             with span("dispatch"):
                 arrival.wait()
             y, pre = expert_mix_forward(
-                x[part.tokens], plan.picks_of(part), gate[part.picks], down, up, activation, transit.sum_columns()
+                x[part.tokens], plan.picks_of(part), gate[part.picks], down, up, activation, transit.sum_columns("dots")
             )
             transit.last = y.to(x.dtype)
             made.append(pre)
@@ -188,11 +189,11 @@ class _Experts(torch.autograd.Function):
                 down,
                 up,
                 ctx.activation,
-                transit.sum_columns(),
+                transit.sum_columns("ddots"),
             )
             per_pick.append((each[0], each[1], each[2]))
             if goes_home:
-                transit.start_home(dx.to(x.dtype))
+                transit.start_home(dx.to(x.dtype), "dx")
         dgate, dpre, hidden = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*per_pick))
         if goes_home:
             with span("combine"):
@@ -217,5 +218,5 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         with span("dispatch"):
-            ctx.transit.rows = ctx.transit.plan.start_rows_to_owners(dy)
+            ctx.transit.rows = ctx.transit.plan.start_rows_to_owners(dy, "dy")
         return dy.new_empty(0), None, None, None
