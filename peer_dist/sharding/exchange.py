@@ -30,8 +30,8 @@ class Traffic:
 
     Attributes:
         sent: bytes by collective: ``counts``, ``picks`` (a number a token, and rows), ``gates``, ``x`` and ``y``
-            forward, ``dy``, ``dx`` and ``dgates`` backward; within the column group ``column counts``, ``column picks``,
-            ``column gates`` and ``dots`` forward, ``ddots`` backward.
+            forward, ``dy``, ``dx`` and ``dgates`` backward; within the column group ``column counts``,
+            ``column picks``, ``column gates`` and ``dots`` forward, ``ddots`` backward.
         picks_received: after merging, its own included.
     """
 
