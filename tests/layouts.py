@@ -54,7 +54,7 @@ class Layout:
             "tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "expert": "EP", "expert_tensor": "ETP"
         }  # fmt: skip
         parts = [f"{short[key]}{size}" for key, size in self.parallel.items() if key in short]
-        parts += ["SP"] * self.parallel.get("sequence", False)
+        parts += ["SP"] * self.parallel.get("sequence", False) + ["batched"] * self.parallel.get("batch_p2p", False)
         if self.data_parallel > 1:
             parts.append(f"DP{self.data_parallel}")
         sharded = self.parallel.get("pipeline", 1) * self.parallel.get("expert", 1)
@@ -174,6 +174,7 @@ TABLE: list[Layout] = [
     Layout(4, {"tensor": 4, "expert": 2, "expert_tensor": 2}, settings=BATCH),
     Layout(4, {"tensor": 4, "sequence": True, "expert": 4}, 0, settings=PER_HEAD),
     Layout(4, {"pipeline": 4}, settings=UNEQUAL),
+    Layout(4, {"pipeline": 4, "virtual_pipeline": 2, "batch_p2p": True}, settings=UNEQUAL, passes=4),
     Layout(4, {"pipeline": 4, "virtual_pipeline": 2}, 0, settings=UNEQUAL, recompute=1, passes=4),
     Layout(4, {"pipeline": 2, "expert": 2}, settings=BATCH, recompute=2),
     Layout(4, {"pipeline": 2, "expert_tensor": 2}, 2, settings=ROWWISE, quick=True),
