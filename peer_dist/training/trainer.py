@@ -72,6 +72,9 @@ def train(config: Config) -> int:
     for key, folder in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
         _check_writable(key, Path(folder))
     with world.joined(), StopRequest() as stop:
+        if world.rank == 0:
+            ranks = f": {world.world_size} rank(s)" if world.master_port else ""
+            Console(stderr=True).print(f"{world.launcher}{ranks}", highlight=False)
         Trainer(config).run(stop)
     return 0
 
