@@ -99,6 +99,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         layout = config.parallel.model_dump(exclude={"sequence", "context", "batch_p2p"})
+        layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
         self.parallel = Parallel.initialize(**layout, seed=config.train.seed)
         self.dtype = _dtype(config, self.parallel.device)
         self.data_identity = data_identity(config)  # now: the files may be moved or replaced while the run goes on
