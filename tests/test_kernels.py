@@ -1,8 +1,10 @@
 """expert_mix against ten lines of plain PyTorch, on every backend."""
 
+import ctypes
 import math
 import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
