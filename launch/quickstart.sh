@@ -18,10 +18,9 @@ RUN="${RUN:-runs/quickstart}"
 ranks="$(python -c 'import torch; print(torch.cuda.device_count() or 2)')"
 [ -e data/tinyshakespeare.json ] || peer-dist prepare --output data/tinyshakespeare --force
 
-newest=step-0
-for folder in "$RUN"/checkpoints/step-*; do
-    [[ ${folder##*/} =~ ^step-[0-9]+$ ]] && newest="${folder##*/}"
-done
+# shellcheck disable=SC2010  # names that training made, none at first
+newest="$(ls "$RUN/checkpoints" 2>/dev/null | grep -E '^step-[0-9]+$' | sort | tail -n 1 || true)"
+newest="${newest:-step-0}"
 done_steps=$((10#${newest#step-}))
 torchrun --standalone --nproc-per-node "$ranks" -m peer_dist train --config configs/quickstart.yaml \
     parallel.expert="$ranks" train.global_batch_size=$((8 * ranks)) train.steps=$((done_steps + STEPS)) \

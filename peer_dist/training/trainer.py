@@ -72,6 +72,9 @@ def train(config: Config) -> int:
     for key, folder in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
         _check_writable(key, Path(folder))
     with world.joined(), StopRequest() as stop:
+        if world.rank == 0:
+            ranks = f": {world.world_size} rank(s)" if world.master_port else ""
+            Console(stderr=True).print(f"{world.launcher}{ranks}", highlight=False)
         Trainer(config).run(stop)
     return 0
 
@@ -96,6 +99,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         layout = config.parallel.model_dump(exclude={"sequence", "context", "batch_p2p"})
+        layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
         self.parallel = Parallel.initialize(**layout, seed=config.train.seed)
         self.dtype = _dtype(config, self.parallel.device)
         self.data_identity = data_identity(config)  # now: the files may be moved or replaced while the run goes on
