@@ -2,12 +2,12 @@
 # What the images start:
 #
 #   docker run IMAGE prepare --output data/shakespeare          a command of peer-dist
-#   docker run -e NPROC=8 IMAGE train --config ...              the same under torchrun, with 8 ranks in this container
+#   docker run -e RANKS_PER_NODE=8 IMAGE train --config ...     the same under torchrun, 8 ranks in this container
 #   docker run IMAGE tensorboard --logdir runs                  any other program
 #
-# NPROC starts the commands that run on ranks (train, evaluate, generate, doctor) by torchrun; "gpu" is one per GPU.
-# Over several containers: NNODES, and RENDEZVOUS=HOST:PORT, where HOST is one of them, the same in all; RUN_ID (peer)
-# tells apart runs that meet at one place. Without NPROC (under srun or mpirun, say) a container is one rank.
+# RANKS_PER_NODE ("gpu": one per GPU) starts the commands that run on ranks, train, evaluate, generate and doctor, by
+# torchrun; without it (under srun or mpirun, say) a container is one rank. Over several containers, and for restarts:
+# NNODES, RDZV_ENDPOINT=HOST:PORT (HOST is one of them), RDZV_ID and MAX_RESTARTS, as of launch/torchrun.sh.
 set -euo pipefail
 
 [ $# -gt 0 ] || set -- --help
@@ -16,17 +16,19 @@ if [[ $1 != -* ]] && command -v -- "$1" >/dev/null; then
 fi
 case $1 in
     train | evaluate | generate | doctor)
-        if [ -n "${NPROC:-}" ]; then
+        if [ -n "${RANKS_PER_NODE:-}" ]; then
             if [ "${NNODES:-1}" = 1 ]; then
-                place=(--standalone)
-            elif [ -n "${RENDEZVOUS:-}" ]; then
-                place=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "${RUN_ID:-peer}")
-            else
-                echo "error: NNODES=$NNODES needs RENDEZVOUS=HOST:PORT, where HOST is one of the containers" >&2
+                RDZV_ENDPOINT="${RDZV_ENDPOINT:-localhost:0}" # a free port
+            elif [ -z "${RDZV_ENDPOINT:-}" ]; then
+                echo "error: NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, where HOST is one of the containers" >&2
                 exit 2
             fi
-            export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # torchrun would say so at length; ranks share the cores
-            exec python3 -m torch.distributed.run "${place[@]}" --nproc-per-node "$NPROC" -m peer_dist "$@"
+            # Ranks that start again must not meet in the store of those before them: stale addresses are in it.
+            export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+            export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun would say so at length; the ranks share the cores
+            exec python3 -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "$RANKS_PER_NODE" \
+                --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-peer_dist}" \
+                --max-restarts "${MAX_RESTARTS:-0}" -m peer_dist "$@"
         fi
         ;;
 esac

@@ -140,7 +140,7 @@ def examine(
         rank=world.rank,
         world_size=world.world_size,
         local_rank=world.local_rank,
-        launcher=getattr(world, "launcher", "torchrun" if world.world_size > 1 else "single process"),
+        launcher=world.launcher,
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
         config=config,
         visit=visit,
