@@ -214,7 +214,7 @@ def test_groups_that_cross_hosts():
     assert "1 of 1 groups" in finding.told
     (finding,) = judge({}, _ranks("aab", expert=2))
     assert finding.verdict == "fail"
-    assert "does not divide the 3 ranks" in finding.told
+    assert "does not divide the 3 rank(s)" in finding.told
     assert judge({}, dataclasses.replace(_ranks("aab", expert=2), config=None)) == []
 
 
@@ -283,7 +283,7 @@ def test_the_command(tmp_path):
         [sys.executable, "-m", *command, "parallel.expert=2"], capture_output=True, text=True, env=env, timeout=240
     )
     assert done.returncode == 1, done.stderr
-    assert "does not divide the 1 ranks" in " ".join(done.stdout.split())
+    assert "does not divide the 1 rank(s)" in " ".join(done.stdout.split())
     assert "not ready" in done.stdout
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from peer_dist.config import ConfigError, check_world
 from peer_dist.doctor.examination import Check, Finding, Here, Ranks, Verdict
 
 _PACKAGES = ("peer_dist", "torch", "megatron-core", "deepspeed", "triton", "apex", "transformer_engine", "numpy")
@@ -225,16 +226,11 @@ def _judge_layout(values: dict[int, Any], ranks: Ranks) -> list[Finding]:
     if ranks.config is None:
         return []
     layout, world = ranks.config.parallel, ranks.world_size
+    try:
+        check_world(ranks.config, world)
+    except ConfigError as error:
+        return [Finding("layout", "fail", str(error), "change the config or the number of ranks")]
     findings = []
-    for names, size in (
-        ("parallel.tensor x pipeline", layout.tensor * layout.pipeline),
-        ("parallel.expert x expert_tensor x pipeline", layout.expert * layout.expert_tensor * layout.pipeline),
-    ):
-        if world % size:
-            told = f"{names} ({size}) does not divide the {world} ranks"
-            findings.append(Finding("layout", "fail", told, "change one or the other"))
-    if findings:
-        return findings
     for name, size, what in (
         ("parallel.expert_tensor", layout.expert_tensor, "column groups exchange partial sums of every pick"),
         ("parallel.tensor", layout.tensor, "tensor groups exchange activations in every layer"),
@@ -246,7 +242,8 @@ def _judge_layout(values: dict[int, Any], ranks: Ranks) -> list[Finding]:
             example = ranks.named(crossing[0])
             told = f"{name} = {size}: {len(crossing)} of {len(groups)} groups cross hosts, such as {example}"
             findings.append(Finding("layout", "warn", told, f"{what}: keep {name} within a node"))
-    return findings or [Finding("layout", "ok", f"{layout.expert} x {layout.expert_tensor} table shards; groups fit")]
+    told = f"{layout.expert_rows(world)} x {layout.expert_tensor} table shards; no column or tensor group crosses hosts"
+    return findings or [Finding("layout", "ok", told)]
 
 
 def _shared(here: Here) -> dict[str, Any]:

@@ -29,7 +29,8 @@ PODMAN = ("podman", "--cgroup-manager", "cgroupfs", "--events-backend", "file", 
 RUN = (*PODMAN, "run", "--rm", "--no-healthcheck", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096")
 
 SMALL = (
-    "peer.query_norm=rms", "peer.num_experts=4096", "model.seq_length=64", "model.hidden_size=64", "model.ffn_hidden_size=128",
+    "peer.query_norm=rms", "peer.num_experts=4096",
+    "model.seq_length=64", "model.hidden_size=64", "model.ffn_hidden_size=128",
     "train.steps=6", "train.micro_batch_size=4", "train.global_batch_size=16", "evaluation.interval=3",
     "evaluation.batches=2", "checkpoint.interval=6", "optimizer.warmup_steps=2", "train.precision=fp32",
 )  # fmt: skip
@@ -143,7 +144,7 @@ def test_kernels_need_no_compiler(image: str) -> None:
 
 def _losses(runs: Path, run: str) -> list[float]:
     lines = [json.loads(line) for line in (runs / run / "logs/metrics.jsonl").read_text().splitlines()]
-    return [line["loss/train"] for line in lines if "loss/train" in line]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
 def _train(run: str, *more: str) -> list[str]:
