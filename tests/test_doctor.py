@@ -28,7 +28,9 @@ def _examined(rank, world_size, trouble=None, folder=None, seconds=20.0):
         trouble(ours)
     config = None
     if folder is not None:
-        config = Config(**small_config(Path("data"), Path(folder)))
+        values = small_config(Path("data"), Path(folder))
+        values["train"]["global_batch_size"] = 12  # fits 1, 2 and 3 ranks
+        config = Config(**values)
     start = time.monotonic()
     report = examine(World(rank, world_size, rank, world_size), config, seconds, ours)
     return report.json(), time.monotonic() - start
