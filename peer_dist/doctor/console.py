@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+import time
 
 import typer
 from rich.console import Console
@@ -21,13 +22,14 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 def run(config: Config | None, seconds: float, *, as_json: bool) -> None:
     """Examine and end the process, with 0, or 1 if a check failed. It does not return: threads may hang."""
+    start = time.monotonic()
     world = World.from_environment()
     report = _joined(world, seconds) or examine(world, config, seconds)
     if world.rank == 0 or report.ranks == 0:
         if as_json:
             typer.echo(report.json())
         else:
-            _print(report)
+            _print(report, time.monotonic() - start)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if report.ok else 1)
@@ -58,7 +60,7 @@ def _joined(world: World, seconds: float) -> Report | None:
     return Report(0, [Finding("joining", "fail", told, advice)])  # every rank prints its own
 
 
-def _print(report: Report) -> None:
+def _print(report: Report, seconds: float) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for finding in report.findings:
         text = escape(finding.told) + (f"\n[dim]-> {escape(finding.advice)}[/]" if finding.advice else "")
@@ -68,4 +70,4 @@ def _print(report: Report) -> None:
     console.print(table, highlight=False)
     counts = [f"{sum(f.verdict == verdict for f in report.findings)} {verdict}" for verdict in _COLOURS]
     word = "[green]ready[/]" if report.ok else "[red]not ready[/]"
-    console.print(f"{word}: {', '.join(counts)}", highlight=False)
+    console.print(f"{word}: {', '.join(counts)}; {seconds:.1f} s", highlight=False)

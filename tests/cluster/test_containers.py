@@ -152,32 +152,59 @@ def _train(run: str, *more: str) -> list[str]:
     return ["train", "--config", "configs/quickstart.yaml", *SMALL, *folders, *more]
 
 
+def _services() -> dict[str, dict]:
+    return yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+
+
+def _on_two_nodes(image: str, options: list[str], network: tuple[str, str], *command: str) -> list[tuple[int, str]]:
+    """Exit code and output of a command in two containers, with the names and variables of compose.yaml."""
+    bridge, subnet = network
+    nodes = []
+    for number in (0, 1):
+        variables = [f"--env={name}={value}" for name, value in _services()[f"node{number}"]["environment"].items()]
+        place = ["--network", bridge, "--ip", f"{subnet}.{10 + number}", "--hostname", f"node{number}"]
+        place += ["--add-host", f"node{1 - number}:{subnet}.{11 - number}"]
+        words = [*RUN, *place, *options, *variables, image, *command]
+        nodes.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    told = [node.communicate(timeout=600)[0] for node in nodes]
+    return [(node.returncode, text) for node, text in zip(nodes, told)]
+
+
+def test_the_doctor_sees_two_nodes(image: str, volumes, network) -> None:
+    """Names that cross hosts, a volume that is shared, and Docker's small shared memory."""
+    config = ("--config", "configs/quickstart.yaml", "parallel.expert=1", "parallel.expert_tensor=2")
+    (code, told), (other, _) = _on_two_nodes(image, volumes[0], network, "doctor", *config, "--json")
+    report = json.loads(next(line for line in told.splitlines() if line.startswith("{")))
+    assert (code, other) == (0, 0), told
+    found = {finding["check"]: finding for finding in report["findings"] if finding["check"] != "speed of ranks"}
+    assert {"node0 x 1", "node1 x 1"} <= set(found["ranks"]["told"].rpartition(": ")[2].split(", "))
+    assert "1 of 1 groups cross hosts, such as ranks" in found["layout"]["told"]
+    assert "of shared memory" in found["memory and disk"]["told"]
+    assert found["shared folders"]["verdict"] == "ok"
+    # without a volume the folders have the same name and are not the same
+    (code, told), (other, _) = _on_two_nodes(image, [], network, "doctor", *config, "--json")
+    report = json.loads(next(line for line in told.splitlines() if line.startswith("{")))
+    assert 0 not in (code, other)
+    (failed,) = (finding for finding in report["findings"] if finding["verdict"] == "fail")
+    assert "does not see what rank" in failed["told"]
+
+
 def test_two_containers_train_as_one_process_does(image: str, volumes, network) -> None:
     """With the variables of compose.yaml; and TensorBoard, as its third service, shows the run."""
     options, runs = volumes
-    bridge, subnet = network
     _call(*RUN, *options, image, "prepare", "--output", "data/tinyshakespeare", "--force")
     _call(*RUN, *options, image, *_train("one", "parallel.expert=1"))
 
-    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
-    nodes = []
-    for number in (0, 1):
-        variables = [
-            word for pair in services[f"node{number}"]["environment"].items() for word in ("--env", "=".join(pair))
-        ]
-        place = ["--network", bridge, "--ip", f"{subnet}.{10 + number}", "--hostname", f"node{number}"]
-        place += ["--add-host", f"node{1 - number}:{subnet}.{11 - number}", "--shm-size", "1g"]
-        command = [*RUN, *place, *options, *variables, image, *_train("two")]
-        nodes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    told = [node.communicate(timeout=600)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(told)
+    told = _on_two_nodes(image, options, network, *_train("two"))
+    assert [code for code, _ in told] == [0, 0], "\n".join(text for _, text in told)
     one, two = _losses(runs, "one"), _losses(runs, "two")
     assert len(one) == 6
     assert two == pytest.approx(one, rel=1e-5)
 
+    bridge, subnet = network
     served = f"peer-test-{uuid.uuid4().hex[:8]}"
     place = ["--detach", "--name", served, "--network", bridge, "--ip", f"{subnet}.20"]
-    _call(*RUN, *place, *options, image, *services["tensorboard"]["command"])
+    _call(*RUN, *place, *options, image, *_services()["tensorboard"]["command"])
     try:
         assert _answer(f"http://{subnet}.20:6006/data/runs", 120) == ["one/logs", "two/logs"]
     finally:
