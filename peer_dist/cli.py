@@ -42,6 +42,21 @@ class _WithKeys(TyperCommand):
             console.print(table)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from peer_dist import __version__
+
+        typer.echo(f"peer_dist {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
 @app.command(cls=_WithKeys)
 def train(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)],
@@ -139,6 +154,27 @@ def generate(
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         sys.stdout.write("\n" if world.rank == 0 else "")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of the run: its folders and layout.")
+    ] = None,
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Time limit of each check; who takes longer is named.")] = 30.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Examine machines, folders and network before a run, on all ranks that will train. Exit code 1: do not start.
+
+    Alone, or as the run will be started:  torchrun --nproc-per-node 8 -m peer_dist doctor -c FILE
+    """
+    from peer_dist.config import load_config
+
+    settings = None if config is None else load_config(config, overrides or [])
+    from peer_dist.doctor.console import run
+
+    run(settings, seconds, as_json=as_json)
 
 
 def main() -> None:

@@ -12,4 +12,4 @@ import torch
 
 torch.set_num_threads(1)
 
-import peer_dist.training  # noqa: E402, F401  Megatron-core and DeepSpeed with it
+import peer_dist.training.trainer  # noqa: E402, F401  Megatron-core and DeepSpeed with it

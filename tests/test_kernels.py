@@ -1,8 +1,10 @@
 """expert_mix against ten lines of plain PyTorch, on every backend."""
 
+import ctypes
 import math
 import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +281,32 @@ def test_the_native_backend_is_built_here_and_missed_nowhere(monkeypatch, tmp_pa
         assert not native.available(x, down, up)
         torch.testing.assert_close(expert_mix(x, picks, gate, down, up, "gelu"), want)
     native._library.cache_clear()
+
+
+def test_the_native_backend_can_be_built_ahead(monkeypatch, tmp_path):
+    """Where there is no compiler, or the cache cannot be written, the best library for the processor serves."""
+    picks, (x, gate, down, up) = case(9, 20, 30, 6, torch.float32, 3)
+    want = expert_mix(x, picks, gate, down, up, "gelu")
+    monkeypatch.setattr(native, "_BUILT", tmp_path / "built")
+    made = native.build_ahead()
+    loaded = []
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda path, load=ctypes.CDLL: loaded.append(Path(path)) or load(path))
+    monkeypatch.setenv("PATH", "")
+    usable = [path for path in made if native._LEVELS.get(native._ahead()[path], set()) <= _features()]
+    for left in range(len(usable)):
+        native._library.cache_clear()
+        assert native.available(x, down, up)
+        torch.testing.assert_close(expert_mix(x, picks, gate, down, up, "gelu"), want)
+        assert loaded[-1] == usable[left]
+        usable[left].unlink()
+    monkeypatch.setattr(native, "_machine", lambda: b"flags : fpu sse2")
+    native._library.cache_clear()
+    assert not native.available(x, down, up) or platform.machine() != "x86_64"
+    native._library.cache_clear()
+
+
+def _features() -> set[str]:
+    return set(native._machine().decode().split())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

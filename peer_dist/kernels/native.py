@@ -1,11 +1,13 @@
 """The expert products on CPU in C (native.c): float32 or bfloat16 tables, each picked row read once.
 
 The C compiler of the machine builds it in about a second at first use; the library is cached per user. Without
-a compiler the other CPU backends serve.
+a compiler a library that was built ahead serves (:func:`build_ahead`: container images have one), else the other
+CPU backends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -23,6 +25,13 @@ from peer_dist.kernels.memory import gradient_memory
 from peer_dist.kernels.picks import Picks
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# What libraries are built for ahead, best first, and the processor's features that each needs: an image meets other
+# processors than the one that it was built on.
+_LEVELS = {
+    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
+}
+_BUILT = Path(__file__).parent / "built"
 _KINDS = {"gelu": 0, "relu": 1, "silu": 2}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MOST_TOP_K = 64  # as in native.c
@@ -181,29 +190,73 @@ def _call(name: str, *arguments: Tensor | int | None) -> int:
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    """The compiled library; None where there is no compiler that builds it."""
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    """The compiled library; None where there is no compiler that builds it, and none was built ahead."""
+    compiler = _compiler()
     if compiler is None:
-        return None
-    source = resources.files("peer_dist.kernels").joinpath("native.c").read_bytes()
-    key = hashlib.sha256(b"\0".join([source, " ".join((compiler, *_FLAGS)).encode(), _machine()]))
+        return _built_ahead()
+    key = hashlib.sha256(b"\0".join([_source(), " ".join((compiler, *_FLAGS)).encode(), _machine()]))
     name = f"expert_mix-{key.hexdigest()[:16]}.so"
     try:
         cached = _cache_folder() / name
         if not cached.exists():
-            _compile(compiler, source, cached)
+            _compile(compiler, _FLAGS, _source(), cached)
         return ctypes.CDLL(str(cached))
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return _built_ahead()
 
 
-def _compile(compiler: str, source: bytes, target: Path) -> None:
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+
+
+@lru_cache(maxsize=1)
+def _source() -> bytes:
+    return resources.files("peer_dist.kernels").joinpath("native.c").read_bytes()
+
+
+def build_ahead() -> list[Path]:
+    """Put libraries beside this file, for every user of machines of this kind that have no compiler.
+
+    Raises:
+        RuntimeError: there is no compiler here, or it cannot build them.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError("no C compiler: set CC, or install gcc")
+    portable = tuple(flag for flag in _FLAGS if not flag.startswith("-march"))
+    for target, level in _ahead().items():
+        target.parent.mkdir(exist_ok=True)
+        try:
+            _compile(compiler, (*portable, f"-march={level}") if level else portable, _source(), target)
+        except subprocess.CalledProcessError as error:
+            raise RuntimeError(f"{compiler} failed: {error.stderr.decode(errors='replace')}") from error
+    return list(_ahead())
+
+
+def _built_ahead() -> ctypes.CDLL | None:
+    """The best library built ahead that this processor can run."""
+    features = set(_machine().decode(errors="replace").split())
+    for target, level in _ahead().items():
+        if target.exists() and _LEVELS.get(level, set()) <= features:
+            with contextlib.suppress(OSError):
+                return ctypes.CDLL(str(target))
+    return None
+
+
+def _ahead() -> dict[Path, str]:
+    """Where libraries built ahead from this source lie, best first, and the level that each is for ("": any)."""
+    version, machine = hashlib.sha256(_source()).hexdigest()[:16], os.uname().machine
+    levels = _LEVELS if machine == "x86_64" else [""]
+    return {_BUILT / f"expert_mix-{level or machine}-{version}.so": level for level in levels}
+
+
+def _compile(compiler: str, flags: tuple[str, ...], source: bytes, target: Path) -> None:
     """Build into a file of our own and rename it, so that ranks that start together do not meet a half."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         code, built = Path(folder, "native.c"), Path(folder, "native.so")
         code.write_bytes(source)
-        command = [compiler, *_FLAGS, str(code), "-o", str(built), "-lm"]
+        command = [compiler, *flags, str(code), "-o", str(built), "-lm"]
         if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
             subprocess.run(command, check=True, capture_output=True)  # on one thread, say by Apple's compiler
         os.replace(built, target)

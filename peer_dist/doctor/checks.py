@@ -1,0 +1,490 @@
+"""What is examined before a run: for each check, what a rank measures and how rank 0 judges it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from peer_dist.config import ConfigError, check_world
+from peer_dist.doctor.examination import Check, Finding, Here, Ranks, Verdict
+
+_PACKAGES = ("peer_dist", "torch", "megatron-core", "deepspeed", "triton", "apex", "transformer_engine", "numpy")
+_MAY_DIFFER = {"driver", "kernel"}  # a run works all the same: worth a warning
+
+_SHARED_MEMORY = 1 << 30  # bytes of /dev/shm below which NCCL's and data loaders' segments may not fit
+_WRITTEN = 64 << 20  # bytes that each rank writes
+_SLOW_DISK = 20e6  # bytes per second and rank
+_SLOW, _FAR_TOO_SLOW = 1.5, 3.0  # times the median
+_APART, _FAR_APART = 1.0, 60.0  # seconds between clocks
+_SIZES = (64 << 10, 4 << 20, 32 << 20)  # bytes per rank and collective
+
+# Bus bandwidth in GB/s that a healthy machine exceeds: floors to find a wrong network or a broken link by, not
+# promises. Those of gloo were measured on loopback; the others are a fraction of the links' own figures.
+_FLOORS: tuple[tuple[str, bool, str, float], ...] = (
+    # backend, one host, word in the device's name, floor
+    ("gloo", True, "", 0.1),
+    ("gloo", False, "", 0.05),
+    ("nccl", True, "H100", 150.0),
+    ("nccl", True, "H200", 150.0),
+    ("nccl", True, "B200", 300.0),
+    ("nccl", True, "A100", 80.0),
+    ("nccl", True, "", 5.0),
+    ("nccl", False, "", 5.0),
+)
+
+
+def _versions(here: Here) -> dict[str, str]:
+    found = {"python": platform.python_version(), "kernel": platform.release()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    found["torch"] = torch.__version__
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    with contextlib.suppress(OSError):
+        found["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split("  ")[1].strip()
+    return found
+
+
+def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Finding]:
+    findings = []
+    common = {}
+    for name in sorted({name for found in values.values() for name in found}):
+        counts = Counter(found.get(name, "none") for found in values.values())
+        common[name] = counts.most_common(1)[0][0]
+        for other in counts:
+            if other != common[name]:
+                who = ranks.named(rank for rank, found in values.items() if found.get(name, "none") == other)
+                findings.append(
+                    Finding(
+                        "versions",
+                        "warn" if name in _MAY_DIFFER else "fail",
+                        f"{who}: {name} {other}, elsewhere {common[name]}",
+                        "start every rank in the same environment or image",
+                    )
+                )
+    for name, pinned in _pins().items():
+        if common.get(name) != pinned:
+            findings.append(
+                Finding(
+                    "versions",
+                    "fail",
+                    f"{name} is {common.get(name, 'missing')}, but peer_dist was made with {pinned}",
+                    f"pip install {name}=={pinned}",
+                )
+            )
+    told = ", ".join(f"{name} {common[name]}" for name in ("python", *_PACKAGES, "cuda", "nccl") if name in common)
+    return findings or [Finding("versions", "ok", told)]
+
+
+def _pins() -> dict[str, str]:
+    """What setup.py pins exactly."""
+    lines = importlib.metadata.requires("peer_dist") or []
+    pairs = (line.partition("==") for line in lines if "==" in line and ";" not in line)
+    return {name.strip(): version.strip() for name, _, version in pairs}
+
+
+def _devices(here: Here) -> dict[str, Any]:
+    if here.device.type == "cuda":
+        about = torch.cuda.get_device_properties(here.device)
+        free, total = torch.cuda.mem_get_info(here.device)
+        unique = str(getattr(about, "uuid", here.device.index))
+        return {"name": about.name, "unique": unique, "free": free, "total": total}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    idle_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/proc/driver/nvidia/gpus").exists()
+    return {"name": "cpu", "cores": cores, "threads": torch.get_num_threads(), "idle_gpus": idle_gpus}
+
+
+def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    findings = []
+    names = Counter(value["name"] for value in values.values())
+    if len(names) > 1:
+        told = ", ".join(f"{count} x {name}" for name, count in names.items())
+        findings.append(Finding("devices", "warn", f"ranks differ: {told}", "the slowest sets the pace of all"))
+    on: dict[tuple[str, str], list[int]] = {}
+    for rank, value in values.items():
+        on.setdefault((ranks.hosts.get(rank, "?"), value.get("unique", "cpu")), []).append(rank)
+    for (host, unique), sharing in on.items():
+        first = values[sharing[0]]
+        if unique != "cpu" and len(sharing) > 1:
+            told = f"{ranks.named(sharing)} share one {first['name']}"
+            findings.append(Finding("devices", "fail", told, "start one rank per GPU (--nproc-per-node, --gpus)"))
+        elif unique == "cpu" and len(sharing) * first["threads"] > first["cores"]:
+            told = f"{len(sharing)} ranks of {first['threads']} threads on the {first['cores']} cores of {host}"
+            findings.append(Finding("devices", "warn", told, "start fewer ranks, or lower OMP_NUM_THREADS"))
+    used = [rank for rank, value in values.items() if "free" in value and value["free"] < 0.9 * value["total"]]
+    if used:
+        least = min(values[rank]["free"] for rank in used)
+        told = f"{ranks.named(used)}: device memory is in use already, {_size(least)} free at the least"
+        findings.append(Finding("devices", "warn", told, "see with nvidia-smi who uses it"))
+    blind = [rank for rank, value in values.items() if value.get("idle_gpus")]
+    if blind:
+        told = f"{ranks.named(blind)}: the machine has GPUs, but torch sees none"
+        findings.append(
+            Finding("devices", "fail", told, "install a torch built for CUDA; pass GPUs into the container")
+        )
+    some = next(iter(values.values()))
+    told = f"{len(values)} x {some['name']}"
+    told += f", {_size(some['free'])} free" if "free" in some else f", {some['threads']} of {some['cores']} cores each"
+    return findings or [Finding("devices", "ok", told)]
+
+
+def _room(here: Here) -> dict[str, Any]:
+    """Free bytes of memory and, by what it is for, of disk; with the path that was asked about."""
+    disks = {name: _existing(path) for name, path in here.folders.items()}
+    disks["temporary files"] = Path(tempfile.gettempdir())
+    disks["caches"] = _existing(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
+    disks["/dev/shm"] = Path("/dev/shm")
+    return {
+        "memory": _free_memory(),
+        "disks": {
+            name: [str(path), shutil.disk_usage(path).free, os.access(path, os.W_OK)]
+            for name, path in disks.items()
+            if path.exists()
+        },
+    }
+
+
+def _free_memory() -> int:
+    """What this machine, or the container's limit, leaves."""
+    free = []
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
+    folder = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup of version 2: no limit
+        free.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return min(free, default=0)
+
+
+def _judge_room(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    findings = []
+    needed = checkpoint_bytes(ranks)
+    for name in dict.fromkeys(name for value in values.values() for name in value["disks"]):
+        places = {rank: value["disks"][name] for rank, value in values.items() if name in value["disks"]}
+        locked = [rank for rank, (_, _, writable) in places.items() if not writable]
+        if locked and name in ("temporary files", "caches", "/dev/shm"):
+            told = f"{ranks.named(locked)}: {places[locked[0]][0]} ({name}) cannot be written"
+            findings.append(
+                Finding("memory and disk", "warn", told, "set TMPDIR or XDG_CACHE_HOME to a folder that can")
+            )
+        tightest = min(places, key=lambda rank: places[rank][1])
+        path, free, _ = places[tightest]
+        if name == "/dev/shm" and free < _SHARED_MEMORY and ranks.world_size > 1:
+            told = f"{ranks.named([tightest])}: {_size(free)} of shared memory"
+            findings.append(
+                Finding("memory and disk", "warn", told, "start containers with --shm-size=8g or --ipc=host")
+            )
+        elif name == "checkpoint.dir" and needed and free < needed * (1 + _kept(ranks)):
+            told = (
+                f"{path} has {_size(free)} free; a checkpoint takes {_size(needed)} or more, {_kept(ranks) + 1} at once"
+            )
+            verdict: Verdict = "fail" if free < needed else "warn"
+            findings.append(Finding("memory and disk", verdict, told, "choose another checkpoint.dir, or keep fewer"))
+        elif name != "/dev/shm" and free < 1 << 30:
+            told = f"{ranks.named([tightest])}: {_size(free)} free at {path} ({name})"
+            findings.append(Finding("memory and disk", "warn", told, "make room, or move it elsewhere"))
+    least = min(values, key=lambda rank: values[rank]["memory"])
+    if 0 < values[least]["memory"] < 2 << 30:
+        told = f"{ranks.named([least])}: {_size(values[least]['memory'])} of memory"
+        findings.append(Finding("memory and disk", "warn", told, "end other programs there, or raise the limit"))
+    disks = ", ".join(f"{name} {_size(free)}" for name, (_, free, _) in values[least]["disks"].items())
+    return findings or [Finding("memory and disk", "ok", f"memory {_size(values[least]['memory'])}, {disks}")]
+
+
+def checkpoint_bytes(ranks: Ranks) -> int:
+    """At the least: the tables of a configured run with two float32 moments; 0 without a config."""
+    if ranks.config is None:
+        return 0
+    config = ranks.config
+    moments = {"adam": 2 * config.model.hidden_size, "rowwise_adam": config.model.hidden_size + 1, "rowwise_adagrad": 1}
+    row = config.model.hidden_size + moments[config.table_optimizer.name]
+    return len(config.peer_pools) * 2 * config.peer.num_experts * row * 4
+
+
+def _kept(ranks: Ranks) -> int:
+    return 0 if ranks.config is None else ranks.config.checkpoint.keep
+
+
+def _judge_layout(values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    """Whether the config's groups fit the ranks, and which of them cross hosts."""
+    if ranks.config is None:
+        return []
+    layout, world = ranks.config.parallel, ranks.world_size
+    try:
+        check_world(ranks.config, world)
+    except ConfigError as error:
+        return [Finding("layout", "fail", str(error), "change the config or the number of ranks")]
+    findings = []
+    for name, size, what in (
+        ("parallel.expert_tensor", layout.expert_tensor, "column groups exchange partial sums of every pick"),
+        ("parallel.tensor", layout.tensor, "tensor groups exchange activations in every layer"),
+    ):
+        # Megatron numbers ranks so that these two are neighbours
+        groups = [range(first, first + size) for first in range(0, world, size)]
+        crossing = [group for group in groups if len({ranks.hosts.get(rank) for rank in group}) > 1]
+        if crossing:
+            example = ranks.named(crossing[0])
+            told = f"{name} = {size}: {len(crossing)} of {len(groups)} groups cross hosts, such as {example}"
+            findings.append(Finding("layout", "warn", told, f"{what}: keep {name} within a node"))
+    told = f"{layout.expert_rows(world)} x {layout.expert_tensor} table shards; no column or tensor group crosses hosts"
+    return findings or [Finding("layout", "ok", told)]
+
+
+def _shared(here: Here) -> dict[str, Any]:
+    """For each folder the ranks whose files this one does not see, though they were written and renamed."""
+    unseen = {}
+    for name, path in here.folders.items():
+        folder = _existing(path)
+        prefix = f".doctor-{here.visit}-{name}-"
+        mine = folder / f"{prefix}{here.rank}"
+        part = mine.with_name(mine.name + ".part")
+        here.left_behind += [part, mine]
+        with open(part, "wb") as file:
+            file.write(str(here.rank).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(mine)
+        wanted = {f"{prefix}{rank}" for rank in range(here.world_size)}
+        deadline = time.monotonic() + here.seconds / 2 / len(here.folders)
+        while (missing := wanted - set(os.listdir(folder))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        unseen[name] = [str(folder), sorted(int(each.rpartition("-")[2]) for each in missing)]
+        neighbour = (here.rank + 1) % here.world_size
+        if not missing and (folder / f"{prefix}{neighbour}").read_bytes() != str(neighbour).encode():
+            raise OSError(f"{folder}: the file of rank {neighbour} has other contents here")
+    return unseen
+
+
+def _judge_shared(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    findings = []
+    for name in next(iter(values.values())):
+        wrote = set(values)
+        blind = {rank: set(value[name][1]) & wrote for rank, value in values.items()}
+        blind = {rank: missing for rank, missing in blind.items() if missing}
+        if blind:
+            rank = min(blind, key=lambda each: (-len(blind[each]), each))
+            told = (
+                f"{ranks.named([rank])} does not see what {ranks.named(blind[rank])} wrote in {values[rank][name][0]}"
+            )
+            findings.append(
+                Finding("shared folders", "fail", told, f"mount the same file system for {name} on every node")
+            )
+    places = ", ".join(f"{name} ({place[0]})" for name, place in values[min(values)].items())
+    return findings or [Finding("shared folders", "ok", f"every rank sees what the others write: {places}")]
+
+
+def _disk_speed(here: Here) -> float:
+    """Bytes per second that this rank writes while the others do."""
+    path = _existing(next(iter(here.folders.values()))) / f".doctor-{here.visit}-speed-{here.rank}"
+    here.left_behind.append(path)
+    block = os.urandom(1 << 20)
+    start = time.perf_counter()
+    with open(path, "wb") as file:
+        for _ in range(_WRITTEN // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return _WRITTEN / (time.perf_counter() - start)
+
+
+def _judge_disk_speed(values: dict[int, float], ranks: Ranks) -> list[Finding]:
+    total, slowest = sum(values.values()), min(values, key=lambda rank: values[rank])
+    told = f"{total / 1e6:,.0f} MB/s together"
+    if needed := checkpoint_bytes(ranks):
+        told += f": a checkpoint of {_size(needed)} or more takes {needed / total:,.1f} s"
+    findings = []
+    if values[slowest] < _SLOW_DISK:
+        slow = f"{told}; {ranks.named([slowest])} writes {values[slowest] / 1e6:,.0f} MB/s"
+        advice = "choose a faster checkpoint.dir, or checkpoint.asynchronous=true and a longer checkpoint.interval"
+        findings.append(Finding("writing", "warn", slow, advice))
+    return findings or [Finding("writing", "ok", told)]
+
+
+def _clock(here: Here) -> float:
+    """Seconds by which this rank's clock is ahead of rank 0's, as seen when both leave a collective together."""
+    ahead = []
+    for _ in range(9):
+        _together(here)
+        mine = torch.tensor([time.time()], dtype=torch.float64, device=here.device)
+        reference = mine.clone()
+        dist.broadcast(reference, 0)
+        ahead.append(float(mine - reference))
+    return statistics.median(ahead)
+
+
+def _judge_clock(values: dict[int, float], ranks: Ranks) -> list[Finding]:
+    worst = max(values, key=lambda rank: abs(values[rank]))
+    told = (
+        f"{ranks.named([worst])} is {abs(values[worst]):.3f} s {'ahead of' if values[worst] > 0 else 'behind'} rank 0"
+    )
+    if abs(values[worst]) < _APART:
+        return [Finding("clocks", "ok", f"within {abs(values[worst]):.3f} s of rank 0's")]
+    verdict: Verdict = "fail" if abs(values[worst]) > _FAR_APART else "warn"
+    return [Finding("clocks", verdict, told, "run chrony or ntpd on every node")]
+
+
+def _collectives(here: Here) -> dict[str, Any]:
+    """Seconds of each collective by its size, and which gave wrong results."""
+    world, rank = here.world_size, here.rank
+    seconds: dict[str, float] = {}
+    wrong = []
+    for size in _SIZES:
+        count = size // 4 // world * world
+        mine = torch.full((count,), float(rank + 1), device=here.device)
+        out = torch.empty_like(mine)
+        blocks = torch.arange(world, device=here.device, dtype=torch.float32).repeat_interleave(count // world)
+        sent = blocks + world * rank  # block b of rank r is for rank b and says both
+        runs: dict[str, Callable[[], Any]] = {
+            "all-reduce": lambda out=out: dist.all_reduce(out),  # type: ignore[misc]
+            "all-to-all": lambda out=out, sent=sent: dist.all_to_all_single(out, sent),  # type: ignore[misc]
+        }
+        wanted = {"all-reduce": torch.full_like(mine, world * (world + 1) / 2), "all-to-all": blocks * world + rank}
+        for name, run in runs.items():
+            times = []
+            for _ in range(4):  # the first makes connections
+                out.copy_(mine)
+                _together(here)
+                start = time.perf_counter()
+                run()
+                _finish(here)
+                times.append(time.perf_counter() - start)
+                if not torch.equal(out, wanted[name]):
+                    wrong.append(f"{name} of {_size(size)}")
+            seconds[f"{name} {size}"] = min(times[1:])
+    return {"seconds": seconds, "wrong": sorted(set(wrong)), "name": _devices(here)["name"]}
+
+
+def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    if ranks.world_size == 1:
+        return [Finding("collectives", "ok", "one rank: nothing to exchange")]
+    findings = []
+    bad = {rank: value["wrong"] for rank, value in values.items() if value["wrong"]}
+    if bad:
+        what = ", ".join(sorted({name for names in bad.values() for name in names}))
+        words = f"{ranks.named(bad)}: wrong result of {what}"
+        findings.append(Finding("collectives", "fail", words, "do not train: look for broken links (NCCL_DEBUG=INFO)"))
+    one_host = len(set(ranks.hosts.values())) == 1
+    device = values[min(values)]["name"]
+    floor = next(
+        floor
+        for backend, alone, word, floor in _FLOORS
+        if backend == ranks.backend and alone == one_host and word in device
+    )
+    world, slow = ranks.world_size, []
+    told: list[str] = []
+    for name, moved in (("all-reduce", 2 * (world - 1) / world), ("all-to-all", (world - 1) / world)):
+        for size in _SIZES:
+            took = max(value["seconds"][f"{name} {size}"] for value in values.values())
+            if size == _SIZES[0]:
+                told.append(f"{name} of {_size(size)} {took * 1e3:.2f} ms")
+            else:
+                speed = moved * size / took / 1e9
+                told.append(f"{_size(size)} {speed:.2f} GB/s")
+                if size == _SIZES[-1] and speed < floor:
+                    slow.append(name)
+    text = ", ".join(told) + f" (at least {floor} GB/s expected at {_size(_SIZES[-1])})"
+    if slow:
+        advice = "check that NCCL_SOCKET_IFNAME, NCCL_IB_HCA or GLOO_SOCKET_IFNAME name the fast network"
+        findings.append(Finding("collectives", "warn", f"slow {' and '.join(slow)}: {text}", advice))
+    return findings or [Finding("collectives", "ok", text)]
+
+
+def _speed(here: Here) -> dict[str, float]:
+    """Seconds of a fixed product and a fixed copy, each the best of many: other programs disturb some of them."""
+    cuda = here.device.type == "cuda"
+    width, dtype = (4096, torch.bfloat16) if cuda else (512, torch.float32)
+    a = torch.ones(width, width, dtype=dtype, device=here.device)
+    source = torch.ones((1 << 28) if cuda else (1 << 22), device=here.device)
+    target = torch.empty_like(source)
+    best = {"product": float("inf"), "copy": float("inf")}
+    begin, trials = time.perf_counter(), 0
+    while trials < 10 or time.perf_counter() - begin < 0.5:
+        trials += 1
+        for name, run in (("product", lambda: a @ a), ("copy", lambda: target.copy_(source))):
+            start = time.perf_counter()
+            run()
+            _finish(here)
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def _judge_speed(values: dict[int, dict[str, float]], ranks: Ranks) -> list[Finding]:
+    findings = []
+    told = []
+    for name in ("product", "copy"):
+        median = statistics.median_low([value[name] for value in values.values()])
+        slow = {rank: value[name] / median for rank, value in values.items() if value[name] > _SLOW * median}
+        if slow:
+            worst, usual = max(slow.values()), f"the median of {median * 1e3:.2f} ms"
+            words = f"{ranks.named(sorted(slow))}: a {name} takes up to {worst:.1f} times {usual}"
+            verdict: Verdict = "fail" if worst > _FAR_TOO_SLOW else "warn"
+            advice = "see what else runs there, its clock rates and temperature; leave the node out of the run"
+            findings.append(Finding("speed of ranks", verdict, words, advice))
+        told.append(f"{name} {median * 1e3:.2f} ms")
+    return findings or [Finding("speed of ranks", "ok", f"{', '.join(told)}; no rank over {_SLOW} times that")]
+
+
+def _together(here: Here) -> None:
+    """A barrier."""
+    dist.all_reduce(torch.zeros(1, device=here.device))
+    _finish(here)
+
+
+def _finish(here: Here) -> None:
+    if here.device.type == "cuda":
+        torch.cuda.synchronize(here.device)
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest above it that exists: nothing is created before a run."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TB"
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("versions", _versions, _judge_versions, "install peer_dist there again"),
+    Check("devices", _devices, _judge_devices, "see whether nvidia-smi answers there"),
+    Check("memory and disk", _room, _judge_room, "see whether df answers there; a hung mount does not"),
+    Check("layout", lambda here: None, _judge_layout, ""),
+    Check("shared folders", _shared, _judge_shared, "make the folder writable, and see that its mount answers"),
+    Check("writing", _disk_speed, _judge_disk_speed, "see whether the file system there is full or hung"),
+    Check("speed of ranks", _speed, _judge_speed, "see what else runs there, or leave the node out"),
+    Check(
+        "clocks",
+        _clock,
+        _judge_clock,
+        "see that ranks reach each other (firewall, NCCL_SOCKET_IFNAME)",
+        collective=True,
+    ),
+    Check(
+        "collectives",
+        _collectives,
+        _judge_collectives,
+        "see that ranks reach each other (firewall, NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO)",
+        collective=True,
+    ),
+)

@@ -1,0 +1,73 @@
+"""The command: join the other ranks within a time limit, examine, print on rank 0, leave whatever hangs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peer_dist.config.schema import Config
+from peer_dist.doctor.examination import Finding, Report, examine
+from peer_dist.training.world import World, WorldError
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def run(config: Config | None, seconds: float, *, as_json: bool) -> None:
+    """Examine and end the process, with 0, or 1 if a check failed. It does not return: threads may hang."""
+    start = time.monotonic()
+    world = World.from_environment()
+    report = _joined(world, seconds) or examine(world, config, seconds)
+    if world.rank == 0 or report.ranks == 0:
+        if as_json:
+            typer.echo(report.json())
+        else:
+            _print(report, time.monotonic() - start)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if report.ok else 1)
+
+
+def _joined(world: World, seconds: float) -> Report | None:
+    """Join the others; a report about it if that does not succeed in time."""
+    problem: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            world.join()
+        except BaseException as error:
+            problem.append(error)
+
+    limit = 2 * seconds  # processes of one job do not start at once
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if problem and isinstance(problem[0], WorldError):
+        raise problem[0]
+    if not problem and not thread.is_alive():
+        return None
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    why = str(problem[0]).splitlines()[0] if problem else f"not all of them came within {limit:.0f} s"
+    told = f"rank {world.rank} ({socket.gethostname()}) did not join the {world.world_size} ranks at {address}: {why}"
+    advice = "a rank that prints no such line did not start; else see that MASTER_ADDR can be reached from each node"
+    return Report(0, [Finding("joining", "fail", told, advice)])  # every rank prints its own
+
+
+def _print(report: Report, seconds: float) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for finding in report.findings:
+        text = escape(finding.told) + (f"\n[dim]-> {escape(finding.advice)}[/]" if finding.advice else "")
+        colour = _COLOURS[finding.verdict]
+        table.add_row(finding.check, f"[{colour}]{finding.verdict}[/]", text)
+    console = Console()
+    console.print(table, highlight=False)
+    counts = [f"{sum(f.verdict == verdict for f in report.findings)} {verdict}" for verdict in _COLOURS]
+    word = "[green]ready[/]" if report.ok else "[red]not ready[/]"
+    console.print(f"{word}: {', '.join(counts)}; {seconds:.1f} s", highlight=False)

@@ -1,0 +1,267 @@
+"""How the ranks are examined: each check measures on every rank, and rank 0 judges what they measured.
+
+Answers travel through torch.distributed's store, not by collectives, so that one rank that hangs is named by the
+others instead of hanging them; and every measurement runs in a thread with a time limit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from peer_dist.config.schema import Config
+from peer_dist.training.world import World
+
+Verdict = Literal["ok", "warn", "fail"]
+
+_GRACE = 5.0  # seconds that an answer may take beyond the limit of its check
+_visits = itertools.count()  # tells apart the store's keys of several examinations by the same processes
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found: a sentence, and what to do about it unless it is ok."""
+
+    check: str
+    verdict: Verdict
+    told: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings, the same on every rank."""
+
+    ranks: int
+    findings: list[Finding]
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run may start: warnings do not speak against it."""
+        return all(finding.verdict != "fail" for finding in self.findings)
+
+    def json(self) -> str:
+        return json.dumps({"ok": self.ok, **asdict(self)})
+
+    @classmethod
+    def parse(cls, text: str) -> Report:
+        plain = json.loads(text)
+        return cls(plain["ranks"], [Finding(**finding) for finding in plain["findings"]])
+
+
+@dataclass
+class Here:
+    """What a measurement may ask: this rank and the folders that the run will use."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    launcher: str
+    device: torch.device
+    config: Config | None
+    visit: str  # in names of files: the same on all ranks, another at each examination
+    seconds: float
+    left_behind: list[Path] = field(default_factory=list)  # files to remove once every rank has answered
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where the run writes, by its key in the config; without a config, where the process is."""
+        if self.config is None:
+            return {"working folder": Path.cwd()}
+        return {"checkpoint.dir": Path(self.config.checkpoint.dir), "logging.dir": Path(self.config.logging.dir)}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Names for ranks in sentences, and what the judges need to know of the world."""
+
+    world_size: int
+    hosts: Mapping[int, str]
+    backend: str
+    config: Config | None
+
+    def named(self, ranks: Iterable[int], most: int = 8) -> str:
+        """E.g. ``rank 3 (node2)``, or ``ranks 0 (a), 1 (a) and 14 more``."""
+        listed = sorted(ranks)
+        words = [f"{rank} ({self.hosts[rank]})" if rank in self.hosts else str(rank) for rank in listed[:most]]
+        more = f" and {len(listed) - most} more" if len(listed) > most else ""
+        return ("rank " if len(listed) == 1 else "ranks ") + ", ".join(words) + more
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing to examine.
+
+    Attributes:
+        measure: runs on every rank; what it returns must be plain enough for JSON.
+        judge: runs on rank 0, with the values of the ranks that could measure.
+        advice: what to do where a rank cannot measure at all.
+        collective: whether every rank must take part; not tried once a rank is lost.
+    """
+
+    name: str
+    measure: Callable[[Here], Any]
+    judge: Callable[[dict[int, Any], Ranks], list[Finding]]
+    advice: str
+    collective: bool = False
+
+
+def examine(
+    world: World, config: Config | None = None, seconds: float = 30.0, checks: Sequence[Check] | None = None
+) -> Report:
+    """Run all checks on all ranks; every rank of the process group calls it, and all get the same report.
+
+    Args:
+        seconds: what a check may take; a rank that takes longer is reported, not waited for.
+    """
+    if checks is None:
+        from peer_dist.doctor.checks import CHECKS  # here, because it imports this module
+
+        checks = CHECKS
+    store = dist.PrefixStore(f"doctor/{next(_visits)}", dist.distributed_c10d._get_default_store())
+    if world.rank == 0:
+        store.set("visit", secrets.token_hex(4))
+    visit = _wait(store, "visit", seconds + _GRACE)
+    if visit is None:
+        return _without_rank_0(world.world_size, "at the start")
+    cuda = dist.get_backend() == "nccl"
+    here = Here(
+        rank=world.rank,
+        world_size=world.world_size,
+        local_rank=world.local_rank,
+        launcher=world.launcher,
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        config=config,
+        visit=visit,
+        seconds=seconds,
+    )
+    try:
+        return (_lead if world.rank == 0 else _follow)(store, here, checks)
+    finally:
+        for path in here.left_behind:
+            path.unlink(missing_ok=True)
+
+
+def _lead(store: dist.Store, here: Here, checks: Sequence[Check]) -> Report:
+    """Rank 0: measure like the others, collect, judge."""
+    hosts: dict[int, str] = {}
+    lost: set[int] = set()  # those that stopped answering
+    stuck = False
+    findings = []
+    for number, check in enumerate([_HOSTS, *checks]):
+        if check.collective and (lost or stuck):
+            store.set(f"{number}/go", "skip")
+            findings.append(Finding(check.name, "warn", "not tried: it needs every rank", "mend the above first"))
+            continue
+        store.set(f"{number}/go", "run")
+        deadline = time.monotonic() + here.seconds + _GRACE
+        answers = {0: _limited(check.measure, here)}
+        waiting = {rank: f"{number}/{rank}" for rank in range(1, here.world_size) if rank not in lost}
+        while waiting and time.monotonic() < deadline:
+            answered = [rank for rank, key in waiting.items() if store.check([key])]
+            answers |= {rank: json.loads(store.get(waiting.pop(rank))) for rank in answered}
+            if waiting and not answered:
+                time.sleep(0.02)
+        values = {rank: answer["value"] for rank, answer in answers.items() if "value" in answer}
+        if check is _HOSTS:
+            hosts |= values
+        ranks = Ranks(here.world_size, dict(hosts), dist.get_backend(), here.config)
+        if waiting:
+            lost |= set(waiting)
+            told = f"{ranks.named(waiting)}: no answer within {here.seconds + _GRACE:.0f} s"
+            findings.append(Finding(check.name, "fail", told, "see what the process does there, if it still lives"))
+        late = [rank for rank, answer in answers.items() if "late" in answer]
+        if late:
+            stuck = True
+            told = f"{ranks.named(late)}: not done within {here.seconds:.0f} s"
+            findings.append(Finding(check.name, "fail", told, check.advice))
+        errors: dict[str, list[int]] = {}
+        for rank, answer in answers.items():
+            if "error" in answer:
+                errors.setdefault(answer["error"], []).append(rank)
+        findings += [
+            Finding(check.name, "fail", f"{ranks.named(who)}: {error}", check.advice) for error, who in errors.items()
+        ]
+        if values and not (check.collective and (late or errors or waiting)):
+            findings += check.judge(values, ranks)
+    report = Report(here.world_size, findings)
+    store.set("report", report.json())
+    # rank 0's process holds the store: stay until the others have read it
+    present = [f"read/{rank}" for rank in range(1, here.world_size) if rank not in lost]
+    deadline = time.monotonic() + _GRACE
+    while present and not store.check(present) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return report
+
+
+def _follow(store: dist.Store, here: Here, checks: Sequence[Check]) -> Report:
+    """Every other rank: measure when rank 0 says so."""
+    patience = 2 * (here.seconds + _GRACE)
+    for number, check in enumerate([_HOSTS, *checks]):
+        go = _wait(store, f"{number}/go", patience)
+        if go is None:
+            return _without_rank_0(here.world_size, f"before the check of {check.name}")
+        if go == "run":
+            store.set(f"{number}/{here.rank}", json.dumps(_limited(check.measure, here)))
+    text = _wait(store, "report", patience)
+    if text is None:
+        return _without_rank_0(here.world_size, "at the end")
+    store.set(f"read/{here.rank}", "1")
+    return Report.parse(text)
+
+
+def _without_rank_0(ranks: int, when: str) -> Report:
+    return Report(ranks, [Finding("ranks", "fail", f"rank 0 stopped answering {when}", "see what its process does")])
+
+
+def _wait(store: dist.Store, key: str, seconds: float) -> str | None:
+    """A key's value, or None if nobody sets it in time. Polls: a waiting store would keep other threads out."""
+    deadline = time.monotonic() + seconds
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.02)
+    return str(store.get(key).decode())
+
+
+def _limited(measure: Callable[[Here], Any], here: Here) -> dict[str, Any]:
+    """The ``value`` measured, the ``error`` raised, or that it is ``late``: then its thread is left to itself."""
+    answer: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            if here.device.type == "cuda":
+                torch.cuda.set_device(here.device)  # every thread has its own current device
+            answer["value"] = measure(here)
+        except Exception as error:
+            answer["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(here.seconds)
+    return dict(answer) if answer and not thread.is_alive() else {"late": True}
+
+
+def _told_hosts(values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    counts: dict[str, int] = {}
+    for host in values.values():
+        counts[host] = counts.get(host, 0) + 1
+    places = ", ".join(f"{host} x {count}" for host, count in list(counts.items())[:8])
+    more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
+    noun = "rank" if len(values) == 1 else "ranks"
+    return [Finding("ranks", "ok", f"{len(values)} {noun} over {ranks.backend}: {places}{more}")]
+
+
+# The first check of all: afterwards ranks can be named with their hosts.
+_HOSTS = Check("ranks", lambda here: socket.gethostname(), _told_hosts, "see what the process does there")

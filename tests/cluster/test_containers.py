@@ -1,0 +1,225 @@
+"""The CPU image, built from docker/Dockerfile.cpu by buildah and run by podman, without a registry.
+
+Its base is made here of Debian's packages. Builds and layers stay, so that a second run takes less: remove them with
+``podman image rm peer_dist_test:cpu peer_dist_test:base``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+TOOLS = ("buildah", "podman", "mmdebstrap", "runc")
+BASE, IMAGE = "localhost/peer_dist_test:base", "localhost/peer_dist_test:cpu"
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+
+# What works without systemd, in a machine that limits its own processes.
+PODMAN = ("podman", "--cgroup-manager", "cgroupfs", "--events-backend", "file", "--runtime", "runc")
+RUN = (*PODMAN, "run", "--rm", "--no-healthcheck", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=4096:4096")
+
+SMALL = (
+    "peer.query_norm=rms", "peer.num_experts=4096",
+    "model.seq_length=64", "model.hidden_size=64", "model.ffn_hidden_size=128",
+    "train.steps=6", "train.micro_batch_size=4", "train.global_batch_size=16", "evaluation.interval=3",
+    "evaluation.batches=2", "checkpoint.interval=6", "optimizer.warmup_steps=2", "train.precision=fp32",
+)  # fmt: skip
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1800)]
+
+
+def _call(*command: object, **kwargs: object) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **kwargs)  # type: ignore
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tools() -> None:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("containers are built here by root on Linux only")
+    if any(shutil.which(name) is None for name in TOOLS):
+        if shutil.which("apt-get") is None:
+            pytest.skip(f"{', '.join(TOOLS)} are not installed, and there is no apt-get to install them")
+        try:
+            _call("apt-get", "update")
+            env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            _call("apt-get", "install", "--yes", "--no-install-recommends", *TOOLS, env=env)
+        except AssertionError as error:
+            pytest.skip(f"{', '.join(TOOLS)} cannot be installed: {error}")
+
+
+@pytest.fixture(scope="module")
+def base(tools: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Debian with Python, in place of the image that the Dockerfile starts from."""
+    if subprocess.run(["buildah", "images", BASE], capture_output=True).returncode:
+        archive = tmp_path_factory.mktemp("base") / "base.tar.gz"
+        packages = "ca-certificates,python3,python3-venv"
+        _call("mmdebstrap", "--variant=minbase", f"--include={packages}", "bookworm", archive)
+        container = _call("buildah", "from", "scratch").strip()
+        _call("buildah", "add", container, archive, "/")
+        _call("buildah", "commit", "--rm", container, BASE)
+    return BASE
+
+
+@pytest.fixture(scope="module")
+def image(base: str) -> str:
+    command = ["buildah", "build", "--format", "docker", "--isolation", "chroot", "--layers", "--pull-never"]
+    for name, value in _pips_settings().items():
+        command += ["--build-arg", f"{name}={value}"]
+        for folder in value.split():
+            folder = folder.removeprefix("file://")
+            if folder.startswith("/"):
+                command += ["--volume", f"{folder}:{folder}:ro"]
+    command += ["--build-arg", f"BASE={base}", "--file", "docker/Dockerfile.cpu", "--tag", IMAGE, "."]
+    _call(*command, cwd=ROOT)
+    return IMAGE
+
+
+def _pips_settings() -> dict[str, str]:
+    """Where pip finds packages on this machine, as the Dockerfile's arguments."""
+    listed = _call(sys.executable, "-m", "pip", "config", "list").splitlines()
+    settings = {
+        name.rpartition(".")[2]: value.strip("'") for name, _, value in (line.partition("=") for line in listed)
+    }
+    names = ("index-url", "extra-index-url", "find-links", "cert", "default-timeout")
+    return {f"PIP_{name.upper().replace('-', '_')}": settings[name] for name in names if name in settings}
+
+
+@pytest.fixture
+def volumes(image: str):
+    """Options that mount a new data and a new runs volume, and the latter's folder on this machine."""
+    names = [f"peer-test-{uuid.uuid4().hex[:8]}-{kind}" for kind in ("data", "runs")]
+    for name in names:
+        _call("podman", "volume", "create", name)
+    options = [
+        word for name, kind in zip(names, ("data", "runs")) for word in ("--volume", f"{name}:/workspace/{kind}")
+    ]
+    yield options, Path(_call("podman", "volume", "inspect", "--format", "{{.Mountpoint}}", names[1]).strip())
+    for name in names:
+        subprocess.run(["podman", "volume", "rm", "--force", name], capture_output=True)
+
+
+@pytest.fixture
+def network(tools: None):
+    name, subnet = f"peer-test-{uuid.uuid4().hex[:8]}", "10.89.91"
+    try:
+        _call("podman", "network", "create", "--subnet", f"{subnet}.0/24", name)
+    except AssertionError as error:
+        pytest.skip(f"no network for containers here: {error}")
+    yield name, subnet
+    subprocess.run(["podman", "network", "rm", "--force", name], capture_output=True)
+
+
+def test_commands_run_as_a_plain_user(image: str) -> None:
+    assert _call(*RUN, image, "--version").startswith("peer_dist ")
+    assert _call(*RUN, image, "id", "--user").strip() == "10001"
+    assert "versions" in _call(*RUN, "--shm-size", "1g", image, "doctor", "--seconds", "60")
+    assert _call(*RUN, "--entrypoint", "peer-dist-health", image).startswith("peer_dist ")
+    # the versions that were tried, and torch's build without CUDA's libraries
+    freeze = _call(*RUN, image, "python3", "-m", "pip", "list", "--format=freeze").splitlines()
+    installed = dict(line.lower().replace("_", "-").split("==") for line in freeze if "==" in line)
+    for line in (ROOT / "docker/constraints.txt").read_text().splitlines():
+        if "==" in line:
+            name, version = line.lower().replace("_", "-").split("==")
+            assert installed.get(name, version).split("+")[0] == version
+
+
+def test_kernels_need_no_compiler(image: str) -> None:
+    program = "import shutil; from peer_dist.kernels import native; print(shutil.which('cc'), native._library())"
+    compiler, _, library = _call(*RUN, image, "python3", "-c", program).strip().partition(" ")
+    assert compiler == "None"
+    assert "kernels/built/expert_mix-" in library
+
+
+def _losses(runs: Path, run: str) -> list[float]:
+    lines = [json.loads(line) for line in (runs / run / "logs/metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def _train(run: str, *more: str) -> list[str]:
+    folders = [f"checkpoint.dir=runs/{run}/checkpoints", f"logging.dir=runs/{run}/logs"]
+    return ["train", "--config", "configs/quickstart.yaml", *SMALL, *folders, *more]
+
+
+def _services() -> dict[str, dict]:
+    return yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+
+
+def _on_two_nodes(image: str, options: list[str], network: tuple[str, str], *command: str) -> list[tuple[int, str]]:
+    """Exit code and output of a command in two containers, with the names and variables of compose.yaml."""
+    bridge, subnet = network
+    nodes = []
+    for number in (0, 1):
+        variables = [f"--env={name}={value}" for name, value in _services()[f"node{number}"]["environment"].items()]
+        place = ["--network", bridge, "--ip", f"{subnet}.{10 + number}", "--hostname", f"node{number}"]
+        place += ["--add-host", f"node{1 - number}:{subnet}.{11 - number}"]
+        words = [*RUN, *place, *options, *variables, image, *command]
+        nodes.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    told = [node.communicate(timeout=600)[0] for node in nodes]
+    return [(node.returncode, text) for node, text in zip(nodes, told)]
+
+
+def test_the_doctor_sees_two_nodes(image: str, volumes, network) -> None:
+    """Names that cross hosts, a volume that is shared, and Docker's small shared memory."""
+    config = ("--config", "configs/quickstart.yaml", "parallel.expert=1", "parallel.expert_tensor=2")
+    (code, told), (other, _) = _on_two_nodes(image, volumes[0], network, "doctor", *config, "--json")
+    report = json.loads(next(line for line in told.splitlines() if line.startswith("{")))
+    assert (code, other) == (0, 0), told
+    found = {finding["check"]: finding for finding in report["findings"] if finding["check"] != "speed of ranks"}
+    assert {"node0 x 1", "node1 x 1"} <= set(found["ranks"]["told"].rpartition(": ")[2].split(", "))
+    assert "1 of 1 groups cross hosts, such as ranks" in found["layout"]["told"]
+    assert "of shared memory" in found["memory and disk"]["told"]
+    assert found["shared folders"]["verdict"] == "ok"
+    # without a volume the folders have the same name and are not the same
+    (code, told), (other, _) = _on_two_nodes(image, [], network, "doctor", *config, "--json")
+    report = json.loads(next(line for line in told.splitlines() if line.startswith("{")))
+    assert 0 not in (code, other)
+    (failed,) = (finding for finding in report["findings"] if finding["verdict"] == "fail")
+    assert "does not see what rank" in failed["told"]
+
+
+def test_two_containers_train_as_one_process_does(image: str, volumes, network) -> None:
+    """With the variables of compose.yaml; and TensorBoard, as its third service, shows the run."""
+    options, runs = volumes
+    _call(*RUN, *options, image, "prepare", "--output", "data/tinyshakespeare", "--force")
+    _call(*RUN, *options, image, *_train("one", "parallel.expert=1"))
+
+    told = _on_two_nodes(image, options, network, *_train("two"))
+    assert [code for code, _ in told] == [0, 0], "\n".join(text for _, text in told)
+    one, two = _losses(runs, "one"), _losses(runs, "two")
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-5)
+
+    bridge, subnet = network
+    served = f"peer-test-{uuid.uuid4().hex[:8]}"
+    place = ["--detach", "--name", served, "--network", bridge, "--ip", f"{subnet}.20"]
+    _call(*RUN, *place, *options, image, *_services()["tensorboard"]["command"])
+    try:
+        assert _answer(f"http://{subnet}.20:6006/data/runs", 120) == ["one/logs", "two/logs"]
+    finally:
+        subprocess.run(["podman", "rm", "--force", served], capture_output=True)
+
+
+def _answer(address: str, seconds: float) -> object:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            answer = json.loads(opener.open(address, timeout=10).read())
+            if answer or time.monotonic() > deadline:
+                return answer
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1)
