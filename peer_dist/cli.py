@@ -159,7 +159,14 @@ def main() -> None:
 
 def _is_users(error: Exception) -> bool:
     """Whether the message alone says what to do. Looked up by name: importing the classes would take seconds."""
-    return type(error).__name__ in {"ConfigError", "DataError", "CheckpointError", "WorldError"}
+    return type(error).__name__ in {
+        "ConfigError",
+        "DataError",
+        "CheckpointError",
+        "WorldError",
+        "LockError",
+        "SubmitError",
+    }
 
 
 if __name__ == "__main__":
