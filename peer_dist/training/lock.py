@@ -174,8 +174,8 @@ class RunLock:
 
     def _refusal(self, holder: Holder | None, seen: str) -> str:
         return (
-            f"{self.path.parent}: another run writes there ({holder or 'unnamed'}; {seen}); wait for it, end it, choose "
-            f"another checkpoint.dir, or delete {self.path} if you know it is gone"
+            f"{self.path.parent}: another run writes there ({holder or 'unnamed'}; {seen}); wait for it, end it, "
+            f"choose another checkpoint.dir, or delete {self.path} if you know it is gone"
         )
 
     def _beat(self) -> None:
