@@ -49,7 +49,7 @@ def train(
 ) -> None:
     """Train a model, going on from its newest checkpoint if there is one.
 
-    Alone, or one process per GPU under torchrun:  torchrun --nproc-per-node 8 -m peer_dist train -c FILE
+    Alone, or a process per GPU under torchrun, srun or mpirun:  torchrun --nproc-per-node 8 -m peer_dist train -c FILE
     """
     from peer_dist.config import load_config
 
@@ -221,7 +221,8 @@ def main() -> None:
     except Exception as error:
         if not _is_users(error):
             raise
-        rank = os.environ.get("RANK", "0")
+        names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+        rank = next((os.environ[name] for name in names if name in os.environ), "0")
         if rank != "0" and type(error).__name__ != "WorldError":
             # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)

