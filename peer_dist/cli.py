@@ -99,7 +99,7 @@ def submit(
             help="Start again after a time limit, preemption or crash. Default: yes, without --chain.",
         ),
     ] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Attempts after which a crash is final.")] = 10,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts in a row without a new checkpoint.")] = 10,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
     """Submit a training run to Slurm; it goes on by itself after time limits, preemption and lost nodes."""

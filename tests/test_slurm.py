@@ -137,7 +137,9 @@ JOBS = {
 
 @pytest.mark.parametrize("kind", JOBS)
 def test_the_script_is_sound_shell(tmp_path, kind):
-    script = render(JOBS[kind], ["--config", "a b.yaml", "model.mlp=[dense, peer]"], tmp_path / "logs", ["/elsewhere"])
+    script = render(
+        JOBS[kind], ["--config", "a b.yaml", "model.mlp=[dense, peer]"], tmp_path / "logs", tmp_path, ["/elsewhere"]
+    )
     assert "@" not in script.replace("@NAMES@", "").replace('"$@"', "").replace("[@]", "").replace("USR1@", "")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     if shutil.which("shellcheck") is None:

@@ -96,7 +96,8 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     kept = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
     folders = {str(Path(folder).absolute()) for folder in (settings.checkpoint.dir, settings.logging.dir)}
     folders |= {str(Path(prefix).absolute().parent) for prefix in settings.data.weights}
-    script = render(job, ["--config", str(kept), *overrides], logs, sorted(folders))
+    checkpoints = Path(settings.checkpoint.dir).absolute()
+    script = render(job, ["--config", str(kept), *overrides], logs, checkpoints, sorted(folders))
     if dry_run:
         return script
     sbatch = shutil.which("sbatch")
@@ -123,12 +124,13 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     return f"submitted job {jobs[0]}{follow}: {where}\nlog: {logs / jobs[0]}.log"
 
 
-def render(job: Job, train: Sequence[str], logs: Path, folders: Sequence[str] = ()) -> str:
+def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folders: Sequence[str] = ()) -> str:
     """The batch script.
 
     Args:
         train: arguments of ``peer-dist train``.
         logs: folder of the job's log and the ranks'.
+        checkpoints: the run's folder of them: whether an attempt brought one.
         folders: what else a container must see.
     """
     directives = {
@@ -162,6 +164,7 @@ def render(job: Job, train: Sequence[str], logs: Path, folders: Sequence[str] = 
         "STAGE": shlex.quote(str(job.stage.absolute()) if job.stage else ""),
         "LOCAL_DISK": shlex.quote(str(job.local_disk)),
         "LOGS": shlex.quote(str(logs)),
+        "CHECKPOINTS": shlex.quote(str(checkpoints)),
         "PYTHON": "python" if job.container else shlex.quote(job.python),
         "DOCTOR": "yes" if job.doctor else "no",
         "TRAIN": " ".join(map(shlex.quote, train)),

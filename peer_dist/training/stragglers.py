@@ -29,6 +29,7 @@ class Stragglers:
         self._peers: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
         dist.all_gather_object(self._peers, (socket.gethostname(), parallel.pipeline_rank))
         self._steps: list[float] = []
+        self._slow: set[int] = set()  # in the last window
         self._named: set[int] = set()
 
     def add(self, spent: dict[str, float]) -> None:
@@ -36,8 +37,8 @@ class Stragglers:
         self._steps.append(sum(spent.get(name, 0.0) for name in self._own))
 
     def report(self) -> tuple[float, list[str]]:
-        """Since the last call, the largest ratio of a rank to its stage's median, and a line for each rank that has
-        become slow. A collective call."""
+        """The largest ratio of a rank to its stage's median since the last call, and a line for each rank that is slow
+        for the second time in a row, unless that was told. A collective call."""
         # The median: one hiccup of the machine is no slow rank.
         own = statistics.median(self._steps) if self._steps else 0.0
         self._steps.clear()
@@ -59,7 +60,8 @@ class Stragglers:
             f"slow rank: {rank} on {self._peers[rank][0]} computes {ratio:.1f} times as long as the others "
             f"({seconds[rank] * 1e3:.1f} ms a step)"
             for rank, ratio in sorted(slow.items())
-            if rank not in self._named
+            if rank in self._slow - self._named
         ]
-        self._named = set(slow)
+        self._named = (self._named | self._slow) & set(slow)
+        self._slow = set(slow)
         return largest, lines

@@ -399,8 +399,8 @@ class Trainer:
             ends = losses[:1] if len(losses) == 1 else [losses[0], losses[-1]]
             shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {int(line['step'])})" for line in ends)
             console.print(f"held-out perplexity  {shown}", highlight=False)
-        console.print(f"checkpoint           {self.store.path(self.steps_done)}", highlight=False)
-        console.print(f"watch it with        tensorboard --logdir {folder}", highlight=False)
+        console.print(f"checkpoint           {self.store.path(self.steps_done)}", highlight=False, soft_wrap=True)
+        console.print(f"watch it with        tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
 
 
 def _dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -34,6 +34,15 @@ def lab():
         yield cluster
 
 
+@pytest.fixture(autouse=True)
+def no_jobs(lab):
+    """What a case leaves running does not take the next one's nodes."""
+    yield
+    lab.run("scancel", "--full", "--signal=KILL", "--user=root")
+    lab.run("scancel", "--user=root")
+    wait_until(lambda: not lab.run("squeue", "-h"), 90, "an empty queue")
+
+
 class Run:
     """A run's folder, and what its jobs left there."""
 
@@ -143,6 +152,8 @@ def test_a_time_limit_saves_requeues_and_changes_nothing(lab, text, tmp_path):
     lab.run("scontrol", "update", f"JobId={job}", f"TimeLimit={seconds // 60 + 5}")  # less than the lead is left
     stopped = int(wait_until(lambda: run.stopped_at(job), 120, "saved before the limit"))
     run.end_at(stopped + 10)
+    lab.wait_for(job, "PENDING", 60)
+    lab.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     state = lab.wait_for(job, "COMPLETED", START)
     assert state["Restarts"] == "1", run.log(job)
     log = run.log(job)
