@@ -7,6 +7,8 @@ done what the case is about: nothing depends on how fast the machine is.
 from __future__ import annotations
 
 import re
+import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +112,16 @@ class Run:
         return {int(x["step"]): x["train/loss"] for x in read_metrics(folder / "logs" / "metrics.jsonl") if x["step"]}
 
 
+def environment(folder: Path) -> Path:
+    """A small Python environment that says where it lies when it is started."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    lines = [f"import site; [site.addsitedir(path) for path in {site.getsitepackages()!r}]"]
+    lines.append("import sys; sys.stderr.write(f'Python of {sys.prefix}\\n')")
+    (packages / "this.pth").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def newest_checkpoint(run: Run) -> int:
     return max(int(path.name.removeprefix("step-")) for path in (run.folder / "checkpoints").glob("step-*"))
 
@@ -118,10 +130,12 @@ def newest_checkpoint(run: Run) -> int:
 def test_submit_trains_to_the_losses_of_one_process(lab, text, tmp_path):
     """Two nodes with two ranks each; a chained job finds nothing left to do; rank 0 speaks in the job's log."""
     run = Run(lab, text, tmp_path, model={"dropout": 0.0})
-    first, second = run.submit("--nodes", "2", "--ranks-per-node", "2", "--time", "30", "--chain", "1")
+    stage = environment(tmp_path / "env")
+    first, second = run.submit("--nodes=2", "--ranks-per-node=2", "--time=30", "--chain=1", f"--stage={stage}")
     assert lab.wait_for(first, "COMPLETED", START)["NumNodes"] == "2"
     log = run.log(first)
     assert "Slurm (srun): 4 rank(s)" in log
+    assert f"Python of {tmp_path}/disk/peer_dist-{first}/node" in log, "from the node's disk"
     assert "first step done" in log
     assert {path.name for path in (tmp_path / "logs/slurm" / f"{first}.0").iterdir()} == {
         f"rank-{rank}-node-{rank // 2}.log" for rank in range(4)
@@ -169,8 +183,10 @@ def test_a_time_limit_saves_requeues_and_changes_nothing(lab, text, tmp_path):
 def test_a_second_job_is_refused_and_a_cancelled_one_has_saved(lab, text, tmp_path):
     """One writer per folder; scancel leaves a checkpoint, no lock, and no job that comes again."""
     run = Run(lab, text, tmp_path, train={"steps": MANY}, checkpoint={"interval": MANY})
-    (job,) = run.submit("--nodes", "1", "--ranks-per-node", "2", "--time", "60")
+    packed = shutil.make_archive(str(tmp_path / "env"), "gztar", environment(tmp_path / "env"))
+    (job,) = run.submit("--nodes=1", "--ranks-per-node=2", "--time=60", f"--stage={packed}")
     run.wait_for_step(job, 3)
+    assert f"Python of {tmp_path}/disk/peer_dist-{job}/node" in run.log(job), "from the node's disk"
     (duplicate,) = run.submit("--nodes", "2", "--ranks-per-node", "2", "--time", "60")
     assert lab.wait_for(duplicate, "FAILED", START)["ExitCode"] == "2:0"
     assert re.search(rf"error: {tmp_path}/checkpoints: another run writes there \(Slurm job {job},", run.log(duplicate))
