@@ -116,9 +116,8 @@ def environment(folder: Path) -> Path:
     """A small Python environment that says where it lies when it is started."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    lines = [f"import site; [site.addsitedir(path) for path in {site.getsitepackages()!r}]"]
-    lines.append("import sys; sys.stderr.write(f'Python of {sys.prefix}\\n')")
-    (packages / "this.pth").write_text("\n".join(lines) + "\n")
+    speaks = "import sys; sys.stderr.write(f'Python of {sys.prefix}\\n')"
+    (packages / "this.pth").write_text("\n".join([*site.getsitepackages(), speaks]) + "\n")
     return folder
 
 
