@@ -10,7 +10,12 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["peer_dist", "peer_dist.*"]),
-    package_data={"peer_dist": ["py.typed"], "peer_dist.data": ["*.txt"], "peer_dist.kernels": ["*.c"]},
+    package_data={
+        "peer_dist": ["py.typed"],
+        "peer_dist.data": ["*.txt"],
+        "peer_dist.kernels": ["*.c"],
+        "peer_dist.slurm": ["*.sbatch"],
+    },
     install_requires=[
         # A range: whoever has a GPU keeps the torch that fits its driver.
         "torch>=2.6,<3",

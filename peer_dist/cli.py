@@ -75,6 +75,79 @@ def train(
 
 
 @app.command()
+def submit(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each; 0: train on CPUs.")] = 0,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on each. Default: one per GPU, or one.", show_default=False)
+    ] = None,
+    cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="Cores of each rank.", show_default=False)] = None,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="Time limit: minutes, HH:MM:SS or D-HH:MM:SS.", show_default=False)
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="Account to charge.", show_default=False)] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition.", show_default=False)] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.", show_default=False)] = None,
+    name: Annotated[str, typer.Option(help="The job's name.")] = "peer_dist",
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="More of sbatch's options, such as --sbatch=--constraint=h100; repeatable."),
+    ] = None,
+    signal_lead: Annotated[
+        int, typer.Option(min=1, help="Seconds before the time limit at which the run saves; Slurm is up to 30 s late.")
+    ] = 120,
+    container: Annotated[str | None, typer.Option(help="Image to run in.", show_default=False)] = None,
+    container_runtime: Annotated[str, typer.Option(help="What runs it: pyxis or apptainer.")] = "pyxis",
+    stage: Annotated[
+        Path | None,
+        typer.Option(help="Environment to copy to the nodes' disks: a folder or a tar file.", show_default=False),
+    ] = None,
+    local_disk: Annotated[Path, typer.Option(help="Folder on each node's own disk.")] = Path("/tmp"),
+    doctor: Annotated[bool, typer.Option("--doctor", help="Let peer-dist doctor examine all ranks first.")] = False,
+    chain: Annotated[int, typer.Option(min=0, help="Jobs that follow, each when the one before has ended.")] = 0,
+    requeue: Annotated[
+        bool | None,
+        typer.Option(
+            "--requeue/--no-requeue",
+            help="Start again after a time limit, preemption or crash. Default: yes, without --chain.",
+        ),
+    ] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts in a row without a new checkpoint.")] = 10,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
+) -> None:
+    """Submit a training run to Slurm; it goes on by itself after time limits, preemption and lost nodes."""
+    from peer_dist.slurm.submit import Job, SubmitError
+    from peer_dist.slurm.submit import submit as run
+
+    if container_runtime not in ("pyxis", "apptainer"):
+        raise SubmitError(f"--container-runtime: {container_runtime!r} is not known; pyxis or apptainer")
+    job = Job(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        time_limit=time_limit,
+        account=account,
+        partition=partition,
+        qos=qos,
+        name=name,
+        cpus_per_rank=cpus_per_rank,
+        signal_lead=signal_lead,
+        container=container,
+        runtime="pyxis" if container_runtime == "pyxis" else "apptainer",
+        doctor=doctor,
+        stage=stage,
+        local_disk=local_disk,
+        chain=chain,
+        requeue=requeue,
+        max_restarts=max_restarts,
+        options=tuple(sbatch or ()),
+    )
+    typer.echo(run(config, overrides or [], job, dry_run))
+
+
+@app.command()
 def prepare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the files to write.")],
     inputs: Annotated[
@@ -196,7 +269,14 @@ def main() -> None:
 
 def _is_users(error: Exception) -> bool:
     """Whether the message alone says what to do. Looked up by name: importing the classes would take seconds."""
-    return type(error).__name__ in {"ConfigError", "DataError", "CheckpointError", "WorldError"}
+    return type(error).__name__ in {
+        "ConfigError",
+        "DataError",
+        "CheckpointError",
+        "WorldError",
+        "LockError",
+        "SubmitError",
+    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 
+from peer_dist.tracing import span
+
 
 class SDPAttention(torch.nn.Module):
     """Softmax attention over the rank's heads.
@@ -64,7 +66,7 @@ class SDPAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         # Without sequence parallelism the tensor ranks share the default stream, and their heads must not.
         forked = dropout > 0 and not self.sequence_parallel
-        with get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
+        with span("attention"), get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
             context = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),

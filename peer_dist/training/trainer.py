@@ -45,9 +45,13 @@ from peer_dist.training.checkpoints import (
     run_state,
     verify_checkpoint,
 )
+from peer_dist.training.exits import DONE, stopped_code
+from peer_dist.training.lock import LockError, RunLock, run_lock
 from peer_dist.training.metrics import Metrics, read_metrics
 from peer_dist.training.progress import Progress
 from peer_dist.training.signals import StopRequest
+from peer_dist.training.startup import Startup
+from peer_dist.training.stragglers import Stragglers
 from peer_dist.training.world import World
 from peer_dist.zero import ZeroEngine
 
@@ -55,12 +59,15 @@ _SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
 
 
 def train(config: Config) -> int:
-    """Train as the config says, from the newest checkpoint if there is one; the process's exit code.
+    """Train as the config says, from the newest checkpoint if there is one; the process's exit code (see ``exits``).
 
     Raises:
         ConfigError, DataError: before anything is started, where the config cannot be run.
+        LockError: another run writes to this one's folder.
         CheckpointError: a checkpoint cannot be written or read.
     """
+    startup = Startup()
+    startup.ended("import")
     world = World.from_environment()
     check_world(config, world.world_size)
     for prefix in config.data.weights:
@@ -72,11 +79,15 @@ def train(config: Config) -> int:
     for key, folder in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
         _check_writable(key, Path(folder))
     with world.joined(), StopRequest() as stop:
+        startup.ended("join")
         if world.rank == 0:
             ranks = f": {world.world_size} rank(s)" if world.master_port else ""
             Console(stderr=True).print(f"{world.launcher}{ranks}", highlight=False)
-        Trainer(config).run(stop)
-    return 0
+        with run_lock(config.checkpoint.dir, world.rank) as lock:
+            code = Trainer(config, startup).run(stop, lock)
+        # Launchers may end the others as soon as one rank leaves with a code: let all be done before.
+        dist.barrier()
+    return code
 
 
 def _check_writable(key: str, folder: Path) -> None:
@@ -92,18 +103,23 @@ def _check_writable(key: str, folder: Path) -> None:
 class Trainer:
     """One run on this rank.
 
+    Args:
+        startup: what was timed of it so far.
+
     Raises:
         DataError, CheckpointError: see :func:`train`.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, startup: Startup | None = None) -> None:
         self.config = config
+        self.startup = startup or Startup()
         layout = config.parallel.model_dump(exclude={"sequence", "context", "batch_p2p"})
         layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
         self.parallel = Parallel.initialize(**layout, seed=config.train.seed)
         self.dtype = _dtype(config, self.parallel.device)
         self.data_identity = data_identity(config)  # now: the files may be moved or replaced while the run goes on
         self.data = open_data(config.data, config.model.seq_length, config.train.seed)
+        self.startup.ended("data")
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
         self.layers = peer_layers(self.model)
         self.expert_parameters = len(config.peer_pools) * 2 * config.peer.num_experts * config.model.hidden_size
@@ -120,11 +136,14 @@ class Trainer:
             verify_checkpoint(source)
             restore_weights(source, self.model, self.parallel)
         self.engine = self._make_engine()
+        self.startup.ended("build")
         self.resumed = bool(resumed)
         if resumed:
             self._resume(resumed[-1])
+            self.startup.ended("resume")
 
         self.times = StepTimes(self.parallel.device)
+        self.stragglers = Stragglers(self.parallel, columns=config.parallel.expert_tensor > 1)
         self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
 
     def _make_engine(self) -> Engine:
@@ -171,30 +190,46 @@ class Trainer:
         restore_run(path, self.model, self.engine, self.parallel, manifest["updates"])
         self.steps_done, self.skipped_steps = step, step - manifest["updates"]
 
-    def run(self, stop: StopRequest) -> None:
-        """Train to ``train.steps``, or until a signal; the last state is saved either way."""
+    def run(self, stop: StopRequest, lock: RunLock | None = None) -> int:
+        """Train to ``train.steps``, or until a signal; the last state is saved either way. Returns an exit code.
+
+        Args:
+            lock: of the run's folder, on rank 0.
+
+        Raises:
+            LockError: another run has taken the folder over; nothing more was written.
+        """
         config, start = self.config, self.steps_done
         lead = self.parallel.rank == 0
         console = Console(stderr=True, quiet=not lead)
+        if lock is not None and lock.note:
+            console.print(lock.note, highlight=False, soft_wrap=True)
         self._introduce(console, start)
         if start >= config.train.steps:
             console.print(f"nothing to do: train.steps is {config.train.steps}; raise it to go on")
-            return
+            return DONE
         metrics = Metrics(Path(config.logging.dir), start if self.resumed else None) if lead else None
         if metrics is not None and not self.resumed:
             metrics.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
         if not self.resumed:
             self._record(metrics, self._validate())
+            self.startup.ended("validation")
         stopped = False
         with Progress(console, start, config.train.steps) as progress:
             while self.steps_done < config.train.steps and not stopped:
                 values = self.step()
-                stopped, writing = self._any_rank(stop.received is not None, self.store.writing)
+                if self.steps_done == start + 1:
+                    values |= self._started(console)
+                lost = lock is not None and lock.lost
+                stopped, writing, lost = self._any_rank(stop.received is not None, self.store.writing, lost)
+                if lost:
+                    raise LockError(f"{config.checkpoint.dir}: another run has taken it over; this one wrote no more")
                 if self.store.unfinished and not writing:
                     self.store.finish()
                 last = self.steps_done == config.train.steps or stopped
                 if self.steps_done % config.logging.interval == 0 or last:
                     values |= self._usage_values()
+                    values |= self._slow_ranks(console)
                 if self.steps_done % config.evaluation.interval == 0 or self.steps_done == config.train.steps:
                     values |= self._validate()
                 self._record(metrics, values)
@@ -208,6 +243,19 @@ class Trainer:
         if stopped:
             console.print(f"stopped at step {self.steps_done} by a signal; the same command goes on from there")
         self._conclude(console)
+        return DONE if self.steps_done == config.train.steps else stopped_code()
+
+    def _started(self, console: Console) -> dict[str, float]:
+        """Say once how long everything before the first step took, and that one."""
+        self.startup.ended("first step")
+        console.print(str(self.startup), highlight=False, soft_wrap=True)
+        return {f"startup/{phase.replace(' ', '_')}": seconds for phase, seconds in self.startup.seconds.items()}
+
+    def _slow_ranks(self, console: Console) -> dict[str, float]:
+        ratio, lines = self.stragglers.report()
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
+        return {"speed/slowest_rank_ratio": ratio}
 
     def step(self) -> dict[str, float]:
         """One optimizer step over a global batch; its numbers, the same on every rank."""
@@ -263,6 +311,7 @@ class Trainer:
             "time/step": seconds,
         }
         spent = self.times.read()
+        self.stragglers.add(spent)
         values |= {f"time/{name}": spent.get(name, 0.0) for name in _SPANS}
         values["time/other"] = max(0.0, seconds - sum(spent.get(name, 0.0) for name in _SPANS))
         if self.expert_parameters:
@@ -351,8 +400,8 @@ class Trainer:
             ends = losses[:1] if len(losses) == 1 else [losses[0], losses[-1]]
             shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {int(line['step'])})" for line in ends)
             console.print(f"held-out perplexity  {shown}", highlight=False)
-        console.print(f"checkpoint           {self.store.path(self.steps_done)}", highlight=False)
-        console.print(f"watch it with        tensorboard --logdir {folder}", highlight=False)
+        console.print(f"checkpoint           {self.store.path(self.steps_done)}", highlight=False, soft_wrap=True)
+        console.print(f"watch it with        tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
 
 
 def _dtype(config: Config, device: torch.device) -> torch.dtype:

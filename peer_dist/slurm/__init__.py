@@ -1,0 +1,1 @@
+"""Training as a Slurm job: the batch script, and its submission."""

@@ -1,0 +1,199 @@
+"""`peer-dist submit`: a checked config becomes a batch script, and that a job (or a chain of them)."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from peer_dist.config import ConfigError, check_world, load_config
+
+Runtime = Literal["pyxis", "apptainer"]
+
+
+class SubmitError(RuntimeError):
+    """A job that cannot be submitted so; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to ask Slurm for."""
+
+    nodes: int = 1
+    gpus_per_node: int = 0
+    ranks_per_node: int | None = None  # None: one per GPU, or one
+    time_limit: str | None = None
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    name: str = "peer_dist"
+    cpus_per_rank: int | None = None
+    signal_lead: int = 120
+    container: str | None = None
+    runtime: Runtime = "pyxis"
+    doctor: bool = False
+    stage: Path | None = None
+    local_disk: Path = Path("/tmp")
+    chain: int = 0
+    requeue: bool | None = None  # None: unless there is a chain, whose next job goes on instead
+    max_restarts: int = 10
+    python: str = sys.executable
+    options: Sequence[str] = field(default_factory=tuple)  # more of sbatch's own
+
+    @property
+    def ranks(self) -> int:
+        """On each node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            SubmitError: naming the option.
+        """
+        if self.gpus_per_node and self.ranks != self.gpus_per_node:
+            raise SubmitError(
+                f"--ranks-per-node: {self.ranks} ranks for {self.gpus_per_node} GPU(s) of a node; start one per GPU"
+            )
+        if self.stage is not None and not self.stage.exists():
+            raise SubmitError(f"--stage: {self.stage} is not there; name an environment's folder, or a tar file of one")
+        if self.stage is not None and self.container is not None:
+            raise SubmitError("--stage: a container brings its own environment; leave out --stage or --container")
+        seconds = _seconds(self.time_limit)
+        if seconds is not None and seconds <= self.signal_lead + 60:
+            raise SubmitError(
+                f"--signal-lead: {self.signal_lead} s before a limit of {self.time_limit} leaves no time to train; "
+                "lower it or raise --time"
+            )
+        for option in self.options:
+            if not re.match(r"--?\w", option):
+                raise SubmitError(f"--sbatch: {option!r} is no option of sbatch; write for example --constraint=h100")
+
+
+def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = False) -> str:
+    """Check the run, and submit it; what to tell the user: the job's number, or the script.
+
+    Raises:
+        ConfigError: the run's config or its layout is impossible.
+        SubmitError: the job is, or Slurm refuses it.
+    """
+    settings = load_config(config, overrides)
+    check_world(settings, job.nodes * job.ranks)
+    job.check()
+    for prefix in settings.data.weights:
+        if not Path(f"{prefix}.json").is_file():
+            raise ConfigError(f"data: {prefix} is no prepared data set (no {prefix}.json); peer-dist prepare makes one")
+    logs = (Path(settings.logging.dir) / "slurm").absolute()
+    # The job starts later: what was checked is kept, so that editing the file meanwhile changes nothing.
+    kept = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
+    folders = {str(Path(folder).absolute()) for folder in (settings.checkpoint.dir, settings.logging.dir)}
+    folders |= {str(Path(prefix).absolute().parent) for prefix in settings.data.weights}
+    checkpoints = Path(settings.checkpoint.dir).absolute()
+    script = render(job, ["--config", str(kept), *overrides], logs, checkpoints, sorted(folders))
+    if dry_run:
+        return script
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise SubmitError("sbatch: is not there; submit on a Slurm cluster, or look at the script with --dry-run")
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(config, kept)
+        path = kept.with_name(f"{kept.stem}.sbatch")
+        path.write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise SubmitError(f"logging.dir: nothing can be written to {logs} ({error.strerror})") from None
+    jobs: list[str] = []
+    for _ in range(1 + job.chain):
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        told = subprocess.run([sbatch, "--parsable", *after, str(path)], capture_output=True, text=True)
+        if told.returncode:
+            reason = (told.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
+            before = f"; submitted before it: {' '.join(jobs)}" if jobs else ""
+            raise SubmitError(f"sbatch: {reason}{before}")
+        jobs.append(told.stdout.strip().partition(";")[0])
+    follow = f", then {' '.join(jobs[1:])}" if jobs[1:] else ""
+    where = f"{job.nodes} node(s) x {job.ranks} rank(s)"
+    return f"submitted job {jobs[0]}{follow}: {where}\nlog: {logs / jobs[0]}.log"
+
+
+def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folders: Sequence[str] = ()) -> str:
+    """The batch script.
+
+    Args:
+        train: arguments of ``peer-dist train``.
+        logs: folder of the job's log and the ranks'.
+        checkpoints: the run's folder of them: whether an attempt brought one.
+        folders: what else a container must see.
+    """
+    directives = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks": job.nodes * job.ranks,
+        "ntasks-per-node": job.ranks,
+        "cpus-per-task": job.cpus_per_rank,
+        "gpus-per-node": job.gpus_per_node or None,
+        "time": job.time_limit,
+        "account": job.account,
+        "partition": job.partition,
+        "qos": job.qos,
+        "chdir": Path.cwd(),
+        "output": logs / "%j.log",
+        "open-mode": "append",
+        "signal": f"B:USR1@{job.signal_lead}",
+    }
+    requeue = job.requeue if job.requeue is not None else job.chain == 0
+    # sbatch reads quotes in these lines as a shell does
+    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in directives.items() if value is not None]
+    lines.append("#SBATCH --requeue" if requeue else "#SBATCH --no-requeue")
+    lines += [f"#SBATCH {option}" for option in job.options]
+    mounts = [folder for folder in folders if not Path(folder).is_relative_to(Path.cwd())]
+    values = {
+        "DIRECTIVES": "\n".join(lines),
+        "REQUEUE": "yes" if requeue else "no",
+        "MAX_RESTARTS": str(job.max_restarts),
+        "RUNTIME": job.runtime if job.container else "none",
+        "IMAGE": shlex.quote(job.container or ""),
+        "STAGE": shlex.quote(str(job.stage.absolute()) if job.stage else ""),
+        "LOCAL_DISK": shlex.quote(str(job.local_disk)),
+        "LOGS": shlex.quote(str(logs)),
+        "CHECKPOINTS": shlex.quote(str(checkpoints)),
+        "PYTHON": "python" if job.container else shlex.quote(job.python),
+        "DOCTOR": "yes" if job.doctor else "no",
+        "TRAIN": " ".join(map(shlex.quote, train)),
+        "MOUNTS": "".join(f",{folder}:{folder}" for folder in mounts),
+        "BINDS": "".join(f",{folder}" for folder in mounts),
+        "NV": "--nv " if job.gpus_per_node else "",
+    }
+    template = resources.files("peer_dist.slurm").joinpath("train.sbatch").read_text(encoding="utf-8")
+    head, names, body = template.partition("@DIRECTIVES@")  # the comment above speaks of @NAMES@
+    return head + re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], names + body)
+
+
+def _seconds(limit: str | None) -> int | None:
+    """Slurm's time formats; None where there is no such limit or none that is known.
+
+    Raises:
+        SubmitError: it is no time.
+    """
+    if limit is None or limit.upper() in ("UNLIMITED", "INFINITE"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        raise SubmitError(f"--time: {limit!r} is no time limit of Slurm; write minutes, HH:MM:SS or D-HH:MM:SS")
+    days, *rest = match.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is not None:  # D-H, D-H:M, D-H:M:S
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # M, M:S
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
