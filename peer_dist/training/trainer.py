@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from peer_dist.megatron import (
     table_owners,
 )
 from peer_dist.optim import DenseAdam, Engine, StepResult, TableOptimizer, learning_rate_factor
-from peer_dist.tracing import StepTimes, listen, span
+from peer_dist.tracing import StepTimes, listen, position, span
 from peer_dist.training.checkpoints import (
     CheckpointStore,
     check_resumable,
@@ -45,17 +46,21 @@ from peer_dist.training.checkpoints import (
     run_state,
     verify_checkpoint,
 )
+from peer_dist.training.exits import DIVERGED, DONE
+from peer_dist.training.guard import Diverged, Guard
 from peer_dist.training.metrics import Metrics, read_metrics
 from peer_dist.training.progress import Progress
 from peer_dist.training.signals import StopRequest
+from peer_dist.training.watchdog import Watchdog, record_nccl
 from peer_dist.training.world import World
 from peer_dist.zero import ZeroEngine
 
+_NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # of a checkpoint older than the guard
 _SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
 
 
 def train(config: Config) -> int:
-    """Train as the config says, from the newest checkpoint if there is one; the process's exit code.
+    """Train as the config says, from the newest checkpoint if there is one; the process's exit code (see ``exits``).
 
     Raises:
         ConfigError, DataError: before anything is started, where the config cannot be run.
@@ -71,9 +76,14 @@ def train(config: Config) -> int:
         find_checkpoint(config.checkpoint.init_from)
     for key, folder in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
         _check_writable(key, Path(folder))
-    with world.joined(), StopRequest() as stop:
-        Trainer(config).run(stop)
-    return 0
+    record_nccl(config.logging.dir)
+    with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds, config.logging.dir):
+        try:
+            Trainer(config).run(stop)
+        except Diverged as error:  # on every rank
+            Console(stderr=True, quiet=world.rank != 0).print(f"[red]stopped:[/] {error}", highlight=False, soft_wrap=True)
+            return DIVERGED
+    return DONE
 
 
 def _check_writable(key: str, folder: Path) -> None:
@@ -108,7 +118,7 @@ class Trainer:
             layer.release_tables()
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
-        self.skipped_steps = 0
+        self.guard = Guard(config.guard)
 
         resumed = self.store.agreed_steps()
         if not resumed and config.checkpoint.init_from is not None:
@@ -165,7 +175,8 @@ class Trainer:
         check_resumable(path, self.config, self.data_identity, manifest)
         verify_checkpoint(path)
         restore_run(path, self.model, self.engine, self.parallel, manifest["updates"])
-        self.steps_done, self.skipped_steps = step, step - manifest["updates"]
+        self.steps_done = step
+        self.guard.load({"not_finite": step - manifest["updates"], **_NO_SPIKES, **manifest.get("guard", {})})
 
     def run(self, stop: StopRequest) -> None:
         """Train to ``train.steps``, or until a signal; the last state is saved either way."""
@@ -184,6 +195,7 @@ class Trainer:
         stopped = False
         with Progress(console, start, config.train.steps) as progress:
             while self.steps_done < config.train.steps and not stopped:
+                position.at("first step" if self.steps_done == start else "step", self.steps_done + 1)
                 values = self.step()
                 stopped, writing = self._any_rank(stop.received is not None, self.store.writing)
                 if self.store.unfinished and not writing:
@@ -195,9 +207,13 @@ class Trainer:
                     values |= self._validate()
                 self._record(metrics, values)
                 progress.update(self.steps_done, values)
-                if self.steps_done % config.checkpoint.interval == 0 or last:
+                if self.guard.given_up:
+                    self._give_up(metrics)
+                # while steps are left out, the checkpoints from before are the better ones
+                if last or (self.steps_done % config.checkpoint.interval == 0 and not self.guard.in_a_row):
                     progress.say("saving a checkpoint")
                     self.save()
+        position.at("save", self.steps_done)
         self.store.finish()
         if metrics is not None:
             metrics.close()
@@ -225,16 +241,41 @@ class Trainer:
         with self.engine.accumulate():
             # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
+        loss = float(parallel.total(losses.sum().double())) / tokens
+        spike = self.guard.is_spike(loss)
         with span("optimizer"):
-            result = self.engine.step(lr, table_lr)
+            bad = self._not_finite() if self.guard.in_a_row or not math.isfinite(loss) else []
+            if spike:
+                self.engine.skip()
+                result = StepResult(math.nan, applied=False)
+            else:
+                result = self.engine.step(lr, table_lr)
         listen(None)
         for layer in self.layers.values():
             layer.on_route = None
+        first = step * config.train.global_batch_size
+        sequences = (first, first + config.train.global_batch_size)
         self.steps_done += 1
-        self.skipped_steps += not result.applied
+        self.guard.record(self.steps_done, sequences, loss, result.grad_norm, result.applied, spike, bad)
 
-        loss = float(parallel.total(losses.sum().double())) / tokens
         return self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
+
+    def _not_finite(self) -> list[str]:
+        """The tensors whose gradients are not finite on any rank."""
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, self.engine.not_finite())
+        return [name for names in everyone for name in names]
+
+    def _give_up(self, metrics: Metrics | None) -> NoReturn:
+        """Leave a report and the checkpoints as they are."""
+        self.store.finish()
+        steps = self.store.agreed_steps()
+        text = self.guard.explain(self.store.path(steps[-1]) if steps else None)
+        if metrics is not None:  # rank 0
+            report = self.guard.write_report(Path(self.config.logging.dir), text)
+            text += f" The report is {report}."
+            metrics.close()
+        raise Diverged(text)
 
     def _micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor | None]]:
         """This rank's sequences: micro-step by micro-step, each shared by the data parallel ranks in order."""
@@ -254,7 +295,8 @@ class Trainer:
             "optimizer/lr": lr,
             "optimizer/table_lr": table_lr,
             "optimizer/grad_norm": result.grad_norm,
-            "optimizer/skipped_steps": float(self.skipped_steps),
+            "optimizer/skipped_steps": float(self.guard.not_finite),
+            "optimizer/skipped_spikes": float(self.guard.spikes),
             "speed/tokens_per_second": tokens / seconds,
             "time/step": seconds,
         }
@@ -286,6 +328,7 @@ class Trainer:
         if self.data.validation is None:
             return {}
         config = self.config
+        position.at("validation", self.steps_done)
         result = held_out_loss(
             self.model,
             self.data.validation,
@@ -300,8 +343,10 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state, or begin to; a collective call."""
+        position.at("save", self.steps_done)
         info: dict[str, Any] = {
-            "updates": self.steps_done - self.skipped_steps,
+            "updates": self.steps_done - self.guard.skipped,
+            "guard": self.guard.state(),
             "sequences": self.steps_done * self.config.train.global_batch_size,
             "config": self.config.model_dump(mode="json"),
             "data": self.data_identity,
