@@ -120,15 +120,18 @@ class Trainer:
         self.steps_done = 0
         self.guard = Guard(config.guard)
 
-        resumed = self.store.agreed_steps()
-        if not resumed and config.checkpoint.init_from is not None:
+        console = Console(stderr=True, quiet=self.parallel.rank != 0)
+        resumed = self.store.newest(
+            config.checkpoint.fall_back, lambda text: console.print(text, highlight=False, soft_wrap=True)
+        )
+        if resumed is None and config.checkpoint.init_from is not None:
             source = find_checkpoint(config.checkpoint.init_from)
             verify_checkpoint(source)
             restore_weights(source, self.model, self.parallel)
         self.engine = self._make_engine()
-        self.resumed = bool(resumed)
-        if resumed:
-            self._resume(resumed[-1])
+        self.resumed = resumed is not None
+        if resumed is not None:
+            self._resume(resumed)
 
         self.times = StepTimes(self.parallel.device)
         self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
@@ -173,7 +176,6 @@ class Trainer:
         path = self.store.path(step)
         manifest = read_manifest(path)
         check_resumable(path, self.config, self.data_identity, manifest)
-        verify_checkpoint(path)
         restore_run(path, self.model, self.engine, self.parallel, manifest["updates"])
         self.steps_done = step
         self.guard.load({"not_finite": step - manifest["updates"], **_NO_SPIKES, **manifest.get("guard", {})})
