@@ -52,7 +52,9 @@ def copied(made, tmp_path):
 
 def what_is_said(rank, world_size, trees):
     """For each config, what refuses it."""
-    from peer_dist.megatron import CheckpointError, Parallel
+    from megatron.core import parallel_state
+
+    from peer_dist.megatron import CheckpointError
 
     said = []
     for tree in trees:
@@ -61,7 +63,7 @@ def what_is_said(rank, world_size, trees):
             said.append("")
         except CheckpointError as error:
             said.append(str(error))
-        Parallel.destroy()
+        parallel_state.destroy_model_parallel()
     return said
 
 
@@ -207,7 +209,9 @@ def every_reader(rank, world_size, tree, checkpoints):
     from torch.distributed.checkpoint.metadata import Metadata
 
     from peer_dist.evaluation.loading import load_model
-    from peer_dist.megatron import CheckpointError, Parallel
+    from megatron.core import parallel_state
+
+    from peer_dist.megatron import CheckpointError
 
     said = []
     for checkpoint in checkpoints:
@@ -221,7 +225,7 @@ def every_reader(rank, world_size, tree, checkpoints):
                 said.append("nothing")
             except CheckpointError as error:
                 said.append(str(error))
-            Parallel.destroy()
+            parallel_state.destroy_model_parallel()
     assert Metadata.version is None, "a class was changed"
     return said
 
