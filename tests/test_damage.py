@@ -45,9 +45,7 @@ def copied(made, tmp_path):
     """That run, in a folder of the test's own."""
     tree, folder = made
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    return with_keys(
-        tree, checkpoint={"dir": str(tmp_path / "checkpoints")}, logging={"dir": str(tmp_path / "logs")}
-    )
+    return with_keys(tree, checkpoint={"dir": str(tmp_path / "checkpoints")}, logging={"dir": str(tmp_path / "logs")})
 
 
 def what_is_said(rank, world_size, trees):
@@ -206,22 +204,21 @@ POISONS = {
 
 def every_reader(rank, world_size, tree, checkpoints):
     """What resuming, starting from weights, and evaluating or generating say of each checkpoint."""
+    from megatron.core import parallel_state
     from torch.distributed.checkpoint.metadata import Metadata
 
     from peer_dist.evaluation.loading import load_model
-    from megatron.core import parallel_state
-
     from peer_dist.megatron import CheckpointError
 
     said = []
     for checkpoint in checkpoints:
         for reader in (
-            lambda: make_trainer(with_keys(tree, checkpoint={"dir": checkpoint})),
-            lambda: make_trainer(with_keys(tree, checkpoint={"dir": checkpoint + "-new", "init_from": checkpoint})),
-            lambda: load_model(checkpoint, world_size),
+            lambda path: make_trainer(with_keys(tree, checkpoint={"dir": path})),
+            lambda path: make_trainer(with_keys(tree, checkpoint={"dir": path + "-new", "init_from": path})),
+            lambda path: load_model(path, world_size),
         ):
             try:
-                reader()
+                reader(checkpoint)
                 said.append("nothing")
             except CheckpointError as error:
                 said.append(str(error))

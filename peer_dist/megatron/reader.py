@@ -17,7 +17,7 @@ import enum
 import pickle
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -71,7 +71,8 @@ class _MetadataUnpickler(pickle._Unpickler):
     Python's own unpickler and not the one in C, whose BUILD would let a pickle set attributes of the classes.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         try:

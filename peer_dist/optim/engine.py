@@ -72,7 +72,9 @@ class Engine(abc.ABC):
 
     def _tables_not_finite(self) -> list[str]:
         grads = ((name, table.grad) for name, table in self.tables.tables.items())
-        return names_not_finite((n, grad._values() if grad is not None and grad.is_sparse else grad) for n, grad in grads)
+        return names_not_finite(
+            (n, grad._values() if grad is not None and grad.is_sparse else grad) for n, grad in grads
+        )
 
     def _finish(self, result: StepResult) -> StepResult:
         """The tables' part of a step, after the dense one."""

@@ -3,8 +3,9 @@
 A checkpoint is the folder ``step-00000123``: Megatron's sharded tensors (model, expert tables, both
 optimizers), ``tokenizer.json`` and ``manifest.json``, which holds the step, the data position, the config,
 the versions, and the size and checksum of every other file. It is written under a name that starts with a dot
-and renamed when every byte is on disk. One that was damaged later is refused by name, and never deleted. The schedule, the data order and the random streams are functions of
-the step and the seed, so these two are all there is to save of them.
+and renamed when every byte is on disk. One that was damaged later is refused by name, and never deleted. The
+schedule, the data order and the random streams are functions of the step and the seed, so these two are all
+there is to save of them.
 """
 
 from __future__ import annotations
@@ -169,7 +170,9 @@ class CheckpointStore:
         complete = self.steps()
         if not self.folder.is_dir():
             return complete
-        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir() and any(entry.iterdir()))
+        found = (
+            _NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir() and any(entry.iterdir())
+        )
         return complete + sorted(
             int(match.group(1)) for match in found if match and int(match.group(1)) > max(complete, default=-1)
         )
@@ -319,9 +322,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("its checksum is not its own")
         return {"step": int(manifest["step"]), **manifest}
     except FileNotFoundError:
-        raise DamagedError(
-            f"{path / MANIFEST}: is missing; without it {path} is no complete checkpoint"
-        ) from None
+        raise DamagedError(f"{path / MANIFEST}: is missing; without it {path} is no complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path / MANIFEST}: is damaged ({error})") from None
 

@@ -110,8 +110,8 @@ class Guard:
         culprits = sorted({name for step in row for name in step.not_finite})
         losses = [step.loss for step in self._steps if step.outcome == "applied" and step.loss is not None]
         parts = [
-            f"{self.in_a_row} steps in a row, up to step {row[-1].step}, were left out ({', '.join(kinds)}), so the run "
-            f"has stopped (guard.max_skipped_steps = {self.config.max_skipped_steps})."
+            f"{self.in_a_row} steps in a row, up to step {row[-1].step}, were left out ({', '.join(kinds)}), so the "
+            f"run has stopped (guard.max_skipped_steps = {self.config.max_skipped_steps})."
         ]
         if losses:
             parts.append(f"The last loss that was applied is {losses[-1]:.4f}.")

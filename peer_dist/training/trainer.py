@@ -81,7 +81,9 @@ def train(config: Config) -> int:
         try:
             Trainer(config).run(stop)
         except Diverged as error:  # on every rank
-            Console(stderr=True, quiet=world.rank != 0).print(f"[red]stopped:[/] {error}", highlight=False, soft_wrap=True)
+            Console(stderr=True, quiet=world.rank != 0).print(
+                f"[red]stopped:[/] {error}", highlight=False, soft_wrap=True
+            )
             return DIVERGED
     return DONE
 

@@ -1,22 +1,22 @@
 """A rank that dies or hangs is noticed, and every rank leaves, saying which one it was and where.
 
-On each rank a thread tells a store of the watchdog's own, many times in ``seconds``, where its process is: step, phase,
-span (:data:`peer_dist.tracing.position`), how many collectives it has begun, and for how long nothing of this has
-changed. Rank 0, which hosts the store, looks at all of them:
+On each rank a thread tells a store of the watchdog's own, many times in ``seconds``, where its process is: step,
+phase, span (:data:`peer_dist.tracing.position`), how many collectives it has begun, and for how long nothing of this
+has changed. Rank 0, which hosts the store, looks at all of them:
 
-- **gone**: a rank that has told nothing for ``seconds``; or for a moment only, if another rank's connection to it broke.
-- **hangs**: nothing has changed on *any* rank for ``seconds``. It is then a rank that does not wait for the others in a
-  collective; if all of them wait, the one that has begun the fewest.
+- **gone**: a rank that has told nothing for ``seconds``; or for a moment only, if another rank's connection broke.
+- **hangs**: nothing has changed on *any* rank for ``seconds``. It is then a rank that does not wait for the others in
+  a collective; if all of them wait, the one that has begun the fewest.
 
 Ranks that wait for one that works never leave: what counts is the rank that moved last. Some phases are long and have
 no spans inside: while any rank is starting, in its first step, validating or saving, the limit is ten times as long.
 
 The others look at what rank 0 says and whether it still says anything; a broken connection to the store, or none of
-its answers for ``seconds``, means that rank 0 is the one. Time is counted in turns of the thread, so that a process that
-was itself asleep blames nobody.
+its answers for ``seconds``, means that rank 0 is the one. Time is counted in turns of the thread, so that a process
+that was itself asleep blames nobody.
 
-A process whose main thread is stuck in a collective can only be ended from outside of it: all leave by ``os._exit`` with
-:data:`~peer_dist.training.exits.PEER_LOST`. Checkpoints are complete or absent at any moment, so nothing is lost by it.
+A process whose main thread is stuck in a collective can only be ended from outside of it: all leave by ``os._exit``
+with :data:`~peer_dist.training.exits.PEER_LOST`. Checkpoints are complete or absent at any moment, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class Watchdog:
             address = [(host, store.port)]
         dist.broadcast_object_list(address)
         if self._rank > 0:
-            store = dist.TCPStore(*address[0], is_master=False, wait_for_workers=False, timeout=patience)
+            host, port = address[0]
+            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
         store.set(f"beat/{self._rank}", json.dumps(self._beat(0, 0.0)))
         if self._rank == 0:
             store.set("verdict", "")
@@ -265,7 +266,7 @@ class Watchdog:
         if dist.is_initialized() and dist.get_backend() == "nccl":
             with contextlib.suppress(Exception):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                trace = torch._C._distributed_c10d._dump_nccl_trace()
+                trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
                 (self._folder / f"nccl_trace_rank_{self._rank}").write_bytes(trace)
 
 
@@ -301,5 +302,5 @@ def _collectives() -> int:
     total = 0
     with contextlib.suppress(Exception):  # torch's own numbers, for its own flight recorder
         for group in list(distributed_c10d._world.pg_map):
-            total += group._get_sequence_number_for_group()
+            total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
     return total

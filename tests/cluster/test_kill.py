@@ -1,13 +1,14 @@
 """Runs killed with SIGKILL again and again, in any moment and inside saves, end as one that was left alone.
 
-The same command starts again after each kill. Where it is killed is drawn from a seed: at a moment of the run's time, or
-at one of the things that a save does to the disk (a file opened, synced, renamed, a folder made or removed) and then up
-to some milliseconds later, inside the writing of a file.
+The same command starts again after each kill. Where it is killed is drawn from a seed: at a moment of the run's time,
+or at one of the things that a save does to the disk (a file opened, synced, renamed, a folder made or removed) and then
+up to some milliseconds later, inside the writing of a file.
 """
 
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -37,7 +38,7 @@ def arm(rank, folder, plan):
     folder = Path(folder)
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     begin, events = time.monotonic(), [0]
-    inside = f"{os.sep}checkpoints{os.sep}"
+    inside = re.compile(r"/checkpoints(/\.?step-.*)?$")
 
     def kill(late):
         time.sleep(late)
@@ -49,8 +50,9 @@ def arm(rank, folder, plan):
     def after(seconds):
         threading.Thread(target=kill, args=(seconds,), daemon=True).start()
 
-    def changes(path):
-        if inside not in str(path) + os.sep:
+    def changes(path, synced=False):
+        found = inside.search(str(path))
+        if not found or not (found[1] or synced):  # the folder of all is made before any save
             return
         events[0] += 1
         if plan and rank == plan["watched"] and events[0] == plan.get("event"):
@@ -65,7 +67,7 @@ def arm(rank, folder, plan):
     sync, run = os.fsync, Trainer.run
 
     def counted_sync(handle):
-        changes(os.readlink(f"/proc/self/fd/{handle}"))
+        changes(os.readlink(f"/proc/self/fd/{handle}"), synced=True)
         sync(handle)
 
     def timed_run(self, *args):
@@ -93,7 +95,7 @@ def plans(seed, told, moments, saves):
         plan = {"watched": watched, "victims": draw.choice([[0, 1], [watched]]), "asynchronous": draw.random() < 0.5}
         if number >= moments:
             plan |= {"event": draw.randint(1, told[watched]["events"]), "late": draw.choice([0, draw.uniform(0, 0.02)])}
-        elif number % 5 == 4:
+        elif number % 5 == 0:
             plan |= {"start": draw.uniform(0, told[watched]["start"])}
         else:
             plan |= {"run": draw.uniform(0, told[watched]["run"])}
