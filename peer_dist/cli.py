@@ -269,14 +269,10 @@ def main() -> None:
 
 def _is_users(error: Exception) -> bool:
     """Whether the message alone says what to do. Looked up by name: importing the classes would take seconds."""
-    return type(error).__name__ in {
-        "ConfigError",
-        "DataError",
-        "CheckpointError",
-        "WorldError",
-        "LockError",
-        "SubmitError",
-    }
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return not names.isdisjoint(
+        {"ConfigError", "DataError", "CheckpointError", "WorldError", "LockError", "SubmitError"}
+    )
 
 
 if __name__ == "__main__":

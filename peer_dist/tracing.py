@@ -1,4 +1,4 @@
-"""Where the time of a step goes: named spans, timed only while somebody listens."""
+"""Where a process is in its work: named spans, timed while somebody listens, and always known to the watchdog."""
 
 from __future__ import annotations
 
@@ -48,6 +48,26 @@ class StepTimes:
             self._seconds[name] += time.perf_counter() - begin
 
 
+class Position:
+    """Where this process is. Written by the thread that works, read by the watchdog's.
+
+    Attributes:
+        step: steps done.
+        phase: what the run is at.
+        span: the part of the step; empty between spans.
+        moves: grows with every entering and leaving; while it stands still nothing goes on.
+    """
+
+    def __init__(self) -> None:
+        self.step, self.phase, self.span, self.moves = 0, "start", "", 0
+
+    def at(self, phase: str, step: int) -> None:
+        """Say what comes next."""
+        self.phase, self.step = phase, step
+        self.moves += 1
+
+
+position = Position()
 _listener: StepTimes | None = None
 
 
@@ -60,9 +80,13 @@ def listen(times: StepTimes | None) -> None:
 @contextmanager
 def span(name: str) -> Iterator[None]:
     """Mark a part of the step: a range in torch's profiler, and its time for whoever listens."""
+    position.moves += 1
+    outer, position.span = position.span, name
     with torch.profiler.record_function(f"peer/{name}"):
         if _listener is None:
             yield
         else:
             with _listener._time(name):
                 yield
+    position.span = outer  # not after an error: it tells where that was
+    position.moves += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import time
 import traceback
@@ -92,3 +93,78 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 if process.is_alive():
                     process.kill()
         return [results[rank] for rank in range(world_size)]
+
+
+def _command(rank: int, world_size: int, port: int, args: list[str], errors: str, before: Any) -> None:
+    """`peer-dist ARGS` as a launcher starts it: its variables, stderr to a file, the exit code that main gives."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
+    target = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(target, 2)
+    os.dup2(target, 1)
+    import sys
+
+    import torch
+
+    from peer_dist.cli import main
+
+    torch.set_num_threads(1)
+    code = 0
+    sys.argv = ["peer-dist", *args]
+    try:
+        if before is not None:
+            before[0](rank, *before[1:])
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+
+
+class Command:
+    """`peer-dist` on some ranks, forked instead of started afresh, whose exit codes and words are of interest.
+
+    Args:
+        args: of the command line.
+        folder: of its stderr files.
+        before: a function and its arguments, called as ``fn(rank, *args)`` in each process before the command.
+    """
+
+    def __init__(self, world_size: int, args: list[str], folder: Path, before: tuple[Any, ...] | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.errors = [folder / f"stderr-{rank}" for rank in range(world_size)]
+        self.processes = [
+            _context.Process(
+                target=_command, args=(rank, world_size, port, args, str(self.errors[rank]), before), daemon=True
+            )
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def codes(self, timeout: float) -> list[int | None]:
+        """Exit codes (minus the signal's number where one killed it); None of what still runs after ``timeout`` s."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in self.processes]
+
+    def words(self, rank: int) -> str:
+        """What a rank wrote, its lines joined."""
+        return " ".join(self.errors[rank].read_text().split())

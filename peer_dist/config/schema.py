@@ -286,6 +286,28 @@ class TrainConfig(Section):
         ge=0,
         description="layers of each stage (and virtual stage) whose activations are computed again in backward",
     )
+    watchdog_seconds: float = Field(
+        600.0, ge=0, description="a rank that dies or hangs is noticed within it, and every rank leaves; 0: no watchdog"
+    )
+
+
+class GuardConfig(Section):
+    """Steps that are left out because they would spoil the model."""
+
+    max_skipped_steps: int = Field(
+        20, ge=0, description="steps left out in a row after which the run stops, with a report; 0: never"
+    )
+    spike_factor: float = Field(
+        0.0, ge=0, description="leave out a batch whose loss exceeds the running median by this factor; 0: never"
+    )
+    spike_window: int = Field(50, ge=2, description="steps of the running median")
+
+    @field_validator("spike_factor")
+    @classmethod
+    def _factor(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError(f"must be above 1, or 0 to leave out no batch (got {value})")
+        return value
 
 
 class EvaluationConfig(Section):
@@ -303,6 +325,9 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     asynchronous: bool = Field(
         False, description="train on while a thread of each rank writes a copy of its shards (in host memory)"
+    )
+    fall_back: bool = Field(
+        False, description="where the newest is damaged, set it aside and go on from the newest that is intact"
     )
     init_from: str | None = Field(
         None, description="a checkpoint whose weights start a new run (fresh optimizers, step 0)"
@@ -327,6 +352,7 @@ class Config(Section):
     table_optimizer: TableOptimizerConfig = Field(default_factory=TableOptimizerConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)

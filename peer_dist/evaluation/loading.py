@@ -9,7 +9,7 @@ import torch
 
 from peer_dist.config import Config, parse_config
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
-from peer_dist.megatron import Parallel, build_model
+from peer_dist.megatron import CheckpointError, Parallel, build_model
 from peer_dist.training.checkpoints import find_checkpoint, read_manifest, restore_weights, verify_checkpoint
 
 
@@ -34,12 +34,14 @@ def load_model(checkpoint: str, world_size: int) -> LoadedModel:
         CheckpointError: there is no complete checkpoint, or it is damaged.
     """
     path = find_checkpoint(checkpoint)
+    verify_checkpoint(path)
     manifest = read_manifest(path)
+    if manifest["dtype"] not in ("float32", "bfloat16"):
+        raise CheckpointError(f"{path}: is of the dtype {manifest['dtype']!r}, which no run of this package has")
     tree = manifest["config"]
     tree["parallel"] = {"expert": world_size}
     tree["zero"] = {}
     config = parse_config(tree, str(path))
-    verify_checkpoint(path)
     parallel = Parallel.initialize(expert=world_size, seed=config.train.seed)
     tokenizer = load_tokenizer(str(path / "tokenizer.json"))
     model = build_model(config, parallel, tokenizer.padded_vocab_size, getattr(torch, manifest["dtype"]))

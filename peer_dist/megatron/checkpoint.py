@@ -31,6 +31,7 @@ from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from .model import TABLES, chunks_of
+from .reader import LoadPlainValues, LoadTensors, MetadataReader, UntrustedError, read_plain_values
 
 State = dict[str, Any]
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -219,7 +220,13 @@ def load(template: State, folder: str | Path, partial: bool = False) -> State:
     folder = Path(folder)
     with _readable_errors(f"cannot load the checkpoint {folder}"):
         _verify(template, folder, partial)
-        loaded: State = dist_checkpointing.load(_copy(template), str(folder), validate_access_integrity=False)
+        loaded: State = dist_checkpointing.load(  # its own strategies unpickle what the checkpoint asks them to
+            _copy(template),
+            str(folder),
+            sharded_strategy=LoadTensors(),
+            common_strategy=LoadPlainValues(),
+            validate_access_integrity=False,
+        )
     # Megatron leaves out what is empty: a stage without a PEER layer has no tables
     return {**{key: value for key, value in template.items() if value == {}}, **loaded}
 
@@ -244,9 +251,11 @@ def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, part
             return f"{folder} is not a complete checkpoint: {name} is missing"
     name = "common.pt"
     try:
-        torch.load(folder / name, map_location="cpu", weights_only=True)
+        read_plain_values(folder)
         name = ".metadata"
-        metadata = dcp.FileSystemReader(folder).read_metadata()
+        metadata = MetadataReader(folder).read_metadata()
+    except UntrustedError as error:
+        return f"{folder / name} is not loaded: {error}"
     except Exception as error:  # unpickling damaged bytes raises nearly anything
         return f"{folder / name} is corrupt: {_first_sentence(error)}"
     stored = {

@@ -13,6 +13,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
 from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
+from peer_dist.optim.engine import names_not_finite
 
 from .model import chunks_of
 from .parallel import Parallel
@@ -80,6 +81,16 @@ class ReplicatedEngine(Engine):
                 clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), self.grad_clip, norm)
             self._optimizer.step_with_ready_grads()
         return self._finish(StepResult(norm, applied))
+
+    def skip(self) -> None:
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        self.tables.zero_grad()
+
+    def not_finite(self) -> list[str]:
+        dense = ((name, parameter.main_grad) for name, parameter in self._parameters.items())  # type: ignore[attr-defined]
+        return names_not_finite(dense) + self._tables_not_finite()
 
     @property
     def steps(self) -> int:

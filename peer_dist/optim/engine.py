@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -59,6 +59,23 @@ class Engine(abc.ABC):
     def step(self, lr: float, table_lr: float) -> StepResult:
         """Clip and update everything, or, with non-finite gradients, nothing on any rank."""
 
+    @abc.abstractmethod
+    def skip(self) -> None:
+        """Drop the gradients instead of :meth:`step`, as if the passes had not been; all ranks call it."""
+
+    @abc.abstractmethod
+    def not_finite(self) -> list[str]:
+        """Before :meth:`step`: what has a gradient that is not finite, by name, as far as this rank can see.
+
+        All ranks call it. It takes time: for telling what went wrong.
+        """
+
+    def _tables_not_finite(self) -> list[str]:
+        grads = ((name, table.grad) for name, table in self.tables.tables.items())
+        return names_not_finite(
+            (n, grad._values() if grad is not None and grad.is_sparse else grad) for n, grad in grads
+        )
+
     def _finish(self, result: StepResult) -> StepResult:
         """The tables' part of a step, after the dense one."""
         if result.applied:
@@ -91,3 +108,8 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
         """Put back what :meth:`dense_state` gave; the master also becomes the parameter's value."""
+
+
+def names_not_finite(grads: Iterable[tuple[str, Tensor | None]]) -> list[str]:
+    """The names of the gradients that hold a number that is not finite."""
+    return [name for name, grad in grads if grad is not None and not bool(grad.isfinite().all())]

@@ -3,12 +3,14 @@
 A checkpoint is the folder ``step-00000123``: Megatron's sharded tensors (model, expert tables, both
 optimizers), ``tokenizer.json`` and ``manifest.json``, which holds the step, the data position, the config,
 the versions, and the size and checksum of every other file. It is written under a name that starts with a dot
-and renamed when every byte is on disk. The schedule, the data order and the random streams are functions of
-the step and the seed, so these two are all there is to save of them.
+and renamed when every byte is on disk. One that was damaged later is refused by name, and never deleted. The
+schedule, the data order and the random streams are functions of the step and the seed, so these two are all
+there is to save of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +19,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +34,8 @@ from peer_dist.optim import Engine
 
 MANIFEST = "manifest.json"
 Result = TypeVar("Result")
+# of a manifest written before it had a checksum of its own
+_BEFORE_CHECKSUMS = {"step", "updates", "sequences", "config", "data", "dtype", "versions", "files"}
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -106,6 +111,10 @@ def _copy_weights(loaded: State, model: Any) -> None:
         _copy(getattr(layers[int(number)], part), value)
 
 
+class DamagedError(CheckpointError):
+    """A file of a checkpoint is missing, or not what was written; the message names it. The same on every rank."""
+
+
 class CheckpointStore:
     """The checkpoints of one run, in one folder."""
 
@@ -127,6 +136,47 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
+    def newest(self, fall_back: bool, say: Callable[[str], None]) -> int | None:
+        """The step to go on from, its checkpoint verified; None if there is none. A collective call.
+
+        Args:
+            fall_back: set a damaged one aside, as ``step-NNNNNNNN.damaged``, and take the newest that is intact.
+            say: told of it, on every rank.
+
+        Raises:
+            DamagedError: the newest is damaged, and ``fall_back`` is not set or no other is there.
+        """
+        while steps := _from_rank_zero(self.candidates):
+            path = self.path(steps[-1])
+            damage = _damage(path)
+            if damage is None:
+                return steps[-1]
+            if len(steps) == 1:
+                raise DamagedError(
+                    f"{damage}; {self.folder} has no other checkpoint: restore the file, or choose another "
+                    "checkpoint.dir"
+                )
+            if not fall_back:
+                raise DamagedError(
+                    f"{damage}; restore the file, or go on from {self.path(steps[-2]).name} with "
+                    f"checkpoint.fall_back=true, which keeps this one as {path.name}.damaged"
+                )
+            kept = _from_rank_zero(partial(_set_aside, path))
+            say(f"{damage}; it is kept as {kept}, and the run goes on from the newest that is intact")
+        return None
+
+    def candidates(self) -> list[int]:
+        """:meth:`steps`, and newer ones that have lost their manifest: without it no folder gets its name."""
+        complete = self.steps()
+        if not self.folder.is_dir():
+            return complete
+        found = (
+            _NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir() and any(entry.iterdir())
+        )
+        return complete + sorted(
+            int(match.group(1)) for match in found if match and int(match.group(1)) > max(complete, default=-1)
+        )
+
     def save(self, step: int, state: State, info: dict[str, Any], tokenizer: Any, wait: bool = True) -> Path:
         """Write a checkpoint; all ranks call it.
 
@@ -140,7 +190,8 @@ class CheckpointStore:
         partial = self.folder / f".step-{step:08d}.partial"
 
         def begin() -> None:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left in self.folder.glob(".step-*"):  # by runs that were killed
+                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
 
         _from_rank_zero(begin)
@@ -173,17 +224,21 @@ class CheckpointStore:
         files = _checksums(save.partial, save.writer.written())
 
         def complete() -> None:
+            manifest = {**save.info, "files": files}
             with (save.partial / MANIFEST).open("w", encoding="utf-8") as file:
-                json.dump({**save.info, "files": files}, file, indent=1)
+                json.dump({**manifest, "checksum": _manifest_checksum(manifest)}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
             _sync_folder(save.partial)
-            if save.final.exists():  # without a manifest, or it would have been resumed from
-                shutil.rmtree(save.final)
+            if save.final.exists():  # not complete, or it would have been resumed from
+                _set_aside(save.final)
             save.partial.rename(save.final)
             _sync_folder(self.folder)
             for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old), ignore_errors=True)
+                going = self.folder / f".{self.path(old).name}.old"  # half deleted it would look damaged
+                with contextlib.suppress(OSError):
+                    self.path(old).rename(going)
+                    shutil.rmtree(going)
 
         _from_rank_zero(complete)
 
@@ -262,13 +317,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        known = manifest.pop("checksum", None)
+        if known != _manifest_checksum(manifest) and (known is not None or manifest.keys() != _BEFORE_CHECKSUMS):
+            raise ValueError("its checksum is not its own")
         return {"step": int(manifest["step"]), **manifest}
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: is no complete checkpoint ({MANIFEST} is missing); name a folder step-NNNNNNNN"
-        ) from None
+        raise DamagedError(f"{path / MANIFEST}: is missing; without it {path} is no complete checkpoint") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: cannot be read ({error})") from None
+        raise DamagedError(f"{path / MANIFEST}: is damaged ({error})") from None
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -281,19 +337,35 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     if (path / MANIFEST).is_file():
         return path
     store = CheckpointStore(path)
-    if not store.steps():
+    steps = store.candidates()
+    if not steps:
         raise CheckpointError(f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with {MANIFEST})")
-    return store.path(store.steps()[-1])
+    return store.path(steps[-1])
 
 
 def verify_checkpoint(path: Path) -> None:
     """Compare every file with the manifest; ranks share the reading.
 
     Raises:
-        CheckpointError: on every rank, naming the first file that is missing or damaged.
+        DamagedError: on every rank, naming the first file that is missing or damaged.
     """
-    expected = read_manifest(path)["files"]
-    problems = [
+    damage = _damage(path)
+    if damage is not None:
+        step = _NAME.fullmatch(path.name)
+        others = _from_rank_zero(CheckpointStore(path.parent).steps)
+        older = [other for other in others if step is not None and other < int(step.group(1))]
+        instead = f", or name {CheckpointStore(path.parent).path(older[-1])}, the one before it" if older else ""
+        raise DamagedError(f"{damage}; restore the file{instead}")
+
+
+def _damage(path: Path) -> str | None:
+    """The first file of a checkpoint that is missing or damaged, in a sentence. A collective call."""
+    try:
+        expected: dict[str, list[int]] = read_manifest(path)["files"]
+        problems = []
+    except DamagedError as error:  # perhaps on this rank alone: the others are told below
+        expected, problems = {}, [str(error)]
+    problems += [
         f"{path / name}: is missing"
         if not (path / name).is_file()
         else f"{path / name}: is damaged (its size or checksum is not the manifest's)"
@@ -302,11 +374,7 @@ def verify_checkpoint(path: Path) -> None:
     ]
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, problems)
-    found = sorted(problem for rank in everyone for problem in rank)
-    if found:
-        raise CheckpointError(
-            f"{found[0]}; delete the folder {path} to go on from an older checkpoint, or restore the file"
-        )
+    return min((problem for rank in everyone for problem in rank), default=None)
 
 
 def data_identity(config: Config) -> list[list[Any]]:
@@ -370,6 +438,22 @@ def _checksums(folder: Path, known: dict[str, list[int]]) -> dict[str, list[int]
     everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
     return {**known, **{name: value for rank in everyone for name, value in rank.items()}}
+
+
+def _manifest_checksum(manifest: dict[str, Any]) -> int:
+    """CRC-32 of what a manifest says, however it is laid out in the file."""
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+
+
+def _set_aside(path: Path) -> Path:
+    """Keep a damaged checkpoint under a name that no run takes; which one."""
+    kept, number = path.with_name(f"{path.name}.damaged"), 1
+    while kept.exists():
+        number += 1
+        kept = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(kept)
+    _sync_folder(path.parent)
+    return kept
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from peer_dist.megatron import (
     table_owners,
 )
 from peer_dist.optim import DenseAdam, Engine, StepResult, TableOptimizer, learning_rate_factor
-from peer_dist.tracing import StepTimes, listen, span
+from peer_dist.tracing import StepTimes, listen, position, span
 from peer_dist.training.checkpoints import (
     CheckpointStore,
     check_resumable,
@@ -45,16 +46,19 @@ from peer_dist.training.checkpoints import (
     run_state,
     verify_checkpoint,
 )
-from peer_dist.training.exits import DONE, stopped_code
+from peer_dist.training.exits import DIVERGED, DONE, stopped_code
+from peer_dist.training.guard import Diverged, Guard
 from peer_dist.training.lock import LockError, RunLock, run_lock
 from peer_dist.training.metrics import Metrics, read_metrics
 from peer_dist.training.progress import Progress
 from peer_dist.training.signals import StopRequest
 from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
+from peer_dist.training.watchdog import Watchdog, record_nccl
 from peer_dist.training.world import World
 from peer_dist.zero import ZeroEngine
 
+_NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # of a checkpoint older than the guard
 _SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
 
 
@@ -78,13 +82,19 @@ def train(config: Config) -> int:
         find_checkpoint(config.checkpoint.init_from)
     for key, folder in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
         _check_writable(key, Path(folder))
-    with world.joined(), StopRequest() as stop:
+    record_nccl(config.logging.dir)
+    with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds, config.logging.dir):
         startup.ended("join")
         if world.rank == 0:
             ranks = f": {world.world_size} rank(s)" if world.master_port else ""
             Console(stderr=True).print(f"{world.launcher}{ranks}", highlight=False)
         with run_lock(config.checkpoint.dir, world.rank) as lock:
-            code = Trainer(config, startup).run(stop, lock)
+            try:
+                code = Trainer(config, startup).run(stop, lock)
+            except Diverged as error:  # on every rank
+                console = Console(stderr=True, quiet=world.rank != 0)
+                console.print(f"[red]stopped:[/] {error}", highlight=False, soft_wrap=True)
+                code = DIVERGED
         # Launchers may end the others as soon as one rank leaves with a code: let all be done before.
         dist.barrier()
     return code
@@ -128,18 +138,21 @@ class Trainer:
             layer.release_tables()
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
-        self.skipped_steps = 0
+        self.guard = Guard(config.guard)
 
-        resumed = self.store.agreed_steps()
-        if not resumed and config.checkpoint.init_from is not None:
+        console = Console(stderr=True, quiet=self.parallel.rank != 0)
+        resumed = self.store.newest(
+            config.checkpoint.fall_back, lambda text: console.print(text, highlight=False, soft_wrap=True)
+        )
+        if resumed is None and config.checkpoint.init_from is not None:
             source = find_checkpoint(config.checkpoint.init_from)
             verify_checkpoint(source)
             restore_weights(source, self.model, self.parallel)
         self.engine = self._make_engine()
         self.startup.ended("build")
-        self.resumed = bool(resumed)
-        if resumed:
-            self._resume(resumed[-1])
+        self.resumed = resumed is not None
+        if resumed is not None:
+            self._resume(resumed)
             self.startup.ended("resume")
 
         self.times = StepTimes(self.parallel.device)
@@ -186,9 +199,9 @@ class Trainer:
         path = self.store.path(step)
         manifest = read_manifest(path)
         check_resumable(path, self.config, self.data_identity, manifest)
-        verify_checkpoint(path)
         restore_run(path, self.model, self.engine, self.parallel, manifest["updates"])
-        self.steps_done, self.skipped_steps = step, step - manifest["updates"]
+        self.steps_done = step
+        self.guard.load({"not_finite": step - manifest["updates"], **_NO_SPIKES, **manifest.get("guard", {})})
 
     def run(self, stop: StopRequest, lock: RunLock | None = None) -> int:
         """Train to ``train.steps``, or until a signal; the last state is saved either way. Returns an exit code.
@@ -217,6 +230,7 @@ class Trainer:
         stopped = False
         with Progress(console, start, config.train.steps) as progress:
             while self.steps_done < config.train.steps and not stopped:
+                position.at("first step" if self.steps_done == start else "step", self.steps_done + 1)
                 values = self.step()
                 if self.steps_done == start + 1:
                     values |= self._started(console)
@@ -234,9 +248,13 @@ class Trainer:
                     values |= self._validate()
                 self._record(metrics, values)
                 progress.update(self.steps_done, values)
-                if self.steps_done % config.checkpoint.interval == 0 or last:
+                if self.guard.given_up:
+                    self._give_up(metrics)
+                # while steps are left out, the checkpoints from before are the better ones
+                if last or (self.steps_done % config.checkpoint.interval == 0 and not self.guard.in_a_row):
                     progress.say("saving a checkpoint")
                     self.save()
+        position.at("save", self.steps_done)
         self.store.finish()
         if metrics is not None:
             metrics.close()
@@ -277,16 +295,41 @@ class Trainer:
         with self.engine.accumulate():
             # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
+        loss = float(parallel.total(losses.sum().double())) / tokens
+        spike = self.guard.is_spike(loss)
         with span("optimizer"):
-            result = self.engine.step(lr, table_lr)
+            bad = self._not_finite() if self.guard.in_a_row or not math.isfinite(loss) else []
+            if spike:
+                self.engine.skip()
+                result = StepResult(math.nan, applied=False)
+            else:
+                result = self.engine.step(lr, table_lr)
         listen(None)
         for layer in self.layers.values():
             layer.on_route = None
+        first = step * config.train.global_batch_size
+        sequences = (first, first + config.train.global_batch_size)
         self.steps_done += 1
-        self.skipped_steps += not result.applied
+        self.guard.record(self.steps_done, sequences, loss, result.grad_norm, result.applied, spike, bad)
 
-        loss = float(parallel.total(losses.sum().double())) / tokens
         return self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
+
+    def _not_finite(self) -> list[str]:
+        """The tensors whose gradients are not finite on any rank."""
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, self.engine.not_finite())
+        return [name for names in everyone for name in names]
+
+    def _give_up(self, metrics: Metrics | None) -> NoReturn:
+        """Leave a report and the checkpoints as they are."""
+        self.store.finish()
+        steps = self.store.agreed_steps()
+        text = self.guard.explain(self.store.path(steps[-1]) if steps else None)
+        if metrics is not None:  # rank 0
+            report = self.guard.write_report(Path(self.config.logging.dir), text)
+            text += f" The report is {report}."
+            metrics.close()
+        raise Diverged(text)
 
     def _micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor | None]]:
         """This rank's sequences: micro-step by micro-step, each shared by the data parallel ranks in order."""
@@ -306,7 +349,8 @@ class Trainer:
             "optimizer/lr": lr,
             "optimizer/table_lr": table_lr,
             "optimizer/grad_norm": result.grad_norm,
-            "optimizer/skipped_steps": float(self.skipped_steps),
+            "optimizer/skipped_steps": float(self.guard.not_finite),
+            "optimizer/skipped_spikes": float(self.guard.spikes),
             "speed/tokens_per_second": tokens / seconds,
             "time/step": seconds,
         }
@@ -339,6 +383,7 @@ class Trainer:
         if self.data.validation is None:
             return {}
         config = self.config
+        position.at("validation", self.steps_done)
         result = held_out_loss(
             self.model,
             self.data.validation,
@@ -353,8 +398,10 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state, or begin to; a collective call."""
+        position.at("save", self.steps_done)
         info: dict[str, Any] = {
-            "updates": self.steps_done - self.skipped_steps,
+            "updates": self.steps_done - self.guard.skipped,
+            "guard": self.guard.state(),
             "sequences": self.steps_done * self.config.train.global_batch_size,
             "config": self.config.model_dump(mode="json"),
             "data": self.data_identity,

@@ -26,6 +26,7 @@ import deepspeed.ops
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -35,6 +36,7 @@ from deepspeed.utils import (
 
 from peer_dist.layers.peer import PEER
 from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
+from peer_dist.optim.engine import names_not_finite
 
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -65,7 +67,7 @@ class ZeroEngine(Engine):
         mpu: Any,
         dtype: torch.dtype,
     ) -> None:
-        self.tables, self.grad_clip, self._stage = tables, adam.grad_clip, stage
+        self.tables, self.grad_clip, self._stage, self._skipping = tables, adam.grad_clip, stage, False
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": adam.weight_decay},
@@ -131,6 +133,8 @@ class ZeroEngine(Engine):
 
     def _table_norm(self) -> Tensor:
         """Called by DeepSpeed inside its step."""
+        if self._skipping:
+            return torch.full((), -1.0, device=next(iter(self._parameters.values())).device)
         norm = self.tables.grad_norm(next(iter(self._parameters.values())).device)
         # -1 is how DeepSpeed marks a norm that is not finite
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
@@ -143,6 +147,20 @@ class ZeroEngine(Engine):
         return self._finish(
             StepResult(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
         )
+
+    def skip(self) -> None:
+        """By DeepSpeed's own way out of a step whose norm is not finite: it knows all that has to be cleared."""
+        self._skipping = True
+        try:
+            self._engine.step()
+        finally:
+            self._skipping = False
+        assert not self._engine.was_step_applied()
+        self.tables.zero_grad()
+
+    def not_finite(self) -> list[str]:
+        dense = ((name, safe_get_full_grad(parameter)) for name, parameter in self._parameters.items())
+        return names_not_finite(dense) + self._tables_not_finite()
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
 

@@ -1,0 +1,169 @@
+"""Checkpoints are read without running what they hold.
+
+Two of their files are pickles, and unpickling calls whatever a pickle names. Checksums are no defence: who can
+rewrite a file can rewrite the manifest. So nothing here unpickles freely:
+
+- tensors (``*.distcp``) and plain values (``common.pt``) go through torch's ``weights_only`` loader, said explicitly:
+  the default can be turned off by an environment variable;
+- ``.metadata``, which torch reads with plain pickle, goes through :class:`_MetadataUnpickler`, which knows the few
+  classes that such a file is made of, and lets the pickle change no class;
+- entries that would make torch unpickle more (``BytesStorageMetadata``) or read elsewhere than in the checkpoint's
+  folder are refused.
+"""
+
+from __future__ import annotations
+
+import enum
+import pickle
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, ClassVar
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import metadata as forms
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+
+_CLASSES: dict[tuple[str, str], Any] = {
+    (kind.__module__, kind.__qualname__): kind
+    for kind in (
+        forms.Metadata,
+        forms.MetadataIndex,
+        forms.TensorStorageMetadata,
+        forms.ChunkStorageMetadata,
+        forms.TensorProperties,
+        forms.StorageMeta,
+        forms._MEM_FORMAT_ENCODING,
+        _StorageInfo,
+        _StoragePrefix,
+        set,
+        frozenset,
+    )
+}
+_CLASSES |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_CLASSES |= {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("pathlib", "PosixPath"): PurePosixPath,  # where it was written
+    ("pathlib._local", "PosixPath"): PurePosixPath,  # the same, by Python 3.13
+}
+_DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
+
+
+class UntrustedError(pickle.UnpicklingError):
+    """A checkpoint's file asks for more than data."""
+
+
+class _MetadataUnpickler(pickle._Unpickler):
+    """Builds a ``.metadata`` file's objects from an allow-list of classes.
+
+    Python's own unpickler and not the one in C, whose BUILD would let a pickle set attributes of the classes.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _CLASSES[module, name]
+        except KeyError:
+            raise UntrustedError(f"it asks for {module}.{name}, which is no part of a checkpoint") from None
+
+    def load_build(self) -> None:
+        owner = self.stack[-2]
+        if type(owner) not in _CLASSES.values() or isinstance(owner, enum.Enum):
+            raise UntrustedError(f"it changes {owner!r}, which is not an object of its own")
+        pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def read_metadata(stream: BinaryIO) -> forms.Metadata:
+    """What ``.metadata`` says of a checkpoint's tensors, and nothing run.
+
+    Raises:
+        UntrustedError: it holds something else.
+    """
+    metadata = _MetadataUnpickler(stream).load()
+    if not isinstance(metadata, forms.Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise UntrustedError("it does not describe a checkpoint")
+    for key, value in metadata.state_dict_metadata.items():
+        if not isinstance(value, forms.TensorStorageMetadata):  # BytesStorageMetadata: torch would unpickle its bytes
+            raise UntrustedError(f"its {key} is no tensor")
+    for info in (metadata.storage_data or {}).values():
+        if not isinstance(info, _StorageInfo) or not _DATA_FILE.fullmatch(str(info.relative_path)):
+            raise UntrustedError("it names a file that is no part of a checkpoint")
+        if getattr(info, "transform_descriptors", None):
+            raise UntrustedError("its tensors are packed, which this package never does")
+    return metadata
+
+
+class MetadataReader(dcp.FileSystemReader):
+    """torch's reader of tensors, whose ``.metadata`` goes through :func:`read_metadata`; it is read once."""
+
+    _metadata: forms.Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> forms.Metadata:
+        if self._metadata is None:
+            with (Path(self.path) / ".metadata").open("rb") as stream:
+                self._metadata = read_metadata(stream)
+            if self._metadata.storage_meta is None:
+                self._metadata.storage_meta = forms.StorageMeta()
+            self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+
+class LoadTensors(TorchDistLoadShardedStrategy):
+    """Megatron's loading of sharded tensors with :class:`MetadataReader` instead of a reader that unpickles freely."""
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
+        shards = [value for value in _values(sharded_state_dict) if isinstance(value, ShardedTensor)]
+        by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
+        state = mcore_to_pyt_state_dict(by_key, True)
+        reader = MetadataReader(checkpoint_dir)
+        dcp.state_dict_loader.load_state_dict(
+            state,
+            reader,
+            planner=MCoreLoadPlanner(
+                shapes_validation_sharded_tensors=[s for s in shards if not s.allow_shape_mismatch],
+                allow_shape_mismatch_sharded_tensors={s.key: s for s in shards if s.allow_shape_mismatch},
+            ),
+        )
+        loaded = _replace_sharded_keys_with_state_dict_keys(
+            {key: _unwrap_pyt_sharded_tensor(value) for key, value in state.items()}, flat_mapping, rename_mapping
+        )
+        _restore_dict_types(loaded, sharded_state_dict)
+        return loaded
+
+
+def _values(state: Any) -> list[Any]:
+    if isinstance(state, dict | list):
+        return [leaf for value in (state.values() if isinstance(state, dict) else state) for leaf in _values(value)]
+    return [state]
+
+
+class LoadPlainValues(TorchCommonLoadStrategy):
+    """Megatron's reading of ``common.pt``, of plain values only."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return read_plain_values(Path(checkpoint_dir))
+
+
+def read_plain_values(folder: Path) -> dict[str, Any]:
+    """``common.pt`` of a checkpoint.
+
+    Raises:
+        pickle.UnpicklingError: it holds more than values.
+    """
+    return torch.load(folder / "common.pt", map_location="cpu", weights_only=True)

@@ -1,0 +1,306 @@
+"""A rank that dies or hangs is noticed, and every rank leaves, saying which one it was and where.
+
+On each rank a thread tells a store of the watchdog's own, many times in ``seconds``, where its process is: step,
+phase, span (:data:`peer_dist.tracing.position`), how many collectives it has begun, and for how long nothing of this
+has changed. Rank 0, which hosts the store, looks at all of them:
+
+- **gone**: a rank that has told nothing for ``seconds``; or for a moment only, if another rank's connection broke.
+- **hangs**: nothing has changed on *any* rank for ``seconds``. It is then a rank that does not wait for the others in
+  a collective; if all of them wait, the one that has begun the fewest.
+
+Ranks that wait for one that works never leave: what counts is the rank that moved last. Some phases are long and have
+no spans inside: while any rank is starting, in its first step, validating or saving, the limit is ten times as long.
+
+The others look at what rank 0 says and whether it still says anything; a broken connection to the store, or none of
+its answers for ``seconds``, means that rank 0 is the one. Time is counted in turns of the thread, so that a process
+that was itself asleep blames nobody.
+
+A process whose main thread is stuck in a collective can only be ended from outside of it: all leave by ``os._exit``
+with :data:`~peer_dist.training.exits.PEER_LOST`. Checkpoints are complete or absent at any moment, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import os
+import re
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from peer_dist.tracing import position
+from peer_dist.training.exits import PEER_LOST
+
+_LONG_PHASES, _LONGER = ("start", "first step", "validation", "save"), 10
+_LOSS = re.compile(r"gloo[/:]|Connection closed by peer|Connection reset by peer|NCCL error|ncclRemoteError|NCCL comm")
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_TORCH = str(Path(dist.__file__).parent) + os.sep
+
+
+class Watchdog:
+    """Watches this process and the others while it is entered; torch.distributed must be up.
+
+    Args:
+        seconds: within which a rank that is gone or hangs is noticed; 0: none is looked for, and a broken connection is
+            told without the name of the rank.
+        folder: where NCCL's flight recorder is written, with nccl.
+    """
+
+    def __init__(self, seconds: float, folder: str | os.PathLike[str] = ".") -> None:
+        self._seconds, self._folder = seconds, Path(folder)
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._interval = min(1.0, max(0.05, seconds / 20))
+        self._main = threading.get_ident()
+        self._ending, self._left = threading.Event(), threading.Lock()
+        self._note: dict[str, Any] = {}  # joins what this rank tells: that it lost a peer, or failed
+        self._answered, self._torn = 0.0, 0.0
+        self._beats: dict[int, dict[str, Any]] = {}
+        self._silent = dict.fromkeys(range(self._ranks), 0.0)
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds and self._ranks > 1:
+            self._store = self._meet()
+            for target in (self._talk, self._listen):
+                threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        watching = bool(self._seconds) and self._ranks > 1
+        if error is not None and self._ranks > 1 and is_peer_loss(error):
+            self._await_verdict(error, watching)
+        if not watching:
+            return
+        if error is None:
+            dist.barrier()  # whoever comes late is still watched
+        else:
+            self._note = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            time.sleep(2 * self._interval)  # until the others know
+        self._ending.set()
+
+    def _meet(self) -> dist.TCPStore:
+        """A store on rank 0 with a connection of each rank, and a first word of all in it."""
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        patience = timedelta(seconds=max(30.0, self._seconds))
+        address: list[Any] = [None]
+        if self._rank == 0:
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+            address = [(host, store.port)]
+        dist.broadcast_object_list(address)
+        if self._rank > 0:
+            host, port = address[0]
+            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+        store.set(f"beat/{self._rank}", json.dumps(self._beat(0, 0.0)))
+        if self._rank == 0:
+            store.set("verdict", "")
+            # the server is to outlive this object: others may look once more when this rank is done
+            _kept.append(store)
+        dist.barrier()
+        return store
+
+    # What each rank tells.
+
+    def _beat(self, number: int, idle: float) -> dict[str, Any]:
+        where, waits = self._where()
+        return {
+            "number": number,
+            "step": position.step,
+            "phase": position.phase,
+            "span": position.span,
+            "collectives": _collectives(),
+            "idle": idle,
+            "where": where,
+            "waits": waits,
+            **self._note,
+        }
+
+    def _where(self) -> tuple[str, bool]:
+        """The line at which the main thread is, and whether it waits there for other ranks."""
+        frame: FrameType | None = sys._current_frames().get(self._main)
+        if frame is None:
+            return "", False
+        inner, call = frame, ""
+        waits = ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
+            name = frame.f_code.co_name
+            waits, call, frame = True, call if name == "wrapper" else name, frame.f_back
+        while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        shown = frame or inner
+        line = f"{shown.f_code.co_filename.removeprefix(_PACKAGE)}:{shown.f_lineno}"
+        return f"{call} at {line}" if call else f"at {line} in {shown.f_code.co_name}", waits
+
+    def _talk(self) -> None:
+        """Tell, and hear what the others have told; the only thread that uses the store."""
+        number, idle, before, moved = 0, 0.0, time.monotonic(), None
+        try:
+            while not self._ending.wait(self._interval):
+                passed, before = min(time.monotonic() - before, 2 * self._interval), time.monotonic()
+                moves = (position.moves, position.step, _collectives())
+                idle = 0.0 if moves != moved else idle + passed
+                number, moved = number + 1, moves
+                self._store.set(f"beat/{self._rank}", json.dumps(self._beat(number, idle)))
+                verdict = self._store.get("verdict").decode()
+                if verdict:
+                    self._store.set(f"known/{self._rank}", "")
+                    self._leave(verdict)
+                self._hear(range(self._ranks) if self._rank == 0 else [0], passed)
+                self._answered = time.monotonic()
+                if self._rank == 0:
+                    self._judge()
+                elif self._silent[0] > self._seconds:
+                    self._leave(f"{_names([0])} gone: no sign of life for {self._silent[0]:.1f} s{self._last_of(0)}")
+        except Exception as error:
+            if self._rank == 0 and not self._ending.is_set():
+                os.write(2, f"the watchdog has stopped: {type(error).__name__}: {error}\n".encode())
+            elif not self._ending.wait(max(1.0, 3 * self._interval)):  # else the run has just come to its end
+                self._leave(f"{_names([0])} gone: its connection broke{self._last_of(0)}")
+
+    def _hear(self, ranks: Any, passed: float) -> None:
+        for rank, told in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks])):
+            beat = json.loads(told)
+            same = rank in self._beats and self._beats[rank]["number"] == beat["number"]
+            self._silent[rank] = self._silent[rank] + passed if same else 0.0
+            self._beats[rank] = beat
+
+    def _listen(self) -> None:
+        """Notice that the store itself does not answer, whose calls may then wait for ever."""
+        unanswered, before = 0.0, self._answered
+        while not self._ending.wait(self._interval):
+            unanswered = unanswered + self._interval if self._answered == before else 0.0
+            before = self._answered
+            if unanswered > self._seconds and self._rank > 0:
+                self._leave(f"{_names([0])} gone: no answer for {unanswered:.1f} s{self._last_of(0)}")
+
+    # What rank 0 makes of it.
+
+    def _judge(self) -> None:
+        """Find who is gone or hangs, tell all, and leave when they know."""
+        beats = self._beats
+        lost = [rank for rank, beat in beats.items() if "lost" in beat]
+        failed = {rank: beat["failed"] for rank, beat in beats.items() if "failed" in beat}
+        self._torn += self._interval if lost else 0.0
+        patience = max(1.0, 4 * self._interval) if lost else self._seconds
+        gone = [rank for rank in beats if self._silent[rank] > min(patience, self._seconds)]
+        verdict = ""
+        if gone:
+            known = [rank for rank in gone if rank in failed]
+            if known:
+                verdict = f"{_names(known)} gone: it failed with {failed[known[0]]}{self._last_of(known[0])}"
+            else:
+                silent = max(self._silent[rank] for rank in gone)
+                verdict = f"{_names(gone)} gone: no sign of life for {silent:.1f} s{self._last_of(gone[0])}"
+        elif self._torn > max(10.0, 10 * self._interval):
+            verdict = f"{_names(lost)} lost a connection, but every rank is alive: look at the network"
+        else:
+            verdict = self._hanging()
+        if verdict:
+            self._store.set("verdict", verdict)
+            others = [f"known/{rank}" for rank in beats if rank > 0 and rank not in gone]
+            deadline = time.monotonic() + 5 + 3 * self._interval
+            while others and not self._store.check(others) and time.monotonic() < deadline:
+                time.sleep(self._interval / 4)
+            self._leave(verdict)
+
+    def _hanging(self) -> str:
+        beats = self._beats
+        idle = min(beat["idle"] for beat in beats.values())
+        limit = self._seconds * (_LONGER if any(beat["phase"] in _LONG_PHASES for beat in beats.values()) else 1)
+        if idle <= limit:
+            return ""
+        culprits = [rank for rank, beat in beats.items() if not beat["waits"]]
+        if not culprits:
+            behind = min((beat["step"], beat["collectives"]) for beat in beats.values())
+            culprits = [rank for rank, beat in beats.items() if (beat["step"], beat["collectives"]) == behind]
+        if len(culprits) == len(beats):
+            return f"all {len(beats)} ranks hang: nothing for {idle:.1f} s{self._last_of(0)}"
+        waiting = min(beats.keys() - culprits)
+        return (
+            f"{_names(culprits, 'hangs', 'hang')}: nothing for {idle:.1f} s{self._last_of(culprits[0])}; "
+            f"the others wait{self._last_of(waiting)} (rank {waiting})"
+        )
+
+    def _last_of(self, rank: int) -> str:
+        """Where a rank last was, as the end of a sentence."""
+        beat = self._beats.get(rank)
+        if beat is None:
+            return ""
+        phase = beat["phase"] + (f" {beat['step']}" if beat["phase"] == "step" else "")
+        return f", last in {phase}" + "".join(f", {beat[key]}" for key in ("span", "where") if beat[key])
+
+    # Leaving.
+
+    def _await_verdict(self, error: BaseException, watching: bool) -> None:
+        """A connection broke under the main thread: the watchdog knows in a moment who is gone."""
+        if watching:
+            self._note = {"lost": True}
+            time.sleep(30 + 20 * self._interval)  # another thread leaves meanwhile
+        self._leave(f"another rank is gone: {(str(error).splitlines() or [''])[0][:200]}")
+
+    def _leave(self, verdict: str) -> None:
+        """End this process, whatever its main thread does."""
+        with self._left:  # one thread says it once
+            self._dump_nccl()
+            rank = f" (rank {self._rank})" if self._rank else ""
+            text = f"error{rank}: {verdict}; start again to go on from the newest checkpoint\n"
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())
+            os._exit(PEER_LOST)
+
+    def _dump_nccl(self) -> None:
+        """What NCCL's flight recorder has of the last collectives, for torch's own tools. Never run: no GPU here."""
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            with contextlib.suppress(Exception):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+                (self._folder / f"nccl_trace_rank_{self._rank}").write_bytes(trace)
+
+
+_kept: list[dist.TCPStore] = []
+
+
+def record_nccl(folder: str | os.PathLike[str]) -> None:
+    """Let NCCL record its collectives and write them to ``folder`` when one hangs; before torch.distributed starts."""
+    if not torch.cuda.is_available():
+        return
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(Path(folder) / "nccl_trace_rank_"))
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether an error, or one that it comes from, is a connection to another rank that broke."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistError) or (isinstance(seen, RuntimeError) and _LOSS.search(str(seen))):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _names(ranks: list[int], one: str = "is", many: str = "are") -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown} {one}" if len(ranks) == 1 else f"ranks {shown} {many}"
+
+
+def _collectives() -> int:
+    """How many collectives this process has begun, in all groups."""
+    total = 0
+    with contextlib.suppress(Exception):  # torch's own numbers, for its own flight recorder
+        for group in list(distributed_c10d._world.pg_map):
+            total += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return total

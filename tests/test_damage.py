@@ -1,0 +1,292 @@
+"""Checkpoints that were damaged, or made to do harm, after they were written."""
+
+import json
+import os
+import pickle
+import shutil
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.test_training import losses_of, make_trainer, run_to_the_end, with_keys
+
+FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json", "tokenizer.json", "manifest.json"]
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[: max(0, file.stat().st_size - 3)])
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGES = {"cut off": truncate, "flipped": flip, "removed": os.remove}
+
+
+@pytest.fixture(scope="module")
+def made(text, tmp_path_factory):
+    """A run of six steps with the checkpoints of steps 4 and 6, by two ranks; config and folder."""
+    from tests.conftest import small_config
+
+    folder = tmp_path_factory.mktemp("made")
+    tree = with_keys(small_config(text, folder), parallel={"expert": 2}, train={"steps": 6}, evaluation={"interval": 9})
+    run_ranks(run_to_the_end, 2, tree)
+    return tree, folder
+
+
+@pytest.fixture
+def copied(made, tmp_path):
+    """That run, in a folder of the test's own."""
+    tree, folder = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return with_keys(tree, checkpoint={"dir": str(tmp_path / "checkpoints")}, logging={"dir": str(tmp_path / "logs")})
+
+
+def what_is_said(rank, world_size, trees):
+    """For each config, what refuses it."""
+    from megatron.core import parallel_state
+
+    from peer_dist.megatron import CheckpointError
+
+    said = []
+    for tree in trees:
+        try:
+            make_trainer(tree)
+            said.append("")
+        except CheckpointError as error:
+            said.append(str(error))
+        parallel_state.destroy_model_parallel()
+    return said
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_each_damaged_file_is_named_and_the_one_before_is_offered(copied, tmp_path, kind):
+    """On every rank alike; nothing is deleted or renamed unless asked for."""
+    trees = []
+    for name in FILES:
+        folder = tmp_path / name
+        shutil.copytree(copied["checkpoint"]["dir"], folder)
+        assert {file.name for file in (folder / "step-00000006").iterdir()} == set(FILES)
+        DAMAGES[kind](folder / "step-00000006" / name)
+        trees.append(with_keys(copied, checkpoint={"dir": str(folder)}))
+    for said in run_ranks(what_is_said, 2, trees):
+        for name, sentence in zip(FILES, said):
+            assert f"step-00000006/{name}: is {'missing' if kind == 'removed' else 'damaged'}" in sentence
+            assert "go on from step-00000004 with checkpoint.fall_back=true" in sentence
+    for tree in trees:
+        assert sorted(os.listdir(tree["checkpoint"]["dir"])) == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("__1_0.distcp", "flipped"), ("manifest.json", "removed")])
+def test_a_run_falls_back_where_it_is_told_to(copied, name, kind):
+    """It ends as if nothing had happened, and the damaged checkpoint is kept under another name."""
+    losses, folder = losses_of(copied), Path(copied["checkpoint"]["dir"])
+    DAMAGES[kind](folder / "step-00000006" / name)
+    shutil.copytree(folder / "step-00000006", folder / "step-00000006.damaged")  # an earlier accident
+    run_ranks(run_to_the_end, 2, with_keys(copied, checkpoint={"fall_back": True}))
+    assert losses_of(copied) == losses
+    names = ["step-00000004", "step-00000006", "step-00000006.damaged", "step-00000006.damaged-2"]
+    assert sorted(os.listdir(folder)) == names
+    assert run_ranks(what_is_said, 2, [copied]) == [[""]] * 2
+
+
+def test_two_damaged_checkpoints_leave_none(copied):
+    folder = Path(copied["checkpoint"]["dir"])
+    for step in ("step-00000004", "step-00000006"):
+        flip(folder / step / "common.pt")
+    for (said,) in run_ranks(what_is_said, 2, [with_keys(copied, checkpoint={"fall_back": True})]):
+        assert "step-00000004/common.pt: is damaged" in said
+        assert "has no other checkpoint: restore the file" in said
+    assert sorted(os.listdir(folder)) == ["step-00000004", "step-00000006.damaged"]
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def seal(checkpoint):
+    """Make the manifest consistent with the files, as who can write the one can the other."""
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["checksum"]
+    for name in manifest["files"]:
+        content = (checkpoint / name).read_bytes()
+        manifest["files"][name] = [len(content), zlib.crc32(content)]
+    checksum = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+    path.write_text(json.dumps({**manifest, "checksum": checksum}))
+
+
+def poison_metadata(checkpoint, trap):
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(trap))
+
+
+def poison_inside_metadata(checkpoint, trap):
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    metadata.planner_data = trap
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def poison_common(checkpoint, trap):
+    torch.save({"harmless": trap}, checkpoint / "common.pt")
+
+
+def poison_common_in_the_old_format(checkpoint, trap):
+    torch.save({"harmless": trap}, checkpoint / "common.pt", _use_new_zipfile_serialization=False)
+
+
+def poison_tensor(checkpoint, trap):
+    """Every tensor of rank 0 is replaced by the trap, where .metadata says that it is."""
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    torch.save({"harmless": trap}, checkpoint / "trap")
+    content = (checkpoint / "trap").read_bytes()
+    (checkpoint / "trap").unlink()
+    data = bytearray((checkpoint / "__0_0.distcp").read_bytes())
+    begin = len(data)
+    data += content
+    (checkpoint / "__0_0.distcp").write_bytes(data)
+    for info in metadata.storage_data.values():
+        if info.relative_path == "__0_0.distcp":
+            info.offset, info.length = begin, len(content)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def poison_bytes(checkpoint, trap):
+    """A tensor is said to be bytes, which torch unpickles freely."""
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    poison_tensor(checkpoint, trap)
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    for key in metadata.state_dict_metadata:
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def poison_class(checkpoint, trap):
+    """A pickle of allowed names only, which changes a class of torch's."""
+    text = (
+        b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n"  # the class itself
+        b"N}X\x07\x00\x00\x00versionX\x05\x00\x00\x00taints\x86b."  # BUILD (None, {"version": "taint"})
+    )
+    (checkpoint / ".metadata").write_bytes(text)
+
+
+def poison_path(checkpoint, trap):
+    """Tensors are said to lie in a file elsewhere."""
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../elsewhere"
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+POISONS = {
+    poison_metadata: ".metadata",
+    poison_inside_metadata: ".metadata",
+    poison_common: "common.pt",
+    poison_common_in_the_old_format: "common.pt",
+    poison_tensor: "",  # torch says what its own loader refuses, and not where
+    poison_bytes: ".metadata",
+    poison_class: ".metadata",
+    poison_path: ".metadata",
+}
+
+
+def every_reader(rank, world_size, tree, checkpoints):
+    """What resuming, starting from weights, and evaluating or generating say of each checkpoint."""
+    from megatron.core import parallel_state
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from peer_dist.evaluation.loading import load_model
+    from peer_dist.megatron import CheckpointError
+
+    said = []
+    for checkpoint in checkpoints:
+        for reader in (
+            lambda path: make_trainer(with_keys(tree, checkpoint={"dir": path})),
+            lambda path: make_trainer(with_keys(tree, checkpoint={"dir": path + "-new", "init_from": path})),
+            lambda path: load_model(path, world_size),
+        ):
+            try:
+                reader(checkpoint)
+                said.append("nothing")
+            except CheckpointError as error:
+                said.append(str(error))
+            parallel_state.destroy_model_parallel()
+    assert Metadata.version is None, "a class was changed"
+    return said
+
+
+def test_nothing_that_a_checkpoint_holds_is_run(copied, tmp_path):
+    """Real traps in each file that is a pickle, in a checkpoint that is consistent, and every way to read one."""
+    trap, checkpoints = tmp_path / "sprung", []
+    pickle.loads(pickle.dumps(Touch(trap)))
+    assert trap.exists(), "the trap must work"
+    trap.unlink()
+    for poison in POISONS:
+        folder = tmp_path / poison.__name__
+        shutil.copytree(copied["checkpoint"]["dir"], folder)
+        shutil.rmtree(folder / "step-00000004")
+        poison(folder / "step-00000006", Touch(trap))
+        seal(folder / "step-00000006")
+        checkpoints.append(str(folder))
+    for said in run_ranks(every_reader, 2, copied, checkpoints, timeout=240):
+        for number, (poison, name) in enumerate(POISONS.items()):
+            for sentence in said[3 * number : 3 * number + 3]:
+                assert str(Path(checkpoints[number]) / "step-00000006" / name) in sentence, poison.__name__
+                assert "\n" not in sentence
+    assert not trap.exists()
+    assert not list(tmp_path.glob("*/*.damaged"))
+
+
+def test_the_traps_spring_where_torch_reads_by_itself(copied, tmp_path):
+    """Or the test above would prove nothing."""
+    checkpoint = Path(copied["checkpoint"]["dir"]) / "step-00000006"
+    poison_inside_metadata(checkpoint, Touch(tmp_path / "sprung"))
+    torch.distributed.checkpoint.FileSystemReader(checkpoint).read_metadata()
+    assert (tmp_path / "sprung").exists()
+
+
+def traced_save(rank, world_size, tree, asynchronous):
+    """What a save does to the disk, in order: names of files synced, folders synced, renames."""
+    done, real_sync, real_rename = [], os.fsync, Path.rename
+
+    def sync(handle):
+        done.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        real_sync(handle)
+
+    def rename(self, target):
+        done.append(("rename", str(self), str(target)))
+        return real_rename(self, target)
+
+    trainer = make_trainer(with_keys(tree, checkpoint={"asynchronous": asynchronous}))
+    trainer.step()
+    os.fsync, Path.rename = sync, rename
+    trainer.save()
+    trainer.store.finish()
+    return done
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_everything_is_on_disk_before_the_name_is(small, asynchronous):
+    """Every file, then its folder, then the rename, then the folder that has the name."""
+    folder = Path(small["checkpoint"]["dir"])
+    partial, final = folder / ".step-00000001.partial", folder / "step-00000001"
+    ranks = run_ranks(traced_save, 2, with_keys(small, parallel={"expert": 2}), asynchronous)
+    at = ranks[0].index(("rename", str(partial), str(final)))
+    assert ranks[0][at - 2 : at] == [("sync", str(partial / "manifest.json")), ("sync", str(partial))]
+    assert ranks[0][at + 1] == ("sync", str(folder))
+    synced = {event[1] for event in [*ranks[0][: at - 1], *ranks[1]] if event[0] == "sync"}
+    assert {str(partial / file.name) for file in final.iterdir()} <= synced
+    assert not [event for event in ranks[1] if event[0] == "rename"]
+    assert set(json.loads((final / "manifest.json").read_text())["files"]) == set(FILES) - {"manifest.json"}
