@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed import TCPStore
 
 from peer_dist.training.metrics import read_metrics
 from tests.conftest import small_config
@@ -131,19 +133,18 @@ def free_port() -> int:
 
 
 def nodes(port: int, number: str = "2", **more: str) -> dict[str, str]:
-    """The variables of each of several nodes; a lost one is given up after 2 seconds here."""
+    """The variables of each of several nodes; where fewer will do, the last may be 5 seconds late instead of 30.
+
+    A node is held to be lost after 15 seconds of silence, as ever: where a busy machine takes longer to answer than
+    that, its node and the others would each train as a world of its own.
+    """
     return {
         "NNODES": number,
         "RANKS_PER_NODE": "1",
         "RDZV_ENDPOINT": f"127.0.0.1:{port}",
-        "PET_RDZV_CONF": "keep_alive_interval=1,keep_alive_max_attempt=2,last_call_timeout=3",
+        "PET_RDZV_CONF": "last_call_timeout=5",
         **more,
     }
-
-
-def listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 TORCHRUN = ["launch/torchrun.sh"]
@@ -192,28 +193,24 @@ def test_a_killed_rank_is_started_again(launch, text, tmp_path, two_nodes):
 def test_nodes_leave_and_come(launch, text, tmp_path, one_process):
     """Two nodes, one, two again: each world goes on where the one before was, with the same global batch."""
     config_in(text, tmp_path)
-    port = free_port()
-    variables = nodes(port, "1:2", MAX_RESTARTS="3")
-    first = launch(TORCHRUN, tmp_path, "first", **variables)
-    first.until(lambda: listening(port))  # this node keeps the store, so the other one can be lost
-    second = launch(TORCHRUN, tmp_path, "second", **variables)
-    first.until(lambda: (tmp_path / "checkpoints" / "step-00000010").exists())
-    assert "torchrun: 2 rank(s)" in first.text() + second.text()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # so that either node can be lost
+    variables = nodes(store.port, "1:2", MAX_RESTARTS="3")
+    first, second = (launch(TORCHRUN, tmp_path, name, **variables) for name in ("first", "second"))
+    first.until(lambda: "torchrun: 2 rank(s)" in first.text() + second.text())
+    first.until((tmp_path / "checkpoints" / "step-00000010").exists)
     second.lose()
-    first.until(lambda: "torchrun: 1 rank(s)" in first.text())
-    first.until(lambda: "going on from step" in first.text())
+    first.until(lambda: re.search(r"torchrun: 1 rank.*going on from step", first.text(), re.DOTALL))
 
     # Hold the rank while the node comes back, so that it finds a run to join: torchrun asks ranks to stop by SIGTERM.
     (alone,) = first.ranks()
-    reached = len(losses_of(tmp_path))
-    first.until(lambda: len(losses_of(tmp_path)) > reached + 2)
+    first.until(lambda: "\nstep " in first.text().rpartition("going on")[2])
     os.kill(alone, signal.SIGSTOP)
     again = launch(TORCHRUN, tmp_path, "again", **variables)
     first.until(lambda: asked_to_stop(alone))
     os.kill(alone, signal.SIGCONT)
-    said = first.finish() + again.finish()
-    assert said.count("torchrun: 2 rank(s)") == 2 - ("torchrun: 2 rank(s)" in second.text())
-    assert "stopped at step" in said
+    last = first.finish().rpartition("torchrun: 1 rank(s)")[2] + again.finish()
+    assert "torchrun: 2 rank(s)" in last
+    assert re.search(r"stopped at step (\d+) .*going on from step \1\b", last, re.DOTALL)
     assert losses_of(tmp_path) == pytest.approx(one_process, rel=1e-5)
 
 
