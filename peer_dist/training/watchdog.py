@@ -9,7 +9,8 @@ has changed. Rank 0, which hosts the store, looks at all of them:
   a collective; if all of them wait, the one that has begun the fewest.
 
 Ranks that wait for one that works never leave: what counts is the rank that moved last. Some phases are long and have
-no spans inside: while any rank is starting, in its first step, validating or saving, the limit is ten times as long.
+no spans inside, or keep Python's lock (imports, compilers), so that even the thread tells nothing: while a rank is
+starting, in its first step, validating or saving, the limit is ten times as long.
 
 The others look at what rank 0 says and whether it still says anything; a broken connection to the store, or none of
 its answers for ``seconds``, means that rank 0 is the one. Time is counted in turns of the thread, so that a process
@@ -29,6 +30,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -159,7 +161,7 @@ class Watchdog:
                 self._answered = time.monotonic()
                 if self._rank == 0:
                     self._judge()
-                elif self._silent[0] > self._seconds:
+                elif self._silent[0] > self._limit([self._beats[0]]):
                     self._leave(f"{_names([0])} gone: no sign of life for {self._silent[0]:.1f} s{self._last_of(0)}")
         except Exception as error:
             if self._rank == 0 and not self._ending.is_set():
@@ -191,8 +193,8 @@ class Watchdog:
         lost = [rank for rank, beat in beats.items() if "lost" in beat]
         failed = {rank: beat["failed"] for rank, beat in beats.items() if "failed" in beat}
         self._torn += self._interval if lost else 0.0
-        patience = max(1.0, 4 * self._interval) if lost else self._seconds
-        gone = [rank for rank in beats if self._silent[rank] > min(patience, self._seconds)]
+        soon = min(max(1.0, 4 * self._interval), self._seconds)
+        gone = [rank for rank, beat in beats.items() if self._silent[rank] > (soon if lost else self._limit([beat]))]
         verdict = ""
         if gone:
             known = [rank for rank in gone if rank in failed]
@@ -216,8 +218,7 @@ class Watchdog:
     def _hanging(self) -> str:
         beats = self._beats
         idle = min(beat["idle"] for beat in beats.values())
-        limit = self._seconds * (_LONGER if any(beat["phase"] in _LONG_PHASES for beat in beats.values()) else 1)
-        if idle <= limit:
+        if idle <= self._limit(beats.values()):
             return ""
         culprits = [rank for rank, beat in beats.items() if not beat["waits"]]
         if not culprits:
@@ -230,6 +231,9 @@ class Watchdog:
             f"{_names(culprits, 'hangs', 'hang')}: nothing for {idle:.1f} s{self._last_of(culprits[0])}; "
             f"the others wait{self._last_of(waiting)} (rank {waiting})"
         )
+
+    def _limit(self, beats: Iterable[dict[str, Any]]) -> float:
+        return self._seconds * (_LONGER if any(beat["phase"] in _LONG_PHASES for beat in beats) else 1)
 
     def _last_of(self, rank: int) -> str:
         """Where a rank last was, as the end of a sentence."""
