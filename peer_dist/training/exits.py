@@ -6,6 +6,8 @@ import os
 
 DONE = 0  # train.steps is reached: start nothing more
 MISTAKE = 2  # told in one sentence, for a person to mend: do not start it again
+DIVERGED = 70  # steps were left out without an end, a report is written: do not start it again
+PEER_LOST = 71  # another rank died or hangs: start it again
 STOPPED = 75  # a signal ended it before train.steps, with a checkpoint saved: start it again (EX_TEMPFAIL)
 # Any other code is a crash: start it again, a limited number of times.
 
