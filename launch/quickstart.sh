@@ -18,6 +18,7 @@ RUN="${RUN:-runs/quickstart}"
 ranks="$(python -c 'import torch; print(torch.cuda.device_count() or 2)')"
 [ -e data/tinyshakespeare.json ] || peer-dist prepare --output data/tinyshakespeare --force
 
+# shellcheck disable=SC2010  # names that training made, none at first
 newest="$(ls "$RUN/checkpoints" 2>/dev/null | grep -E '^step-[0-9]+$' | sort | tail -n 1 || true)"
 newest="${newest:-step-0}"
 done_steps=$((10#${newest#step-}))

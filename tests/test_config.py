@@ -27,6 +27,8 @@ def load(tmp_path, text, *overrides):
         ("data: {prefix: a, split: '1,2'}", [], "data.split: must be three numbers such as 90,5,5"),
         ("peer: {num_experts: 1000}", [], "run.yaml: peer.num_experts: must be the square of a whole number; 1000"),
         ("peer: {num_experts: 16}", [], "run.yaml: peer: top_k (16) must be at most sqrt(num_experts) (4)"),
+        ("parallel: {expert: 0}", [], "run.yaml: parallel.expert: input should be greater than or equal to 1; got 0"),
+        ("parallel: {expert: some}", [], "run.yaml: parallel.expert: "),
         ("peer: {key_dim: 7}", [], "run.yaml: peer.key_dim: must be even"),
         ("peer: {gate: tanh}", [], "run.yaml: peer.gate: input should be 'softmax', 'sigmoid' or 'relu'; got 'tanh'"),
         ("model: {hidden_size: 10}", [], "run.yaml: model: hidden_size (10) must be a multiple of"),
@@ -158,6 +160,29 @@ def test_overrides_are_yaml_and_win(tmp_path):
             "parallel.virtual_pipeline: the interleaved schedule needs a multiple of 4",
         ),
         ({"parallel": {"expert_tensor": 500}}, 500, "parallel.expert_tensor: 500 shards for"),
+        (
+            {"parallel": {"expert": "auto", "expert_tensor": 2, "pipeline": 2}},
+            6,
+            "parallel.expert_tensor x pipeline: 2 x 2 does not divide the 6 rank(s)",
+        ),
+        ({"parallel": {"expert": "auto"}, "peer": {"num_experts": 4, "top_k": 2}}, 9, "9 shards for 4 experts"),
+        ({"train": {"global_batch_size": 48}}, 5, "(8 * 5 = 40); worlds that fit: 1, 2, 3, 6 rank(s)"),
+        ({"train": {"global_batch_size": 12}}, 1, "no number of ranks fits, because it is not a multiple of micro"),
+        (
+            {"parallel": {"expert": 2}, "train": {"global_batch_size": 48}},
+            4,
+            "(8 * 4 = 32); worlds that fit: 2, 6 rank(s)",
+        ),
+        (
+            {"parallel": {"tensor": 2, "expert": "auto"}, "train": {"global_batch_size": 32}},
+            6,
+            "(8 * 3 = 24); worlds that fit: 2, 4, 8 rank(s)",
+        ),
+        (
+            {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "train": {"global_batch_size": 96}},
+            8,
+            "worlds that fit: 2, 4, 6, 12 rank(s)",
+        ),
     ],
 )
 def test_worlds_that_do_not_fit(sections, world_size, message):
@@ -165,6 +190,12 @@ def test_worlds_that_do_not_fit(sections, world_size, message):
     with pytest.raises(ConfigError) as error:
         check_world(config, world_size)
     assert message in str(error.value)
+
+
+def test_automatic_row_shards():
+    config = parse_config({"data": {"prefix": "a"}, "parallel": {"expert": "auto", "expert_tensor": 2}}, "test")
+    check_world(config, 2)
+    assert [config.parallel.expert_rows(world) for world in (1, 2, 4, 6)] == [1, 1, 2, 3]
 
 
 @pytest.mark.parametrize(

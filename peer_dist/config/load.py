@@ -65,9 +65,9 @@ def check_world(config: Config, world_size: int) -> None:
         ConfigError: ranks, batch or experts do not fit ``world_size``.
     """
     parallel = config.parallel
-    rows, columns = parallel.expert, parallel.expert_tensor
-    for keys in (("tensor", "pipeline"), ("expert", "expert_tensor", "pipeline")):
-        sizes = {key: getattr(parallel, key) for key in keys if getattr(parallel, key) > 1}
+    rows, columns = parallel.expert_rows(world_size), parallel.expert_tensor
+    for parts in _layout_parts(config):
+        sizes = {key: size for key, size in parts.items() if size > 1}
         product = math.prod(sizes.values())
         if world_size % product:
             raise ConfigError(
@@ -83,14 +83,43 @@ def check_world(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"train.global_batch_size: {config.train.global_batch_size} is not a multiple of "
             f"micro_batch_size * data-parallel ranks ({config.train.micro_batch_size} * "
-            f"{config.data_parallel_size(world_size)} = {per_pass})"
+            f"{config.data_parallel_size(world_size)} = {per_pass}); {_worlds_that_fit(config, world_size)}"
         )
     passes = config.train.global_batch_size // per_pass
     if parallel.virtual_pipeline > 1 and passes % parallel.pipeline:
         raise ConfigError(
             f"parallel.virtual_pipeline: the interleaved schedule needs a multiple of {parallel.pipeline} (pipeline) "
-            f"forward passes a step, and global_batch_size / (micro_batch_size * data-parallel ranks) is {passes}"
+            f"forward passes a step, and global_batch_size / (micro_batch_size * data-parallel ranks) is {passes}; "
+            f"{_worlds_that_fit(config, world_size)}"
         )
+
+
+def _layout_parts(config: Config) -> list[dict[str, int]]:
+    """Sizes whose products must each divide the world."""
+    parallel = config.parallel
+    experts = {"expert_tensor": parallel.expert_tensor, "pipeline": parallel.pipeline}
+    if parallel.expert != "auto":
+        experts = {"expert": parallel.expert, **experts}
+    return [{"tensor": parallel.tensor, "pipeline": parallel.pipeline}, experts]
+
+
+def _worlds_that_fit(config: Config, world_size: int) -> str:
+    """The worlds nearest to this one that divide layout and batch alike: what to start instead."""
+    parallel, train = config.parallel, config.train
+    passes, rest = divmod(train.global_batch_size, train.micro_batch_size)
+    if rest:
+        return "no number of ranks fits, because it is not a multiple of micro_batch_size"
+    unit = math.lcm(*(math.prod(parts.values()) for parts in _layout_parts(config)))
+    interleaved = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+    worlds = []
+    for ranks in range(1, passes + 1):  # data-parallel
+        world = ranks * parallel.tensor * parallel.pipeline
+        if passes % (ranks * interleaved) == 0 and world % unit == 0:
+            worlds.append(world)
+    if not worlds:
+        return "no number of ranks fits; raise train.global_batch_size"
+    nearest = sorted(sorted(worlds, key=lambda world: abs(world - world_size))[:6])
+    return f"worlds that fit: {', '.join(map(str, nearest))} rank(s)"
 
 
 def _apply(tree: Tree, override: str) -> str:

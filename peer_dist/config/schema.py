@@ -123,7 +123,11 @@ class ParallelConfig(Section):
     virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; above 1: interleaved schedule")
     sequence: bool = Field(False, description="sequence parallelism within the tensor group")
     context: int = Field(1, ge=1, description="context-parallel ranks; only 1, the rest needs TransformerEngine")
-    expert: int = Field(1, ge=1, description="row shards of each expert table (all-to-all between them)")
+    expert: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1,
+        description="row shards of each expert table (all-to-all between them); auto: the ranks of a pipeline stage "
+        "over expert_tensor, in whatever world the run is started",
+    )
     expert_tensor: int = Field(1, ge=1, description="column shards of each expert table")
     batch_p2p: bool = Field(
         False, description="send and receive between stages in one batched call; not with 2 interleaved stages"
@@ -153,6 +157,12 @@ class ParallelConfig(Section):
                 "and trains on wrong gradients"
             )
         return self
+
+    def expert_rows(self, world_size: int) -> int:
+        """Row shards in a world of this size: what ``expert`` says, ``auto`` resolved."""
+        if self.expert == "auto":
+            return max(1, world_size // (self.pipeline * self.expert_tensor))
+        return self.expert
 
 
 class ZeroConfig(Section):

