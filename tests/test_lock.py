@@ -14,7 +14,7 @@ from tests.ranks import run_ranks
 
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
         monkeypatch.delenv(name)
 
 
@@ -93,6 +93,18 @@ def test_a_requeued_job_takes_its_own_over(tmp_path, monkeypatch):
         monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
         with pytest.raises(LockError, match=r"12 \(restart 1\)"), RunLock(tmp_path):
             pass
+
+
+def test_torchrun_goes_on_without_the_node_of_rank_0(tmp_path, monkeypatch):
+    """Within one run: the others of its nodes would otherwise wait for the lost one's silence."""
+    holds(tmp_path, **ELSEWHERE, elastic="mine@node1:29400")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("RDZV_ENDPOINT", "node2:29400")
+    with pytest.raises(LockError), RunLock(tmp_path):
+        pass
+    monkeypatch.setenv("RDZV_ENDPOINT", "node1:29400")
+    with RunLock(tmp_path) as mine:
+        assert "torchrun has lost or left out" in mine.note
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 ``run.lock`` is created exclusively (O_EXCL, which network file systems keep too, unlike flock) and its modification
 time is renewed while its run lives. A holder that is seen to be gone loses it: its process has ended on this machine,
-its Slurm job no longer runs, it is this job before it was requeued, or nothing has renewed the file for
-:data:`STALE_SECONDS`.
+its Slurm job no longer runs, it is this job before it was requeued or this torchrun before it lost a node, or nothing
+has renewed the file for :data:`STALE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Holder:
     machine: str  # boot and pid namespace in which the pid means something
     job: str = ""  # Slurm's, with the cluster's name
     restart: int = 0  # how often that job was requeued
+    elastic: str = ""  # torchrun's run and where it meets, if that can be told from another's
     since: str = ""
 
     @classmethod
@@ -80,6 +81,7 @@ class Holder:
             machine=_machine(),
             job=job,
             restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if job else 0,
+            elastic=_elastic_run(),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
 
@@ -99,6 +101,8 @@ class Holder:
             return "was this job before it was requeued"
         if self.machine and self.machine == me.machine:
             return None if _started(self.pid) == self.started else "has ended"
+        if self.elastic and self.elastic == me.elastic:
+            return "was this run on a node that torchrun has lost or left out"
         if self.job and self.job != me.job and self.job.partition("@")[2] == me.job.partition("@")[2]:
             state = _slurm_state(self.job.partition("@")[0])
             if state == "SUSPENDED":  # silent, and yet alive
@@ -258,6 +262,13 @@ def _machine() -> str:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return "" if os.path.isdir("/proc/self") else socket.gethostname()
+
+
+def _elastic_run() -> str:
+    """Names a torchrun of several nodes; empty under another launcher, and where its run id is the default one."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    meeting = os.environ.get("RDZV_ENDPOINT") or os.environ.get("PET_RDZV_ENDPOINT")
+    return f"{run}@{meeting}" if meeting and run != "none" else ""
 
 
 def _slurm_state(job: str) -> str | None:

@@ -24,7 +24,7 @@ from tests.test_training import run_to_the_end, with_keys
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 MANY = 100_000
-START = 240  # seconds that a job may take to its first step, on a busy machine
+START = 420  # seconds that a job may take to its first step, on a busy machine
 
 
 @pytest.fixture(scope="module")
