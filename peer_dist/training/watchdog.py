@@ -93,16 +93,16 @@ class Watchdog:
 
     def _meet(self) -> dist.TCPStore:
         """A store on rank 0 with a connection of each rank, and a first word of all in it."""
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        patience = timedelta(seconds=max(30.0, self._seconds))
+        patience = max(30.0, self._seconds)
         address: list[Any] = [None]
         if self._rank == 0:
-            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+            store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience))
             address = [(host, store.port)]
         dist.broadcast_object_list(address)
+        self._address: tuple[str, int] = address[0]
         if self._rank > 0:
-            host, port = address[0]
-            store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
+            store = self._connect(patience)
         store.set(f"beat/{self._rank}", json.dumps(self._beat(0, 0.0)))
         if self._rank == 0:
             store.set("verdict", "")
@@ -114,7 +114,9 @@ class Watchdog:
     # What each rank tells.
 
     def _beat(self, number: int, idle: float) -> dict[str, Any]:
-        where, waits = self._where()
+        where, waits = "", False
+        with contextlib.suppress(Exception):  # the frames belong to a thread that goes on meanwhile
+            where, waits = self._where()
         return {
             "number": number,
             "step": position.step,
@@ -133,7 +135,7 @@ class Watchdog:
         if frame is None:
             return "", False
         inner, call = frame, ""
-        waits = ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        waits = ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0)
         while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
             name = frame.f_code.co_name
             waits, call, frame = True, call if name == "wrapper" else name, frame.f_back
@@ -144,30 +146,45 @@ class Watchdog:
         return f"{call} at {line}" if call else f"at {line} in {shown.f_code.co_name}", waits
 
     def _talk(self) -> None:
-        """Tell, and hear what the others have told; the only thread that uses the store."""
+        """Tell, and hear what the others have told, turn by turn; the only thread that uses the store."""
         number, idle, before, moved = 0, 0.0, time.monotonic(), None
-        try:
-            while not self._ending.wait(self._interval):
-                passed, before = min(time.monotonic() - before, 2 * self._interval), time.monotonic()
-                moves = (position.moves, position.step, _collectives())
-                idle = 0.0 if moves != moved else idle + passed
-                number, moved = number + 1, moves
-                self._store.set(f"beat/{self._rank}", json.dumps(self._beat(number, idle)))
-                verdict = self._store.get("verdict").decode()
-                if verdict:
-                    self._store.set(f"known/{self._rank}", "")
-                    self._leave(verdict)
-                self._hear(range(self._ranks) if self._rank == 0 else [0], passed)
-                self._answered = time.monotonic()
-                if self._rank == 0:
-                    self._judge()
-                elif self._silent[0] > self._limit([self._beats[0]]):
-                    self._leave(f"{_names([0])} gone: no sign of life for {self._silent[0]:.1f} s{self._last_of(0)}")
-        except Exception as error:
-            if self._rank == 0 and not self._ending.is_set():
-                os.write(2, f"the watchdog has stopped: {type(error).__name__}: {error}\n".encode())
-            elif not self._ending.wait(max(1.0, 3 * self._interval)):  # else the run has just come to its end
-                self._leave(f"{_names([0])} gone: its connection broke{self._last_of(0)}")
+        while not self._ending.wait(self._interval):
+            passed, before = min(time.monotonic() - before, 2 * self._interval), time.monotonic()
+            moves = (position.moves, position.step, _collectives())
+            idle = 0.0 if moves != moved else idle + passed
+            number, moved = number + 1, moves
+            try:
+                self._turn(self._beat(number, idle), passed)
+            except Exception as error:
+                self._reconnect(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+
+    def _turn(self, beat: dict[str, Any], passed: float) -> None:
+        self._store.set(f"beat/{self._rank}", json.dumps(beat))
+        verdict = self._store.get("verdict").decode()
+        if verdict:
+            self._store.set(f"known/{self._rank}", "")
+            self._leave(verdict)
+        self._hear(range(self._ranks) if self._rank == 0 else [0], passed)
+        self._answered = time.monotonic()
+        if self._rank == 0:
+            self._judge()
+        elif self._silent[0] > self._limit([self._beats[0]]):
+            self._leave(f"{_names([0])} gone: no sign of life for {self._silent[0]:.1f} s{self._last_of(0)}")
+
+    def _reconnect(self, reason: str) -> None:
+        """After the store failed, which may be the end of the run, of rank 0, or of nothing but a connection."""
+        patience = max(1.0, 3 * self._interval)
+        if self._rank == 0:
+            os.write(2, f"the watchdog's store failed: {reason}\n".encode())
+        elif not self._ending.wait(patience):
+            try:
+                self._store = self._connect(patience)
+            except Exception:
+                self._leave(f"{_names([0])} gone: its connection broke ({reason}){self._last_of(0)}")
+
+    def _connect(self, patience: float) -> dist.TCPStore:
+        host, port = self._address
+        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
 
     def _hear(self, ranks: Any, passed: float) -> None:
         for rank, told in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks])):
