@@ -6,9 +6,11 @@ one, and every case starts from clean processes.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import tempfile
 import time
@@ -126,6 +128,15 @@ def _command(rank: int, world_size: int, port: int, args: list[str], errors: str
         os._exit(code)
 
 
+def _free_port() -> int:
+    """A port below those that the system gives to clients, who would take it before the ranks do."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
 class Command:
     """`peer-dist` on some ranks, forked instead of started afresh, whose exit codes and words are of interest.
 
@@ -136,9 +147,7 @@ class Command:
     """
 
     def __init__(self, world_size: int, args: list[str], folder: Path, before: tuple[Any, ...] | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = _free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.errors = [folder / f"stderr-{rank}" for rank in range(world_size)]
         self.processes = [

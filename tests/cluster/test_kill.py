@@ -162,6 +162,7 @@ def killed_again_and_again(small, tmp_path, seed, moments, saves):
         if (tmp_path / "killed").exists():
             (kind,) = {"run", "start", "event"} & plan.keys()
             kills[kind] += 1
+            print(sum(kills.values()), kind, plan["victims"], codes, flush=True)
             if kind != "start":
                 survivors = [code for rank, code in enumerate(codes) if rank not in plan["victims"]]
                 assert set(survivors) <= {PEER_LOST, DONE}, (plan, codes, words)
