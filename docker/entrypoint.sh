@@ -7,7 +7,8 @@
 #
 # RANKS_PER_NODE ("gpu": one per GPU) starts the commands that run on ranks, train, evaluate, generate and doctor, by
 # torchrun; without it (under srun or mpirun, say) a container is one rank. Over several containers, and for restarts:
-# NNODES, RDZV_ENDPOINT=HOST:PORT (HOST is one of them), RDZV_ID and MAX_RESTARTS, as of launch/torchrun.sh.
+# NNODES, RDZV_ENDPOINT=HOST:PORT (HOST is one of them), RDZV_ID and MAX_RESTARTS, as of launch/torchrun.sh, which the
+# images have as peer-dist-torchrun.
 set -euo pipefail
 
 [ $# -gt 0 ] || set -- --help
@@ -17,18 +18,7 @@ fi
 case $1 in
     train | evaluate | generate | doctor)
         if [ -n "${RANKS_PER_NODE:-}" ]; then
-            if [ "${NNODES:-1}" = 1 ]; then
-                RDZV_ENDPOINT="${RDZV_ENDPOINT:-localhost:0}" # a free port
-            elif [ -z "${RDZV_ENDPOINT:-}" ]; then
-                echo "error: NNODES=$NNODES needs RDZV_ENDPOINT=HOST:PORT, where HOST is one of the containers" >&2
-                exit 2
-            fi
-            # Ranks that start again must not meet in the store of those before them: stale addresses are in it.
-            export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
-            export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun would say so at length; the ranks share the cores
-            exec python3 -m torch.distributed.run --nnodes "${NNODES:-1}" --nproc-per-node "$RANKS_PER_NODE" \
-                --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-peer_dist}" \
-                --max-restarts "${MAX_RESTARTS:-0}" -m peer_dist "$@"
+            PYTHON=python3 exec peer-dist-torchrun "$@"
         fi
         ;;
 esac

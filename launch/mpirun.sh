@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Trains under the mpirun of Open MPI or of MPICH: RANKS processes, which meet through MPI and train over nccl or gloo.
+# Runs a command of peer-dist under the mpirun of Open MPI or of MPICH: RANKS processes, which meet through MPI and
+# work over nccl or gloo.
 #
-#   RANKS=4 launch/mpirun.sh --config configs/quickstart.yaml [section.key=value ...]
+#   RANKS=4 launch/mpirun.sh train --config configs/quickstart.yaml [section.key=value ...]
 #
 # RANKS (2)           processes in all; start one per GPU
 # HOSTS               node1:2,node2:2: the nodes and how many processes each takes; otherwise mpirun's own choice,
@@ -32,4 +33,4 @@ else
 fi
 read -ra more <<<"${MPIRUN_ARGUMENTS:-}"
 
-exec "$MPIRUN" "${arguments[@]}" "${more[@]+"${more[@]}"}" "${PYTHON:-python}" -m peer_dist train "$@"
+exec "$MPIRUN" "${arguments[@]}" "${more[@]+"${more[@]}"}" "${PYTHON:-python}" -m peer_dist "$@"

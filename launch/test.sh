@@ -11,5 +11,4 @@ setup_environment "[dev]"
 ruff check .
 ruff format --check .
 mypy
-shellcheck --external-sources launch/*.sh
 exec python -m pytest "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains under torchrun: one process per GPU of this node, or RANKS_PER_NODE of them.
+# Runs a command of peer-dist under torchrun: one process per GPU of this node, or RANKS_PER_NODE of them.
 #
-#   launch/torchrun.sh --config configs/quickstart.yaml [section.key=value ...]
+#   launch/torchrun.sh train --config configs/quickstart.yaml [section.key=value ...]
 #
 # Several nodes: the same command on each, with
 #   NNODES (1)              how many there are, or how few and how many may be: 1:2 goes on when nodes leave or come
@@ -29,4 +29,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # torchrun would say so at length
 
 exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$ranks" \
     --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-peer_dist}" \
-    --max-restarts "${MAX_RESTARTS:-0}" -m peer_dist train "$@"
+    --max-restarts "${MAX_RESTARTS:-0}" -m peer_dist "$@"

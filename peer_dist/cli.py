@@ -14,6 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
+from peer_dist.training.exits import MISTAKE
+
 app = typer.Typer(
     name="peer-dist",
     help="Train, evaluate and run PEER language models: a Mixture of a Million Experts over many ranks.",
@@ -264,7 +266,7 @@ def main() -> None:
             time.sleep(15)
         where = f" (rank {rank})" if rank != "0" else ""
         Console(stderr=True).print(f"[red]error{where}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
+        raise SystemExit(getattr(error, "exit_code", MISTAKE)) from None
 
 
 def _is_users(error: Exception) -> bool:

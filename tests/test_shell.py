@@ -57,6 +57,7 @@ def test_constraints_keep_what_is_installed(tmp_path: Path) -> None:
 @pytest.fixture
 def entrypoint(tmp_path: Path):
     """Runs docker/entrypoint.sh; the programs that it would start say their names and arguments."""
+    (tmp_path / "peer-dist-torchrun").symlink_to(ROOT / "launch/torchrun.sh")
     for name in ("peer-dist", "python3", "tensorboard"):
         program = tmp_path / name
         program.write_text(f'#!/bin/sh\necho {name} "$@"\n')

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import subprocess
 import sys
 import types
 
@@ -190,3 +191,42 @@ def test_the_environment_gets_what_libraries_read(monkeypatch):
         "LOCAL_WORLD_SIZE": "2",
     }
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("localhost", str(world.master_port))
+
+
+def _joins(world_size: int, ranks: list[int], seconds: float) -> dict[int, "subprocess.Popen[str]"]:
+    """Processes that are those ranks of a world, and join it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = (
+        "import sys; from peer_dist.training.world import World; rank, size, port = map(int, sys.argv[1:4])\n"
+        "try: World(rank, size, 0, 2, 'torchrun', '127.0.0.1', port).join(float(sys.argv[4])); print('joined')\n"
+        "except RuntimeError as error: print(type(error).__name__, error)"
+    )
+    return {
+        rank: subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, (rank, world_size, port, seconds))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in ranks
+    }
+
+
+def test_ranks_that_do_not_come_are_named():
+    ended = {rank: job.communicate(timeout=120)[0] for rank, job in _joins(5, [0, 2, 4], 10).items()}
+    for said in ended.values():
+        assert said.startswith("JoinError ranks 1, 3 of 5 did not come within 10 s: see in their logs")
+
+
+def test_without_rank_0_the_others_say_where_it_should_be():
+    ended = {rank: job.communicate(timeout=120)[0] for rank, job in _joins(3, [1, 2], 3).items()}
+    for rank, said in ended.items():
+        assert said.startswith(f"JoinError rank {rank} ({socket.gethostname()}) did not reach rank 0 at 127.0.0.1:")
+
+
+def test_all_come():
+    ended = {rank: job.communicate(timeout=120)[0] for rank, job in _joins(3, [2, 0, 1], 60).items()}
+    assert set(ended.values()) == {"joined\n"}

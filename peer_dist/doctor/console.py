@@ -15,7 +15,7 @@ from rich.table import Table
 
 from peer_dist.config.schema import Config
 from peer_dist.doctor.examination import Finding, Report, examine
-from peer_dist.training.world import World, WorldError
+from peer_dist.training.world import JoinError, World, WorldError
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -38,25 +38,25 @@ def run(config: Config | None, seconds: float, *, as_json: bool) -> None:
 def _joined(world: World, seconds: float) -> Report | None:
     """Join the others; a report about it if that does not succeed in time."""
     problem: list[BaseException] = []
+    limit = 2 * seconds  # processes of one job do not start at once
 
     def join() -> None:
         try:
-            world.join()
+            world.join(limit)
         except BaseException as error:
             problem.append(error)
 
-    limit = 2 * seconds  # processes of one job do not start at once
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
-    thread.join(limit)
-    if problem and isinstance(problem[0], WorldError):
+    thread.join(limit + 10)
+    if problem and isinstance(problem[0], WorldError) and not isinstance(problem[0], JoinError):
         raise problem[0]
     if not problem and not thread.is_alive():
         return None
     address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     why = str(problem[0]).splitlines()[0] if problem else f"not all of them came within {limit:.0f} s"
     told = f"rank {world.rank} ({socket.gethostname()}) did not join the {world.world_size} ranks at {address}: {why}"
-    advice = "a rank that prints no such line did not start; else see that MASTER_ADDR can be reached from each node"
+    advice = "see that those ranks were started, and that MASTER_ADDR can be reached from each node"
     return Report(0, [Finding("joining", "fail", told, advice)])  # every rank prints its own
 
 

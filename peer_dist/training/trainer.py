@@ -95,8 +95,6 @@ def train(config: Config) -> int:
                 console = Console(stderr=True, quiet=world.rank != 0)
                 console.print(f"[red]stopped:[/] {error}", highlight=False, soft_wrap=True)
                 code = DIVERGED
-        # Launchers may end the others as soon as one rank leaves with a code: let all be done before.
-        dist.barrier()
     return code
 
 

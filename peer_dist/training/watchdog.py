@@ -82,11 +82,12 @@ class Watchdog:
         watching = bool(self._seconds) and self._ranks > 1
         if error is not None and self._ranks > 1 and is_peer_loss(error):
             self._await_verdict(error, watching)
+        if error is None and self._ranks > 1:
+            # Launchers may end the others as soon as one rank leaves with a code; whoever comes late is still watched.
+            dist.barrier()
         if not watching:
             return
-        if error is None:
-            dist.barrier()  # whoever comes late is still watched
-        else:
+        if error is not None:
             self._note = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
             time.sleep(2 * self._interval)  # until the others know
         self._ending.set()

@@ -6,6 +6,8 @@ import contextlib
 import os
 import re
 import socket
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,9 +15,17 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from peer_dist.training.exits import PEER_LOST
+
 
 class WorldError(RuntimeError):
     """The ranks that were started do not fit the machine or each other; the message says what to change."""
+
+
+class JoinError(WorldError):
+    """Not all of the ranks came together in time; the message names those that are missing."""
+
+    exit_code = PEER_LOST
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,15 @@ class World:
             )
         return world
 
-    def join(self) -> None:
+    def join(self, seconds: float = 600) -> None:
         """Choose the device and start torch.distributed: nccl with a GPU per rank, gloo without GPUs.
+
+        Args:
+            seconds: how long to wait for ranks that are not there; rank 0 names them meanwhile on stderr.
 
         Raises:
             WorldError: fewer GPUs than ranks on this machine.
+            JoinError: on every rank that is there, when time is up.
         """
         # without it Megatron's sums over tensor ranks do not overlap its products; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -68,8 +82,72 @@ class World:
         if not self.master_port:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            # long enough for rank 0 to index a large data set while the others wait
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            dist.init_process_group(
+                backend,
+                store=self._roll_call(seconds),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(minutes=30),  # for rank 0 to index a large data set while the others wait
+            )
+
+    def _roll_call(self, seconds: float) -> dist.Store:
+        """The store where the ranks meet, once all have been there."""
+        end = time.monotonic() + seconds
+        # torchrun's agent may have made one, for all attempts
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        try:
+            server: dist.Store = dist.TCPStore(
+                self.master_address,
+                self.master_port,
+                is_master=self.rank == 0 and not agent,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=seconds),
+            )
+        except RuntimeError as error:
+            if self.rank == 0 and not agent:
+                why = str(error).splitlines()[0]
+                raise JoinError(f"rank 0 cannot listen on port {self.master_port} of its node: {why}") from None
+            raise JoinError(
+                f"rank {self.rank} ({socket.gethostname()}) did not reach rank 0 at {self.master_address}:"
+                f"{self.master_port} within {seconds:.0f} s: see whether rank 0 started, and whether this node reaches "
+                "that address"
+            ) from None
+        store = dist.PrefixStore(f"peer_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
+        store.set(f"here/{self.rank}", "")
+        if self.rank == 0:
+            missing = self._missing(store, end)
+            store.set("missing", missing)
+            time.sleep(1 if missing else 0)  # the store ends with this process: let the others read it
+        else:
+            try:
+                store.wait(["missing"], timedelta(seconds=seconds + 60))  # until rank 0 has given up
+                missing = store.get("missing").decode()
+            except RuntimeError:
+                raise JoinError(f"rank {self.rank}: rank 0 left before all were there; its log says why") from None
+        if missing:
+            raise JoinError(
+                f"{missing} of {self.world_size} did not come within {seconds:.0f} s: see in their logs, or those of "
+                "the launcher on their nodes, why they did not start"
+            )
+        store.set_timeout(timedelta(minutes=30))
+        return store
+
+    def _missing(self, store: dist.Store, end: float) -> str:
+        """Wait for all ranks; the names of those that have not come at the time ``end``, '' if all have."""
+        names = [f"here/{rank}" for rank in range(self.world_size)]
+        while True:
+            left = end - time.monotonic()
+            try:
+                store.wait(names, timedelta(seconds=max(0.1, min(30.0, left))))
+                return ""
+            except RuntimeError:
+                absent = [rank for rank, name in enumerate(names) if not store.check([name])]
+            more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
+            text = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent[:8]))}{more}"
+            if absent and left <= 30:
+                return text
+            if absent:
+                print(f"waiting for {text} of {self.world_size}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:

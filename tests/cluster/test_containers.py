@@ -75,11 +75,14 @@ def base(tools: None, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def image(base: str) -> str:
     command = ["buildah", "build", "--format", "docker", "--isolation", "chroot", "--layers", "--pull-never"]
+    mounted: set[str] = set()
     for name, value in _pips_settings().items():
         command += ["--build-arg", f"{name}={value}"]
-        for folder in value.split():
-            folder = folder.removeprefix("file://")
-            if folder.startswith("/"):
+        for place in value.split():
+            # an index on this machine lists files that lie beside it
+            folder = str(Path(place.removeprefix("file://")).parent) if place.startswith("file://") else place
+            if folder.startswith("/") and folder not in mounted:
+                mounted.add(folder)
                 command += ["--volume", f"{folder}:{folder}:ro"]
     command += ["--build-arg", f"BASE={base}", "--file", "docker/Dockerfile.cpu", "--tag", IMAGE, "."]
     _call(*command, cwd=ROOT)

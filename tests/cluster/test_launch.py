@@ -147,7 +147,7 @@ def nodes(port: int, number: str = "2", **more: str) -> dict[str, str]:
     }
 
 
-TORCHRUN = ["launch/torchrun.sh"]
+TORCHRUN = ["launch/torchrun.sh", "train"]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_mpirun(launch, text, tmp_path, request, one_process, package, name, ran
     (library, *_) = prefix.glob("lib/libmpi.so.*")
     config_in(text, tmp_path, steps=6)
     run = launch(
-        ["launch/mpirun.sh"],
+        ["launch/mpirun.sh", "train"],
         tmp_path,
         "mpirun",
         RANKS=str(ranks),
