@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-MLPKind = Literal["dense", "peer"]
+MLPKind = Literal["dense", "peer", "moe", "pkm", "sigma_moe"]
 
 VOCAB_MULTIPLE = 128  # what the vocabulary is padded to a multiple of, in every layout
 
@@ -30,10 +30,16 @@ class ModelConfig(Section):
     num_attention_heads: int = Field(4, ge=1, description="attention heads; must divide hidden_size")
     ffn_hidden_size: int = Field(512, ge=1, description="hidden width of the dense feed-forward layers")
     ffn_activation: Literal["gelu", "swiglu"] = Field("swiglu", description="dense feed-forward activation")
+    ffn_top_k: int = Field(
+        0,
+        ge=0,
+        description="hidden units of a dense feed-forward kept per token, the largest; 0: all (sigma-MoE paper)",
+    )
     seq_length: int = Field(128, ge=2, description="tokens per sequence")
     mlp: MLPKind | list[MLPKind] = Field(
         "dense",
-        description="feed-forward kind, one for all layers or a list with one per layer: dense | peer",
+        description="feed-forward kind, one for all layers or a list with one per layer: dense | peer | moe | pkm | "
+        "sigma_moe",
     )
     tied_embeddings: bool = Field(True, description="input and output embeddings share one matrix")
     dropout: float = Field(
@@ -114,6 +120,73 @@ class PEERSection(Section):
         if self.top_k > root:
             raise ValueError(f"top_k ({self.top_k}) must be at most sqrt(num_experts) ({root})")
         return self
+
+
+class MoESection(Section):
+    """Coarse mixture-of-experts layers (model.mlp: moe): Megatron-core's MoELayer, without dropped tokens."""
+
+    num_experts: int = Field(8, ge=2, description="experts, each a feed-forward of its own")
+    expert_hidden_size: int | None = Field(None, ge=1, description="hidden width; null: model.ffn_hidden_size")
+    top_k: int = Field(2, ge=1, description="experts per token (expert_choice: on average)")
+    routing: Literal["token_choice", "expert_choice"] = Field(
+        "token_choice",
+        description="who chooses whom; expert_choice (per sequence) lets later tokens change earlier ones: it is not "
+        "causal, and its losses are no language model's",
+    )
+    score: Literal["softmax", "sigmoid"] = Field("softmax", description="router logit to score")
+    normalize: bool = Field(
+        True, description="gates are normalised over the experts chosen; false: Switch's probability over all experts"
+    )
+    balance_loss: float = Field(0.01, ge=0, description="coefficient of the load-balance loss, over the global batch")
+    z_loss: float = Field(0.0, ge=0, description="coefficient of the router's z-loss")
+    expert_bias: bool = Field(False, description="balance by a bias on the scores (DeepSeek-V3); needs sigmoid")
+    expert_bias_rate: float = Field(1e-3, gt=0, description="change of that bias per step")
+
+
+class SigmaMoESection(Section):
+    """sigma-MoE layers (model.mlp: sigma_moe; Csordas 2023): sigmoid router, ReLU experts, no softmax."""
+
+    num_experts: int = Field(16, ge=2, description="experts N_E")
+    expert_hidden_size: int = Field(128, ge=1, description="hidden width G of an expert")
+    top_k: int = Field(4, ge=1, description="experts K per token")
+    entropy_loss: float = Field(1e-3, ge=0, description="gamma of the entropy regulariser, over the global batch")
+    expert_dropout: float = Field(0.0, ge=0, lt=1, description="delta: share of scores set to 0 in training")
+
+
+class PKMSection(Section):
+    """Product-key memory layers (model.mlp: pkm; Lample 2019): PEER's retrieval, of values instead of experts."""
+
+    num_values: int = Field(65536, ge=1, description="values; the square of a whole number")
+    heads: int = Field(4, ge=1, description="query heads")
+    top_k: int = Field(32, ge=1, description="values per head; at most sqrt(num_values)")
+    key_dim: int = Field(
+        128, ge=2, description="width of a query and of a product key; without effect where query_projection is false"
+    )
+    query_norm: Literal["batch", "layer", "rms", "none"] = Field("batch", description="query normalisation")
+    query_projection: bool = Field(
+        True, description="queries are a linear map of the input; false: the input itself, its halves for the sub-keys"
+    )
+    gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="score to weight")
+    shared_keys: bool = Field(False, description="all heads share the product keys; not without query_projection")
+    init: Literal["memory", "dense"] = Field(
+        "memory", description="of values: memory: N(0, 1/d) (Lample); dense: as a feed-forward as wide as num_values"
+    )
+    table_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the values")
+
+
+class RouterSection(Section):
+    """How routers see the layers before theirs (RMoE, Qiu 2024), in moe, sigma_moe and peer layers alike."""
+
+    kind: Literal["linear", "recurrent", "mlp", "cosine"] = Field(
+        "linear",
+        description="linear: of the layer's input; recurrent: of a GRU's state over layers (peer: added to the query); "
+        "mlp: as large as recurrent, without a state; cosine: low-rank cosine scores (XMoE)",
+    )
+    state_size: int = Field(128, ge=1, description="width of the state, of the mlp's hidden layer and of cosine's")
+    passing: Literal["full", "detached", "none"] = Field(
+        "full", description="the state goes from layer to layer with its gradient, without, or starts anew in each"
+    )
+    shared_projector: bool = Field(False, description="one projection into the state for all layers, or one per layer")
 
 
 class ParallelConfig(Section):
@@ -346,6 +419,10 @@ class Config(Section):
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     peer: PEERSection = Field(default_factory=PEERSection)
+    moe: MoESection = Field(default_factory=MoESection)
+    sigma_moe: SigmaMoESection = Field(default_factory=SigmaMoESection)
+    pkm: PKMSection = Field(default_factory=PKMSection)
+    router: RouterSection = Field(default_factory=RouterSection)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
