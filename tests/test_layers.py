@@ -249,7 +249,7 @@ def test_shared_tables_and_their_gradients(sparse, released):
     assert not torch.equal(first.keys, second.keys)
     if released:
         for layer in layers:
-            layer.release_tables()
+            layer.release_shards()
         assert not [name for name, _ in layers.named_parameters() if "down" in name or "up" in name]
     assert second.down is tables[0]
     assert second.up is tables[1]
@@ -312,7 +312,7 @@ def test_released_tables_are_no_parameters_but_still_train():
     layer = PEER(6, 16, heads=2, top_k=2, key_dim=4, dtype=torch.float64)
     x = torch.randn(9, 6, dtype=torch.float64)
     before = layer(x)
-    layer.release_tables()
+    layer.release_shards()
     assert {name for name, _ in layer.named_parameters()} == {
         "query.weight",
         "keys",

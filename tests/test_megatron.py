@@ -485,7 +485,7 @@ def test_dense_state_leaves_the_tables_out(parallel: Parallel) -> None:
     model = build_model(make_config(), parallel, VOCAB, torch.float32)
     registered = set(checkpoint.dense_sharded_state(model))
     for layer in peer_layers(model).values():
-        layer.release_tables()
+        layer.release_shards()
     names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
     assert registered == set(checkpoint.dense_sharded_state(model)) == names
     assert not [name for name in names if name.endswith((".down", ".up"))]

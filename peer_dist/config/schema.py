@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 MLPKind = Literal["dense", "peer", "moe", "pkm", "sigma_moe"]
 
+MLP_SECTIONS = ("peer", "moe", "sigma_moe", "pkm", "router")  # what describes the layers, beside model
+
 VOCAB_MULTIPLE = 128  # what the vocabulary is padded to a multiple of, in every layout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

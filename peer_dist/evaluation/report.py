@@ -15,7 +15,7 @@ from peer_dist.data.stream import HeldOutStream, SplitStreams, open_data
 from peer_dist.evaluation.loading import load_model
 from peer_dist.evaluation.perplexity import held_out_loss, perplexity_of, unigram_loss
 from peer_dist.evaluation.usage import ExpertUsage, UsageSummary
-from peer_dist.megatron import peer_layers
+from peer_dist.megatron import sparse_layers
 from peer_dist.training.checkpoints import find_checkpoint
 from peer_dist.training.world import World
 
@@ -89,10 +89,9 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
                 f"{', '.join(data_config.weights)}: the {split} split has no whole sequence (data.split is "
                 f"{data_config.split}); evaluate another split, or --split all of another data set"
             )
-        usage = {
-            n: ExpertUsage(layer.num_experts, loaded.parallel.device) for n, layer in peer_layers(loaded.model).items()
-        }
-        for number, layer in peer_layers(loaded.model).items():
+        layers = sparse_layers(loaded.model)
+        usage = {n: ExpertUsage(layer.num_experts, loaded.parallel.device) for n, layer in layers.items()}
+        for number, layer in layers.items():
             layer.on_route = usage[number]
         result = held_out_loss(loaded.model, stream, loaded.parallel, loaded.tokenizer, batch_size)
         summaries = {

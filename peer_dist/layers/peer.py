@@ -14,7 +14,7 @@ from peer_dist.kernels import ACTIVATIONS, huge_pages
 from peer_dist.layers.product_keys import project_and_retrieve, retrieve
 from peer_dist.layers.query_norm import KEY_NORMS, QUERY_NORMS, KeyNorm, QueryBatchNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
-from peer_dist.sharding import ExpertGroups, GridLayout, Traffic, routed_experts
+from peer_dist.sharding import ExpertGroups, GridLayout, Shard, Traffic, release, routed_experts
 from peer_dist.tracing import span
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,14 +84,17 @@ class PEER(nn.Module):
         table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``, with ``tables_of`` to that layer's.
         sparse_grad: give ``down`` and ``up`` sparse gradients, of the picked rows only (for SparseAdam, say).
         tables_of: a layer whose tables this one shares: the same parameters, registered in both.
+        state_size: width p of a router's state that the layer is called with (RMoE): queries become
+            ``query(x) + state_query(h)``, of which the second is 0 at the start; 0 for none.
         seed: seed of the initial weights, the same on every rank; by default drawn from torch's generator on the
             group's first rank.
         device, dtype: as everywhere in torch.
 
     State dict: ``query.weight [heads*key_dim, dim]``, ``keys [2, sqrt(N), key_dim/2]`` (``[heads, 2, ...]``
     if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, the norms', the output gate's
-    ``gate_in.weight`` and ``gate_out.weight``, and the dense block's ``dense_in.weight [dense_hidden, dim]`` and
-    ``dense_out.weight [dim, dense_hidden]``. Layers that share tables both list them.
+    ``gate_in.weight`` and ``gate_out.weight``, the dense block's ``dense_in.weight [dense_hidden, dim]`` and
+    ``dense_out.weight [dim, dense_hidden]``, and ``state_query.weight [heads*key_dim, state_size]``. Layers that
+    share tables both list them.
 
     Raises:
         ValueError: an impossible size, an unknown option, or tables of another layer that do not fit.
@@ -122,6 +125,7 @@ class PEER(nn.Module):
         table_dtype: torch.dtype | None = None,
         sparse_grad: bool = False,
         tables_of: PEER | None = None,
+        state_size: int = 0,
         seed: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -174,6 +178,9 @@ class PEER(nn.Module):
         keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
         rows, columns = len(self.layout.rows), len(self.layout.columns)
         self.query = nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype)
+        self.state_query = None
+        if state_size:
+            self.state_query = nn.Linear(state_size, heads * key_dim, bias=False, device=device, dtype=dtype)
         self.norm = make_query_norm(query_norm, heads, key_dim, data_group)
         self.norm.to(device=device, dtype=dtype)
         if output_gate:
@@ -206,6 +213,8 @@ class PEER(nn.Module):
         generator = torch.Generator(self.keys.device).manual_seed(seed)
         # drawn in float32 whatever the dtype, so that the dtype only rounds
         self._draw(self.query, self.dim**-0.5, generator)
+        if self.state_query is not None:
+            self.state_query.weight.zero_()
         bound = (self.key_dim / 2) ** -0.5
         keys = torch.empty(self.keys.shape, device=self.keys.device)
         self.keys.copy_(keys.uniform_(-bound, bound, generator=generator))
@@ -263,31 +272,38 @@ class PEER(nn.Module):
             drawn = drawn[mine.start - begin : mine.stop - begin, self.layout.columns.start : self.layout.columns.stop]
             table[mine.start - rows.start : mine.stop - rows.start] = drawn
 
-    def release_tables(self) -> None:
-        """Take ``down`` and ``up`` out of the module's parameters; they stay attributes of the same names.
+    def shards(self) -> dict[str, Shard]:
+        """This rank's blocks of ``down`` and ``up``; none where they are another layer's."""
+        names = ("down", "up") if self.owns_tables else ()
+        return {name: Shard.of_table(getattr(self, name), self.layout) for name in names}
 
-        For engines that shard, average or broadcast all parameters of a module (ZeRO, DDP): the tables
-        already are sharded and have an optimizer of their own. Move the module to its device first.
-        """
-        for name in ("down", "up"):
-            table = self._parameters.pop(name)
-            object.__setattr__(self, name, table)
+    def release_shards(self) -> None:
+        """Take ``down`` and ``up`` out of the module's parameters (:func:`peer_dist.sharding.release`)."""
+        release(self, ("down", "up"))
 
     def _product_keys(self) -> Tensor:
         return self.keys if self.key_norm is None else self.key_norm(self.keys)
 
-    def _retrieve(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        keys = self._product_keys()
+    def _retrieve(self, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        keys, weight = self._product_keys(), self.query.weight
+        if self.state_query is not None:
+            assert state is not None
+            tokens = torch.cat([tokens, state.reshape(len(tokens), -1)], 1)
+            weight = torch.cat([weight, self.state_query.weight], 1)
         if isinstance(self.norm, QueryBatchNorm):  # its statistics need the queries of all tokens
-            query = self.norm(self.query(tokens).unflatten(-1, (self.heads, self.key_dim)))
+            query = self.norm(F.linear(tokens, weight).unflatten(-1, (self.heads, self.key_dim)))
             return retrieve(query, keys, self.top_k)
-        return project_and_retrieve(tokens, self.query.weight, self.norm, keys, self.top_k, self.heads)
+        return project_and_retrieve(tokens, weight, self.norm, keys, self.top_k, self.heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., dim] -> [..., dim]``, in ``x``'s dtype."""
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        """``[..., dim] -> [..., dim]``, in ``x``'s dtype.
+
+        Args:
+            state: ``[..., state_size]``, if the layer has a ``state_size``.
+        """
         tokens = x.reshape(-1, self.dim)
         with span("retrieve"):
-            indices, scores = self._retrieve(tokens)
+            indices, scores = self._retrieve(tokens, state)
             gates = GATES[self.gate](scores)
         if self.on_route is not None and not is_recomputation():
             self.on_route(indices, gates.detach())

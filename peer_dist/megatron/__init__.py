@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError
     from .engine import ReplicatedEngine
+    from .feed_forward import SparseLayer, dense_output_std
     from .model import (
         build_model,
         count_parameters,
-        dense_output_std,
         forward_logits,
         peer_layers,
         segment_mask,
-        table_owners,
+        shards_of,
+        sparse_layers,
         token_losses,
     )
     from .parallel import MegatronMPU, Parallel
@@ -31,14 +32,16 @@ _HOMES = {
     "MicroBatch": "schedule",
     "Parallel": "parallel",
     "ReplicatedEngine": "engine",
+    "SparseLayer": "feed_forward",
     "build_model": "model",
     "count_parameters": "model",
-    "dense_output_std": "model",
+    "dense_output_std": "feed_forward",
     "forward_logits": "model",
     "peer_layers": "model",
     "run_forward_backward": "schedule",
     "segment_mask": "model",
-    "table_owners": "model",
+    "shards_of": "model",
+    "sparse_layers": "model",
     "token_losses": "model",
 }
 
@@ -48,6 +51,7 @@ __all__ = [
     "MicroBatch",
     "Parallel",
     "ReplicatedEngine",
+    "SparseLayer",
     "build_model",
     "count_parameters",
     "dense_output_std",
@@ -55,7 +59,8 @@ __all__ = [
     "peer_layers",
     "run_forward_backward",
     "segment_mask",
-    "table_owners",
+    "shards_of",
+    "sparse_layers",
     "token_losses",
 ]
 

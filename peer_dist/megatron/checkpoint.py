@@ -30,7 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from .model import TABLES, chunks_of
+from .model import chunks_of, shards_of
 from .reader import LoadPlainValues, LoadTensors, MetadataReader, UntrustedError, read_plain_values
 
 State = dict[str, Any]
@@ -42,7 +42,7 @@ class CheckpointError(RuntimeError):
 
 
 def dense_sharded_state(model: nn.ModuleList) -> dict[str, Sharded]:
-    """Every parameter and buffer except the expert tables, by its name in ``model.named_parameters()``.
+    """Every parameter and buffer except the shards, by its name in ``model.named_parameters()``.
 
     The keys in the checkpoint number the layers of the whole model, whatever the pipeline.
     """
@@ -50,12 +50,18 @@ def dense_sharded_state(model: nn.ModuleList) -> dict[str, Sharded]:
         "non_homogeneous_layers": True,  # a key per layer: feed-forward kinds may differ
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    return {
-        f"{chunk}.{name}": value
-        for chunk, part in enumerate(chunks_of(model))
-        for name, value in part.sharded_state_dict(metadata=metadata).items()
-        if isinstance(value, Sharded) and not name.endswith(TABLES)  # the rest is empty extra state
-    }
+    owned = {id(shard.parameter) for shard in shards_of(model).values()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    state: dict[str, Sharded] = {}
+    for chunk, part in enumerate(chunks_of(model)):
+        for name, value in part.sharded_state_dict(metadata=metadata).items():
+            name = f"{chunk}.{name}"
+            if not isinstance(value, Sharded) or id(parameters.get(name)) in owned:  # or empty extra state
+                continue
+            if name.startswith(f"{chunk}.router_core.") and getattr(parameters[name], "shared", False):
+                value = dataclasses.replace(value, replica_id=(1, *value.replica_id[1:]))  # another chunk writes it
+            state[name] = value
+    return state
 
 
 def table_shard(

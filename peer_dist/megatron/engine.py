@@ -23,12 +23,18 @@ class ReplicatedEngine(Engine):
     """See :class:`peer_dist.optim.Engine`. Gradients add up and are reduced in float32.
 
     Args:
-        model: from :func:`build_model`, without its tables (released).
-        tables: the optimizer of the expert tables.
+        model: from :func:`build_model`, without its shards (released).
     """
 
-    def __init__(self, model: nn.ModuleList, tables: TableOptimizer, adam: DenseAdam, parallel: Parallel) -> None:
-        self.tables, self.grad_clip = tables, adam.grad_clip
+    def __init__(
+        self,
+        model: nn.ModuleList,
+        tables: TableOptimizer,
+        experts: TableOptimizer | None,
+        adam: DenseAdam,
+        parallel: Parallel,
+    ) -> None:
+        super().__init__(tables, experts, adam)
         self._data_parallel_size = parallel.data_parallel_size
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         megatron = chunks_of(model)[0].config
@@ -71,10 +77,10 @@ class ReplicatedEngine(Engine):
     def step(self, lr: float, table_lr: float) -> StepResult:
         for group in self._inner.param_groups:
             group["lr"] = lr
-        self.tables.set_lr(table_lr)
+        self._set_shard_lr(lr, table_lr)
         self._optimizer.prepare_grads()
         device = next(iter(self._parameters.values())).device
-        norm = math.hypot(float(self._optimizer.get_grad_norm()), float(self.tables.grad_norm(device)))
+        norm = math.hypot(float(self._optimizer.get_grad_norm()), float(self._shard_norm(device)))
         applied = math.isfinite(norm)
         if applied:
             if self.grad_clip > 0:
@@ -86,11 +92,11 @@ class ReplicatedEngine(Engine):
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        self.tables.zero_grad()
+        self._skip_shards()
 
     def not_finite(self) -> list[str]:
         dense = ((name, parameter.main_grad) for name, parameter in self._parameters.items())  # type: ignore[attr-defined]
-        return names_not_finite(dense) + self._tables_not_finite()
+        return names_not_finite(dense) + self._shards_not_finite()
 
     @property
     def steps(self) -> int:
@@ -104,7 +110,7 @@ class ReplicatedEngine(Engine):
                 group["step"] = value
             for main in group["params"]:
                 self._inner.state[main]["step"].fill_(float(value))
-        self.tables.steps = value
+        self._set_shard_steps(value)
 
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:

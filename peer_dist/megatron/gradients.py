@@ -16,6 +16,7 @@ def finalize_gradients(chunks: list[Any], *_: Any, **__: Any) -> None:
 
     - Parameters marked ``sequence_parallel`` are whole on every tensor rank, each of which saw its own tokens only.
     - A tied embedding has a copy on the first and on the last stage.
+    - What all routers share has a copy in each chunk of each stage.
     """
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         marked = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "sequence_parallel", False)]
@@ -24,6 +25,12 @@ def finalize_gradients(chunks: list[Any], *_: Any, **__: Any) -> None:
         # pre_process and post_process: the chunks with the embedding and with the output layer
         tied = [c for c in chunks if c.share_embeddings_and_output_weights and (c.pre_process or c.post_process)]
         _sum_over(parallel_state.get_embedding_group(False), [c.shared_embedding_or_output_weight() for c in tied])
+        cores = [list(chunk.router_core.parameters()) for chunk in chunks if hasattr(chunk, "router_core")]
+        for copies in zip(*cores):  # of one parameter, on this rank
+            total = torch.stack([_grad(copy) for copy in copies]).sum(0)
+            for copy in copies:
+                _grad(copy).copy_(total)
+        _sum_over(parallel_state.get_pipeline_model_parallel_group(), [each for copies in cores for each in copies])
 
 
 def _sum_over(group: dist.ProcessGroup | None, parameters: Iterable[nn.Parameter]) -> None:

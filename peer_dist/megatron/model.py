@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from typing import Any
 
 import torch
@@ -10,16 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    gather_from_sequence_parallel_region,
-    scatter_to_sequence_parallel_region,
-)
-from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -29,73 +23,50 @@ from megatron.core.transformer.transformer_layer import (
 from torch import nn
 
 from peer_dist.config import Config
-from peer_dist.config.schema import ModelConfig
-from peer_dist.layers.peer import PEER, activation_second_moment
+from peer_dist.layers.peer import PEER
+from peer_dist.layers.recurrence import RouterCore
+from peer_dist.sharding import Shard
 
 from .attention import SDPAttention
+from .feed_forward import INIT_STD, Chunk, SparseLayer, SparseMLP, feed_forward, layer_seed, sparse_mlps
 from .gradients import finalize_gradients
 from .norm import RMSNorm
 from .parallel import Parallel
 
-TABLES = (".mlp.peer.down", ".mlp.peer.up")
-INIT_STD = 0.02  # of every dense matrix; those that write to the residual stream have 1/sqrt(2 layers) of it
-
-
-class PEERMLP(MegatronModule):
-    """A PEER layer in the place of Megatron's MLP; the layer spec's ``params`` are PEER's arguments.
-
-    The first layer of a pool puts itself into ``pools``, and later ones share its tables.
-
-    Each tensor rank takes its share of the tokens, so that no expert is computed twice: under sequence parallelism
-    those it has, else its slice of the sequence, gathered again afterwards.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, submodules: Any = None, *, pools: dict[int, PEER], pool: int, **peer: Any
-    ) -> None:
-        super().__init__(config=config)
-        self.peer = PEER(**peer, tables_of=pools.get(pool))
-        pools.setdefault(pool, self.peer)
-        self.layer_number = 0
-        self.splits_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
-        for name, parameter in self.peer.named_parameters():
-            if name not in ("down", "up"):  # see RMSNorm
-                parameter.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
-
-    def set_layer_number(self, layer_number: int) -> None:
-        """Called by TransformerLayer with the layer's number in the whole model, from 1."""
-        self.layer_number = layer_number
-
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        """``hidden: [s, b, d]`` to ``(output [s, b, d], no bias)``."""
-        if not self.splits_tokens:
-            return self.peer(hidden), None
-        out = self.peer(scatter_to_sequence_parallel_region(hidden))
-        # all ranks go on with all tokens, and so have the same gradient
-        return gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False), None
-
 
 class _Layer(TransformerLayer):
-    """A layer that draws its weights from a seed of its own, so that they do not depend on the stage it is on."""
+    """A layer that draws its weights from a seed of its own, so that they do not depend on the stage it is on.
 
-    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
+    With a ``state_size`` what goes from layer to layer, through recomputation and from stage to stage, is
+    ``[s, b, hidden_size + state_size]``: the routers' state travels behind the hidden one. Before the first layer there
+    is none.
+    """
+
+    def __init__(self, *args: Any, seed: int, state_size: int, **kwargs: Any) -> None:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset CUDA's too
         super().__init__(*args, **kwargs)
+        self.state_size = state_size
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        if not self.state_size:
+            return super().forward(hidden_states, *args, **kwargs)
+        width = self.config.hidden_size
+        hidden, state = hidden_states[..., :width], hidden_states[..., width:]
+        if not state.shape[-1]:
+            state = hidden.new_zeros(*hidden.shape[:-1], self.state_size)
+        if isinstance(self.mlp, SparseMLP):
+            self.mlp.state = state
+        hidden, context = super().forward(hidden, *args, **kwargs)
+        if isinstance(self.mlp, SparseMLP) and self.mlp.state is not None:
+            state, self.mlp.state = self.mlp.state, None
+        return torch.cat([hidden, state], -1), context
 
 
-def dense_output_std(model: ModelConfig) -> float:
-    """Standard deviation of the dense feed-forward's output at initialisation, for unit-variance input.
+class _FinalNorm(RMSNorm):
+    """The routers' state ends here."""
 
-    A pre-activation is normal with standard deviation ``s = INIT_STD * sqrt(d)``. The mean square of a hidden
-    unit is ``E[gelu(s z)^2]`` or, for SwiGLU, ``E[silu(s z)^2] * s^2``, by quadrature; the output adds
-    ``ffn_hidden_size`` of them under weights of standard deviation ``INIT_STD / sqrt(2 layers)``.
-    """
-    s = INIT_STD * math.sqrt(model.hidden_size)
-    if model.ffn_activation == "swiglu":
-        mean_square = activation_second_moment(F.silu, s) * s**2
-    else:
-        mean_square = activation_second_moment(F.gelu, s)
-    return INIT_STD / math.sqrt(2 * model.num_layers) * math.sqrt(model.ffn_hidden_size * mean_square)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[..., : len(self.weight)])
 
 
 def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
@@ -140,25 +111,13 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
     )
 
 
-def _peer_arguments(config: Config, parallel: Parallel, dtype: torch.dtype, layer_number: int) -> dict[str, Any]:
-    return {
-        "dim": config.model.hidden_size,
-        **config.peer.model_dump(exclude={"table_dtype", "layers_per_pool"}),
-        "group": parallel.experts,
-        "data_group": parallel.token_group,
-        "output_std": dense_output_std(config.model),
-        "table_dtype": getattr(torch, config.peer.table_dtype),
-        "sparse_grad": config.table_optimizer.lazy,
-        "seed": _layer_seed(config, layer_number),
-        "device": parallel.device,
-        "dtype": dtype,
-    }
-
-
-def _layer_spec(mlp: ModuleSpec, seed: int) -> ModuleSpec:
+def _layer_spec(chunk: Chunk, number: int) -> ModuleSpec:
     return ModuleSpec(
         module=_Layer,
-        params={"seed": seed},
+        params={
+            "seed": chunk.seed(number) + 500_000,  # sparse layers take some of the first
+            "state_size": 0 if chunk.core is None else chunk.core.state_size,
+        },
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
@@ -172,7 +131,7 @@ def _layer_spec(mlp: ModuleSpec, seed: int) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp,
+            mlp=feed_forward(chunk, number),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -192,62 +151,54 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
     """
     megatron = _transformer_config(config, parallel, dtype)
     pools: dict[int, PEER] = {}
+    chunks = []
     with torch.random.fork_rng(devices=[]):
-        chunks = [
-            _build_chunk(config, megatron, parallel, vocab_size, dtype, chunk, pools)
-            for chunk in range(parallel.virtual_pipeline_size)
-        ]
+        for number in range(parallel.virtual_pipeline_size):
+            chunk = Chunk(config, parallel, dtype, _router_core(config, parallel, number, dtype), pools)
+            chunks.append(_build_chunk(megatron, chunk, number, vocab_size))
     return nn.ModuleList(chunks).to(parallel.device)
 
 
-def _build_chunk(
-    config: Config,
-    megatron: TransformerConfig,
-    parallel: Parallel,
-    vocab_size: int,
-    dtype: torch.dtype,
-    chunk: int,
-    pools: dict[int, PEER],
-) -> GPTModel:
-    dense = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-    virtual = chunk if parallel.virtual_pipeline_size > 1 else None
-    first = get_transformer_layer_offset(megatron, virtual, parallel.pipeline_rank)
-    pool_of = {number + 1: pool for pool, layers in enumerate(config.peer_pools) for number in layers}
-    layers = [
-        _layer_spec(
-            ModuleSpec(
-                module=PEERMLP,
-                params={
-                    **_peer_arguments(config, parallel, dtype, number),
-                    "pools": pools,
-                    "pool": pool_of[number],
-                },
-            )
-            if config.model.mlp_kinds[number - 1] == "peer"
-            else dense,
-            _layer_seed(config, number) + 500_000,  # PEER takes some of the first
-        )
-        for number in range(first + 1, first + 1 + get_num_layers_to_build(megatron, virtual, parallel.pipeline_rank))
-    ]
-    torch.default_generator.manual_seed(config.train.seed)
-    return GPTModel(
+def _build_chunk(megatron: TransformerConfig, chunk: Chunk, number: int, vocab_size: int) -> GPTModel:
+    run, parallel = chunk.config, chunk.parallel
+    virtual = number if parallel.virtual_pipeline_size > 1 else None
+    first = get_transformer_layer_offset(megatron, virtual, parallel.pipeline_rank) + 1
+    layers = get_num_layers_to_build(megatron, virtual, parallel.pipeline_rank)
+    specs = [_layer_spec(chunk, each) for each in range(first, first + layers)]
+    torch.default_generator.manual_seed(run.train.seed)
+    model = GPTModel(
         config=megatron,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=specs, layer_norm=RMSNorm if chunk.core is None else _FinalNorm
+        ),
         vocab_size=vocab_size,
-        max_sequence_length=config.model.seq_length,
-        pre_process=parallel.is_first_stage and chunk == 0,
-        post_process=parallel.is_last_stage and chunk == parallel.virtual_pipeline_size - 1,
-        share_embeddings_and_output_weights=config.model.tied_embeddings,
+        max_sequence_length=run.model.seq_length,
+        pre_process=parallel.is_first_stage and number == 0,
+        post_process=parallel.is_last_stage and number == parallel.virtual_pipeline_size - 1,
+        share_embeddings_and_output_weights=run.model.tied_embeddings,
         position_embedding_type="rope",
         vp_stage=virtual,
     )
+    if chunk.core is not None:
+        model.router_core = chunk.core
+        model.config = copy.copy(megatron)  # whose hidden_size is what the schedule sends between stages
+        model.config.hidden_size += chunk.core.state_size
+    return model
 
 
-def _layer_seed(config: Config, number: int) -> int:
-    """Each layer's own, so that no other layer moves its weights."""
-    return config.train.seed + 1_000_003 * number
+def _router_core(config: Config, parallel: Parallel, chunk: int, dtype: torch.dtype) -> RouterCore | None:
+    """A chunk's copy of what the routers of all layers share; the first stage's first counts as the parameter."""
+    router = config.router
+    if router.kind not in ("recurrent", "mlp"):
+        return None
+    torch.default_generator.manual_seed(layer_seed(config, 0))
+    core = RouterCore(
+        router.state_size, router.kind == "recurrent", config.model.hidden_size if router.shared_projector else 0
+    ).to(dtype)
+    for parameter in core.parameters():
+        parameter.sequence_parallel = parallel.tensor_size > 1  # type: ignore[attr-defined]
+        parameter.shared = not parallel.is_first_stage or chunk > 0  # type: ignore[attr-defined]
+    return core
 
 
 def chunks_of(model: nn.ModuleList) -> list[GPTModel]:
@@ -255,23 +206,32 @@ def chunks_of(model: nn.ModuleList) -> list[GPTModel]:
     return list(model)
 
 
+def sparse_layers(model: nn.ModuleList) -> dict[int, SparseLayer]:
+    """This rank's layers that pick experts or values, in layer order, by their number in the whole model, from 1."""
+    return {number: mlp.layer for number, mlp in sparse_mlps(model).items()}
+
+
 def peer_layers(model: nn.ModuleList) -> dict[int, PEER]:
-    """This rank's PEER layers in layer order, by their number in the whole model, from 1."""
-    mlps = [layer.mlp for chunk in chunks_of(model) for layer in chunk.decoder.layers]
-    return {mlp.layer_number: mlp.peer for mlp in mlps if isinstance(mlp, PEERMLP)}
+    """Those of :func:`sparse_layers` that are PEER layers."""
+    return {number: layer for number, layer in sparse_layers(model).items() if isinstance(layer, PEER)}
 
 
-def table_owners(model: nn.ModuleList) -> dict[int, PEER]:
-    """Those of :func:`peer_layers` whose tables are not another layer's."""
-    return {number: layer for number, layer in peer_layers(model).items() if layer.owns_tables}
+def shards_of(model: nn.ModuleList) -> dict[str, Shard]:
+    """All that this rank owns of the model's sparse layers, by layer and name."""
+    return {
+        f"layer{number}.{name}": shard
+        for number, layer in sparse_layers(model).items()
+        for name, shard in layer.shards().items()
+    }
 
 
 def count_parameters(model: nn.ModuleList, parallel: Parallel) -> int:
-    """Numbers in the whole model that are trained, tables left out. Collective."""
+    """Numbers in the whole model that are trained, shards left out. Collective."""
+    owned = {id(shard.parameter) for shard in shards_of(model).values()}
     own = sum(
         parameter.numel() * (parallel.tensor_size if getattr(parameter, "tensor_model_parallel", False) else 1)
-        for name, parameter in model.named_parameters()
-        if not name.endswith(TABLES) and not getattr(parameter, "shared", False)
+        for parameter in model.parameters()
+        if id(parameter) not in owned and not getattr(parameter, "shared", False)
     )
     total = torch.tensor(own, dtype=torch.int64, device=parallel.device)
     dist.all_reduce(total, group=parallel.pipeline_group)

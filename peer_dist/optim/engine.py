@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from peer_dist.optim.tables import TableOptimizer
@@ -43,13 +44,21 @@ class StepResult:
 
 
 class Engine(abc.ABC):
-    """AdamW over a model's dense parameters, and a table optimizer in step with it under one global norm.
+    """AdamW over a model's dense parameters, and optimizers of shards in step with it under one global norm.
+
+    Args of all engines:
+        tables: the tables' optimizer, with a learning rate of its own.
+        experts: the optimizer of experts' weights, which follows the dense part's learning rate; None if there are none
+            anywhere in the model.
 
     Gradients are averaged over data-parallel ranks: scale each rank's loss so that the average is the loss meant.
     """
 
-    tables: TableOptimizer
     grad_clip: float
+
+    def __init__(self, tables: TableOptimizer, experts: TableOptimizer | None, adam: DenseAdam) -> None:
+        self.grad_clip, self._tables, self._experts = adam.grad_clip, tables, experts
+        self.shard_optimizers = [tables] if experts is None else [tables, experts]
 
     @abc.abstractmethod
     def accumulate(self) -> AbstractContextManager[None]:
@@ -70,19 +79,37 @@ class Engine(abc.ABC):
         All ranks call it. It takes time: for telling what went wrong.
         """
 
-    def _tables_not_finite(self) -> list[str]:
-        grads = ((name, table.grad) for name, table in self.tables.tables.items())
+    def _set_shard_lr(self, lr: float, table_lr: float) -> None:
+        self._tables.set_lr(table_lr)
+        if self._experts is not None:
+            self._experts.set_lr(lr)
+
+    def _shard_norm(self, device: torch.device) -> Tensor:
+        """Reduce the gradients of all shards; their norm over all ranks, a float32 number. Collective."""
+        return torch.stack([optimizer.grad_norm(device) for optimizer in self.shard_optimizers]).norm()
+
+    def _set_shard_steps(self, value: int) -> None:
+        for optimizer in self.shard_optimizers:
+            optimizer.steps = value
+
+    def _skip_shards(self) -> None:
+        for optimizer in self.shard_optimizers:
+            optimizer.zero_grad()
+
+    def _shards_not_finite(self) -> list[str]:
+        grads = ((name, table.grad) for each in self.shard_optimizers for name, table in each.tables.items())
         return names_not_finite(
             (n, grad._values() if grad is not None and grad.is_sparse else grad) for n, grad in grads
         )
 
     def _finish(self, result: StepResult) -> StepResult:
-        """The tables' part of a step, after the dense one."""
+        """The shards' part of a step, after the dense one."""
         if result.applied:
             clip = (result.grad_norm + 1e-6) / self.grad_clip if self.grad_clip > 0 else 0.0
-            self.tables.step(1 / clip if clip > 1 else 1.0)
+            for optimizer in self.shard_optimizers:
+                optimizer.step(1 / clip if clip > 1 else 1.0)
         else:
-            self.tables.zero_grad()
+            self._skip_shards()
         return result
 
     @property

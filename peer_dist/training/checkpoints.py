@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config import Config
+from peer_dist.config.schema import MLP_SECTIONS
 from peer_dist.data.prepare import read_prepared
-from peer_dist.megatron import CheckpointError, Parallel, table_owners
+from peer_dist.megatron import CheckpointError, Parallel, shards_of
 from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
 from peer_dist.optim import Engine
 
@@ -40,18 +41,14 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 def weights_state(model: Any, parallel: Parallel) -> State:
-    """The model's parameters, buffers and expert tables, as sharded tensors over their own memory."""
-    state: State = {"model": dense_sharded_state(model), "tables": {}}
-    for number, layer in table_owners(model).items():
-        for part in ("down", "up"):
-            state["tables"][f"layer{number}.{part}"] = table_shard(
-                f"tables.layer{number}.{part}",
-                getattr(layer, part).detach(),
-                layer.layout.offset,
-                layer.layout.shape,
-                parallel.expert_data_rank,
-            )
-    return state
+    """The model's parameters, buffers and shards, as sharded tensors over their own memory."""
+    tables = {
+        name: table_shard(
+            f"tables.{name}", shard.parameter.detach(), shard.offset, shard.shape, parallel.expert_data_rank
+        )
+        for name, shard in shards_of(model).items()
+    }
+    return {"model": dense_sharded_state(model), "tables": tables}
 
 
 def run_state(model: Any, engine: Engine, parallel: Parallel) -> State:
@@ -62,17 +59,21 @@ def run_state(model: Any, engine: Engine, parallel: Parallel) -> State:
         f"{name}.{part}": like(dense[name], value, f"optimizer.{part}.{dense[name].key}")
         for name, part, value in engine.dense_state()
     }
-    layers = table_owners(model)
+    shards = shards_of(model)
     state["table_optimizer"] = {}
-    for name, part, value in engine.tables.state():
-        layer = layers[int(name.removeprefix("layer").split(".")[0])]
-        key = f"optimizer.{part}.tables.{name}"
-        layout, copy = layer.layout, parallel.expert_data_rank
-        if value.dim() == 1 and layout.column_shard:  # a number a row: every column shard has it
+    for name, part, value in _shard_states(engine):
+        shard, copy = shards[name], parallel.expert_data_rank
+        if value.dim() == 1 and shard.column_shard:  # a number a row: every column shard has it
             copy += parallel.world_size
-        offset, shape = layout.offset[: value.dim()], layout.shape[: value.dim()]
+        offset, shape = shard.offset[: value.dim()], shard.shape[: value.dim()]
+        key = f"optimizer.{part}.tables.{name}"
         state["table_optimizer"][f"{name}.{part}"] = table_shard(key, value, offset, shape, copy)
     return state
+
+
+def _shard_states(engine: Engine) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for optimizer in engine.shard_optimizers:
+        yield from optimizer.state()
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ def restore_run(path: Path, model: Any, engine: Engine, parallel: Parallel, step
     for key, value in loaded["optimizer"].items():
         name, part = key.rsplit(".", 1)
         engine.load_dense_state(name, part, value)
-    for name, part, value in engine.tables.state():
+    for name, part, value in _shard_states(engine):
         _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
     engine.steps = step
 
@@ -105,10 +106,9 @@ def _copy_weights(loaded: State, model: Any) -> None:
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in loaded["model"].items():
         _copy(own[name], value)
-    layers = table_owners(model)
+    shards = shards_of(model)
     for name, value in loaded["tables"].items():
-        number, part = name.removeprefix("layer").split(".")
-        _copy(getattr(layers[int(number)], part), value)
+        _copy(shards[name].parameter, value)
 
 
 class DamagedError(CheckpointError):
@@ -392,7 +392,7 @@ def check_resumable(path: Path, config: Config, identity: list[list[Any]], manif
         CheckpointError: naming the first key that differs.
     """
     saved, wanted = manifest["config"], config.model_dump(mode="json")
-    keys = [(section, key) for section in ("model", "peer") for key in wanted[section]]
+    keys = [(section, key) for section in ("model", *MLP_SECTIONS) for key in wanted[section]]
     keys.remove(("peer", "dispatch_chunks"))  # when things travel, not what is computed
     keys += [("data", "split"), ("table_optimizer", "name"), ("table_optimizer", "stochastic_rounding")]
     keys += [("train", "seed"), ("train", "global_batch_size")]

@@ -29,9 +29,9 @@ from peer_dist.megatron import (
     ReplicatedEngine,
     build_model,
     count_parameters,
-    peer_layers,
     run_forward_backward,
-    table_owners,
+    shards_of,
+    sparse_layers,
 )
 from peer_dist.optim import DenseAdam, Engine, StepResult, TableOptimizer, learning_rate_factor
 from peer_dist.tracing import StepTimes, listen, position, span
@@ -129,11 +129,12 @@ class Trainer:
         self.data = open_data(config.data, config.model.seq_length, config.train.seed)
         self.startup.ended("data")
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
-        self.layers = peer_layers(self.model)
-        self.expert_parameters = len(config.peer_pools) * 2 * config.peer.num_experts * config.model.hidden_size
+        self.layers = sparse_layers(self.model)
+        own = sum(shard.parameter.numel() for shard in shards_of(self.model).values())
+        self.expert_parameters = int(self._sum(own)) // self.parallel.expert_data_size
         self.parameters = count_parameters(self.model, self.parallel) + self.expert_parameters
         for layer in self.layers.values():
-            layer.release_tables()
+            layer.release_shards()
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
         self.guard = Guard(config.guard)
@@ -158,14 +159,10 @@ class Trainer:
         self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
 
     def _make_engine(self) -> Engine:
-        named = [
-            (f"layer{number}.{part}", layer, part)
-            for number, layer in table_owners(self.model).items()
-            for part in ("down", "up")
-        ]
-        table, dense = self.config.table_optimizer, self.config.optimizer
-        table_optimizer = TableOptimizer(
-            {name: getattr(layer, part) for name, layer, part in named},
+        shards, table, dense = shards_of(self.model), self.config.table_optimizer, self.config.optimizer
+        copies, data_parallel = self.parallel.expert_data_group, self.parallel.data_parallel_size
+        tables = TableOptimizer(
+            {name: shard.parameter for name, shard in shards.items() if shard.table},
             table.name,
             table.lr,
             table.betas,
@@ -173,19 +170,33 @@ class Trainer:
             table.weight_decay,
             self.config.model.hidden_size,
             self.parallel.experts.columns,
-            self.parallel.expert_data_group,
-            self.parallel.data_parallel_size,
+            copies,
+            data_parallel,
             lazy=table.lazy,
             rounding_seed=self.config.train.seed if table.stochastic_rounding else None,
-            offsets={name: layer.layout.offset for name, layer, _ in named},
+            offsets={name: shard.offset for name, shard in shards.items()},
         )
+        experts = None
+        if {"moe", "sigma_moe"} & set(self.config.model.mlp_kinds):
+            experts = TableOptimizer(
+                {name: shard.parameter for name, shard in shards.items() if not shard.table},
+                "adam",
+                dense.lr,
+                dense.betas,
+                dense.eps,
+                dense.weight_decay,
+                self.config.model.hidden_size,
+                copies=copies,
+                data_parallel_size=data_parallel,
+            )
         adam = DenseAdam(dense.lr, dense.betas, dense.eps, dense.weight_decay, dense.grad_clip)
         zero = self.config.zero
         if zero.stage == 0:
-            return ReplicatedEngine(self.model, table_optimizer, adam, self.parallel)
+            return ReplicatedEngine(self.model, tables, experts, adam, self.parallel)
         return ZeroEngine(
             self.model,
-            table_optimizer,
+            tables,
+            experts,
             adam,
             stage=zero.stage,
             offload=zero.offload,
@@ -360,9 +371,7 @@ class Trainer:
             sent = sum(layer.traffic.bytes_sent for layer in self.layers.values())
             for layer in self.layers.values():
                 layer.traffic.reset()
-            everyone = torch.tensor([float(sent)], dtype=torch.float64, device=self.parallel.device)
-            dist.all_reduce(everyone)
-            values["exchange/bytes_per_token"] = float(everyone) / tokens
+            values["exchange/bytes_per_token"] = self._sum(sent) / tokens
         values["memory/peak_gib"] = _peak_memory(self.parallel.device) / 2**30
         return values
 
@@ -418,6 +427,12 @@ class Trainer:
     def _record(self, metrics: Metrics | None, values: dict[str, float]) -> None:
         if metrics is not None and values:
             metrics.write(self.steps_done, values)
+
+    def _sum(self, value: float) -> float:
+        """Over all ranks."""
+        total = torch.tensor([value], dtype=torch.float64, device=self.parallel.device)
+        dist.all_reduce(total)
+        return float(total)
 
     def _any_rank(self, *flags: bool) -> list[bool]:
         """Which flags are set on any rank: signals, for one, reach some ranks a step earlier than others."""

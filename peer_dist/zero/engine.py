@@ -48,8 +48,7 @@ class ZeroEngine(Engine):
     """See :class:`peer_dist.optim.Engine`: DeepSpeed ZeRO-1, 2 or 3.
 
     Args:
-        model: the stage's chunks of the model, without their tables (released).
-        tables: the optimizer of the expert tables.
+        model: the stage's chunks of the model, without their shards (released).
         stage: 1, 2 or 3; 3 for one chunk only.
         offload: masters and moments stay in host memory, and torch's AdamW steps them there.
         mpu: Megatron's groups in the form that DeepSpeed asks for.
@@ -60,6 +59,7 @@ class ZeroEngine(Engine):
         self,
         model: nn.ModuleList,
         tables: TableOptimizer,
+        experts: TableOptimizer | None,
         adam: DenseAdam,
         *,
         stage: int,
@@ -67,7 +67,8 @@ class ZeroEngine(Engine):
         mpu: Any,
         dtype: torch.dtype,
     ) -> None:
-        self.tables, self.grad_clip, self._stage, self._skipping = tables, adam.grad_clip, stage, False
+        super().__init__(tables, experts, adam)
+        self._stage, self._skipping = stage, False
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": adam.weight_decay},
@@ -103,11 +104,11 @@ class ZeroEngine(Engine):
         self._init_state()
         if stage == 3:
             groups_of_norms = self._zero._get_norm_groups
-            self._zero._get_norm_groups = lambda: [*groups_of_norms(), self._table_norm()]
+            self._zero._get_norm_groups = lambda: [*groups_of_norms(), self._norm_of_shards()]
         else:
             dense_norm = self._zero.scaled_global_norm
             self._zero.scaled_global_norm = lambda *args, **kwargs: combine_grad_norm_groups(
-                [dense_norm(*args, **kwargs), self._table_norm()]
+                [dense_norm(*args, **kwargs), self._norm_of_shards()]
             )
 
     def _init_state(self) -> None:
@@ -131,18 +132,18 @@ class ZeroEngine(Engine):
         with self._engine.coalesce_grad_reduction():
             yield
 
-    def _table_norm(self) -> Tensor:
+    def _norm_of_shards(self) -> Tensor:
         """Called by DeepSpeed inside its step."""
         if self._skipping:
             return torch.full((), -1.0, device=next(iter(self._parameters.values())).device)
-        norm = self.tables.grad_norm(next(iter(self._parameters.values())).device)
+        norm = self._shard_norm(next(iter(self._parameters.values())).device)
         # -1 is how DeepSpeed marks a norm that is not finite
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
     def step(self, lr: float, table_lr: float) -> StepResult:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
-        self.tables.set_lr(table_lr)
+        self._set_shard_lr(lr, table_lr)
         self._engine.step()
         return self._finish(
             StepResult(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
@@ -156,11 +157,11 @@ class ZeroEngine(Engine):
         finally:
             self._skipping = False
         assert not self._engine.was_step_applied()
-        self.tables.zero_grad()
+        self._skip_shards()
 
     def not_finite(self) -> list[str]:
         dense = ((name, safe_get_full_grad(parameter)) for name, parameter in self._parameters.items())
-        return names_not_finite(dense) + self._tables_not_finite()
+        return names_not_finite(dense) + self._shards_not_finite()
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
 
@@ -172,7 +173,7 @@ class ZeroEngine(Engine):
     def steps(self, value: int) -> None:
         for state in self._zero.optimizer.state.values():
             state["step"].fill_(float(value))
-        self.tables.steps = value
+        self._set_shard_steps(value)
 
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:

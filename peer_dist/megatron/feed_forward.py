@@ -1,0 +1,187 @@
+"""A layer's feed-forward part in Megatron's layer spec: one builder per kind of ``model.mlp``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerConfig
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from torch import Tensor, nn
+
+from peer_dist.config import Config
+from peer_dist.config.schema import ModelConfig
+from peer_dist.layers.peer import PEER, activation_second_moment
+from peer_dist.layers.recurrence import RouterCore, RouterState
+from peer_dist.sharding import Shard, Traffic
+
+from .parallel import Parallel
+
+INIT_STD = 0.02  # of every dense matrix; those that write to the residual stream have 1/sqrt(2 layers) of it
+
+
+@dataclass
+class Chunk:
+    """What the layers of one model chunk are built from, and share.
+
+    Attributes:
+        core: of the layers' routers, where ``router.kind`` has one.
+        pools: pool number to the layer that owns its tables, of all of this rank's chunks.
+    """
+
+    config: Config
+    parallel: Parallel
+    dtype: torch.dtype
+    core: RouterCore | None
+    pools: dict[int, PEER] = field(default_factory=dict)
+
+    def seed(self, number: int) -> int:
+        return layer_seed(self.config, number)
+
+
+def layer_seed(config: Config, number: int) -> int:
+    """Each layer's own, so that no other layer moves its weights."""
+    return config.train.seed + 1_000_003 * number
+
+
+class SparseLayer(Protocol):
+    """A layer that picks some of ``num_experts`` experts (or values) for each token."""
+
+    num_experts: int
+    traffic: Traffic
+    on_route: Callable[[Tensor, Tensor], None] | None
+    """Called with the picks and their gates ``[tokens, heads, top_k]`` of every forward pass (but recomputed ones)."""
+
+    def shards(self) -> dict[str, Shard]:
+        """What this rank owns of it, by name."""
+
+    def release_shards(self) -> None:
+        """Take the shards out of the module's parameters: engines must not see them."""
+
+
+class SparseMLP(MegatronModule):
+    """A sparse layer in the place of Megatron's MLP.
+
+    Attributes:
+        state: of the routers, ``[s, b, state_size]``: set before the forward pass by the transformer layer, replaced in
+            it by a layer that has a ``router_state``.
+    """
+
+    layer: SparseLayer
+    """The layer, also a sub-module of this under the name of its kind."""
+
+    def __init__(self, config: TransformerConfig, chunk: Chunk, routed: bool) -> None:
+        super().__init__(config=config)
+        self.layer_number = 0
+        self.state: Tensor | None = None
+        self.router_state = None
+        if routed and chunk.core is not None:
+            self.router_state = RouterState(chunk.core, config.hidden_size, chunk.config.router.passing)
+            self.router_state.to(chunk.dtype)
+
+    def mark_replicated(self) -> None:
+        """Each tensor rank sees its own tokens: the gradients of all that is not a shard add up (see RMSNorm)."""
+        owned = {id(shard.parameter) for shard in self.layer.shards().values()}
+        for parameter in self.parameters():
+            if id(parameter) not in owned:
+                parameter.sequence_parallel = self.config.tensor_model_parallel_size > 1
+
+    def next_state(self, hidden: Tensor) -> Tensor | None:
+        """This layer's router state, ``[s, b, state_size]``, which the layers after it see too."""
+        if self.router_state is None:
+            return None
+        assert self.state is not None
+        self.state = self.router_state(hidden, self.state)
+        return self.state
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by TransformerLayer with the layer's number in the whole model, from 1."""
+        self.layer_number = layer_number
+
+
+class PEERMLP(SparseMLP):
+    """A PEER layer; the first layer of a pool puts itself into the chunk's ``pools``, and later ones share its tables.
+
+    Each tensor rank takes its share of the tokens, so that no expert is computed twice: under sequence parallelism
+    those it has, else its slice of the sequence, gathered again afterwards.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules: Any = None, *, chunk: Chunk, number: int) -> None:
+        super().__init__(config, chunk, routed=True)
+        run, parallel = chunk.config, chunk.parallel
+        (pool,) = (index for index, layers in enumerate(run.peer_pools) if number - 1 in layers)
+        self.peer = PEER(
+            dim=run.model.hidden_size,
+            **run.peer.model_dump(exclude={"table_dtype", "layers_per_pool"}),
+            group=parallel.experts,
+            data_group=parallel.token_group,
+            output_std=dense_output_std(run.model),
+            table_dtype=getattr(torch, run.peer.table_dtype),
+            sparse_grad=run.table_optimizer.lazy,
+            tables_of=chunk.pools.get(pool),
+            state_size=0 if chunk.core is None else chunk.core.state_size,
+            seed=chunk.seed(number),
+            device=parallel.device,
+            dtype=chunk.dtype,
+        )
+        chunk.pools.setdefault(pool, self.peer)
+        self.layer = self.peer
+        self.splits_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
+        self.mark_replicated()
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """``hidden: [s, b, d]`` to ``(output [s, b, d], no bias)``."""
+        if not self.splits_tokens:
+            return self.peer(hidden, self.next_state(hidden)), None
+        out = self.peer(scatter_to_sequence_parallel_region(hidden))
+        # all ranks go on with all tokens, and so have the same gradient
+        return gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False), None
+
+
+def dense_output_std(model: ModelConfig) -> float:
+    """Standard deviation of the dense feed-forward's output at initialisation, for unit-variance input.
+
+    A pre-activation is normal with standard deviation ``s = INIT_STD * sqrt(d)``. The mean square of a hidden
+    unit is ``E[gelu(s z)^2]`` or, for SwiGLU, ``E[silu(s z)^2] * s^2``, by quadrature; the output adds
+    ``ffn_hidden_size`` of them under weights of standard deviation ``INIT_STD / sqrt(2 layers)``.
+    """
+    s = INIT_STD * math.sqrt(model.hidden_size)
+    if model.ffn_activation == "swiglu":
+        mean_square = activation_second_moment(F.silu, s) * s**2
+    else:
+        mean_square = activation_second_moment(F.gelu, s)
+    return INIT_STD / math.sqrt(2 * model.num_layers) * math.sqrt(model.ffn_hidden_size * mean_square)
+
+
+def _dense(chunk: Chunk, number: int) -> ModuleSpec:
+    return ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+
+
+def _peer(chunk: Chunk, number: int) -> ModuleSpec:
+    return ModuleSpec(module=PEERMLP, params={"chunk": chunk, "number": number})
+
+
+_KINDS: dict[str, Callable[[Chunk, int], ModuleSpec]] = {"dense": _dense, "peer": _peer}
+
+
+def feed_forward(chunk: Chunk, number: int) -> ModuleSpec:
+    """The spec of the feed-forward part of layer ``number``, from 1."""
+    return _KINDS[chunk.config.model.mlp_kinds[number - 1]](chunk, number)
+
+
+def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:
+    """This rank's sparse layers in layer order, by their number in the whole model, from 1."""
+    found = [module for module in model.modules() if isinstance(module, SparseMLP)]
+    return {module.layer_number: module for module in sorted(found, key=lambda each: each.layer_number)}
