@@ -1,5 +1,7 @@
 """Checkpoints that were damaged, or made to do harm, after they were written."""
 
+import enum
+import io
 import json
 import os
 import pickle
@@ -182,6 +184,14 @@ def poison_class(checkpoint, trap):
     (checkpoint / ".metadata").write_bytes(text)
 
 
+def poison_getattr(checkpoint, trap):
+    """The name by which older Pythons pickle members of enumerations, for something else."""
+    text = (
+        b"\x80\x02cbuiltins\ngetattr\nctorch.distributed.checkpoint.metadata\nMetadata\nX\x08\x00\x00\x00__init__\x86R."
+    )
+    (checkpoint / ".metadata").write_bytes(text)
+
+
 def poison_path(checkpoint, trap):
     """Tensors are said to lie in a file elsewhere."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
@@ -198,6 +208,7 @@ POISONS = {
     poison_tensor: "",  # torch says what its own loader refuses, and not where
     poison_bytes: ".metadata",
     poison_class: ".metadata",
+    poison_getattr: ".metadata",
     poison_path: ".metadata",
 }
 
@@ -247,6 +258,21 @@ def test_nothing_that_a_checkpoint_holds_is_run(copied, tmp_path):
                 assert "\n" not in sentence
     assert not trap.exists()
     assert not list(tmp_path.glob("*/*.damaged"))
+
+
+def test_metadata_of_older_pythons_is_read(copied):
+    """Before 3.11.4 they pickle a member of an enumeration as ``getattr`` of its class."""
+    from peer_dist.megatron.reader import read_metadata
+
+    class Older(pickle.Pickler):
+        def reducer_override(self, value):
+            return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+    written = pickle.loads((Path(copied["checkpoint"]["dir"]) / "step-00000006" / ".metadata").read_bytes())
+    text = io.BytesIO()
+    Older(text).dump(written)
+    assert b"getattr" in text.getvalue()
+    assert read_metadata(io.BytesIO(text.getvalue())) == written
 
 
 def test_the_traps_spring_where_torch_reads_by_itself(copied, tmp_path):

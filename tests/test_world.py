@@ -209,7 +209,8 @@ def _joins(world_size: int, ranks: list[int], seconds: float) -> dict[int, "subp
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # torchrun's agents count restarts each by itself
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_RESTART_COUNT": str(rank)},
         )
         for rank in ranks
     }

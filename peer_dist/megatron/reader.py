@@ -35,6 +35,18 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint import metadata as forms
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 
+
+class UntrustedError(pickle.UnpicklingError):
+    """A checkpoint's file asks for more than data."""
+
+
+def _member(kind: Any, name: str) -> Any:
+    """Stands for the ``getattr`` by which Python before 3.11.4 pickles a member of an enumeration."""
+    if kind is not forms._MEM_FORMAT_ENCODING:
+        raise UntrustedError(f"it asks for {name} of {kind!r}, which is no part of a checkpoint")
+    return kind[name]
+
+
 _CLASSES: dict[tuple[str, str], Any] = {
     (kind.__module__, kind.__qualname__): kind
     for kind in (
@@ -53,16 +65,13 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 _CLASSES |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _CLASSES |= {
+    ("builtins", "getattr"): _member,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("pathlib", "PosixPath"): PurePosixPath,  # where it was written
     ("pathlib._local", "PosixPath"): PurePosixPath,  # the same, by Python 3.13
 }
 _DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
-
-
-class UntrustedError(pickle.UnpicklingError):
-    """A checkpoint's file asks for more than data."""
 
 
 class _MetadataUnpickler(pickle._Unpickler):

@@ -93,7 +93,7 @@ class World:
     def _roll_call(self, seconds: float) -> dist.Store:
         """The store where the ranks meet, once all have been there."""
         end = time.monotonic() + seconds
-        # torchrun's agent may have made one, for all attempts
+        # torchrun's agent may have made one, for all its attempts
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         try:
             server: dist.Store = dist.TCPStore(
@@ -112,7 +112,9 @@ class World:
                 f"{self.master_port} within {seconds:.0f} s: see whether rank 0 started, and whether this node reaches "
                 "that address"
             ) from None
-        store = dist.PrefixStore(f"peer_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
+        # nodes differ in how often they restarted, so attempts are told apart only where they would meet
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if agent else 0
+        store = dist.PrefixStore(f"peer_dist/{attempt}", server)
         store.set(f"here/{self.rank}", "")
         if self.rank == 0:
             missing = self._missing(store, end)
