@@ -142,7 +142,7 @@ def comparison(partners: Sequence[Partner]) -> Table:
     """A column for each of what :func:`match` returned; parameters and FLOPs of layers are sums over those compared."""
     own = partners[0]
     numbers = ", ".join(str(number + 1) for number in own.layers)
-    table = Table(title=f"feed-forward of layer(s) {numbers}; FLOPs are per token", title_justify="left", box=None)
+    table = Table(title=f"layer(s) {numbers}; FLOPs per token", title_justify="left", box=None)
     table.add_column("", no_wrap=True)
     for partner in partners:
         table.add_column(partner.kind, justify="right")
