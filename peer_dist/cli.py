@@ -150,6 +150,52 @@ def submit(
 
 
 @app.command()
+def match(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)],
+    overrides: Overrides = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Partner's kind: dense, peer, moe, pkm or sigma_moe; repeatable. Default: all others."),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="What is made equal: budget (training FLOPs of the run, by its steps), flops or params (of the "
+            "feed-forward layers, by their sizes)."
+        ),
+    ] = "budget",
+    reference_kind: Annotated[
+        str | None, typer.Option(help="Kind of the layers to replace. Default: the one that is not dense.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Deviation from which on there is a warning.")] = 0.02,
+    folder: Annotated[
+        Path | None, typer.Option("--write", help="Folder for the partners' configs.", show_default=False)
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of the embedding. Default: the data's tokenizer's, padded.")
+    ] = None,
+) -> None:
+    """Find the runs that cost the same as this one with other feed-forward layers, to compare it with."""
+    from peer_dist.config import load_config
+    from peer_dist.planning.match import comparison, misses, write
+    from peer_dist.planning.match import match as run
+
+    settings = load_config(config, overrides or [])
+    if vocab_size is None:
+        from peer_dist.data.stream import open_tokenizer
+
+        vocab_size = open_tokenizer(settings.data).padded_vocab_size
+    partners = run(settings, vocab_size, kind or [], mode, reference_kind, tolerance)
+    Console().print(comparison(partners))
+    console = Console(stderr=True)
+    for sentence in misses(partners, tolerance):
+        console.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    if folder is not None:
+        for path in write(partners[1:], folder, config.stem):
+            console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def prepare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the files to write.")],
     inputs: Annotated[

@@ -184,7 +184,9 @@ class RouterSection(Section):
         description="linear: of the layer's input; recurrent: of a GRU's state over layers (peer: added to the query); "
         "mlp: as large as recurrent, without a state; cosine: low-rank cosine scores (XMoE)",
     )
-    state_size: int = Field(128, ge=1, description="width of the state, of the mlp's hidden layer and of cosine's")
+    state_size: int = Field(
+        128, ge=1, description="width of the state and of cosine's; mlp's is such that it is as large as recurrent"
+    )
     passing: Literal["full", "detached", "none"] = Field(
         "full", description="the state goes from layer to layer with its gradient, without, or starts anew in each"
     )

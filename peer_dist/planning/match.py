@@ -1,0 +1,297 @@
+"""Partners of a model: the same transformer with another kind of feed-forward, at equal cost.
+
+The three meanings of equal are those of the papers. ``budget`` (PEER): both runs spend the same training FLOPs, so
+the cheaper model sees more tokens. ``flops``: a token costs the same in the feed-forward layers, routers and retrieval
+included. ``params`` (sigma-MoE): the feed-forward layers have the same number of parameters, routers included.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from rich.table import Table
+
+from peer_dist.config import Config, ConfigError, parse_config
+from peer_dist.config.schema import MLPKind
+from peer_dist.planning.counts import Counts, Parts, count, merged, total
+
+Mode = Literal["budget", "flops", "params"]
+
+SIZES: Mapping[MLPKind, tuple[str, ...]] = {
+    "dense": ("ffn_hidden_size",),
+    "peer": ("num_experts", "heads", "top_k", "key_dim"),
+    "moe": ("num_experts", "expert_hidden_size", "top_k"),
+    "pkm": ("num_values", "heads", "top_k", "key_dim"),
+    "sigma_moe": ("num_experts", "expert_hidden_size", "top_k"),
+}
+
+_LARGEST = 1 << 24  # where the search for a size ends
+_LARGEST_ROOT = 1 << 14  # and for the root of a size that is a square
+_ENTRIES: Mapping[str, str] = {"peer": "num_experts", "pkm": "num_values"}
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Partner:
+    """A run, and what it costs."""
+
+    kind: MLPKind
+    """Of the layers compared."""
+    layers: tuple[int, ...]
+    """The layers compared, from 0."""
+    config: Config
+    counts: Counts
+    deviation: float
+    """Of what was made equal, as a fraction: 0.01 is 1% more than the reference. ``budget``: training FLOPs of the run.
+    ``flops``, ``params``: what all feed-forward layers differ by, as a fraction of the reference's compared layers.
+    """
+
+    @property
+    def tokens(self) -> int:
+        """That the run trains on."""
+        train = self.config.train
+        return train.steps * train.global_batch_size * self.config.model.seq_length
+
+    @property
+    def parts(self) -> Parts:
+        """Of the compared layers' feed-forwards, added up."""
+        return merged(self.counts.layers[number].feed_forward for number in self.layers)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of the kind, as in its section of the config."""
+        section = self.config.model if self.kind == "dense" else getattr(self.config, self.kind)
+        sizes = {name: getattr(section, name) for name in SIZES[self.kind]}
+        return {name: self.config.model.ffn_hidden_size if size is None else size for name, size in sizes.items()}
+
+
+def match(
+    config: Config,
+    vocab_size: int,
+    kinds: Sequence[str] = (),
+    mode: str = "budget",
+    reference_kind: str | None = None,
+    tolerance: float = 0.02,
+) -> list[Partner]:
+    """The run itself, then its partner of each kind.
+
+    ``budget`` keeps all sizes, and sets ``train.steps`` and with them the schedules. ``flops`` and ``params`` keep the
+    steps and change sizes: the first of the kind's free sizes to the nearest there is, the next only where the
+    deviation still exceeds the tolerance. Free are, in this order (``flops``; ``params``):
+
+    - dense: ``model.ffn_hidden_size``, of all the model's dense layers; the same
+    - moe: ``expert_hidden_size``; ``num_experts``, ``expert_hidden_size``
+    - sigma_moe: ``top_k``, ``expert_hidden_size``; ``num_experts``, ``expert_hidden_size``
+    - peer: ``top_k``; ``num_experts``, a square
+    - pkm: ``top_k``; ``num_values``, a square
+
+    There PEER and product-key memory also take over each other's heads, key width and number of entries, so that
+    retrieval costs the same; PKM's ``top_k`` is then twice PEER's for equal FLOPs, as in the PEER paper.
+
+    A partner writes to folders of its kind's name within those of the reference, and starts from no weights.
+
+    Args:
+        config: the reference run.
+        vocab_size: rows of the embedding, padding included.
+        kinds: of the partners; none named: all but the reference's.
+        mode: ``budget``, ``flops`` or ``params``.
+        reference_kind: of the layers to replace; None: the only kind that is not dense, or dense if all are.
+        tolerance: see above.
+
+    Raises:
+        ConfigError: an unknown kind or mode, no layers of the reference kind, or a partner that cannot be.
+    """
+    names: tuple[MLPKind, ...] = get_args(MLPKind)
+    equal: Mode = _known("--mode", mode, get_args(Mode))
+    reference = _only_kind(config) if reference_kind is None else _known("--reference-kind", reference_kind, names)
+    layers = tuple(number for number, kind in enumerate(config.model.mlp_kinds) if kind == reference)
+    if not layers:
+        raise ConfigError(f"--reference-kind: model.mlp has no {reference} layer; name a kind that it has")
+    wanted = [_known("--kind", kind, names) for kind in kinds] or [kind for kind in names if kind != reference]
+    if reference in wanted:
+        raise ConfigError(f"--kind: {reference} is the kind of the layers to replace; name another")
+    own = Partner(reference, layers, config, count(config, vocab_size), 0.0)
+    partners = []
+    for kind in wanted:
+        start = _replaced(own, kind)
+        if equal == "budget":
+            partners.append(_equal_budget(own, start, kind, vocab_size))
+        else:
+            partners.append(_equal_layers(own, start, kind, equal, tolerance, vocab_size))
+    return [own, *partners]
+
+
+def misses(partners: Sequence[Partner], tolerance: float) -> list[str]:
+    """A sentence for each partner that is further from the reference than the tolerance."""
+    return [
+        f"{partner.kind}: the nearest sizes found ({', '.join(f'{k} {v:,}' for k, v in partner.sizes.items())}) differ "
+        f"by {partner.deviation:+.1%}, more than {tolerance:.1%}; change one that was not free "
+        "(section.key=value), or raise --tolerance"
+        for partner in partners
+        if abs(partner.deviation) > tolerance
+    ]
+
+
+def comparison(partners: Sequence[Partner]) -> Table:
+    """A column for each of what :func:`match` returned; parameters and FLOPs of layers are sums over those compared."""
+    own = partners[0]
+    numbers = ", ".join(str(number + 1) for number in own.layers)
+    table = Table(title=f"layer(s) {numbers}; FLOPs per token", title_justify="left", box=None)
+    table.add_column("", no_wrap=True)
+    for partner in partners:
+        table.add_column(partner.kind, justify="right")
+    parts = [name for name, cost in merged(partner.parts for partner in partners).items() if cost.flops]
+    rows: list[tuple[str, list[str]]] = [
+        *((name, [_size(p, name) for p in partners]) for name in dict.fromkeys(n for p in partners for n in p.sizes)),
+        ("parameters, model", [_short(p.counts.total.parameters) for p in partners]),
+        ("  active", [_short(p.counts.total.active) for p in partners]),
+        ("parameters, layers", [_short(total(p.parts).parameters) for p in partners]),
+        ("  active", [_short(total(p.parts).active) for p in partners]),
+        ("forward FLOPs, layers", [_short(total(p.parts).flops) for p in partners]),
+        *((f"  {name}", [_short(p.parts[name].flops) if name in p.parts else "" for p in partners]) for name in parts),
+        ("forward FLOPs, model", [_short(p.counts.total.flops) for p in partners]),
+        ("training FLOPs, model", [_short(p.counts.train_flops_per_token) for p in partners]),
+        ("steps", [f"{p.config.train.steps:,}" for p in partners]),
+        ("tokens", [_short(p.tokens) for p in partners]),
+        ("deviation", ["", *(f"{p.deviation:+.2%}" for p in partners[1:])]),
+    ]
+    for name, cells in rows:
+        table.add_row(name, *cells)
+    return table
+
+
+def write(partners: Sequence[Partner], folder: Path, name: str) -> list[Path]:
+    """Write each partner's config, every key of it, to ``folder/name-kind.yaml``; files that are there are replaced.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    paths = [folder / f"{name}-{partner.kind}.yaml" for partner in partners]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, partner in zip(paths, partners):
+            path.write_text(yaml.safe_dump(partner.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
+    return paths
+
+
+def _known(option: str, value: str, known: Sequence[_T]) -> _T:
+    for name in known:
+        if name == value:
+            return name
+    raise ConfigError(f"{option}: {value!r} is not known; {', '.join(map(str, known))}")
+
+
+def _only_kind(config: Config) -> MLPKind:
+    kinds = list(dict.fromkeys(kind for kind in config.model.mlp_kinds if kind != "dense"))
+    if len(kinds) > 1:
+        raise ConfigError(f"model.mlp: has {' and '.join(kinds)} layers; say with --reference-kind which to replace")
+    return kinds[0] if kinds else "dense"
+
+
+def _changed(config: Config, changes: Mapping[str, Any], kind: str) -> Config:
+    tree = config.model_dump(mode="json")
+    for key, value in changes.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    return parse_config(tree, f"the {kind} partner")
+
+
+def _replaced(own: Partner, kind: MLPKind) -> Config:
+    """The run with other layers, all sizes as configured, in folders of its own."""
+    config = own.config
+    mlp = [kind if number in own.layers else other for number, other in enumerate(config.model.mlp_kinds)]
+    checkpoints, logs = (
+        str(Path(folder).parent / kind / Path(folder).name) for folder in (config.checkpoint.dir, config.logging.dir)
+    )
+    changes = {"checkpoint.dir": checkpoints, "checkpoint.init_from": None, "logging.dir": logs}
+    return _changed(config, {"model.mlp": mlp, **changes}, kind)
+
+
+def _equal_budget(own: Partner, config: Config, kind: MLPKind, vocab_size: int) -> Partner:
+    """Stretch steps, warm-up and decay alike."""
+    counts = count(config, vocab_size)
+    factor = own.counts.train_flops_per_token / counts.train_flops_per_token
+    changes: dict[str, int] = {"train.steps": max(1, round(config.train.steps * factor))}
+    for section in ("optimizer", "table_optimizer"):
+        for key, rounded in (("warmup_steps", math.floor), ("decay_steps", math.ceil)):  # warm-up stays below decay
+            steps = getattr(getattr(config, section), key)
+            if steps is not None:
+                changes[f"{section}.{key}"] = rounded(steps * factor)
+    config = _changed(config, changes, kind)
+    deviation = config.train.steps / (own.config.train.steps * factor) - 1
+    return Partner(kind, own.layers, config, counts, deviation)
+
+
+def _equal_layers(
+    own: Partner, config: Config, kind: MLPKind, mode: Mode, tolerance: float, vocab_size: int
+) -> Partner:
+    def amount(parts: Parts) -> int:
+        return total(parts).flops if mode == "flops" else total(parts).parameters
+
+    def of_all_layers(counts: Counts) -> int:
+        return amount(merged(layer.feed_forward for layer in counts.layers))
+
+    config = _changed(config, _same_retrieval(config, kind, own.kind), kind)
+    target, scale = of_all_layers(own.counts), amount(own.parts)
+    deviation = math.inf
+    for key, sizes in _free_sizes(config, kind, mode):
+        if abs(deviation) <= tolerance:
+            break
+
+        def excess(size: int, key: str = key, config: Config = config) -> int:
+            return of_all_layers(count(_changed(config, {key: size}, kind), vocab_size)) - target
+
+        above = bisect_left(sizes, 0, key=excess)  # costs grow with every size
+        size = min(sizes[max(0, above - 1) : above + 1], key=lambda size: abs(excess(size)))
+        config, deviation = _changed(config, {key: size}, kind), excess(size) / scale
+    return Partner(kind, own.layers, config, count(config, vocab_size), deviation)
+
+
+def _same_retrieval(config: Config, kind: MLPKind, reference: MLPKind) -> dict[str, int]:
+    """What PEER and product-key memory take over from each other."""
+    if {kind, reference} != {"peer", "pkm"}:
+        return {}
+    own, other = getattr(config, kind), getattr(config, reference)
+    entries = getattr(other, _ENTRIES[reference])
+    sizes = {"heads": other.heads, "key_dim": other.key_dim, "top_k": min(own.top_k, math.isqrt(entries))}
+    return {f"{kind}.{name}": size for name, size in {**sizes, _ENTRIES[kind]: entries}.items()}
+
+
+def _free_sizes(config: Config, kind: MLPKind, mode: Mode) -> list[tuple[str, Sequence[int]]]:
+    """Keys to change in turn, and the sizes each can have, ascending."""
+    if kind == "dense":
+        tensor = config.parallel.tensor  # divides it
+        return [("model.ffn_hidden_size", range(tensor, _LARGEST, tensor))]
+    section = getattr(config, kind)
+    if kind in _ENTRIES:
+        entries = _ENTRIES[kind]
+        if mode == "params":
+            return [(f"{kind}.{entries}", [root**2 for root in range(section.top_k, _LARGEST_ROOT)])]
+        return [(f"{kind}.top_k", range(1, math.isqrt(getattr(section, entries)) + 1))]
+    width = (f"{kind}.expert_hidden_size", range(1, _LARGEST))
+    if mode == "params":
+        return [(f"{kind}.num_experts", range(max(2, section.top_k), _LARGEST)), width]
+    return [width] if kind == "moe" else [(f"{kind}.top_k", range(1, section.num_experts + 1)), width]
+
+
+def _size(partner: Partner, name: str) -> str:
+    if name not in partner.sizes:
+        return ""
+    others = partner.kind == "dense" and partner.config.model.mlp_kinds.count("dense") > len(partner.layers)
+    return f"{partner.sizes[name]:,}" + (" (all)" if others else "")
+
+
+def _short(number: int) -> str:
+    """Four digits and a unit: 4.194M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return str(number)

@@ -1,0 +1,291 @@
+"""Counts against the model that is built, and partners of equal cost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from peer_dist.config import Config, ConfigError, load_config, parse_config
+from peer_dist.megatron import Parallel, build_model, token_losses
+from peer_dist.planning.counts import Counts, count, merged, mlp_router_hidden, total
+from peer_dist.planning.match import Partner, match, misses
+
+VOCAB, TOKENS = 128, (2, 16)
+
+SMALL: dict[str, Any] = {
+    "model": {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 48, "seq_length": 16},
+    # tables of another dtype than the activations: only the plain backend, which the counter sees through, takes them
+    "peer": {"num_experts": 64, "heads": 2, "top_k": 3, "key_dim": 8, "table_dtype": "bfloat16"},
+    "pkm": {"num_values": 81, "heads": 2, "top_k": 5, "key_dim": 8, "table_dtype": "bfloat16"},
+    "moe": {"num_experts": 6, "top_k": 2},
+    "sigma_moe": {"num_experts": 10, "expert_hidden_size": 12, "top_k": 3},
+    "router": {"state_size": 8},
+    "data": {"prefix": "unused"},
+}
+
+
+def make(changes: dict[str, Any], of: dict[str, Any] = SMALL) -> Config:
+    """The config ``of``, with keys such as `peer.heads` changed."""
+    tree = {section: dict(keys) for section, keys in of.items()}
+    for key, value in changes.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = value
+    return parse_config(tree, "test")
+
+
+ROUTERS = ({"router.kind": "recurrent"}, {"router.kind": "recurrent", "router.shared_projector": True},
+           {"router.kind": "mlp"}, {"router.kind": "cosine"})  # fmt: skip
+EVERY_PEER_KEY = {
+    "peer.shared_keys": False, "peer.query_norm": "layer", "peer.key_norm": "rms", "peer.output_gate": True,
+    "peer.dense_hidden": 20, "peer.layers_per_pool": 2,
+}  # fmt: skip
+CASES = [
+    {},
+    {"model.ffn_activation": "gelu", "model.tied_embeddings": False},
+    {"model.ffn_top_k": 7},
+    {"model.mlp": ["dense", "peer", "dense"]},
+    {"model.mlp": "peer", **EVERY_PEER_KEY},
+    {"model.mlp": "peer", "peer.query_norm": "rms", "peer.key_norm": "layer"},
+    {"model.mlp": ["moe", "dense", "moe"]},
+    {"model.mlp": "moe", "moe.expert_hidden_size": 20, "model.ffn_activation": "gelu"},
+    {"model.mlp": ["dense", "pkm", "dense"]},
+    {"model.mlp": "pkm", "pkm.query_projection": False, "pkm.query_norm": "none"},
+    {"model.mlp": "pkm", "pkm.shared_keys": True, "pkm.query_norm": "rms"},
+    {"model.mlp": "sigma_moe"},
+    *({"model.mlp": "sigma_moe", **router} for router in ROUTERS),
+    *({"model.mlp": "moe", **router} for router in ROUTERS),
+    *({"model.mlp": ["peer", "dense", "peer"], **router} for router in ROUTERS[:3]),
+]
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    """Megatron's groups of one rank, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        groups = Parallel.initialize()
+        yield groups
+        groups.destroy()
+        dist.destroy_process_group()
+
+
+def build(config: Config, parallel: Parallel) -> torch.nn.ModuleList:
+    return build_model(config, parallel, VOCAB, torch.float64)
+
+
+def build_known(config: Config, parallel: Parallel) -> torch.nn.ModuleList:
+    """The model; skips where the builder makes the same of a kind of layer or router that it does not know."""
+
+    def shapes(model: torch.nn.ModuleList) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    model = build(config, parallel)
+    for key, plain in (("model.mlp", "dense"), ("router.kind", "linear")):
+        section, name = key.split(".")
+        asked = getattr(getattr(config, section), name)
+        if asked != plain:
+            without = make({key: plain}, config.model_dump())
+            if shapes(build(without, parallel)) == shapes(model):
+                pytest.skip(f"build_model makes {key}: {plain} of {asked}")
+    return model
+
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_counts_are_those_of_the_model(parallel: Parallel, changes: dict[str, Any]) -> None:
+    """Parameters, and the FLOPs of a forward pass but those of kernels of our own."""
+    config = make(changes)
+    model, counts = build_known(config, parallel), count(config, VOCAB)
+    assert counts.total.parameters == sum(parameter.numel() for parameter in model.parameters())
+    tokens = torch.randint(VOCAB, TOKENS)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        token_losses(model, tokens, tokens)
+    unseen = [
+        parts[name].flops
+        for kind, name in (("peer", "experts"), ("pkm", "values"))
+        for parts in (layer.feed_forward for layer in counts.layers if layer.kind == kind)
+    ]
+    assert counter.get_total_flops() == tokens.numel() * (counts.total.flops - sum(unseen))
+
+
+def test_training_counts_three_times_the_forward_pass(parallel: Parallel) -> None:
+    config = make({})
+    tokens = torch.randint(VOCAB, TOKENS)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        token_losses(build(config, parallel), tokens, tokens).mean().backward()
+    assert counter.get_total_flops() == tokens.numel() * count(config, VOCAB).train_flops_per_token
+
+
+def test_retrieval_costs_more_than_the_experts() -> None:
+    """The paper's sizes: of a token's FLOPs the experts are the smaller part, of the parameters nearly all."""
+    peer = {"peer.num_experts": 1024**2, "peer.heads": 8, "peer.top_k": 16, "peer.key_dim": 128}
+    config = make({"model.hidden_size": 1024, "model.mlp": "peer", **peer})
+    parts = count(config, VOCAB).layers[0].feed_forward
+    assert parts["query"].flops + parts["keys"].flops == 4_194_304
+    assert parts["experts"].flops == 524_288
+    assert parts["experts"].parameters == 2**31
+    assert parts["experts"].active == 2 * 128 * 1024
+
+
+def test_a_token_reads_a_part_of_the_parameters() -> None:
+    dense = total(count(make({}), VOCAB).layers[0].feed_forward)
+    kept = total(count(make({"model.ffn_top_k": 7}), VOCAB).layers[0].feed_forward)
+    assert (dense.active, kept.active) == (3 * 32 * 48, 2 * 32 * 48 + 7 * 32)
+    assert kept.flops == dense.flops
+    untied = count(make({"model.tied_embeddings": False}), VOCAB)
+    assert untied.outside["embedding"].active == 32
+    moe = count(make({"model.mlp": "moe"}), VOCAB).layers[0].feed_forward
+    assert moe["experts"].active * 6 == moe["experts"].parameters * 2
+
+
+def test_causal_attention_is_half() -> None:
+    """Position t sees t pairs: the mean over a sequence of s is (s + 1) / 2."""
+    counts, pairs = count(make({}), VOCAB), sum(range(1, 17)) / 16
+    assert counts.causal_attention_flops == 3 * 4 * 32 * pairs
+    assert counts.parts["attention_scores"].flops == 3 * 4 * 32 * 16
+
+
+@pytest.mark.parametrize("kinds", ["moe", ["peer", "dense", "sigma_moe"]], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_mlp_routers_are_as_large_as_recurrent_ones(kinds: str | list[str], shared: bool) -> None:
+    asked = {"model.mlp": kinds, "router.shared_projector": shared}
+    recurrent, mlp = (
+        count(make({**asked, "router.kind": kind}), VOCAB).total.parameters for kind in ("recurrent", "mlp")
+    )
+    config = make({**asked, "router.kind": "mlp"})
+    unit = (count(config, VOCAB).parts["projector"] + count(config, VOCAB).parts["router"]).parameters
+    assert 2 * abs(recurrent - mlp) <= unit / mlp_router_hidden(config)
+
+
+def test_a_recurrent_router_adds_what_its_paper_says() -> None:
+    """RMoE, 24 layers of width 1280, state 128: about 3.5 million parameters."""
+    large = {"model.num_layers": 24, "model.hidden_size": 1280, "model.mlp": "moe", "router.state_size": 128}
+    linear, recurrent = (
+        count(make({**large, "moe.num_experts": 16, "router.kind": kind}), VOCAB).total.parameters
+        for kind in ("linear", "recurrent")
+    )
+    assert recurrent - linear == pytest.approx(3.5e6, rel=0.05)
+
+
+# ---------------------------------------------------------------- partners
+
+MIDDLE = {"model.mlp": ["dense", "peer", "dense"]}
+PAPER = {
+    "model.hidden_size": 1024, "model.ffn_hidden_size": 4096, "peer.num_experts": 1024**2, "peer.heads": 8,
+    "peer.top_k": 16, "peer.key_dim": 128, **MIDDLE,
+}  # fmt: skip
+
+
+def feed_forward(counts: Counts, mode: str) -> int:
+    every = total(merged(layer.feed_forward for layer in counts.layers))
+    return every.flops if mode == "flops" else every.parameters
+
+
+def test_product_key_memory_picks_twice_as_many_values_for_equal_flops() -> None:
+    """The PEER paper's pair: 8 x 16 experts, 8 x 32 values, the same million of keys."""
+    config = make(PAPER)
+    own, pkm = match(config, VOCAB, ["pkm"], "flops")
+    assert pkm.sizes == {"num_values": 1024**2, "heads": 8, "top_k": 32, "key_dim": 128}
+    assert pkm.counts.total.flops == own.counts.total.flops
+    assert pkm.deviation == 0
+    back = match(pkm.config, VOCAB, ["peer"], "flops")[1]
+    assert back.sizes == own.sizes
+
+
+def test_product_key_memory_has_twice_as_many_rows_for_equal_parameters() -> None:
+    pkm = match(make(PAPER), VOCAB, ["pkm"], "params")[1]
+    assert pkm.sizes["num_values"] == pytest.approx(2 * 1024**2, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["flops", "params"])
+@pytest.mark.parametrize("changes", [PAPER, {"model.mlp": "pkm"}, {"model.mlp": "peer", **ROUTERS[0]}], ids=str)
+def test_partners_have_the_nearest_sizes(mode: str, changes: dict[str, Any]) -> None:
+    """No neighbour of the finest free size is nearer, and the deviation is that of the layers compared."""
+    own, *partners = match(make(changes), VOCAB, ["dense", "moe", "sigma_moe"], mode, tolerance=0)
+    compared = total(own.parts).flops if mode == "flops" else total(own.parts).parameters
+    target = feed_forward(own.counts, mode)
+    for partner in partners:
+        got = feed_forward(count(partner.config, VOCAB), mode)
+        assert own.kind not in partner.config.model.mlp_kinds
+        assert partner.deviation == (got - target) / compared
+        section, name = (
+            ("model", "ffn_hidden_size") if partner.kind == "dense" else (partner.kind, "expert_hidden_size")
+        )
+        for step in (-1, 1) if partner.sizes[name] > 1 else (1,):
+            neighbour = make({f"{section}.{name}": partner.sizes[name] + step}, partner.config.model_dump())
+            assert abs(feed_forward(count(neighbour, VOCAB), mode) - target) >= abs(got - target)
+
+
+def test_dense_partners_share_the_width_over_all_dense_layers() -> None:
+    own, dense = match(make({**MIDDLE, "parallel.tensor": 2}), VOCAB, ["dense"], "params")
+    assert dense.config.model.mlp_kinds == ["dense"] * 3
+    assert dense.config.model.ffn_hidden_size % 2 == 0
+    assert feed_forward(dense.counts, "params") == pytest.approx(feed_forward(own.counts, "params"), rel=0.02)
+
+
+def test_equal_budgets_keep_sizes_and_stretch_the_run() -> None:
+    steps = {"train.steps": 1000, "optimizer.warmup_steps": 50, "optimizer.decay_steps": 1000}
+    own, *partners = match(make({**PAPER, **steps}), VOCAB)
+    assert [partner.kind for partner in partners] == ["dense", "moe", "pkm", "sigma_moe"]
+    budget = own.tokens * own.counts.train_flops_per_token
+    for partner in partners:
+        config = partner.config
+        assert partner.tokens == config.train.steps * config.train.global_batch_size * 16
+        assert partner.tokens * partner.counts.train_flops_per_token == pytest.approx(budget * (1 + partner.deviation))
+        assert abs(partner.deviation) <= 0.5 / config.train.steps + 1e-9
+        assert config.optimizer.decay_steps == pytest.approx(config.train.steps, abs=1)
+        assert config.optimizer.warmup_steps == pytest.approx(config.train.steps / 20, abs=1)
+        assert (config.moe, config.pkm, config.sigma_moe) == (own.config.moe, own.config.pkm, own.config.sigma_moe)
+
+
+def test_what_cannot_be_matched_is_said() -> None:
+    few = make({**MIDDLE, "peer.top_k": 6})  # would take 12 of each head's 8 sub-keys
+    partners = match(few, VOCAB, ["pkm", "moe"], "flops")
+    (sentence,) = misses(partners, 0.1)
+    assert sentence.startswith("pkm: the nearest sizes found (num_values 64, heads 2, top_k 8, key_dim 8) differ by -")
+    assert not misses(partners, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "tokens"}, "--mode: 'tokens' is not known; budget, flops, params"),
+        ({"kinds": ["rnn"], "reference_kind": "moe"}, "--kind: 'rnn' is not known; dense, peer, moe, pkm, sigma_moe"),
+        ({"kinds": ["moe"], "reference_kind": "moe"}, "--kind: moe is the kind of the layers to replace"),
+        ({"reference_kind": "pkm"}, "--reference-kind: model.mlp has no pkm layer"),
+        ({}, "model.mlp: has moe and peer layers; say with --reference-kind which to replace"),
+    ],
+)
+def test_mistakes_are_answered(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        match(make({"model.mlp": ["moe", "peer", "dense"]}), VOCAB, **arguments)
+    assert str(raised.value).startswith(message)
+
+
+def test_the_command_writes_runs_of_their_own(text: Path, small: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
+    command = ["match", "--config", "run.yaml", "--kind", "dense", "--kind", "moe", "--write", "partners"]
+    result = subprocess.run(
+        [sys.executable, "-m", "peer_dist", *command, "train.steps=12"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in ("peer", "dense", "moe", "query", "deviation"))
+    config = load_config(tmp_path / "run.yaml", ["train.steps=12"])
+    padded = 384  # bytes and the end of a document
+    expected: list[Partner] = match(config, padded, ["dense", "moe"])
+    for partner in expected[1:]:
+        written = load_config(tmp_path / "partners" / f"run-{partner.kind}.yaml")
+        assert written == partner.config
+        assert written.model.mlp_kinds == [partner.kind, "dense", partner.kind]
+        assert written.checkpoint.dir == str(tmp_path / partner.kind / "checkpoints")
+        assert written.logging.dir == str(tmp_path / partner.kind / "logs")
