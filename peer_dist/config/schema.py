@@ -15,6 +15,8 @@ MLPKind = Literal["dense", "peer", "moe", "pkm", "sigma_moe"]
 
 MLP_SECTIONS = ("peer", "moe", "sigma_moe", "pkm", "router")  # what describes the layers, beside model
 
+ROUTED_KINDS = ("peer", "moe", "sigma_moe")  # those of model.mlp that router.kind changes
+
 VOCAB_MULTIPLE = 128  # what the vocabulary is padded to a multiple of, in every layout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -185,7 +187,7 @@ class RouterSection(Section):
         "mlp: as large as recurrent, without a state; cosine: low-rank cosine scores (XMoE)",
     )
     state_size: int = Field(
-        128, ge=1, description="width of the state and of cosine's; mlp's is such that it is as large as recurrent"
+        128, ge=1, description="width of the state, of the perceptron in its place (mlp), and of cosine's projection"
     )
     passing: Literal["full", "detached", "none"] = Field(
         "full", description="the state goes from layer to layer with its gradient, without, or starts anew in each"

@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import nn
 
 from peer_dist.config import Config
+from peer_dist.config.schema import ROUTED_KINDS
 from peer_dist.layers.peer import PEER
 from peer_dist.layers.recurrence import RouterCore
 from peer_dist.sharding import Shard
@@ -189,7 +190,7 @@ def _build_chunk(megatron: TransformerConfig, chunk: Chunk, number: int, vocab_s
 def _router_core(config: Config, parallel: Parallel, chunk: int, dtype: torch.dtype) -> RouterCore | None:
     """A chunk's copy of what the routers of all layers share; the first stage's first counts as the parameter."""
     router = config.router
-    if router.kind not in ("recurrent", "mlp"):
+    if router.kind not in ("recurrent", "mlp") or not set(ROUTED_KINDS) & set(config.model.mlp_kinds):
         return None
     torch.default_generator.manual_seed(layer_seed(config, 0))
     core = RouterCore(

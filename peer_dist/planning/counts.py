@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from peer_dist.config import Config
-from peer_dist.config.schema import MLPKind
+from peer_dist.config.schema import ROUTED_KINDS, MLPKind, RouterSection
 
 TRAIN_OVER_FORWARD = 3  # a backward pass counts as two forward passes (recomputation is not counted)
 
@@ -45,7 +45,8 @@ class LayerCounts:
     """``attention`` (its four projections), ``attention_scores``, ``norms``."""
     feed_forward: Parts
     """By the layer's kind, some of: ``feed_forward`` (dense matrices), ``query``, ``query_norm``, ``keys`` (sub-keys
-    and their scores), ``experts``, ``values``, ``output_gate``, ``projector``, ``state`` (the GRU), ``router``.
+    and their scores), ``experts``, ``values``, ``output_gate``, ``projector``, ``state`` (what
+    routers share), ``router``.
     """
 
 
@@ -123,22 +124,6 @@ def count(config: Config, vocab_size: int) -> Counts:
     )
 
 
-def mlp_router_hidden(config: Config) -> int:
-    """Hidden width of the routers of ``router.kind: mlp``, each ``act(x W1) W2`` without biases.
-
-    The width at which the routers of all layers have as many parameters as those of ``recurrent`` with the same
-    other keys, projectors and the one GRU included; rounded. So the two differ by the recurrence, not in size.
-    """
-    p, d = config.router.state_size, config.model.hidden_size
-    outputs = [_router_outputs(config, kind) for kind in config.model.mlp_kinds if kind in _ROUTED]
-    projectors = 1 if config.router.shared_projector else len(outputs)
-    recurrent = p * (projectors * d + sum(outputs)) + _gru(p).parameters
-    return max(1, round(recurrent / (len(outputs) * d + sum(outputs))))
-
-
-_ROUTED = ("peer", "moe", "sigma_moe")  # kinds that router.kind changes
-
-
 def _matrix(inputs: int, outputs: int) -> Cost:
     return Cost(inputs * outputs, inputs * outputs, 2 * inputs * outputs)
 
@@ -147,9 +132,14 @@ def _vectors(numbers: int) -> Cost:
     return Cost(numbers, numbers)
 
 
-def _gru(width: int) -> Cost:
-    """torch's GRUCell(width, width): six matrices and two biases of ``3 * width``."""
-    return _matrix(width, 6 * width) + _vectors(6 * width)
+def _core(router: RouterSection) -> Cost:
+    """What routers share (:class:`peer_dist.layers.recurrence.RouterCore`): a GRU, of six matrices and two biases of
+    ``3 * state_size``, or a perceptron with as many weights.
+    """
+    p = router.state_size
+    if router.kind == "recurrent":
+        return _matrix(p, 6 * p) + _vectors(6 * p)
+    return _matrix(p, 3 * p) + _matrix(3 * p, p) + _vectors(4 * p)
 
 
 def _feed_forward(config: Config, number: int) -> Parts:
@@ -158,7 +148,7 @@ def _feed_forward(config: Config, number: int) -> Parts:
     parts: dict[str, Cost] = {**_KINDS[kinds[number]](config)}
     if number in {later for pool in config.peer_pools for later in pool[1:]}:
         parts["experts"] = replace(parts["experts"], parameters=0)
-    if "state" in parts and any(kind in _ROUTED for kind in kinds[:number]):
+    if "state" in parts and any(kind in ROUTED_KINDS for kind in kinds[:number]):
         for name in ("state", "projector") if config.router.shared_projector else ("state",):
             parts[name] = Cost(flops=parts[name].flops)
     return parts
@@ -257,9 +247,7 @@ def _router(config: Config, kind: MLPKind) -> Parts:
     outputs, p = _router_outputs(config, kind), router.state_size
     if router.kind == "linear":
         return {"router": _matrix(d, outputs)}
-    if router.kind == "mlp":
-        p = mlp_router_hidden(config)
-    state = {"state": _gru(p)} if router.kind == "recurrent" else {}
+    state = {} if router.kind == "cosine" else {"state": _core(router)}
     return {"projector": _matrix(d, p), **state, "router": _matrix(p, outputs)}
 
 
