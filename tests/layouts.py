@@ -129,6 +129,13 @@ PER_HEAD = {
         "dispatch_chunks": 3,
     }
 }
+# layers 1, 2 and 4 see what the router before theirs saw
+RECURRENT = {
+    "model": {"mlp": ["peer", "peer", "dense", "peer"]},
+    "router": {"kind": "recurrent", "state_size": 16},
+    **RMS,
+}
+PERCEPTRON = {**RECURRENT, "router": {"kind": "mlp", "state_size": 16, "shared_projector": True}}
 ROWWISE = {"table_optimizer": {"name": "rowwise_adam"}, **RMS}
 LAZY = {"table_optimizer": {"name": "rowwise_adagrad", "lazy": True}, **RMS}
 
@@ -188,6 +195,14 @@ TABLE: list[Layout] = [
     Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "expert": 4}, settings=BATCH),
     Layout(8, {"tensor": 2, "pipeline": 4, "sequence": True, "expert": 2}, settings={**UNEQUAL, **BATCH}, recompute=1),
     Layout(8, {"pipeline": 2, "expert": 2, "expert_tensor": 2}, settings=PER_HEAD),
+    Layout(2, {}, 3, settings=RECURRENT),
+    Layout(2, {"expert": 2}, settings=RECURRENT, recompute=4),
+    Layout(2, {"tensor": 2, "sequence": True}, 0, settings=RECURRENT),
+    Layout(2, {"pipeline": 2}, settings=RECURRENT, quick=True),
+    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, 0, settings=RECURRENT, recompute=1),
+    Layout(2, {"pipeline": 2}, 0, settings=PERCEPTRON),
+    Layout(4, {"pipeline": 2, "expert": 2}, 2, settings=RECURRENT),
+    Layout(8, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, settings=RECURRENT),
 ]
 
 
