@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
         for request in requests:
             context, options = request.args
             until = options.get("until") or []
-            stops = [until] if isinstance(until, str) else list(until)
+            stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
             temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
             text = ""
             for piece in generate(
@@ -88,7 +88,7 @@ class HarnessModel(TemplateLM):
                 text += piece
                 if any(stop in text for stop in stops):
                     break
-            for stop in filter(None, stops):
+            for stop in stops:
                 text = text.split(stop)[0]
             answers.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
