@@ -360,31 +360,45 @@ def harness(rank, world_size, checkpoint, folder):
         | {
             "task": "write",
             "output_type": "generate_until",
-            "generation_kwargs": {"until": ["e"], "max_gen_toks": 7},
+            "generation_kwargs": {"until": [" "], "max_gen_toks": 7},
             "metric_list": [{"metric": "exact_match"}],
         },
     ]
     found = lm_eval.simple_evaluate(model, tasks=tasks, bootstrap_iters=0)
-    return {task: [sample["resps"] for sample in samples] for task, samples in found["samples"].items()}, {
-        task: values for task, values in found["results"].items()
-    }
+    answers = {task: [sample["resps"] for sample in samples] for task, samples in found["samples"].items()}
+    return answers, found["results"]["choose"]["acc,none"], found["results"]["roll"]["bits_per_byte,none"]
 
 
 def test_lm_evaluation_harness(run, tmp_path):
-    """Its own evaluator over three local tasks on two ranks: what the model answers is what NumPy says."""
+    """Its evaluator over three local tasks, on two ranks: what the model answers is what NumPy says."""
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'peer_dist[eval]'")
     with open(tmp_path / "task.jsonl", "w") as file:
         for question, choices, answer in QUESTIONS:
             file.write(json.dumps({"question": question, "choices": choices, "answer": answer}) + "\n")
     one, other = run_ranks(harness, 2, run, str(tmp_path))
-    assert one[0] == other[0]
-    answers, results = one
+    assert one == other, "on every rank"
+    answers, accuracy, bits_per_byte = one
+
+    def numpy_says(texts, ends, stride):
+        (found,) = run_ranks(by_hand, 1, run, texts, stride)
+        return [(-nats[-size:].sum(), bool(hits[-size:].all())) for (nats, hits), size in zip(found, map(len, ends))]
+
     pairs = [question + choice for question, choices, _ in QUESTIONS for choice in choices]
-    rolled = [question + " and so on" for question, _, _ in QUESTIONS]
-    (found,) = run_ranks(by_hand, 1, run, [*pairs, *rolled], LENGTH)
-    # a long pair is scored in the last window that holds it, not in windows from its beginning
-    (near,) = run_ranks(by_hand, 1, run, [*pairs], 1)
+    want = numpy_says(pairs, [choice for _, choices, _ in QUESTIONS for choice in choices], 10**6)  # the last window
     got = [answer for question in answers["choose"] for (answer,) in question]
-    sizes = [len(choice) for _, choices, _ in QUESTIONS for choice in choices]
-    assert [loss for loss, _ in got] == pytest.approx([-nats[-n:].sum() for (nats, _), n in zip(near, sizes)], rel=1e-5)
-    assert [hit for _, hit in got] == [bool(hits[-n:].all()) for (_, hits), n in zip(near, sizes)]
+    assert got == [(pytest.approx(nats, rel=1e-5), greedy) for nats, greedy in want]
+    assert accuracy == np.mean(
+        [want[0][0] > max(want[1][0], want[2][0]), want[3][0] < want[4][0], want[5][0] > want[6][0]]
+    )
+
+    rolled = [question + " and so on" for question, _, _ in QUESTIONS]
+    want = [nats for nats, _ in numpy_says(rolled, rolled, LENGTH)]
+    assert [answer for ((answer,),) in answers["roll"]] == pytest.approx(want, rel=1e-5)
+    assert bits_per_byte == pytest.approx(-sum(want) / sum(map(len, rolled)) / math.log(2), rel=1e-5)
+
+    written = [answer for ((answer,),) in answers["write"]]
+    assert min(map(len, written)) < max(map(len, written)) <= 7, "one of them came to a space"
+    assert not any(" " in answer for answer in written)
+    texts = [question + answer for (question, _, _), answer in zip(QUESTIONS, written)]
+    greedy = [hit for _, hit in numpy_says(texts, [answer or "-" for answer in written], 1)]
+    assert all(hit or not answer for hit, answer in zip(greedy, written))

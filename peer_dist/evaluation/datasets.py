@@ -139,7 +139,7 @@ def _csv_articles(path: Path, advance: Advance | None) -> Iterator[str]:
                 raise DataError(f"{path}: line {rows.line_num}: has fewer columns than the first line")
             yield row["article_content"]
     except csv.Error as error:
-        raise DataError(f"{path}: line {rows.line_num}: is not CSV ({error})") from None
+        raise DataError(f"{path}: line {rows.reader.line_num}: is not CSV ({error})") from None
 
 
 def _enwik8_part(path: Path, advance: Advance | None, begin: int, end: int) -> Iterator[str]:

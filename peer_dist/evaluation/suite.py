@@ -85,20 +85,25 @@ class Suite:
         names = [result.name.replace("_", " ") for result in self.results]
         notes = "\n".join(f"{result.name}: {result.note}" for result in self.results if result.note)
         title = f"windows of {self.seq_length} tokens, stride {self.stride}"
-        summary = Table("model", title=title, caption=notes or None)
-        every = Table("", title="all figures")
+        summary, every = Table(title=title, caption=notes or None), Table(title="all figures")
+        summary.add_column("model", overflow="fold")
+        every.add_column("", no_wrap=True)
         for name, result in zip(names, self.results):
             summary.add_column(f"{name}\n{UNITS[result.unit]}", justify="right", min_width=8)
             every.add_column(name, justify="right", min_width=10)
-        main = (f"{values[result.unit]:.3f}" for values, result in zip(metrics, self.results))
+        main = (_digits(values[result.unit], 3) for values, result in zip(metrics, self.results))
         summary.add_row(f"{self.checkpoint} (step {self.step})", *main)
         for key in ("documents", "tokens", "words", "bytes", "characters"):
             every.add_row(key, *(f"{getattr(result, key):,}" for result in self.results))
         for key, title in UNITS.items():
             if any(key in values for values in metrics):
-                every.add_row(title, *(f"{values[key]:.4f}" if key in values else "" for values in metrics))
+                every.add_row(title, *(_digits(values[key], 4) if key in values else "" for values in metrics))
         yield summary
         yield every
+
+
+def _digits(value: float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if value < 1e6 else f"{value:.{decimals}e}"
 
 
 def evaluate_sets(checkpoint: str, specs: Sequence[str], stride: int | None, batch_size: int) -> Suite | None:
