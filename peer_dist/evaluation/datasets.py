@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 import sys
@@ -154,8 +155,7 @@ def _enwik8_part(path: Path, advance: Advance | None, begin: int, end: int) -> I
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     start, stop = _character(data, 0), _character(data, last - first)
     try:
-        # the file's own end may lie within a character
-        text = data[start:stop].decode(errors="strict" if last < size else "ignore")
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[start:stop])  # the file may end in a character
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 at byte {first + start + error.start}; it is not enwik8") from None
     if advance is not None:
