@@ -190,7 +190,7 @@ def evaluate(
         typer.Option(
             metavar="NAME=FILE",
             help="Instead: a published test set; repeatable. NAME: curation_corpus, lambada, pile, wikitext103, c4, "
-            "enwik8, enwik8:validation or text. hf:OWNER/NAME[/CONFIG][:SPLIT] as FILE reads the Hugging Face hub.",
+            "enwik8, enwik8:validation or text. hf:OWNER/NAME/CONFIG:SPLIT as FILE reads the Hugging Face hub.",
         ),
     ] = None,
     stride: Annotated[
@@ -205,8 +205,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a checkpoint on held-out text, with expert usage and the unigram line beside it.
 
-    Or, with --dataset, on the papers' test sets:
-    perplexity per token and word, bits per byte and character.
+    With --dataset: perplexity per token and word, bits per byte and character, on the papers' test sets.
     """
     from peer_dist.data.documents import DataError
 

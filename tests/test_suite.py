@@ -73,7 +73,7 @@ def sets_in(folder):
             file.write(json.dumps({"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://a.b"}) + "\n")
     (folder / "wiki.test.tokens").write_text(WIKI, encoding="utf-8")
     (folder / "enwik8").write_bytes(ENWIK)
-    (folder / "notes.txt").write_text("Ein Übel, \r\n\r\n and more", encoding="utf-8", newline="")
+    (folder / "notes[b].txt").write_text("Ein Übel, \r\n\r\n and more", encoding="utf-8", newline="")
     names = {
         "curation_corpus": "curation.csv",
         "lambada": "lambada_test.jsonl",
@@ -82,7 +82,7 @@ def sets_in(folder):
         "c4": "c4-validation.00000-of-00008.json.gz",
         "enwik8:validation": "enwik8",
         "enwik8": "enwik8",
-        "text": "notes.txt",
+        "text": "notes[b].txt",
     }
     second = WIKI.index(" = Café")
 
@@ -99,7 +99,7 @@ def sets_in(folder):
         "c4": whole(C4),
         "enwik8:validation": whole([ENWIK[230:243].decode()]),
         "enwik8": whole([ENWIK[243:].decode()]),
-        "notes.txt": whole(["Ein Übel, \r\n\r\n and more"]),
+        "notes[b].txt": whole(["Ein Übel, \r\n\r\n and more"]),
     }
     return [f"--dataset={name}={folder / file}" for name, file in names.items()], expected
 
@@ -180,6 +180,7 @@ def test_every_number_of_every_set(run, tmp_path, world_size, stride):
         assert each["metrics"] == pytest.approx(want, rel=1e-5), each["name"]
     assert "enwik8 is smaller than 100,000,000 bytes" in shown
     assert "perplexity per word" in shown
+    assert "notes[b].txt" in shown
     assert "accuracy of the last word" in shown
 
 
@@ -210,7 +211,7 @@ def test_enwik8_of_full_size_is_split_at_its_customary_bytes(tmp_path):
 
 def test_pile_is_read_from_zstd_frames(tmp_path):
     """Frames as parallel compressors write them, cut within a line and a character; damage is told."""
-    zstandard = pytest.importorskip("zstandard")
+    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: pip install 'peer_dist[eval]'")
     from peer_dist.data.documents import DataError
 
     text = "".join(json.dumps({"text": each, "meta": {}}, ensure_ascii=False) + "\n" for each in PILE).encode()
@@ -286,6 +287,7 @@ def test_wrong_options_are_told_before_anything_starts(run, tmp_path):
     (tmp_path / "notes.txt").write_text("one two")
     one = f"--dataset=text={tmp_path / 'notes.txt'}"
     for arguments, said in (
+        (["--help"], "--dataset"),
         ([one, "--stride=33"], "--stride 33: must be 1 to the model's seq_length, 32"),
         ([one, "--split=test"], "--dataset: goes without --data and --split"),
         (["--stride=3"], "--stride: is for --dataset"),
@@ -294,7 +296,7 @@ def test_wrong_options_are_told_before_anything_starts(run, tmp_path):
     ):
         command = Command(1, ["evaluate", "--checkpoint", run, *arguments], tmp_path / "ranks")
         with command:
-            assert command.codes(60) == [2], arguments
+            assert command.codes(60) == [0 if arguments == ["--help"] else 2], arguments
             assert said in command.words(0)
 
 

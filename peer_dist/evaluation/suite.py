@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -82,8 +83,8 @@ class Suite:
     def tables(self) -> Iterator[Table]:
         """The main figures, a row per model and a column per set as in the PEER paper's table 1; then all."""
         metrics = [result.metrics() for result in self.results]
-        names = [result.name.replace("_", " ") for result in self.results]
-        notes = "\n".join(f"{result.name}: {result.note}" for result in self.results if result.note)
+        names = [escape(result.name.replace("_", " ")) for result in self.results]
+        notes = escape("\n".join(f"{result.name}: {result.note}" for result in self.results if result.note))
         title = f"windows of {self.seq_length} tokens, stride {self.stride}"
         summary, every = Table(title=title, caption=notes or None), Table(title="all figures")
         summary.add_column("model", overflow="fold")
@@ -92,7 +93,7 @@ class Suite:
             summary.add_column(f"{name}\n{UNITS[result.unit]}", justify="right", min_width=8)
             every.add_column(name, justify="right", min_width=10)
         main = (_digits(values[result.unit], 3) for values, result in zip(metrics, self.results))
-        summary.add_row(f"{self.checkpoint} (step {self.step})", *main)
+        summary.add_row(f"{escape(self.checkpoint)} (step {self.step})", *main)
         for key in ("documents", "tokens", "words", "bytes", "characters"):
             every.add_row(key, *(f"{getattr(result, key):,}" for result in self.results))
         for key, title in UNITS.items():
@@ -136,7 +137,7 @@ def evaluate_sets(checkpoint: str, specs: Sequence[str], stride: int | None, bat
 
 def _evaluate(loaded: LoadedModel, each: EvaluationSet, stride: int, batch_size: int, progress: Progress) -> Result:
     result = Result(each.name, each.source, each.unit, each.note)
-    task = progress.add_task(each.name, total=each.size, note="")
+    task = progress.add_task(escape(each.name), total=each.size, note="")
     read = shown = 0.0  # bytes of the file; what lies between is being scored
 
     def advance(count: int) -> None:
