@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperCommand
 
 from peer_dist.training.exits import MISTAKE
@@ -232,22 +231,60 @@ def evaluate(
         str | None, typer.Option("--data", help="A prepared data set. Default: the one it was trained on.")
     ] = None,
     split: Annotated[str, typer.Option(help="validation, test, or all of the data set.")] = "validation",
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Instead: a published test set; repeatable. NAME: curation_corpus, lambada, pile, wikitext103, c4, "
+            "enwik8, enwik8:validation or text. hf:OWNER/NAME/CONFIG:SPLIT as FILE reads the Hugging Face hub.",
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="With --dataset: tokens scored per window. Default: half of seq_length.", show_default=False),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, or write it to FILE.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Argument(metavar="[--json FILE]", help="Where --json writes to.", show_default=False)
+    ] = None,
 ) -> None:
-    """Perplexity of a checkpoint on held-out text, with expert usage and the unigram line beside it."""
-    from peer_dist.evaluation.report import evaluate as run
+    """Perplexity of a checkpoint on held-out text, with expert usage and the unigram line beside it.
 
-    report = run(checkpoint, prefix, split, batch_size)
-    if report is None:  # another rank prints
+    With --dataset: perplexity per token and word, bits per byte and character, on the papers' test sets.
+    """
+    from peer_dist.data.documents import DataError
+
+    if json_file is not None:
+        if not as_json:
+            raise DataError(f"{json_file}: a file is only taken after --json")
+        if json_file.is_dir() or not os.access(json_file if json_file.exists() else json_file.parent, os.W_OK):
+            raise DataError(f"--json {json_file}: cannot be written; name a file in a folder that is there")
+    if stride is not None and not dataset:
+        raise DataError("--stride: is for --dataset; prepared data are cut into sequences")
+    if dataset and (prefix is not None or split != "validation"):
+        raise DataError("--dataset: goes without --data and --split (of enwik8: --dataset enwik8:validation=FILE)")
+    from peer_dist.evaluation.report import Report
+    from peer_dist.evaluation.report import evaluate as run
+    from peer_dist.evaluation.suite import Suite, evaluate_sets
+
+    result: Report | Suite | None
+    if dataset:
+        result = evaluate_sets(checkpoint, dataset, stride, batch_size)
+    else:
+        result = run(checkpoint, prefix, split, batch_size)
+    if result is None:  # another rank prints
         return
-    if as_json:
-        typer.echo(report.json())
+    if as_json and json_file is None:
+        typer.echo(result.json())
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in report.rows():
-        table.add_row(name, value)
-    Console().print(table, highlight=False)
+    if json_file is not None:
+        json_file.write_text(result.json() + "\n", encoding="utf-8")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    for table in result.tables():
+        console.print(table, highlight=False)
 
 
 @app.command()

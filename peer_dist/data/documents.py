@@ -11,11 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Protocol, cast
+
+try:
+    import zstandard
+except ImportError:  # of the extra [eval]
+    zstandard = None
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 MAX_DOCUMENT = 16384
 _BLOCK = 1 << 20
+_UNSOUND = (gzip.BadGzipFile, zlib.error, *([] if zstandard is None else [zstandard.ZstdError]))
 
 
 class DataError(ValueError):
@@ -65,11 +71,10 @@ def read_documents(
     Raises:
         DataError: bad UTF-8, bad JSON, a line without a "text" string, a broken gzip, an unreadable file.
     """
-    blocks = _text_blocks(path, advance, block)
     if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
-        yield from _json_documents(path, blocks)
+        yield from read_json_lines(path, advance, block)
     else:
-        yield from cut(blocks, max_document)
+        yield from cut(read_text(path, advance, block), max_document)
 
 
 def cut(blocks: Iterator[str], size: int) -> Iterator[str]:
@@ -99,16 +104,65 @@ def _cut_point(head: str) -> int:
     return len(head)
 
 
-def _text_blocks(path: Path, advance: Callable[[int], None] | None, block: int) -> Iterator[str]:
-    compressed = path.name.lower().endswith(".gz")
-    within = " of the uncompressed text" if compressed else ""
+class _Bytes(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _Zstd:
+    """Frames one after the other; zstandard's own reader would not tell a file that ends within one."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._frame = raw, zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False
+
+    def read(self, size: int, /) -> bytes:
+        """What the next ``size`` bytes of the file, or more if they give nothing, become."""
+        while data := self._raw.read(size):
+            out = b""
+            while data:
+                out += self._frame.decompress(data)
+                self._inside = not self._frame.eof
+                data = self._frame.unused_data
+                if self._frame.eof:
+                    self._frame = zstandard.ZstdDecompressor().decompressobj()
+                else:
+                    break
+            if out:
+                return out
+        if self._inside:
+            raise EOFError
+        return b""
+
+
+def _opened(path: Path, raw: IO[bytes]) -> _Bytes:
+    if path.suffix.lower() == ".gz":
+        return cast(_Bytes, gzip.GzipFile(fileobj=raw))
+    if path.suffix.lower() != ".zst":
+        return raw
+    if zstandard is None:
+        raise DataError(f"{path}: reading .zst needs the package zstandard; pip install 'peer_dist[eval]'")
+    return _Zstd(raw)
+
+
+def read_text(path: Path, advance: Callable[[int], None] | None = None, block: int = _BLOCK) -> Iterator[str]:
+    """Yield one file's text in blocks, none empty; `.gz` and `.zst` are told by the name.
+
+    Args:
+        advance: as for :func:`read_documents`.
+        block: bytes of the file read at a time.
+
+    Raises:
+        DataError: bad UTF-8, a broken .gz or .zst, an unreadable file, or no zstandard.
+    """
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower(), "")
+    within = " of the uncompressed text" if kind else ""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0  # bytes given to the decoder, of which it may hold back the last few
     told = 0
     first = True
     try:
         with open(path, "rb") as raw:
-            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if compressed else raw
+            stream = _opened(path, raw)
             while True:
                 data = stream.read(block)
                 held = len(decoder.getstate()[0])
@@ -131,17 +185,25 @@ def _text_blocks(path: Path, advance: Callable[[int], None] | None, block: int) 
                     return
     except EOFError:
         raise DataError(
-            f"{path}: the gzip file ends too early, after {done} bytes of text or a little more; "
+            f"{path}: the {kind} file ends too early, after {done} bytes of text or a little more; "
             "copy or compress it again"
         ) from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: is not a sound gzip file after {done} bytes of text ({error})") from None
+    except _UNSOUND as error:
+        raise DataError(f"{path}: is not a sound {kind} file after {done} bytes of text ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _json_documents(path: Path, blocks: Iterator[str]) -> Iterator[str]:
-    for number, line in enumerate(_lines(blocks), start=1):
+def read_json_lines(path: Path, advance: Callable[[int], None] | None = None, block: int = _BLOCK) -> Iterator[str]:
+    """Yield the string under "text" of every line; blank lines and empty texts are left out.
+
+    Args:
+        advance, block: as for :func:`read_text`.
+
+    Raises:
+        DataError: as :func:`read_text`, and bad JSON or a line without a "text" string.
+    """
+    for number, line in enumerate(lines_of(read_text(path, advance, block)), start=1):
         if not line.strip():
             continue
         try:
@@ -163,7 +225,8 @@ def _json_documents(path: Path, blocks: Iterator[str]) -> Iterator[str]:
             yield text
 
 
-def _lines(blocks: Iterator[str]) -> Iterator[str]:
+def lines_of(blocks: Iterator[str]) -> Iterator[str]:
+    """Lines of a text that arrives in blocks, without their line feeds; the last may be empty."""
     pending: list[str] = []
     for block in blocks:
         head, *rest = block.split("\n")

@@ -131,7 +131,7 @@ def _write(
         for path in paths:
             before = documents
             texts = read_documents(path, max_document, lambda count: progress.advance(task, count))
-            for ids in _tokenized(texts, tokenizer):
+            for ids in tokenized(texts, tokenizer):
                 writer.add(ids)
                 digest.update(ids.tobytes())
                 documents += 1
@@ -158,7 +158,7 @@ def _write(
     return summary
 
 
-def _tokenized(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
+def tokenized(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
     """Each document's tokens and its end, int32; long documents go through the tokenizer in pieces."""
     batch: list[str] = []
     ends: list[bool] = []

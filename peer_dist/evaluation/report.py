@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
+from rich.table import Table
 
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import read_prepared
@@ -39,7 +40,13 @@ class Report:
     def json(self) -> str:
         return json.dumps({**asdict(self), "perplexity": perplexity_of(self.loss)})
 
-    def rows(self) -> Iterator[tuple[str, str]]:
+    def tables(self) -> Iterator[Table]:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in self._rows():
+            table.add_row(name, value)
+        yield table
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
         yield "checkpoint", f"{self.checkpoint} (step {self.step})"
         yield "text", f"{self.data}, {self.split}: {self.tokens:,} tokens"
         yield "loss", f"{self.loss:.4f} nats per token, {self.bits_per_byte:.4f} bits per byte"
