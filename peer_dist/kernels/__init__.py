@@ -147,7 +147,7 @@ def _table_grads(sums: list[tuple[Tensor, Tensor]], picks: Picks, table: Tensor,
     sums = [(weight, x.contiguous()) for weight, x in sums]
     with span("experts"):
         if not sparse:
-            return ops.table_grads(sums, picks, len(table), dtype=table.dtype)  # type: ignore[no-any-return]
+            return ops.table_grads(sums, picks, len(table), dtype=table.dtype)
         touched, grads = ops.sparse_table_grads(sums, picks, len(table), dtype=table.dtype)
         return [
             torch.sparse_coo_tensor(touched[None], grad, table.shape, is_coalesced=True, check_invariants=False)
