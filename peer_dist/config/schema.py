@@ -175,8 +175,8 @@ class PKMSection(Section):
     shared_keys: bool = Field(False, description="all heads share the product keys; not without query_projection")
     init: Literal["memory", "dense"] = Field(
         "memory",
-        description="of keys and values: memory: values N(0, 1/d) (Lample); dense: as the two matrices of a feed-forward "
-        "as wide as num_values",
+        description="of keys and values: memory: values N(0, 1/d) (Lample); dense: as the two matrices of a "
+        "feed-forward as wide as num_values",
     )
     table_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the values; bfloat16 as with peer.table_dtype"
