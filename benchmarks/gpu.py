@@ -34,7 +34,8 @@ def products(case: Case, device: torch.device, rounds: int, clones: dict[str, Pa
     def backward(dtype: torch.dtype) -> tuple[Tensor, ...]:
         fresh = Picks(picks.offsets, picks.expert)  # sorts anew
         dx, dgate, dpre, hidden = ops.backward(dy, x, fresh, pre, gate, down, up, "gelu")
-        return dx, dgate, *ops.sparse_table_grads(dpre, hidden, x, dy, fresh, case.experts, dtype=dtype)
+        touched, grads = ops.sparse_table_grads([(dpre, x), (hidden, dy)], fresh, case.experts, dtype=dtype)
+        return dx, dgate, touched, *grads
 
     y, pre = ops.forward(x, picks, gate, down, up, "gelu")
     with torch.no_grad():

@@ -107,6 +107,7 @@ def base_config(text: Path, folder: Path) -> dict[str, Any]:
         "seq_length": 16,
         "mlp": ["peer", "dense", "dense", "peer"],
     }
+    tree["pkm"] = {"num_values": 225, "heads": 2, "top_k": 4, "key_dim": 8}
     return tree
 
 
@@ -138,6 +139,11 @@ RECURRENT = {
 PERCEPTRON = {**RECURRENT, "router": {"kind": "mlp", "state_size": 16, "shared_projector": True}}
 ROWWISE = {"table_optimizer": {"name": "rowwise_adam"}, **RMS}
 LAZY = {"table_optimizer": {"name": "rowwise_adagrad", "lazy": True}, **RMS}
+MEMORY = {"model": {"mlp": ["pkm", "dense", "dense", "pkm"]}}  # BatchNorm and softmax
+# the improved one of the sigma-MoE paper
+IMPROVED = {
+    **MEMORY, "pkm": {"query_norm": "none", "query_projection": False, "gate": "relu", "init": "dense"}
+}  # fmt: skip
 
 _WITH_EVERY_ZERO: list[tuple[int, dict[str, Any]]] = [
     (2, {}),
@@ -203,6 +209,22 @@ TABLE: list[Layout] = [
     Layout(2, {"pipeline": 2}, 0, settings=PERCEPTRON),
     Layout(4, {"pipeline": 2, "expert": 2}, 2, settings=RECURRENT),
     Layout(8, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, settings=RECURRENT),
+    *(
+        Layout(ranks, parallel, zero, settings=settings, quick=ranks == 4 and "tensor" not in parallel)
+        for settings in (MEMORY, IMPROVED)
+        for ranks, parallel, zero in (
+            (2, {}, 0),
+            (2, {"expert": 2}, 2),
+            (2, {"expert_tensor": 2}, 3),
+            (2, {"tensor": 2}, 0),
+            (2, {"tensor": 2, "sequence": True}, 1),
+            (2, {"pipeline": 2}, 0),
+            (4, {"pipeline": 2, "expert": 2}, 1),
+            (4, {"expert": 2, "expert_tensor": 2}, 3),
+        )
+    ),
+    Layout(2, {"tensor": 2, "expert": 2}, settings=MEMORY, recompute=4, quick=True),
+    Layout(4, {"expert": 2, "expert_tensor": 2}, 1, settings={**IMPROVED, "table_optimizer": {"lazy": True}}),
 ]
 
 

@@ -90,9 +90,27 @@ def load(tmp_path, text, *overrides):
         ),
         (
             "data: {prefix: a}",
-            ["table_optimizer.stochastic_rounding=true"],
+            ["model.mlp=peer", "table_optimizer.stochastic_rounding=true"],
             "command line (table_optimizer.stochastic_rounding=true): table_optimizer.stochastic_rounding rounds to "
             "bfloat16, but peer.table_dtype is float32; set that to bfloat16",
+        ),
+        (
+            "data: {prefix: a}\nmodel: {mlp: pkm}\npeer: {table_dtype: bfloat16}",
+            ["table_optimizer.stochastic_rounding=true"],
+            "rounds to bfloat16, but pkm.table_dtype is float32; set that to bfloat16",
+        ),
+        ("data: {prefix: a}", ["pkm.num_values=1000"], "pkm.num_values: must be the square of a whole number"),
+        ("data: {prefix: a}", ["pkm.num_values=961"], "pkm: top_k (32) must be at most sqrt(num_values) (31)"),
+        ("data: {prefix: a}", ["pkm.key_dim=7"], "pkm.key_dim: must be even"),
+        (
+            "data: {prefix: a}\npkm: {query_projection: false}",
+            [],
+            "run.yaml: pkm: query_norm (batch) must be none where query_projection is false",
+        ),
+        (
+            "data: {prefix: a}\npkm: {query_projection: false, query_norm: none, shared_keys: true}",
+            [],
+            "pkm: shared_keys must be false where query_projection is false",
         ),
         ("model: [", [], "run.yaml: is not valid YAML at line 1"),
         ("- model", [], "run.yaml: must hold sections such as 'model:', not a list"),
@@ -159,6 +177,7 @@ def test_overrides_are_yaml_and_win(tmp_path):
             4,
             "parallel.virtual_pipeline: the interleaved schedule needs a multiple of 4",
         ),
+        ({"parallel": {"expert": 9}, "pkm": {"num_values": 4, "top_k": 2}}, 9, "9 shards for 4 values"),
         ({"parallel": {"expert_tensor": 500}}, 500, "parallel.expert_tensor: 500 shards for"),
         (
             {"parallel": {"expert": "auto", "expert_tensor": 2, "pipeline": 2}},

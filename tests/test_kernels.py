@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peer_dist.kernels import Picks, expert_mix, memory, mix, mkl, native, reference, table_grad, top_pairs
+from peer_dist.kernels import (
+    Picks,
+    expert_mix,
+    memory,
+    mix,
+    mkl,
+    native,
+    reference,
+    table_grad,
+    top_pairs,
+    value_mix,
+)
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
@@ -190,6 +201,34 @@ def test_the_two_halves_of_any_backend(backend):
     want = out.index_add(0, picks.expert, weight[:, None] * x[picks.token])
     table_grad(weight, x, picks, out)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokens=st.sampled_from([0, 1, 7, 33]),
+    dim=st.sampled_from([1, 16, 103, 1000]),
+    rows=st.sampled_from([1, 2, 64]),
+    most=st.sampled_from([0, 1, 5, 200]),
+    table_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    seed=st.integers(0, 2**20),
+)
+def test_values_and_their_gradients(backend, sparse, tokens, dim, rows, most, table_dtype, seed):
+    wide = torch.promote_types(table_dtype, torch.float32)
+    picks, (dy, gate, values, _) = case(tokens, dim, rows, most, wide, seed)
+    leaves = gate, values.detach().to(table_dtype).requires_grad_()
+    y = value_mix(*leaves, picks, sparse)
+    dgate, dvalues = torch.autograd.grad(y, leaves, dy.detach())
+    assert (y.dtype, dgate.dtype, dvalues.dtype, dvalues.is_sparse) == (wide, wide, table_dtype, sparse)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    want = torch.zeros(tokens, dim, dtype=torch.float64)
+    want = want.index_add(0, picks.token, exact[0][:, None] * exact[1][picks.expert])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 1e-2}
+    for got, expected in zip((y, dgate, dvalues), (want, *torch.autograd.grad(want, exact, dy.detach().double()))):
+        close = tolerance[got.dtype]
+        got = got.to_dense() if got.is_sparse else got
+        scale = float(expected.detach().abs().max()) if expected.numel() else 1.0
+        torch.testing.assert_close(got.double(), expected, rtol=close, atol=close * max(1.0, scale))
 
 
 def test_large_gradients_use_their_memory_again():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.layouts import BATCH, TABLE, Layout, base_config, compare, trained
+from tests.layouts import BATCH, MEMORY, TABLE, Layout, base_config, compare, trained
 from tests.ranks import run_ranks
 
 
@@ -45,6 +45,10 @@ def saved_on_the_way(rank: int, world_size: int, tree: dict[str, Any]) -> list[f
 
 
 QUICK = [layout for layout in SAVED if layout.quick]
+SAVED_MEMORY = [
+    Layout(2, {"pipeline": 2}, 0, settings=MEMORY),
+    Layout(4, {"tensor": 2, "expert": 2, "expert_tensor": 2}, 3, settings=MEMORY),
+]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,7 @@ QUICK = [layout for layout in SAVED if layout.quick]
     [
         *(pytest.param(saver, QUICK, id=f"{saver} into some") for saver in QUICK),
         *(pytest.param(saver, SAVED, marks=pytest.mark.slow, id=f"{saver} into all") for saver in SAVED),
+        pytest.param(SAVED_MEMORY[0], SAVED_MEMORY[1:], id=f"{SAVED_MEMORY[0]} into {SAVED_MEMORY[1]}"),
     ],
 )
 def test_a_checkpoint_of_any_layout_loads_into_any_other(

@@ -72,16 +72,19 @@ def ours(x, dy, gate, down, up, picks, activation):
     try:
         y, pre = kernels.forward(x, picks, gate, down, up, activation)
         dx, dgate, dpre, hidden = kernels.backward(dy, x, picks, pre, gate, down, up, activation)
-        ddown, dup = kernels.table_grads(dpre, hidden, x, dy, picks, down.shape[0])
-        sparse = kernels.sparse_table_grads(dpre, hidden, x, dy, picks, down.shape[0])
+        pairs = [(dpre, x), (hidden, dy)]
+        ddown, dup = kernels.table_grads(pairs, picks, down.shape[0])
+        rows, sparse = kernels.sparse_table_grads(pairs, picks, down.shape[0])
+        for pair, grad in zip(pairs, (ddown, dup)):  # of one table, as for values
+            torch.testing.assert_close(kernels.table_grads([pair], picks, down.shape[0])[0], grad)
     finally:
         torch.use_deterministic_algorithms(before)
     touched = picks.expert.unique()
-    assert sparse[0].equal(touched)
-    assert sparse[1].equal(ddown[touched])
-    assert sparse[2].equal(dup[touched])
+    assert rows.equal(touched)
+    assert sparse[0].equal(ddown[touched])
+    assert sparse[1].equal(dup[touched])
     sums = tuple(torch.ones_like(grad) for grad in (ddown, dup))
-    assert kernels.table_grads(dpre, hidden, x, dy, picks, down.shape[0], out=sums)[0] is sums[0]
+    assert kernels.table_grads(pairs, picks, down.shape[0], out=sums)[0] is sums[0]
     for total, grad in zip(sums, (ddown, dup)):
         torch.testing.assert_close(total, grad + 1)
     one = torch.ones_like(ddown)
@@ -199,12 +202,12 @@ def test_gradients_in_the_tables_dtype():
     generator = torch.Generator().manual_seed(4)
     picks = picks_of([5, 9], 10, generator)
     x, dy, *_ = inputs(picks, 48, 10, generator, torch.bfloat16, torch.bfloat16)
-    weights = [torch.randn(14, generator=generator).to(DEVICE) for _ in range(2)]
-    wide = kernels.table_grads(*weights, x, dy, picks, 10)
-    low = kernels.table_grads(*weights, x, dy, picks, 10, dtype=torch.bfloat16)
-    rows, *sparse = kernels.sparse_table_grads(*weights, x, dy, picks, 10, dtype=torch.bfloat16)
+    pairs = [(torch.randn(14, generator=generator).to(DEVICE), each) for each in (x, dy)]
+    wide = kernels.table_grads(pairs, picks, 10)
+    low = kernels.table_grads(pairs, picks, 10, dtype=torch.bfloat16)
+    rows, sparse = kernels.sparse_table_grads(pairs, picks, 10, dtype=torch.bfloat16)
     sums = tuple(grad.clone() for grad in low)
-    kernels.table_grads(*weights, x, dy, picks, 10, out=sums)
+    kernels.table_grads(pairs, picks, 10, out=sums)
     for a, b, c, d in zip(wide, low, sparse, sums):
         assert b.dtype == c.dtype == d.dtype == torch.bfloat16
         close([b], [a.double()], BF16)
@@ -247,6 +250,25 @@ def test_behind_expert_mix(sparse, monkeypatch):
 
 
 @runs_kernels
+@pytest.mark.parametrize("sparse", [False, True])
+def test_behind_value_mix(sparse, monkeypatch):
+    monkeypatch.setattr(package, "_backend", lambda *tensors: kernels)
+    generator = torch.Generator().manual_seed(9)
+    picks = picks_of([4, 0, 9], 6, generator)
+    _, dy, gate, values, _ = inputs(picks, 20, 6, generator, torch.float32, torch.bfloat16)
+    leaves = [value.clone().requires_grad_() for value in (gate, values)]
+    y = package.value_mix(*leaves, picks, sparse)
+    grads = torch.autograd.grad(y, leaves, dy)
+    assert [grad.is_sparse for grad in grads] == [False, sparse]
+    exact = [value.double().requires_grad_() for value in (gate, values)]
+    want = dy.new_zeros(3, 20, dtype=torch.float64).index_add(
+        0, picks.token, exact[0][:, None] * exact[1][picks.expert]
+    )
+    got = [y, *(grad.to_dense() if grad.is_sparse else grad for grad in grads)]
+    close(got, [want, *torch.autograd.grad(want, exact, dy.double())], BF16)
+
+
+@runs_kernels
 def test_mistakes_are_named():
     picks = picks_of([2], 4, torch.Generator().manual_seed(0))
     x, dy, gate, down, up = inputs(picks, 8, 4, torch.Generator().manual_seed(0), torch.float32, torch.float32)
@@ -255,7 +277,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="contiguous"):
         kernels.dots(x[:, :4], down[:, :4], picks)
     with pytest.raises(ValueError, match="out must be"):
-        kernels.table_grads(gate, gate, x, dy, picks, 5, out=(down, up))
+        kernels.table_grads([(gate, x), (gate, dy)], picks, 5, out=(down, up))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs 13 GB of GPU memory")
@@ -269,7 +291,7 @@ def test_tables_of_more_than_two_to_the_31_elements():
     few = Picks(picks.offsets, torch.arange(6, device=DEVICE))
     want, _ = kernels.forward(x, few, gate, down[picks.expert], up[picks.expert], "gelu")
     assert y.equal(want)
-    ddown, _ = kernels.table_grads(gate, gate, x, x, picks, rows, dtype=torch.bfloat16)
+    (ddown,) = kernels.table_grads([(gate, x)], picks, rows, dtype=torch.bfloat16)
     torch.testing.assert_close(ddown[-1].float(), gate[0] * x[0].float() + gate[4] * x[1].float(), rtol=1e-2, atol=1e-2)
 
 
@@ -357,8 +379,9 @@ def launches(dtype, dim, monkeypatch):
                 _, pre = kernels.forward(x, picks, gate, down, up, activation)
                 kernels.backward(dy, x, picks, pre, gate, down, up, activation)
             kernels.mix(kernels.dots(x, down, picks), up, picks)
-            kernels.table_grads(pre, pre, x, dy, picks, 8, dtype=dtype)
-            kernels.table_grads(pre, pre, x, dy, picks, 8, out=(torch.zeros(8, dim), torch.zeros(8, dim)))
+            for pairs in ([(pre, x), (pre, dy)], [(pre, dy)]):
+                kernels.table_grads(pairs, picks, 8, dtype=dtype)
+                kernels.table_grads(pairs, picks, 8, out=[torch.zeros(8, dim) for _ in pairs])
             kernels.table_grad(pre, x, picks, torch.zeros(8, dim))
     return list(found.values())
 

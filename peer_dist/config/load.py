@@ -74,8 +74,9 @@ def check_world(config: Config, world_size: int) -> None:
                 f"parallel.{' x '.join(sizes)}: {' x '.join(map(str, sizes.values()))} does not divide the "
                 f"{world_size} rank(s) that were started; start a multiple of {product} ranks or lower it"
             )
-    if rows > config.peer.num_experts:
-        raise ConfigError(f"parallel.expert: {rows} shards for {config.peer.num_experts} experts")
+    for size, what in ((config.peer.num_experts, "experts"), (config.pkm.num_values, "values")):
+        if rows > size:
+            raise ConfigError(f"parallel.expert: {rows} shards for {size} {what}")
     if columns > config.model.hidden_size:
         raise ConfigError(f"parallel.expert_tensor: {columns} shards for {config.model.hidden_size} columns")
     per_pass = config.train.micro_batch_size * config.data_parallel_size(world_size)

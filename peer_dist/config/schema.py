@@ -75,6 +75,21 @@ class ModelConfig(Section):
         return self
 
 
+def _square(value: int) -> int:
+    root = math.isqrt(value)
+    if root * root != value:
+        raise ValueError(
+            f"must be the square of a whole number; {value} is not, {root**2} and {(root + 1) ** 2} are the nearest"
+        )
+    return value
+
+
+def _even(value: int) -> int:
+    if value % 2:
+        raise ValueError(f"must be even (two sub-keys of half the width); {value} is odd")
+    return value
+
+
 class PEERSection(Section):
     """The PEER layers (model.mlp: peer): product-key retrieval of single-neuron experts."""
 
@@ -101,22 +116,8 @@ class PEERSection(Section):
         "table_optimizer.stochastic_rounding",
     )
 
-    @field_validator("num_experts")
-    @classmethod
-    def _square(cls, value: int) -> int:
-        root = math.isqrt(value)
-        if root * root != value:
-            raise ValueError(
-                f"must be the square of a whole number; {value} is not, {root**2} and {(root + 1) ** 2} are the nearest"
-            )
-        return value
-
-    @field_validator("key_dim")
-    @classmethod
-    def _even(cls, value: int) -> int:
-        if value % 2:
-            raise ValueError(f"must be even (two sub-keys of half the width); {value} is odd")
-        return value
+    _square = field_validator("num_experts")(_square)
+    _even = field_validator("key_dim")(_even)
 
     @model_validator(mode="after")
     def _check(self) -> PEERSection:
@@ -166,16 +167,41 @@ class PKMSection(Section):
     key_dim: int = Field(
         128, ge=2, description="width of a query and of a product key; without effect where query_projection is false"
     )
-    query_norm: Literal["batch", "layer", "rms", "none"] = Field("batch", description="query normalisation")
+    query_norm: Literal["batch", "layer", "rms", "none"] = Field(
+        "batch", description="query normalisation; none where query_projection is false"
+    )
     query_projection: bool = Field(
         True, description="queries are a linear map of the input; false: the input itself, its halves for the sub-keys"
     )
     gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="score to weight")
     shared_keys: bool = Field(False, description="all heads share the product keys; not without query_projection")
     init: Literal["memory", "dense"] = Field(
-        "memory", description="of values: memory: N(0, 1/d) (Lample); dense: as a feed-forward as wide as num_values"
+        "memory",
+        description="of keys and values: memory: values N(0, 1/d) (Lample); dense: as the two matrices of a "
+        "feed-forward as wide as num_values",
     )
-    table_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the values")
+    table_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the values; bfloat16 as with peer.table_dtype"
+    )
+
+    _square = field_validator("num_values")(_square)
+    _even = field_validator("key_dim")(_even)
+
+    @model_validator(mode="after")
+    def _check(self) -> PKMSection:
+        root = math.isqrt(self.num_values)
+        if self.top_k > root:
+            raise ValueError(f"top_k ({self.top_k}) must be at most sqrt(num_values) ({root})")
+        if not self.query_projection and self.query_norm != "none":
+            raise ValueError(
+                f"query_norm ({self.query_norm}) must be none where query_projection is false: the query is the "
+                "layer's input, which is normalised already"
+            )
+        if not self.query_projection and self.shared_keys:
+            raise ValueError(
+                "shared_keys must be false where query_projection is false: all heads would pick the same values"
+            )
+        return self
 
 
 class RouterSection(Section):
@@ -474,11 +500,13 @@ class Config(Section):
                 f"table_optimizer.warmup_steps ({warmup}) must be less than table_optimizer.decay_steps ({decay}); "
                 "each is that of optimizer where it is not set"
             )
-        if self.table_optimizer.stochastic_rounding and self.peer.table_dtype != "bfloat16":
-            raise ValueError(
-                f"table_optimizer.stochastic_rounding rounds to bfloat16, but peer.table_dtype is "
-                f"{self.peer.table_dtype}; set that to bfloat16 or stochastic_rounding to false"
-            )
+        kinds = {"peer": self.peer.table_dtype, "pkm": self.pkm.table_dtype}
+        for kind, dtype in kinds.items():
+            if self.table_optimizer.stochastic_rounding and kind in model.mlp_kinds and dtype != "bfloat16":
+                raise ValueError(
+                    f"table_optimizer.stochastic_rounding rounds to bfloat16, but {kind}.table_dtype is {dtype}; set "
+                    "that to bfloat16 or stochastic_rounding to false"
+                )
         return self
 
     @property

@@ -214,7 +214,8 @@ def checkpoint_bytes(ranks: Ranks) -> int:
     config = ranks.config
     moments = {"adam": 2 * config.model.hidden_size, "rowwise_adam": config.model.hidden_size + 1, "rowwise_adagrad": 1}
     row = config.model.hidden_size + moments[config.table_optimizer.name]
-    return len(config.peer_pools) * 2 * config.peer.num_experts * row * 4
+    experts = len(config.peer_pools) * 2 * config.peer.num_experts
+    return (experts + config.model.mlp_kinds.count("pkm") * config.pkm.num_values) * row * 4
 
 
 def _kept(ranks: Ranks) -> int:

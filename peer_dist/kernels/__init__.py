@@ -1,4 +1,4 @@
-"""expert_mix, the op that PEER spends its time in, and the one place that picks its backend."""
+"""expert_mix, the op that PEER spends its time in, its parts, and the one place that picks their backend."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from peer_dist.tracing import span
 __all__ = [
     "ACTIVATIONS",
     "Picks",
+    "dots",
     "expert_mix",
     "expert_mix_backward",
     "expert_mix_forward",
@@ -26,6 +27,8 @@ __all__ = [
     "mix",
     "table_grad",
     "top_pairs",
+    "value_mix",
+    "value_table_grad",
 ]
 
 _MKL, _REFERENCE = Composed(mkl), Composed(reference)
@@ -135,23 +138,55 @@ def expert_table_grads(
         table: ``[rows, dim]``, either of the two, for its shape and dtype.
         sparse: coalesced sparse tensors of the picked rows instead of dense ones.
     """
-    ops = _backend(x, table)
-    rows, dim = table.shape
+    ddown, dup = _table_grads([(dpre, x), (hidden, dy)], picks, table, sparse)
+    return ddown, dup
+
+
+def _table_grads(sums: list[tuple[Tensor, Tensor]], picks: Picks, table: Tensor, sparse: bool) -> list[Tensor]:
+    ops = _backend(sums[0][1], table)
+    sums = [(weight, x.contiguous()) for weight, x in sums]
     with span("experts"):
-        x, dy = x.contiguous(), dy.contiguous()
         if not sparse:
-            return ops.table_grads(dpre, hidden, x, dy, picks, rows, dtype=table.dtype)
-        touched, ddown, dup = ops.sparse_table_grads(dpre, hidden, x, dy, picks, rows, dtype=table.dtype)
-        first, second = (
-            torch.sparse_coo_tensor(touched[None], value, (rows, dim), is_coalesced=True, check_invariants=False)
-            for value in (ddown, dup)
-        )
-        return first, second
+            return ops.table_grads(sums, picks, len(table), dtype=table.dtype)
+        touched, grads = ops.sparse_table_grads(sums, picks, len(table), dtype=table.dtype)
+        return [
+            torch.sparse_coo_tensor(touched[None], grad, table.shape, is_coalesced=True, check_invariants=False)
+            for grad in grads
+        ]
 
 
 def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``, at least float32."""
-    return _backend(table, table).mix(weight, table, picks)
+    return _backend(weight, table).mix(weight, table, picks)
+
+
+def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
+    """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]``, at least float32."""
+    return _backend(x, table).dots(x.contiguous(), table, picks)
+
+
+def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = False) -> Tensor:
+    """:func:`mix` that is differentiable in ``gate`` (by :func:`dots`) and ``values`` (by :func:`value_table_grad`).
+
+    Args:
+        gate: ``[picks]``.
+        values: ``[rows, dim]``.
+        picks: the rows that each token reads.
+        sparse_grad: give ``values`` a sparse gradient (coalesced, of the picked rows) instead of a dense one.
+    """
+    return _ValueMix.apply(gate, values, picks, sparse_grad)
+
+
+def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, sparse: bool = False) -> Tensor:
+    """``sum of gate_i dy_t`` of each row of ``values``, of its shape and dtype; for a table of any size.
+
+    Args:
+        gate: ``[picks]``.
+        dy: ``[tokens, dim]``.
+        sparse: a coalesced sparse tensor of the picked rows instead of a dense one.
+    """
+    (grad,) = _table_grads([(gate, dy)], picks, values, sparse)
+    return grad
 
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
@@ -208,3 +243,25 @@ class _ExpertMix(torch.autograd.Function):
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, ctx.sparse_grad)
         return dx.to(x.dtype), None, dgate.to(gate.dtype), ddown, dup, None, None
+
+
+class _ValueMix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool) -> Tensor:
+        ctx.picks, ctx.sparse_grad = picks, sparse_grad
+        ctx.save_for_backward(gate, values)
+        with span("experts"):
+            return mix(gate, values, picks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, values = ctx.saved_tensors
+        picks = Picks(ctx.picks.offsets, ctx.picks.expert)  # what it works out goes when this is done
+        dgate = dvalues = None
+        if ctx.needs_input_grad[0]:
+            with span("experts"):
+                dgate = dots(dy, values, picks).to(gate.dtype)
+        if ctx.needs_input_grad[1]:
+            dvalues = value_table_grad(gate, dy, picks, values, ctx.sparse_grad)
+        return dgate, dvalues, None, None

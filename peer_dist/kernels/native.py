@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -107,24 +108,22 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     _call("add_rows", out.shape[0], picks.tokens, x.shape[1], weight, x, picks.offsets, picks.expert, out)
 
 
-def table_grads(
-    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def table_grads(sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int, *, dtype: torch.dtype) -> list[Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.table_grads`."""
     touched, order, token, starts = _group(picks, rows)
-    grads = [gradient_memory(rows, x.shape[1], dtype).zero_() for _ in range(2)]
-    _sum_segments(dpre, hidden, x, dy, order, token, starts, touched, *grads)
-    return grads[0], grads[1]
+    grads = [gradient_memory(rows, x.shape[1], dtype).zero_() for _, x in sums]
+    _sum_segments(sums, order, token, starts, touched, grads)
+    return grads
 
 
 def sparse_table_grads(
-    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+    sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int, *, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
     """See :func:`peer_dist.kernels.reference.Composed.sparse_table_grads`."""
     touched, order, token, starts = _group(picks, rows)
-    grads = [gradient_memory(touched.numel(), x.shape[1], dtype) for _ in range(2)]
-    _sum_segments(dpre, hidden, x, dy, order, token, starts, None, *grads)
-    return touched, grads[0], grads[1]
+    grads = [gradient_memory(touched.numel(), x.shape[1], dtype) for _, x in sums]
+    _sum_segments(sums, order, token, starts, None, grads)
+    return touched, grads
 
 
 def _group(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -143,22 +142,18 @@ def _group(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _sum_segments(
-    dpre: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    dy: Tensor,
+    sums: Sequence[tuple[Tensor, Tensor]],
     order: Tensor,
     token: Tensor,
     starts: Tensor,
     rows: Tensor | None,
-    ddown: Tensor,
-    dup: Tensor,
+    grads: list[Tensor],
 ) -> None:
     """Write each picked row's gradients, to ``rows`` or one after the other."""
-    for weight, source, out in ((dpre, x, ddown), (hidden, dy, dup)):
-        source = source.float().contiguous()
-        arguments = (weight, source, token, order, starts, rows, int(out.nbytes > _STREAM_BYTES), out)
-        _call(f"table_grad_{_SUFFIX[out.dtype]}", starts.numel() - 1, source.shape[1], *arguments)
+    for (weight, x), out in zip(sums, grads):
+        weight, x = weight.float().contiguous(), x.float().contiguous()
+        arguments = (weight, x, token, order, starts, rows, int(out.nbytes > _STREAM_BYTES), out)
+        _call(f"table_grad_{_SUFFIX[out.dtype]}", starts.numel() - 1, x.shape[1], *arguments)
 
 
 def _over_tokens(name: str, picks: Picks, table: Tensor, *arguments: Tensor | int) -> None:

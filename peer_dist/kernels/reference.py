@@ -7,7 +7,7 @@ nothing of size ``[tokens, picks, dim]`` exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -161,18 +161,19 @@ class Composed:
         return backward_by_halves(self, dy, picks, pre, gate, down, up, activation)
 
     def table_grads(
-        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of ``down`` and ``up``, ``[rows, dim]`` each in ``dtype``, summed in at least float32."""
-        ddown, dup = (torch.zeros(rows, x.shape[1], dtype=_wide(dpre, x), device=x.device) for _ in range(2))
-        self.table_grad(dpre, x, picks, ddown)
-        self.table_grad(hidden, dy, picks, dup)
-        return ddown.to(dtype), dup.to(dtype)
+        self, sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int, *, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Per pair of a weight ``[picks]`` and ``x: [tokens, dim]`` the gradient of :func:`mix`: ``sum of w_i x_t`` of
+        each row, ``[rows, dim]`` in ``dtype``, summed in at least float32.
+        """
+        grads = [torch.zeros(rows, x.shape[1], dtype=_wide(weight, x), device=x.device) for weight, x in sums]
+        for (weight, x), grad in zip(sums, grads):
+            self.table_grad(weight, x, picks, grad)
+        return [grad.to(dtype) for grad in grads]
 
     def sparse_table_grads(
-        self, dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int, *, dtype: torch.dtype
+    ) -> tuple[Tensor, list[Tensor]]:
         """The rows picked at all, ``[touched]`` int64 ascending, and their gradients, ``[touched, dim]`` each."""
         touched, inverse = torch.unique(picks.expert, return_inverse=True)
-        compact = Picks(picks.offsets, inverse)
-        return (touched, *self.table_grads(dpre, hidden, x, dy, compact, touched.numel(), dtype=dtype))
+        return touched, self.table_grads(sums, Picks(picks.offsets, inverse), touched.numel(), dtype=dtype)

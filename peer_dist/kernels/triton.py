@@ -39,6 +39,7 @@ through it either way, so that more picks a row cannot gain much. Hence :data:`E
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -511,51 +512,48 @@ def backward(
 
 
 def table_grads(
-    dpre: Tensor,
-    hidden: Tensor,
-    x: Tensor,
-    dy: Tensor,
+    sums: Sequence[tuple[Tensor, Tensor]],
     picks: Picks,
     rows: int,
     *,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: Sequence[Tensor] | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``ddown_e = sum dpre_i x_t`` and ``dup_e = sum hidden_i dy_t`` over the picks of each row, dense.
+) -> list[Tensor]:
+    """``sum w_i x_t`` over the picks of each row, dense, for one or two pairs of ``w`` and ``x``.
 
     Each row is written once, by one program, in a fixed order of the sum: two runs give the same bits. Needs no
     synchronisation with the host.
 
     Args:
-        dpre, hidden: ``[picks]``, from :func:`backward`.
-        x, dy: ``[tokens, dim]``.
+        sums: of each table the weights ``[picks]``, say dpre or hidden from :func:`backward`, and ``[tokens, dim]``.
         picks: the rows that each token read.
         rows: how many rows the tables have.
-        out: (ddown, dup), both ``[rows, dim]`` of one dtype, to be added to in place: rows that no token read are
-            neither read nor written.
+        out: ``[rows, dim]`` for each, of one dtype, to be added to in place: rows that no token read are neither read
+            nor written.
         dtype: of new gradients; float32 (float64 for float64) by default.
 
     Returns:
-        (ddown, dup) ``[rows, dim]``: ``out``, or new tensors.
+        ``[rows, dim]`` for each: ``out``, or new tensors.
 
     Raises:
         ValueError: ``out`` is not contiguous or not of this shape.
     """
-    bounds = _bounds(picks, rows)
-    if out is None:
-        new = [torch.empty(rows, x.shape[1], dtype=dtype or _wide(x, dy), device=x.device) for _ in range(2)]
-        ddown, dup = new
-    else:
-        ddown, dup = out
-        if not ddown.shape == dup.shape == (rows, x.shape[1]):
-            raise ValueError(f"out must be [{rows}, {x.shape[1]}], not {tuple(ddown.shape)} and {tuple(dup.shape)}")
-    _run_sums(dpre, hidden, x, dy, picks, bounds, ddown, dup, add=out is not None)
-    return ddown, dup
+    bounds, shape = _bounds(picks, rows), (rows, sums[0][1].shape[1])
+    grads = _new_grads(sums, rows, dtype) if out is None else list(out)
+    if any(grad.shape != shape for grad in grads):
+        raise ValueError(f"out must be {list(shape)}, not {' and '.join(str(tuple(grad.shape)) for grad in grads)}")
+    _run_sums(sums, picks, bounds, grads, add=out is not None)
+    return grads
+
+
+def _new_grads(sums: Sequence[tuple[Tensor, Tensor]], rows: int, dtype: torch.dtype | None) -> list[Tensor]:
+    dtype = dtype or _wide(*(x for _, x in sums))
+    return [torch.empty(rows, x.shape[1], dtype=dtype, device=x.device) for _, x in sums]
 
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     """``out_e += sum w_i x_t`` over the picks of row e: :func:`table_grads` of one table."""
-    _run_sums(weight, None, x, None, picks, _bounds(picks, out.shape[0]), out, None, add=True)
+    _run_sums([(weight, x)], picks, _bounds(picks, out.shape[0]), [out], add=True)
 
 
 def _bounds(picks: Picks, rows: int) -> Tensor:
@@ -564,38 +562,31 @@ def _bounds(picks: Picks, rows: int) -> Tensor:
 
 
 def sparse_table_grads(
-    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, rows: int, *, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int, *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """:func:`table_grads` of the touched rows alone. Waits for their number.
 
     Returns:
-        The touched rows ``[n]`` int64, ascending, and their rows of ddown and of dup, ``[n, dim]`` in ``dtype``.
+        The touched rows ``[n]`` int64, ascending, and their rows of each gradient, ``[n, dim]`` in ``dtype``.
     """
     touched, bounds = picks.segments
-    size = (touched.numel(), x.shape[1])
-    ddown, dup = (torch.empty(size, dtype=dtype or _wide(x, dy), device=x.device) for _ in range(2))
-    _run_sums(dpre, hidden, x, dy, picks, bounds, ddown, dup, add=False)
-    return touched, ddown, dup
+    grads = _new_grads(sums, touched.numel(), dtype)
+    _run_sums(sums, picks, bounds, grads, add=False)
+    return touched, grads
 
 
 def _run_sums(
-    dpre: Tensor,
-    hidden: Tensor | None,
-    x: Tensor,
-    dy: Tensor | None,
-    picks: Picks,
-    bounds: Tensor,
-    ddown: Tensor,
-    dup: Tensor | None,
-    add: bool,
+    sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, bounds: Tensor, grads: Sequence[Tensor], add: bool
 ) -> None:
-    """Row i of ``ddown`` and ``dup`` from the picks at ``bounds[i]:bounds[i + 1]`` of the order by expert.
+    """Row i of each gradient from the picks at ``bounds[i]:bounds[i + 1]`` of the order by expert.
 
     Columns go slice by slice where all of x and dy would not stay in L2. An expert that very many tokens picked is
     summed piece by piece first (one program takes some 0.3 us for each pick of its run). How many pieces there are
     stays on the device: the grid is the most there can be, two for each ``size`` picks.
     """
-    sources = [x] if dy is None else [x, dy]
+    (dpre, x), (hidden, dy) = sums[0], sums[1] if len(sums) == 2 else (None, None)
+    ddown, dup = grads[0], grads[1] if len(sums) == 2 else None
+    sources = [source for _, source in sums]
     count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(*sources, dpre)
     itemsize = max(source.element_size() for source in sources)
     width = min(MAX_GRAD_BLOCK_D, _resident(len(sources) * x.shape[0], dim, itemsize) or dim)

@@ -1,5 +1,6 @@
-"""What a token meets: product keys, query networks, PEER."""
+"""What a token meets: product keys, query networks, PEER, product-key memory."""
 
+from peer_dist.layers.memory import ProductKeyMemory
 from peer_dist.layers.peer import PEER, activation_second_moment
 
-__all__ = ["PEER", "activation_second_moment"]
+__all__ = ["PEER", "ProductKeyMemory", "activation_second_moment"]

@@ -11,19 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_dist.kernels import ACTIVATIONS, huge_pages
-from peer_dist.layers.product_keys import project_and_retrieve, retrieve
-from peer_dist.layers.query_norm import KEY_NORMS, QUERY_NORMS, KeyNorm, QueryBatchNorm, make_query_norm
-from peer_dist.layers.recomputation import is_recomputation
-from peer_dist.sharding import ExpertGroups, GridLayout, Shard, Traffic, release, routed_experts
+from peer_dist.layers.product_keys import retrieve
+from peer_dist.layers.query_norm import KEY_NORMS, KeyNorm
+from peer_dist.layers.retrieval import GATES, ProductKeyLayer, check_choices
+from peer_dist.sharding import ExpertGroups, GridLayout, Shard, release, routed_experts
 from peer_dist.tracing import span
-
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda scores: scores.softmax(-1),
-    "sigmoid": torch.sigmoid,
-    "relu": torch.relu,
-}
-
-_INIT_BLOCK = 4096  # rows drawn from one generator, so that any sharding draws the same tables
 
 
 def activation_second_moment(activation: Callable[[Tensor], Tensor], std: float = 1.0) -> float:
@@ -33,7 +25,7 @@ def activation_second_moment(activation: Callable[[Tensor], Tensor], std: float 
     return float((activation(std * z).square() * density).sum() * (z[1] - z[0]))
 
 
-class PEER(nn.Module):
+class PEER(ProductKeyLayer):
     """``PEER(x) = sum over heads h and retrieved experts i of g_i * act(down_i . x) * up_i``.
 
     Each of ``heads`` query networks retrieves the ``top_k`` of ``num_experts`` product keys; a router score
@@ -130,73 +122,49 @@ class PEER(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        n = math.isqrt(num_experts)
-        if n * n != num_experts or n == 0:
-            raise ValueError(f"num_experts must be the square of a whole number, not {num_experts}")
-        if not 1 <= top_k <= n:
-            raise ValueError(f"top_k must be between 1 and sqrt(num_experts) = {n}, not {top_k}")
-        if key_dim < 2 or key_dim % 2:
-            raise ValueError(f"key_dim must be even, not {key_dim}")
-        if dim < 1 or heads < 1:
-            raise ValueError(f"dim and heads must be at least 1, not {dim} and {heads}")
-        if dense_hidden < 0:
-            raise ValueError(f"dense_hidden must be at least 0, not {dense_hidden}")
-        if dispatch_chunks < 1:
-            raise ValueError(f"dispatch_chunks must be at least 1, not {dispatch_chunks}")
-        for name, value, known in (
-            ("query_norm", query_norm, QUERY_NORMS),
-            ("key_norm", key_norm, KEY_NORMS),
-            ("gate", gate, GATES),
-            ("activation", activation, ACTIVATIONS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        self.dim, self.num_experts, self.heads, self.top_k, self.key_dim = (
+        super().__init__(
             dim,
             num_experts,
             heads,
             top_k,
             key_dim,
+            query_norm,
+            gate,
+            query_projection=True,
+            shared_keys=shared_keys,
+            group=group,
+            data_group=data_group,
+            device=device,
+            dtype=dtype,
         )
-        self.gate, self.activation, self.sparse_grad, self.output_gate = gate, activation, sparse_grad, output_gate
+        if dense_hidden < 0:
+            raise ValueError(f"dense_hidden must be at least 0, not {dense_hidden}")
+        if dispatch_chunks < 1:
+            raise ValueError(f"dispatch_chunks must be at least 1, not {dispatch_chunks}")
+        check_choices(("key_norm", key_norm, KEY_NORMS), ("activation", activation, ACTIVATIONS))
+        self.activation, self.sparse_grad, self.output_gate = activation, sparse_grad, output_gate
         self.dense_hidden, self.dispatch_chunks = dense_hidden, dispatch_chunks
         self.owns_tables = tables_of is None
         """Whether the tables are its own, rather than those of the layer that was given as ``tables_of``."""
-        if group is not None and not isinstance(group, ExpertGroups):
-            group = ExpertGroups.over(group)
-        self.layout = GridLayout(num_experts, dim, group)
         if tables_of is not None:
             table_dtype = table_dtype or tables_of.down.dtype
             _check_same_tables(tables_of, self.layout, table_dtype)
-        self.traffic = Traffic()
-        self.on_route: Callable[[Tensor, Tensor], None] | None = None
-        """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass (but recomputed ones)."""
-
-        if data_group is None and group is not None:
-            data_group = group.domain
-        keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
-        rows, columns = len(self.layout.rows), len(self.layout.columns)
-        self.query = nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype)
         self.state_query = None
         if state_size:
             self.state_query = nn.Linear(state_size, heads * key_dim, bias=False, device=device, dtype=dtype)
-        self.norm = make_query_norm(query_norm, heads, key_dim, data_group)
-        self.norm.to(device=device, dtype=dtype)
         if output_gate:
             self.gate_in = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
             self.gate_out = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
         if dense_hidden:
             self.dense_in = nn.Linear(dim, dense_hidden, bias=False, device=device, dtype=dtype)
             self.dense_out = nn.Linear(dense_hidden, dim, bias=False, device=device, dtype=dtype)
-        self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
         self.key_norm = None if key_norm == "none" else KeyNorm(key_norm, 2 if shared_keys else 2 * heads, key_dim // 2)
         if self.key_norm is not None:
             self.key_norm.to(device=device, dtype=dtype)
         if tables_of is None:
             table_dtype = table_dtype or self.keys.dtype
-            self.down = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
-            self.up = nn.Parameter(huge_pages(torch.empty(rows, columns, device=device, dtype=table_dtype)))
+            self.down = nn.Parameter(huge_pages(torch.empty(self.shard_shape, device=device, dtype=table_dtype)))
+            self.up = nn.Parameter(huge_pages(torch.empty(self.shard_shape, device=device, dtype=table_dtype)))
         else:
             self.down, self.up = tables_of.down, tables_of.up
         self.reset_parameters(output_std, seed)
@@ -210,18 +178,11 @@ class PEER(nn.Module):
             return
         if seed is None:
             seed = self._drawn_seed()
-        generator = torch.Generator(self.keys.device).manual_seed(seed)
-        # drawn in float32 whatever the dtype, so that the dtype only rounds
-        self._draw(self.query, self.dim**-0.5, generator)
+        generator = self._reset_retrieval(seed)
         if self.state_query is not None:
             self.state_query.weight.zero_()
-        bound = (self.key_dim / 2) ** -0.5
-        keys = torch.empty(self.keys.shape, device=self.keys.device)
-        self.keys.copy_(keys.uniform_(-bound, bound, generator=generator))
-        if not isinstance(self.norm, nn.Identity):
-            self.norm.reset_parameters()  # type: ignore[operator]
         if self.key_norm is not None:
-            self.key_norm.reset_parameters(bound / math.sqrt(3))
+            self.key_norm.reset_parameters((self.key_dim / 2) ** -0.5 / math.sqrt(3))
         second_moment = activation_second_moment(ACTIVATIONS[self.activation])
         if output_std is None:
             output_std = math.sqrt(second_moment)
@@ -240,18 +201,6 @@ class PEER(nn.Module):
             self._draw(self.dense_in, self.dim**-0.5, generator)
             self._draw(self.dense_out, part_std * (self.dense_hidden * second_moment) ** -0.5, generator)
 
-    def _draw(self, linear: nn.Linear, std: float, generator: torch.Generator) -> None:
-        drawn = torch.empty(linear.weight.shape, device=self.keys.device)
-        linear.weight.copy_(drawn.normal_(0, std, generator=generator))
-
-    def _drawn_seed(self) -> int:
-        """From torch's generator; the first rank's everywhere, since all but the tables is replicated."""
-        seed = [int(torch.randint(2**31, ()))]
-        if self.layout.groups is not None:
-            group = self.layout.groups.domain
-            dist.broadcast_object_list(seed, src=dist.get_global_rank(group, 0), group=group)
-        return seed[0]
-
     def _gate_energy(self, seed: int) -> float:
         """``E[sum over distinct experts of (sum of its gates)^2]`` for standard normal queries."""
         generator = torch.Generator(self.keys.device).manual_seed(seed + 3)
@@ -260,17 +209,6 @@ class PEER(nn.Module):
         gates, indices = GATES[self.gate](scores).flatten(1), indices.flatten(1)
         energy = sum(float((g[:, None] * g * (index[:, None] == index)).sum()) for g, index in zip(gates, indices))
         return max(energy / len(gates), 1e-12)
-
-    def _draw_rows(self, table: Tensor, std: float, seed: int) -> None:
-        rows = self.layout.rows
-        for block in range(rows.start // _INIT_BLOCK, -(-rows.stop // _INIT_BLOCK)):
-            begin, end = block * _INIT_BLOCK, min((block + 1) * _INIT_BLOCK, self.num_experts)
-            generator = torch.Generator(table.device).manual_seed(seed * 1_000_003 + block)
-            drawn = torch.empty(end - begin, self.dim, device=table.device)
-            drawn.normal_(0, std, generator=generator)
-            mine = range(max(begin, rows.start), min(end, rows.stop))
-            drawn = drawn[mine.start - begin : mine.stop - begin, self.layout.columns.start : self.layout.columns.stop]
-            table[mine.start - rows.start : mine.stop - rows.start] = drawn
 
     def shards(self) -> dict[str, Shard]:
         """This rank's blocks of ``down`` and ``up``; none where they are another layer's."""
@@ -284,16 +222,14 @@ class PEER(nn.Module):
     def _product_keys(self) -> Tensor:
         return self.keys if self.key_norm is None else self.key_norm(self.keys)
 
-    def _retrieve(self, tokens: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        keys, weight = self._product_keys(), self.query.weight
+    def _retrieve(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        assert self.query is not None
+        weight = self.query.weight
         if self.state_query is not None:
             assert state is not None
             tokens = torch.cat([tokens, state.reshape(len(tokens), -1)], 1)
             weight = torch.cat([weight, self.state_query.weight], 1)
-        if isinstance(self.norm, QueryBatchNorm):  # its statistics need the queries of all tokens
-            query = self.norm(F.linear(tokens, weight).unflatten(-1, (self.heads, self.key_dim)))
-            return retrieve(query, keys, self.top_k)
-        return project_and_retrieve(tokens, weight, self.norm, keys, self.top_k, self.heads)
+        return self._pick(tokens, weight, self._product_keys())
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
         """``[..., dim] -> [..., dim]``, in ``x``'s dtype.
@@ -303,10 +239,7 @@ class PEER(nn.Module):
         """
         tokens = x.reshape(-1, self.dim)
         with span("retrieve"):
-            indices, scores = self._retrieve(tokens, state)
-            gates = GATES[self.gate](scores)
-        if self.on_route is not None and not is_recomputation():
-            self.on_route(indices, gates.detach())
+            indices, gates = self._retrieve(tokens, state)
         y = routed_experts(
             tokens,
             indices.flatten(1),

@@ -135,7 +135,8 @@ class QueryBatchNorm(nn.Module):
             mean = sums[:-1] / count
             var = self._total((x - mean).square().sum(0)) / count
             if not is_recomputation():
-                self._keep(mean, var * (count / (count - 1).clamp(min=1)))
+                # detached: a recomputed pass must save as many tensors
+                self._keep(mean.detach(), var.detach() * (count / (count - 1).clamp(min=1)))
         else:
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         x = (x - mean) * torch.rsqrt(var + self.eps) * self.weight.to(x.dtype) + self.bias.to(x.dtype)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from peer_dist.config import Config
 from peer_dist.config.schema import ModelConfig
+from peer_dist.layers.memory import ProductKeyMemory
 from peer_dist.layers.peer import PEER, activation_second_moment
 from peer_dist.layers.recurrence import RouterCore, RouterState
 from peer_dist.sharding import Shard, Traffic
@@ -88,6 +89,17 @@ class SparseMLP(MegatronModule):
         if routed and chunk.core is not None:
             self.router_state = RouterState(chunk.core, config.hidden_size, chunk.config.router.passing)
             self.router_state.to(chunk.dtype)
+        self.splits_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
+
+    def on_own_tokens(self, layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """``layer`` of ``[s, b, d]``, of which each tensor rank takes its share, so that nothing is computed twice:
+        under sequence parallelism the tokens it has, else its slice of the sequence, gathered again afterwards.
+        """
+        if not self.splits_tokens:
+            return layer(hidden)
+        out = layer(scatter_to_sequence_parallel_region(hidden))
+        # all ranks go on with all tokens, and so have the same gradient
+        return gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
 
     def mark_replicated(self) -> None:
         """Each tensor rank sees its own tokens: the gradients of all that is not a shard add up (see RMSNorm)."""
@@ -110,11 +122,7 @@ class SparseMLP(MegatronModule):
 
 
 class PEERMLP(SparseMLP):
-    """A PEER layer; the first layer of a pool puts itself into the chunk's ``pools``, and later ones share its tables.
-
-    Each tensor rank takes its share of the tokens, so that no expert is computed twice: under sequence parallelism
-    those it has, else its slice of the sequence, gathered again afterwards.
-    """
+    """A PEER layer; the first of a pool puts itself into the chunk's ``pools``, and later ones share its tables."""
 
     def __init__(self, config: TransformerConfig, submodules: Any = None, *, chunk: Chunk, number: int) -> None:
         super().__init__(config, chunk, routed=True)
@@ -136,16 +144,37 @@ class PEERMLP(SparseMLP):
         )
         chunk.pools.setdefault(pool, self.peer)
         self.layer = self.peer
-        self.splits_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
         self.mark_replicated()
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """``hidden: [s, b, d]`` to ``(output [s, b, d], no bias)``."""
-        if not self.splits_tokens:
-            return self.peer(hidden, self.next_state(hidden)), None
-        out = self.peer(scatter_to_sequence_parallel_region(hidden))
-        # all ranks go on with all tokens, and so have the same gradient
-        return gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False), None
+        return self.on_own_tokens(lambda tokens: self.peer(tokens, self.next_state(tokens)), hidden), None
+
+
+class PKMMLP(SparseMLP):
+    """A product-key memory layer."""
+
+    def __init__(self, config: TransformerConfig, submodules: Any = None, *, chunk: Chunk, number: int) -> None:
+        super().__init__(config, chunk, routed=False)
+        run, parallel = chunk.config, chunk.parallel
+        self.pkm = ProductKeyMemory(
+            dim=run.model.hidden_size,
+            **run.pkm.model_dump(exclude={"table_dtype"}),
+            num_layers=run.model.num_layers,
+            group=parallel.experts,
+            data_group=parallel.token_group,
+            table_dtype=getattr(torch, run.pkm.table_dtype),
+            sparse_grad=run.table_optimizer.lazy,
+            seed=chunk.seed(number),
+            device=parallel.device,
+            dtype=chunk.dtype,
+        )
+        self.layer = self.pkm
+        self.mark_replicated()
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """``hidden: [s, b, d]`` to ``(output [s, b, d], no bias)``."""
+        return self.on_own_tokens(self.pkm, hidden), None
 
 
 def dense_output_std(model: ModelConfig) -> float:
@@ -173,7 +202,11 @@ def _peer(chunk: Chunk, number: int) -> ModuleSpec:
     return ModuleSpec(module=PEERMLP, params={"chunk": chunk, "number": number})
 
 
-_KINDS: dict[str, Callable[[Chunk, int], ModuleSpec]] = {"dense": _dense, "peer": _peer}
+def _pkm(chunk: Chunk, number: int) -> ModuleSpec:
+    return ModuleSpec(module=PKMMLP, params={"chunk": chunk, "number": number})
+
+
+_KINDS: dict[str, Callable[[Chunk, int], ModuleSpec]] = {"dense": _dense, "peer": _peer, "pkm": _pkm}
 
 
 def feed_forward(chunk: Chunk, number: int) -> ModuleSpec:

@@ -2,7 +2,7 @@
 
 from peer_dist.sharding.exchange import Traffic
 from peer_dist.sharding.layout import ExpertGroups, GridLayout
-from peer_dist.sharding.routed import routed_experts
+from peer_dist.sharding.routed import routed_experts, routed_values
 from peer_dist.sharding.shard import Shard, release
 
-__all__ = ["ExpertGroups", "GridLayout", "Shard", "Traffic", "release", "routed_experts"]
+__all__ = ["ExpertGroups", "GridLayout", "Shard", "Traffic", "release", "routed_experts", "routed_values"]

@@ -44,6 +44,7 @@ def exchange_bytes(
     home: int = 0,
     itemsize: int = 2,
     gate_itemsize: int = 4,
+    values: bool = False,
 ) -> ExchangeBytes:
     """Exactly what :class:`peer_dist.sharding.Traffic` counts over all ranks for these tokens, sizes of messages
     (16 bytes a pair of ranks, pass and part of the tokens) left out.
@@ -53,6 +54,7 @@ def exchange_bytes(
         home: the tokens' rank in the domain.
         itemsize: bytes of an element of ``x``, ``y`` and their gradients.
         gate_itemsize: bytes of a gate and of its gradient.
+        values: of product-key memory: ``x`` does not travel, so that there is no ``dx`` and no sum of dots forward.
     """
     starts = torch.tensor([first_of(num_experts, shard, row_shards) for shard in range(row_shards)])
     token, expert, _ = merge_picks(indices, torch.zeros(indices.shape))
@@ -69,10 +71,11 @@ def exchange_bytes(
     all_tokens, all_picks = int(tokens.sum()), int(picks.sum())
     ring = 2 * (column_shards - 1) * all_picks * PARTIAL
     gathered = (column_shards - 1) * (all_tokens * COUNT + all_picks * (COUNT + gate_itemsize))
+    ways = slices * itemsize * (1 if values else 2)
     return ExchangeBytes(
-        forward=2 * slices * itemsize + away_tokens * COUNT + away_picks * (COUNT + gate_itemsize),
-        backward=2 * slices * itemsize + away_picks * gate_itemsize,
-        column_forward=gathered + ring,
+        forward=ways + away_tokens * COUNT + away_picks * (COUNT + gate_itemsize),
+        backward=ways + away_picks * gate_itemsize,
+        column_forward=gathered if values else gathered + ring,
         column_backward=ring,
         hits=all_tokens / max(1, len(indices)),
     )

@@ -8,6 +8,9 @@ Three nodes of autograd's graph, dispatch, experts and combine, each of which st
 So the exchange of one part overlaps the experts of another, the gradients of the tables overlap the last of dx, and
 what a caller computes between two nodes overlaps too: autograd runs the nodes that are ready in the reverse of the
 order in which they were made, so that in the backward pass it lies between the same two.
+
+With values in the place of experts (product-key memory) only gates travel to the owners: there is no dispatch, and no
+dx; gates and their gradients are waited for where the owners need them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peer_dist.kernels import Picks, expert_mix, expert_mix_backward, expert_mix_forward, expert_table_grads
+from peer_dist.kernels import (
+    Picks,
+    dots,
+    expert_mix,
+    expert_mix_backward,
+    expert_mix_forward,
+    expert_table_grads,
+    mix,
+    value_mix,
+    value_table_grad,
+)
 from peer_dist.sharding.exchange import Arrival, ExchangePlan, Traffic, merge_picks, plan_exchange
 from peer_dist.sharding.layout import GridLayout
 from peer_dist.tracing import span
@@ -65,11 +78,7 @@ def routed_experts(
         traffic.picks_received += indices.numel()
         y = expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
         return y if beside is None else y + beside[1](beside[0](x))
-    with span("dispatch"):
-        token, expert, gate = merge_picks(indices, gates)
-        plan, order = plan_exchange(token, expert, x.shape[0], layout, traffic, dispatch_chunks)
-        gate = gate[order]
-    transit = _Transit(plan)
+    gate, transit = _planned(indices, gates, layout, traffic, dispatch_chunks)
     edge = _Dispatch.apply(x, gate, transit)
     half = None if beside is None else beside[0](x)
     edge = _Experts.apply(edge, down, up, activation, sparse_grad, transit)
@@ -77,6 +86,51 @@ def routed_experts(
     other = None if beside is None or half is None else beside[1](half)
     y = _Combine.apply(edge, transit, x.dtype, x.device)
     return y if other is None else y + other
+
+
+def routed_values(
+    indices: Tensor,
+    gates: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,
+    layout: GridLayout,
+    traffic: Traffic,
+    sparse_grad: bool = False,
+) -> Tensor:
+    """``y_t = sum_i gate_i * value_{e_i}`` with the table of values spread over a grid of ranks.
+
+    Every rank of the layout's domain must call it, with any number of tokens, none included. Picks and gates go to the
+    owners and sums come home; backward their gradients go to the owners, and the gates' come home.
+
+    Args:
+        indices: ``[tokens, picks]`` int64 global value numbers.
+        gates: ``[tokens, picks]``.
+        values: ``[rows, columns]``, this rank's shard.
+        dtype: of the result, in which it and its gradient travel.
+        traffic: adds up what was sent.
+        sparse_grad: see :func:`peer_dist.kernels.value_mix`.
+
+    Returns:
+        ``[tokens, dim]``. The gradient of ``values`` is that of the SUM of the ranks' losses, as with
+        :func:`routed_experts`.
+    """
+    if layout.row_shards * layout.column_shards == 1:
+        traffic.picks_received += indices.numel()
+        return value_mix(gates.reshape(-1), values, Picks.even(indices), sparse_grad).to(dtype)
+    gate, transit = _planned(indices, gates, layout, traffic)
+    edge = _Values.apply(gate, values, dtype, sparse_grad, transit)
+    transit.start_last_home()
+    return _Combine.apply(edge, transit, dtype, values.device)
+
+
+def _planned(
+    indices: Tensor, gates: Tensor, layout: GridLayout, traffic: Traffic, parts: int = 1
+) -> tuple[Tensor, _Transit]:
+    """The gates ``[sent picks]`` in sending order, and the plan, nothing under way yet."""
+    with span("dispatch"):
+        token, expert, gate = merge_picks(indices, gates)
+        plan, order = plan_exchange(token, expert, len(indices), layout, traffic, parts)
+        return gate[order], _Transit(plan)
 
 
 class _Transit:
@@ -203,6 +257,45 @@ class _Experts(torch.autograd.Function):
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             ddown, dup = expert_table_grads(dpre, hidden, x, dy, plan.all_picks(), down, ctx.sparse_grad)
         return (edge if goes_home else None), ddown, dup, None, None, None
+
+
+class _Values(torch.autograd.Function):
+    """The owners' part of :func:`routed_values`, and the gates' way there and back: ``gate [sent picks]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, values: Tensor, dtype: torch.dtype, sparse_grad: bool, transit: _Transit
+    ) -> Tensor:
+        plan = transit.plan
+        with span("dispatch"):
+            received = plan.picks_at_owners(plan.start_picks_to_owners(gate))
+        with span("experts"):
+            transit.last = mix(received, values, plan.all_picks()).to(dtype)
+        ctx.transit, ctx.sparse_grad = transit, sparse_grad
+        ctx.save_for_backward(received, values)
+        return values.new_empty(0, dtype=dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        transit: _Transit = ctx.transit
+        plan, picks = transit.plan, transit.plan.all_picks()
+        gate, values = ctx.saved_tensors
+        dy, (arrival,) = transit.take_rows()
+        with span("dispatch"):
+            arrival.wait()
+        going: Arrival | None = None
+        if ctx.needs_input_grad[0]:
+            with span("experts"):
+                dgate = dots(dy, values, picks)
+                sum_columns = transit.sum_columns("ddots")
+                if sum_columns is not None:
+                    dgate = sum_columns(dgate)
+            with span("combine"):
+                going = plan.start_picks_to_homes(dgate.to(gate.dtype))
+        dvalues = value_table_grad(gate, dy, picks, values, ctx.sparse_grad) if ctx.needs_input_grad[1] else None
+        with span("combine"):
+            return None if going is None else going.wait(), dvalues, None, None, None
 
 
 class _Combine(torch.autograd.Function):

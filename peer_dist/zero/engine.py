@@ -34,7 +34,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from peer_dist.layers.peer import PEER
+from peer_dist.layers.retrieval import ProductKeyLayer
 from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
 from peer_dist.optim.engine import names_not_finite
 
@@ -92,8 +92,8 @@ class ZeroEngine(Engine):
         seen: nn.Module = model
         if stage == 3:
             (seen,) = model  # whose forward pass starts ZeRO-3's
-            # PEER reads its sub-modules' parameters itself: they are to be fetched with its own
-            deepspeed.utils.set_z3_leaf_modules(seen, [PEER], raise_if_not_found=False)
+            # such a layer reads its sub-modules' parameters itself: they are to be fetched with its own
+            deepspeed.utils.set_z3_leaf_modules(seen, [ProductKeyLayer], raise_if_not_found=False)
         os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
