@@ -130,6 +130,16 @@ PER_HEAD = {
     }
 }
 ROWWISE = {"table_optimizer": {"name": "rowwise_adam"}, **RMS}
+MOE = {"model": {"mlp": ["moe", "dense", "moe", "moe"]}, "moe": {"num_experts": 4, "z_loss": 1e-3, "balance_loss": 0.1}}
+BIAS = {**MOE, "moe": {"num_experts": 4, "score": "sigmoid", "expert_bias": True, "balance_loss": 0.0}}
+SWITCH = {**MOE, "moe": {"num_experts": 4, "top_k": 1, "normalize": False, "expert_hidden_size": 24}}
+EXPERT_CHOICE = {**MOE, "moe": {"num_experts": 4, "routing": "expert_choice"}}
+SIGMA = {
+    "model": {"mlp": ["sigma_moe", "sigma_moe", "dense", "sigma_moe"], "ffn_top_k": 20},
+    "sigma_moe": {"num_experts": 6, "expert_hidden_size": 16, "top_k": 2, "entropy_loss": 0.1},
+}
+RECURRENT = {"router": {"kind": "recurrent", "state_size": 12}}
+COSINE = {"router": {"kind": "cosine", "state_size": 12}}
 LAZY = {"table_optimizer": {"name": "rowwise_adagrad", "lazy": True}, **RMS}
 
 _WITH_EVERY_ZERO: list[tuple[int, dict[str, Any]]] = [
@@ -181,6 +191,32 @@ TABLE: list[Layout] = [
     Layout(4, {"tensor": 2, "pipeline": 2, "expert": 2}, settings={**BATCH, **LATE}),
     Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True, "expert_tensor": 2}, 0, settings=UNTIED, recompute=1),
     Layout(4, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}, 3, settings=BATCH, quick=True),
+    *(Layout(2, {}, zero, settings=MOE) for zero in range(4)),
+    *(Layout(2, {"expert": 2}, zero, settings=MOE, quick=zero in (0, 3)) for zero in range(4)),
+    Layout(1, {}, 1, recompute=3, settings=MOE),
+    Layout(4, {"expert": 2}, 2, settings=BIAS, quick=True),
+    Layout(2, {"tensor": 2, "sequence": True, "expert": 2}, settings=MOE, quick=True),
+    Layout(2, {"tensor": 2, "sequence": True}, 0, settings=BIAS, recompute=4),
+    Layout(2, {"tensor": 2, "sequence": True, "expert": 2}, settings=EXPERT_CHOICE, quick=True),
+    Layout(4, {"pipeline": 2, "expert": 2}, settings=EXPERT_CHOICE, recompute=2),
+    Layout(2, {"expert": 2}, settings={**SWITCH, **COSINE}),
+    Layout(2, {"pipeline": 2}, settings=MOE),
+    Layout(4, {"pipeline": 2, "expert": 2}, settings=SWITCH, recompute=1),
+    Layout(8, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, 2, settings=BIAS),
+    Layout(2, {}, settings=SIGMA),
+    Layout(2, {"expert": 2}, 3, settings=SIGMA),
+    Layout(2, {"tensor": 2, "sequence": True, "expert": 2}, settings={**SIGMA, "model": {"mlp": "sigma_moe"}}),
+    Layout(4, {"pipeline": 2, "expert": 2}, settings=SIGMA, quick=True),
+    Layout(2, {}, settings={**MOE, **RECURRENT}),
+    Layout(2, {"expert": 2}, 3, settings={**MOE, **RECURRENT}),
+    Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, settings={**MOE, **RECURRENT}, quick=True),
+    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, 0, settings={**MOE, **RECURRENT}, recompute=1),
+    Layout(4, {"pipeline": 2, "expert": 2}, settings={**SIGMA, **RECURRENT}, quick=True),
+    Layout(2, {"expert": 2}, settings={**SIGMA, **COSINE}),
+    Layout(2, {"expert": 2}, 3, settings={**RMS, **RECURRENT}),
+    Layout(2, {"tensor": 2, "sequence": True, "expert": 2}, settings={**RMS, **RECURRENT}),
+    Layout(2, {"pipeline": 2}, 0, settings={**RMS, **RECURRENT}, recompute=1),
+    Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, settings={**RMS, **RECURRENT}, quick=True),
     Layout(8, {"expert": 2, "expert_tensor": 2}, 3, settings=ROWWISE),
     Layout(8, {"expert": 4, "expert_tensor": 2}, settings=PER_HEAD, quick=True),
     Layout(8, {"tensor": 2, "expert": 2, "expert_tensor": 2}, 2, settings=BATCH),

@@ -61,14 +61,14 @@ class Rule:
         top_k: experts of a token; with ``expert_choice`` on average.
         score: of a logit, which an expert's output is weighted with.
         normalize: the weights of the experts chosen add up to 1.
-        expert_choice: each expert takes the ``tokens * top_k / num_experts`` tokens of a sequence that score highest (at
-            least one). A token's experts then depend on later tokens.
+        expert_choice: each expert takes the ``s * top_k / num_experts`` tokens of a sequence scoring highest, at least
+            one. A token's experts then depend on later tokens.
         dropout: share of scores set to 0 in training, without rescaling.
         balance_loss: coefficient of ``E sum f P`` (Switch, arXiv 2101.03961): ``f`` the share of an expert in the picks
             that scores alone would make, ``P`` its mean probability.
         entropy_loss: coefficient of ``sum P log P`` (sigma-MoE, arXiv 2310.10837).
         z_loss: coefficient of the mean squared ``logsumexp`` of the logits (ST-MoE, arXiv 2202.08906).
-        bias_rate: change per step of a bias on the scores, for choosing only, towards equal loads (DeepSeek-V3); 0: none.
+        bias_rate: change per step of a bias on the scores, for choosing only, that evens the loads (DeepSeek-V3).
     """
 
     top_k: int

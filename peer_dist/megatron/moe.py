@@ -1,4 +1,4 @@
-"""Coarse mixture-of-experts layers, by Megatron's MoELayer with routers of ours: model.mlp ``moe`` and ``sigma_moe``."""
+"""Coarse mixture-of-experts layers (model.mlp moe and sigma_moe): Megatron's MoELayer behind routers of ours."""
 
 from __future__ import annotations
 
@@ -183,8 +183,3 @@ def sigma_moe(config: TransformerConfig, chunk: Chunk, seed: int) -> CoarseMoE:
     if isinstance(router.logits, LinearLogits):
         router.logits.equalize()
     return CoarseMoE(experts, router, seed)
-
-
-def routers(model: nn.Module) -> list[Router]:
-    """Of this rank's layers of coarse experts."""
-    return [module for module in model.modules() if isinstance(module, Router)]

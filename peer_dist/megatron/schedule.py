@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
 
-from .moe import routers
+from .model import routers
 
 # tokens, labels: int64 [b, s]; loss_mask: float [b, s]; attention_mask (optional): bool [b, 1, s, s] or None
 MicroBatch = Mapping[str, torch.Tensor | None]
@@ -59,7 +59,7 @@ def run_forward_backward(
 
     tokens = micro_batches[0]["tokens"]
     assert tokens is not None
-    for router in routers(model):
+    for router in routers(model).values():
         # a part per rank, which add up, and gradients are averaged over data-parallel ranks
         router.loss_scale = parallel_state.get_data_parallel_world_size() / len(micro_batches)
     with torch.set_grad_enabled(not forward_only):
