@@ -85,7 +85,8 @@ class Layout:
         return self._with_settings(base, self.sequences)
 
     def _with_settings(self, base: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
-        tree = {section: {**keys, **self.settings.get(section, {})} for section, keys in base.items()}
+        sections = base.keys() | self.settings.keys()
+        tree = {section: {**base.get(section, {}), **self.settings.get(section, {})} for section in sorted(sections)}
         tree["train"] = {
             **tree["train"], "micro_batch_size": micro_batch_size, "global_batch_size": self.passes * self.sequences
         }  # fmt: skip

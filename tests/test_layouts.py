@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.layouts import BATCH, TABLE, Layout, base_config, compare, trained
+from tests.layouts import BATCH, BIAS, RECURRENT, TABLE, Layout, base_config, compare, trained
 from tests.ranks import run_ranks
 
 
@@ -45,6 +45,13 @@ def saved_on_the_way(rank: int, world_size: int, tree: dict[str, Any]) -> list[f
 
 
 QUICK = [layout for layout in SAVED if layout.quick]
+COARSE_KINDS = {**BIAS, **RECURRENT}
+COARSE = [
+    Layout(2, {"expert": 2}, 3, settings=COARSE_KINDS),
+    Layout(2, {"tensor": 2, "sequence": True}, 0, settings=COARSE_KINDS),
+    Layout(4, {"pipeline": 2, "expert": 2}, 1, settings=COARSE_KINDS),
+    Layout(1, {}, 2, settings=COARSE_KINDS),
+]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,8 @@ QUICK = [layout for layout in SAVED if layout.quick]
     [
         *(pytest.param(saver, QUICK, id=f"{saver} into some") for saver in QUICK),
         *(pytest.param(saver, SAVED, marks=pytest.mark.slow, id=f"{saver} into all") for saver in SAVED),
+        pytest.param(COARSE[0], COARSE[1:3], id=f"{COARSE[0]} into some"),
+        *(pytest.param(saver, COARSE, marks=pytest.mark.slow, id=f"{saver} into all") for saver in COARSE),
     ],
 )
 def test_a_checkpoint_of_any_layout_loads_into_any_other(

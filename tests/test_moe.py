@@ -333,16 +333,52 @@ def test_experts_do_not_depend_on_the_layout() -> None:
         assert torch.equal(value, one[name]), name
 
 
+def sent(rank: int, world_size: int) -> tuple[dict[str, int], int, int]:
+    """Bytes by what is sent, picks of other ranks' experts, and all picks received."""
+    parallel = Parallel.initialize(expert=world_size)
+    layer: Any = sparse_layers(make(parallel, ["dense", "moe"], torch.float32))[2]
+    routes: list[tuple[Tensor, Tensor]] = []
+    layer.on_route = lambda *picks: routes.append(picks)
+    x = torch.randn(16, 3, 32, generator=torch.Generator().manual_seed(rank))
+    layer(x, x)
+    ((indices, gates),) = routes
+    assert indices.shape == gates.shape == (48, 1, 2)
+    torch.testing.assert_close(gates.sum(-1), torch.ones(48, 1))
+    assert bool((gates[..., 0] >= gates[..., 1]).all())
+    return dict(layer.traffic.sent), int((indices // 4 != rank).sum()), layer.traffic.picks_received
+
+
+def test_traffic_and_routes() -> None:
+    """A row and a float32 weight for each pick of another rank's expert, and a row back; gradients as much."""
+    (first, away, received), (second, back, also) = run_ranks(sent, 2)
+    for counted, out, home in ((first, away, back), (second, back, away)):
+        row = 32 * 4
+        want = {
+            "x": out * row,
+            "gates": out * 4,
+            "y": home * row,
+            "dy": out * row,
+            "dx": home * row,
+            "dgates": home * 4,
+        }
+        assert counted == want
+    assert received + also == 2 * 48 * 2
+    assert received == 96 - away + back
+
+
 @pytest.mark.parametrize(
     "sections",
     [
         {**EXPERTS, "moe": {**EXPERTS["moe"], "score": "sigmoid", "expert_bias": True, "expert_bias_rate": 0.02}},
-        {
-            "model": {"mlp": "sigma_moe"},
-            "sigma_moe": {"num_experts": 4, "expert_hidden_size": 16, "top_k": 2, "expert_dropout": 0.2},
-            "zero": {"stage": 3},
-            "train": {"precision": "bf16"},
-        },
+        pytest.param(
+            {
+                "model": {"mlp": "sigma_moe"},
+                "sigma_moe": {"num_experts": 4, "expert_hidden_size": 16, "top_k": 2, "expert_dropout": 0.2},
+                "zero": {"stage": 3},
+                "train": {"precision": "bf16"},
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["expert bias", "expert dropout, bf16, ZeRO 3"],
 )

@@ -88,16 +88,16 @@ class CoarseMoE(MoELayer):
         return self.postprocess(self.combine(output), None)
 
     def _count(self, tokens: Tensor, weights: Tensor) -> None:
-        """What this pass sends to other ranks: tokens and weights out, results home."""
+        """What this pass sends to other ranks, tokens and weights out and results home, and the gradients after it."""
         splits, received = self.token_dispatcher.input_splits, self.token_dispatcher.output_splits
         if splits is None:
             return
         own = self.ep_group.rank()
         sent, home = (int(sum(each) - each[own]) for each in (splits, received))
-        width = tokens.shape[-1] * tokens.element_size()
-        self.traffic.sent["x"] += sent * width
-        self.traffic.sent["gates"] += sent * weights.element_size()
-        self.traffic.sent["y"] += home * width
+        row, weight = tokens.shape[-1] * tokens.element_size(), weights.element_size()
+        self.traffic.sent.update(x=sent * row, gates=sent * weight, y=home * row)
+        if torch.is_grad_enabled():
+            self.traffic.sent.update(dy=sent * row, dx=home * row, dgates=home * weight)
         self.traffic.picks_received += len(tokens)
 
 
