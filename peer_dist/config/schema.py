@@ -144,9 +144,12 @@ class MoESection(Section):
     )
     score: Literal["softmax", "sigmoid"] = Field("softmax", description="router logit to score")
     normalize: bool = Field(
-        True, description="gates are normalised over the experts chosen; false: Switch's probability over all experts"
+        True,
+        description="gates add up to 1 over the experts chosen; false: the scores as they are (Switch, with top_k 1)",
     )
-    balance_loss: float = Field(0.01, ge=0, description="coefficient of the load-balance loss, over the global batch")
+    balance_loss: float = Field(
+        0.01, ge=0, description="coefficient of the load-balance loss, over a forward pass of all ranks"
+    )
     z_loss: float = Field(0.0, ge=0, description="coefficient of the router's z-loss")
     expert_bias: bool = Field(False, description="balance by a bias on the scores (DeepSeek-V3); needs sigmoid")
     expert_bias_rate: float = Field(1e-3, gt=0, description="change of that bias per step")
@@ -170,7 +173,9 @@ class SigmaMoESection(Section):
     num_experts: int = Field(16, ge=2, description="experts N_E")
     expert_hidden_size: int = Field(128, ge=1, description="hidden width G of an expert")
     top_k: int = Field(4, ge=1, description="experts K per token")
-    entropy_loss: float = Field(1e-3, ge=0, description="gamma of the entropy regulariser, over the global batch")
+    entropy_loss: float = Field(
+        1e-3, ge=0, description="gamma of the entropy regulariser, over a forward pass of all ranks"
+    )
     expert_dropout: float = Field(0.0, ge=0, lt=1, description="delta: share of scores set to 0 in training")
 
     @model_validator(mode="after")
@@ -208,7 +213,7 @@ class RouterSection(Section):
         description="linear: of the layer's input; recurrent: of a GRU's state over layers (peer: added to the query); "
         "mlp: as large as recurrent, without a state; cosine: low-rank cosine scores (XMoE)",
     )
-    state_size: int = Field(128, ge=1, description="width of the state, of the mlp's hidden layer and of cosine's")
+    state_size: int = Field(128, ge=1, description="width of the state, of the mlp's output and of cosine's projection")
     passing: Literal["full", "detached", "none"] = Field(
         "full", description="the state goes from layer to layer with its gradient, without, or starts anew in each"
     )

@@ -454,6 +454,10 @@ class Trainer:
             highlight=False,
             soft_wrap=True,
         )
+        if "moe" in self.config.model.mlp_kinds and self.config.moe.routing == "expert_choice":
+            console.print(
+                "moe.routing expert_choice is not causal: its losses are no language model's", highlight=False
+            )
 
     def _conclude(self, console: Console) -> None:
         """The run in a few lines: what it reached and where everything is."""
