@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from peer_dist.megatron import Parallel
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the ranks of these tests are CPU processes
@@ -19,6 +25,21 @@ def text(tmp_path_factory) -> Path:
     prefix = tmp_path_factory.mktemp("data") / "shakespeare"
     prepare(None, prefix)
     return prefix
+
+
+@pytest.fixture(scope="module")
+def parallel() -> Iterator[Parallel]:
+    """Megatron's groups of one rank, in this process."""
+    import torch.distributed as dist
+
+    from peer_dist.megatron import Parallel
+
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        groups = Parallel.initialize()
+        yield groups
+        groups.destroy()
+        dist.destroy_process_group()
 
 
 @pytest.fixture

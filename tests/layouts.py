@@ -85,7 +85,8 @@ class Layout:
         return self._with_settings(base, self.sequences)
 
     def _with_settings(self, base: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:
-        tree = {section: {**keys, **self.settings.get(section, {})} for section, keys in base.items()}
+        sections = base.keys() | self.settings.keys()
+        tree = {section: {**base.get(section, {}), **self.settings.get(section, {})} for section in sorted(sections)}
         tree["train"] = {
             **tree["train"], "micro_batch_size": micro_batch_size, "global_batch_size": self.passes * self.sequences
         }  # fmt: skip
@@ -130,14 +131,18 @@ PER_HEAD = {
         "dispatch_chunks": 3,
     }
 }
-# layers 1, 2 and 4 see what the router before theirs saw
-RECURRENT = {
-    "model": {"mlp": ["peer", "peer", "dense", "peer"]},
-    "router": {"kind": "recurrent", "state_size": 16},
-    **RMS,
-}
-PERCEPTRON = {**RECURRENT, "router": {"kind": "mlp", "state_size": 16, "shared_projector": True}}
 ROWWISE = {"table_optimizer": {"name": "rowwise_adam"}, **RMS}
+MOE = {"model": {"mlp": ["moe", "dense", "moe", "moe"]}, "moe": {"num_experts": 4, "z_loss": 1e-3, "balance_loss": 0.1}}
+BIAS = {**MOE, "moe": {"num_experts": 4, "score": "sigmoid", "expert_bias": True, "balance_loss": 0.0}}
+SWITCH = {**MOE, "moe": {"num_experts": 4, "top_k": 1, "normalize": False, "expert_hidden_size": 24}}
+EXPERT_CHOICE = {**MOE, "moe": {"num_experts": 4, "routing": "expert_choice"}}
+SIGMA = {
+    "model": {"mlp": ["sigma_moe", "sigma_moe", "dense", "sigma_moe"], "ffn_top_k": 20},
+    "sigma_moe": {"num_experts": 6, "expert_hidden_size": 16, "top_k": 2, "entropy_loss": 0.1},
+}
+RECURRENT = {"router": {"kind": "recurrent", "state_size": 12}}
+PERCEPTRON = {"router": {"kind": "mlp", "state_size": 12, "shared_projector": True}}
+COSINE = {"router": {"kind": "cosine", "state_size": 12}}
 LAZY = {"table_optimizer": {"name": "rowwise_adagrad", "lazy": True}, **RMS}
 MEMORY = {"model": {"mlp": ["pkm", "dense", "dense", "pkm"]}}  # BatchNorm and softmax
 # the improved one of the sigma-MoE paper
@@ -194,6 +199,32 @@ TABLE: list[Layout] = [
     Layout(4, {"tensor": 2, "pipeline": 2, "expert": 2}, settings={**BATCH, **LATE}),
     Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True, "expert_tensor": 2}, 0, settings=UNTIED, recompute=1),
     Layout(4, {"tensor": 2, "sequence": True, "expert": 2, "expert_tensor": 2}, 3, settings=BATCH, quick=True),
+    *(Layout(2, {}, zero, settings=MOE) for zero in range(4)),
+    *(Layout(2, {"expert": 2}, zero, settings=MOE, quick=zero in (0, 3)) for zero in range(4)),
+    Layout(1, {}, 1, recompute=3, settings=MOE),
+    Layout(4, {"expert": 2}, 2, settings=BIAS, quick=True),
+    Layout(2, {"tensor": 2, "sequence": True, "expert": 2}, settings=MOE, quick=True),
+    Layout(2, {"tensor": 2, "sequence": True}, 0, settings=BIAS, recompute=4),
+    Layout(2, {"tensor": 2, "sequence": True, "expert": 2}, settings=EXPERT_CHOICE, quick=True),
+    Layout(4, {"pipeline": 2, "expert": 2}, settings=EXPERT_CHOICE, recompute=2),
+    Layout(2, {"expert": 2}, settings={**SWITCH, **COSINE}),
+    Layout(2, {"pipeline": 2}, settings=MOE),
+    Layout(4, {"pipeline": 2, "expert": 2}, settings=SWITCH, recompute=1),
+    Layout(8, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, 2, settings=BIAS),
+    Layout(2, {}, settings=SIGMA),
+    Layout(2, {"expert": 2}, 3, settings=SIGMA),
+    Layout(2, {"tensor": 2, "sequence": True, "expert": 2}, settings={**SIGMA, "model": {"mlp": "sigma_moe"}}),
+    Layout(4, {"pipeline": 2, "expert": 2}, settings=SIGMA, quick=True),
+    Layout(2, {}, settings={**MOE, **RECURRENT}),
+    Layout(2, {"expert": 2}, 3, settings={**MOE, **RECURRENT}),
+    Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, settings={**MOE, **RECURRENT}, quick=True),
+    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, 0, settings={**MOE, **RECURRENT}, recompute=1),
+    Layout(4, {"pipeline": 2, "expert": 2}, settings={**SIGMA, **RECURRENT}, quick=True),
+    Layout(2, {"expert": 2}, settings={**SIGMA, **COSINE}),
+    Layout(2, {"expert": 2}, 3, settings={**RMS, **RECURRENT}),
+    Layout(2, {"tensor": 2, "sequence": True, "expert": 2}, settings={**RMS, **RECURRENT}),
+    Layout(2, {"pipeline": 2}, 0, settings={**RMS, **RECURRENT}, recompute=1),
+    Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, settings={**RMS, **RECURRENT}, quick=True),
     Layout(8, {"expert": 2, "expert_tensor": 2}, 3, settings=ROWWISE),
     Layout(8, {"expert": 4, "expert_tensor": 2}, settings=PER_HEAD, quick=True),
     Layout(8, {"tensor": 2, "expert": 2, "expert_tensor": 2}, 2, settings=BATCH),
@@ -201,14 +232,8 @@ TABLE: list[Layout] = [
     Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "expert": 4}, settings=BATCH),
     Layout(8, {"tensor": 2, "pipeline": 4, "sequence": True, "expert": 2}, settings={**UNEQUAL, **BATCH}, recompute=1),
     Layout(8, {"pipeline": 2, "expert": 2, "expert_tensor": 2}, settings=PER_HEAD),
-    Layout(2, {}, 3, settings=RECURRENT),
-    Layout(2, {"expert": 2}, settings=RECURRENT, recompute=4),
-    Layout(2, {"tensor": 2, "sequence": True}, 0, settings=RECURRENT),
-    Layout(2, {"pipeline": 2}, settings=RECURRENT, quick=True),
-    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, 0, settings=RECURRENT, recompute=1),
-    Layout(2, {"pipeline": 2}, 0, settings=PERCEPTRON),
-    Layout(4, {"pipeline": 2, "expert": 2}, 2, settings=RECURRENT),
-    Layout(8, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, settings=RECURRENT),
+    Layout(2, {"pipeline": 2}, 0, settings={**RMS, **PERCEPTRON}),
+    Layout(8, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, settings={**RMS, **RECURRENT}),
     *(
         Layout(ranks, parallel, zero, settings=settings, quick=ranks == 4 and "tensor" not in parallel)
         for settings in (MEMORY, IMPROVED)

@@ -33,7 +33,42 @@ def load(tmp_path, text, *overrides):
         ("peer: {gate: tanh}", [], "run.yaml: peer.gate: input should be 'softmax', 'sigmoid' or 'relu'; got 'tanh'"),
         ("model: {hidden_size: 10}", [], "run.yaml: model: hidden_size (10) must be a multiple of"),
         ("model: {mlp: [peer]}", [], "run.yaml: model: mlp lists 1 kinds for 4 layers"),
-        ("model: {mlp: moe}", [], "run.yaml: model.mlp: input should be 'dense' or 'peer'; got 'moe'"),
+        (
+            "model: {mlp: mixture}",
+            [],
+            "run.yaml: model.mlp: input should be 'dense', 'peer', 'moe', 'pkm' or 'sigma_moe'",
+        ),
+        ("model: {ffn_top_k: 600}", [], "run.yaml: model: ffn_top_k (600) must be at most ffn_hidden_size (512)"),
+        ("moe: {top_k: 9}", [], "run.yaml: moe: top_k (9) must be at most num_experts (8)"),
+        ("sigma_moe: {top_k: 17}", [], "run.yaml: sigma_moe: top_k (17) must be at most num_experts (16)"),
+        ("moe: {top_k: 1}", [], "run.yaml: moe: normalize must be false with top_k 1"),
+        ("moe: {expert_bias: true}", [], "run.yaml: moe: expert_bias needs score sigmoid (got softmax)"),
+        ("moe: {expert_bias: true, routing: expert_choice}", [], "run.yaml: moe: expert_bias must be false with"),
+        (
+            "data: {prefix: a}\nmodel: {mlp: moe}\nparallel: {expert_tensor: 2}",
+            [],
+            "run.yaml: parallel.expert_tensor must be 1 for model.mlp moe (got 2)",
+        ),
+        (
+            "data: {prefix: a}\nmodel: {mlp: sigma_moe}\nparallel: {tensor: 2}",
+            [],
+            "run.yaml: parallel.sequence must be true for model.mlp sigma_moe with parallel.tensor (2)",
+        ),
+        (
+            "data: {prefix: a}\nmodel: {mlp: peer}\nparallel: {tensor: 2}\nrouter: {kind: mlp}",
+            [],
+            "run.yaml: parallel.sequence must be true for router.kind mlp with parallel.tensor (2)",
+        ),
+        (
+            "data: {prefix: a}\nmodel: {ffn_top_k: 64}\nparallel: {tensor: 2}",
+            [],
+            "run.yaml: parallel.tensor must be 1 with model.ffn_top_k (got 2)",
+        ),
+        (
+            "data: {prefix: a}\nmodel: {mlp: peer}\nrouter: {kind: cosine}",
+            [],
+            "run.yaml: router.kind cosine is for moe and sigma_moe, but model.mlp has peer layers",
+        ),
         ("parallel: {tensor: 3}", [], "run.yaml: parallel: tensor must be a power of two up to 128 (got 3)"),
         (
             "parallel: {context: 2}",
@@ -191,6 +226,11 @@ def test_overrides_are_yaml_and_win(tmp_path):
             {"parallel": {"expert": 2}, "train": {"global_batch_size": 48}},
             4,
             "(8 * 4 = 32); worlds that fit: 2, 6 rank(s)",
+        ),
+        (
+            {"model": {"mlp": "sigma_moe"}, "parallel": {"expert": "auto"}, "train": {"global_batch_size": 24}},
+            3,
+            "parallel.expert: 3 shards do not divide the 16 experts of sigma_moe.num_experts; set it to a divisor",
         ),
         (
             {"parallel": {"tensor": 2, "expert": "auto"}, "train": {"global_batch_size": 32}},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.layouts import BATCH, MEMORY, TABLE, Layout, base_config, compare, trained
+from tests.layouts import BATCH, BIAS, MEMORY, RECURRENT, TABLE, Layout, base_config, compare, trained
 from tests.ranks import run_ranks
 
 
@@ -49,6 +49,13 @@ SAVED_MEMORY = [
     Layout(2, {"pipeline": 2}, 0, settings=MEMORY),
     Layout(4, {"tensor": 2, "expert": 2, "expert_tensor": 2}, 3, settings=MEMORY),
 ]
+COARSE_KINDS = {**BIAS, **RECURRENT}
+COARSE = [
+    Layout(2, {"expert": 2}, 3, settings=COARSE_KINDS),
+    Layout(2, {"tensor": 2, "sequence": True}, 0, settings=COARSE_KINDS),
+    Layout(4, {"pipeline": 2, "expert": 2}, 1, settings=COARSE_KINDS),
+    Layout(1, {}, 2, settings=COARSE_KINDS),
+]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +64,8 @@ SAVED_MEMORY = [
         *(pytest.param(saver, QUICK, id=f"{saver} into some") for saver in QUICK),
         *(pytest.param(saver, SAVED, marks=pytest.mark.slow, id=f"{saver} into all") for saver in SAVED),
         pytest.param(SAVED_MEMORY[0], SAVED_MEMORY[1:], id=f"{SAVED_MEMORY[0]} into {SAVED_MEMORY[1]}"),
+        pytest.param(COARSE[0], COARSE[1:3], id=f"{COARSE[0]} into some"),
+        *(pytest.param(saver, COARSE, marks=pytest.mark.slow, id=f"{saver} into all") for saver in COARSE),
     ],
 )
 def test_a_checkpoint_of_any_layout_loads_into_any_other(

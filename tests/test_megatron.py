@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,17 +65,6 @@ def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor | None]:
         "loss_mask": mask,
         "attention_mask": segment_mask(tokens, EOD),
     }
-
-
-@pytest.fixture(scope="module")
-def parallel() -> Iterator[Parallel]:
-    """Megatron's groups of one rank, in this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        groups = Parallel.initialize()
-        yield groups
-        groups.destroy()
-        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without CUDA")

@@ -70,6 +70,8 @@ class ModelConfig(Section):
                 f"hidden_size / num_attention_heads ({self.hidden_size // self.num_attention_heads}) "
                 "must be even for rotary positions"
             )
+        if self.ffn_top_k > self.ffn_hidden_size:
+            raise ValueError(f"ffn_top_k ({self.ffn_top_k}) must be at most ffn_hidden_size ({self.ffn_hidden_size})")
         if isinstance(self.mlp, list) and len(self.mlp) != self.num_layers:
             raise ValueError(f"mlp lists {len(self.mlp)} kinds for {self.num_layers} layers (num_layers)")
         return self
@@ -127,6 +129,11 @@ class PEERSection(Section):
         return self
 
 
+def _check_top_k(top_k: int, num_experts: int) -> None:
+    if top_k > num_experts:
+        raise ValueError(f"top_k ({top_k}) must be at most num_experts ({num_experts})")
+
+
 class MoESection(Section):
     """Coarse mixture-of-experts layers (model.mlp: moe): Megatron-core's MoELayer, without dropped tokens."""
 
@@ -140,12 +147,27 @@ class MoESection(Section):
     )
     score: Literal["softmax", "sigmoid"] = Field("softmax", description="router logit to score")
     normalize: bool = Field(
-        True, description="gates are normalised over the experts chosen; false: Switch's probability over all experts"
+        True,
+        description="gates add up to 1 over the experts chosen; false: the scores as they are (Switch, with top_k 1)",
     )
-    balance_loss: float = Field(0.01, ge=0, description="coefficient of the load-balance loss, over the global batch")
+    balance_loss: float = Field(
+        0.01, ge=0, description="coefficient of the load-balance loss, over a forward pass of all ranks"
+    )
     z_loss: float = Field(0.0, ge=0, description="coefficient of the router's z-loss")
     expert_bias: bool = Field(False, description="balance by a bias on the scores (DeepSeek-V3); needs sigmoid")
     expert_bias_rate: float = Field(1e-3, gt=0, description="change of that bias per step")
+
+    @model_validator(mode="after")
+    def _check(self) -> MoESection:
+        by_tokens = self.routing == "token_choice"
+        _check_top_k(self.top_k, self.num_experts)
+        if by_tokens and self.top_k == 1 and self.normalize:
+            raise ValueError("normalize must be false with top_k 1: every gate would be 1 and the router learn nothing")
+        if self.expert_bias and not by_tokens:
+            raise ValueError("expert_bias must be false with routing expert_choice: its experts are balanced already")
+        if self.expert_bias and self.score != "sigmoid":
+            raise ValueError(f"expert_bias needs score sigmoid (got {self.score}): the bias is added to the scores")
+        return self
 
 
 class SigmaMoESection(Section):
@@ -154,8 +176,15 @@ class SigmaMoESection(Section):
     num_experts: int = Field(16, ge=2, description="experts N_E")
     expert_hidden_size: int = Field(128, ge=1, description="hidden width G of an expert")
     top_k: int = Field(4, ge=1, description="experts K per token")
-    entropy_loss: float = Field(1e-3, ge=0, description="gamma of the entropy regulariser, over the global batch")
+    entropy_loss: float = Field(
+        1e-3, ge=0, description="gamma of the entropy regulariser, over a forward pass of all ranks"
+    )
     expert_dropout: float = Field(0.0, ge=0, lt=1, description="delta: share of scores set to 0 in training")
+
+    @model_validator(mode="after")
+    def _check(self) -> SigmaMoESection:
+        _check_top_k(self.top_k, self.num_experts)
+        return self
 
 
 class PKMSection(Section):
@@ -481,6 +510,7 @@ class Config(Section):
                 f"parallel.pipeline x virtual_pipeline ({parallel.pipeline} x {parallel.virtual_pipeline}) must divide "
                 f"model.num_layers ({model.num_layers})"
             )
+        self._check_kinds()
         for pool in self.peer_pools:
             stages = sorted({number // (model.num_layers // chunks) % parallel.pipeline for number in pool})
             if len(stages) > 1:
@@ -508,6 +538,35 @@ class Config(Section):
                     "that to bfloat16 or stochastic_rounding to false"
                 )
         return self
+
+    def _check_kinds(self) -> None:
+        """What the layers' kinds and routers need of the layout."""
+        kinds, parallel = set(self.model.mlp_kinds), self.parallel
+        coarse = " and ".join(sorted(kinds & {"moe", "sigma_moe"}))
+        routed = coarse or ("peer" if "peer" in kinds else "")
+        if coarse and parallel.expert_tensor > 1:
+            raise ValueError(
+                f"parallel.expert_tensor must be 1 for model.mlp {coarse} (got {parallel.expert_tensor}): an expert is "
+                "whole on its rank; use parallel.expert"
+            )
+        if parallel.tensor > 1 and not parallel.sequence:
+            if coarse:
+                raise ValueError(
+                    f"parallel.sequence must be true for model.mlp {coarse} with parallel.tensor ({parallel.tensor}), "
+                    "or every tensor rank would compute the same tokens"
+                )
+            if routed and self.router.kind in ("recurrent", "mlp"):
+                raise ValueError(
+                    f"parallel.sequence must be true for router.kind {self.router.kind} with parallel.tensor "
+                    f"({parallel.tensor}): the state is split as the hidden one is"
+                )
+        if parallel.tensor > 1 and self.model.ffn_top_k and "dense" in kinds:
+            raise ValueError(
+                f"parallel.tensor must be 1 with model.ffn_top_k (got {parallel.tensor}): the largest are sought among "
+                "all hidden units"
+            )
+        if "peer" in kinds and self.router.kind == "cosine":
+            raise ValueError("router.kind cosine is for moe and sigma_moe, but model.mlp has peer layers; use another")
 
     @property
     def table_schedule(self) -> tuple[int, int, float]:

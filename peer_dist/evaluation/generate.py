@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from peer_dist.config import ConfigError
 from peer_dist.evaluation.loading import LoadedModel
 from peer_dist.megatron import forward_logits, segment_mask
 
@@ -24,14 +25,23 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: draw among this many most likely tokens only; 0: among all.
         seed: of the draws.
+
+    Raises:
+        ConfigError: the model is not causal.
     """
+    config = loaded.config
+    if "moe" in config.model.mlp_kinds and config.moe.routing == "expert_choice":
+        raise ConfigError(
+            f"{loaded.path}: its experts choose tokens (moe.routing expert_choice), later ones included, so that no "
+            "text can be drawn from left to right; train one with token_choice for that"
+        )
     tokenizer, device = loaded.tokenizer, loaded.parallel.device
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.eod, *tokenizer.encode(prompt)]  # a document begins after an end-of-document token
     made: list[int] = []
     shown = ""
     for _ in range(tokens):
-        window = torch.tensor([ids[-loaded.config.model.seq_length :]])
+        window = torch.tensor([ids[-config.model.seq_length :]])
         mask = segment_mask(window, tokenizer.eod)
         logits = forward_logits(loaded.model, window.to(device), None if mask is None else mask.to(device))
         last = logits[0, -1, : tokenizer.vocab_size].float().cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class LoadedModel:
 def load_model(checkpoint: str, world_size: int) -> LoadedModel:
     """Build the model of a checkpoint (or of the newest one in a folder) and load its weights.
 
-    Needs torch.distributed; the expert tables are spread over all ranks, whatever layout saved them.
+    Needs torch.distributed; experts are spread over all ranks, whatever layout saved them, or, where the ranks do not
+    divide coarse experts, over as many as do, with copies.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged.
@@ -39,10 +41,11 @@ def load_model(checkpoint: str, world_size: int) -> LoadedModel:
     if manifest["dtype"] not in ("float32", "bfloat16"):
         raise CheckpointError(f"{path}: is of the dtype {manifest['dtype']!r}, which no run of this package has")
     tree = manifest["config"]
-    tree["parallel"] = {"expert": world_size}
-    tree["zero"] = {}
+    tree["parallel"], tree["zero"] = {}, {}
     config = parse_config(tree, str(path))
-    parallel = Parallel.initialize(expert=world_size, seed=config.train.seed)
+    counts = {"moe": config.moe.num_experts, "sigma_moe": config.sigma_moe.num_experts}
+    rows = math.gcd(world_size, *(counts[kind] for kind in config.model.mlp_kinds if kind in counts))
+    parallel = Parallel.initialize(expert=rows, seed=config.train.seed)
     tokenizer = load_tokenizer(str(path / "tokenizer.json"))
     model = build_model(config, parallel, tokenizer.padded_vocab_size, getattr(torch, manifest["dtype"]))
     restore_weights(path, model, parallel)

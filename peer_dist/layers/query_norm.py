@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from peer_dist.layers.buffers import ExactBuffers, at_least_float32
 from peer_dist.layers.recomputation import is_recomputation
 
 QUERY_NORMS = ("batch", "layer", "rms", "none")
@@ -69,11 +69,7 @@ class _SumOverRanks(torch.autograd.Function):
         return dy, None
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-class QueryBatchNorm(nn.Module):
+class QueryBatchNorm(ExactBuffers):
     """BatchNorm of each of the ``heads * key_dim`` features over all tokens of all ranks of a group.
 
     In training the statistics are those of one forward pass over every rank's tokens, later positions
@@ -107,15 +103,6 @@ class QueryBatchNorm(nn.Module):
         for tensor, value in ((self.weight, 1), (self.bias, 0), (self.running_mean, 0), (self.running_var, 1)):
             tensor.fill_(value)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QueryBatchNorm:
-        exact = {name: getattr(self, name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            moved = getattr(self, name)
-            if moved.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, value.to(moved.device))
-        return self
-
     def _total(self, x: Tensor) -> Tensor:
         return x if self.group is None else _SumOverRanks.apply(x, self.group)
 
@@ -128,7 +115,7 @@ class QueryBatchNorm(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
-        x = _at_least_float32(query.flatten(1))
+        x = at_least_float32(query.flatten(1))
         if self.training:
             sums = self._total(torch.cat([x.sum(0), x.new_tensor([x.shape[0]])]))
             count = sums[-1].detach().clamp(min=1)
@@ -160,7 +147,7 @@ class VectorNorm(nn.Module):
 
     def forward(self, query: Tensor) -> Tensor:
         """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
-        x = _at_least_float32(query)
+        x = at_least_float32(query)
         width = (x.shape[-1],)
         x = F.layer_norm(x, width, eps=self.eps) if self.kind == "layer" else F.rms_norm(x, width, eps=self.eps)
         x = x * self.weight.view(query.shape[1:]).to(x.dtype)

@@ -62,8 +62,18 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Synchronisation and caches: the CPU has none."""
 
 
+class _Stream(torch.cpu.Stream):
+    """In which everything has happened already."""
+
+    def record_event(self) -> torch.cpu.Event:  # type: ignore[override]
+        return torch.cpu.Event()
+
+
 _CUDA = _Proxy(
     torch.cuda,
+    Stream=_Stream,
+    current_stream=torch.cpu.current_stream,
+    stream=torch.cpu.stream,
     current_device=lambda: _CPU,
     synchronize=_nothing,
     empty_cache=_nothing,
@@ -96,6 +106,11 @@ def _cuda_type(tensor: torch.Tensor) -> str:
     return str(torch.tensor([], dtype=tensor.dtype).type()).replace("torch.", "torch.cuda.")
 
 
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Counts of tokens are on the host already; collectives want those that they split by as numpy's arrays."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def install() -> bool:
     """Import Megatron-core quietly and, where there is no CUDA, let its modules see the CPU.
 
@@ -121,6 +136,7 @@ def install() -> bool:
     random = sys.modules["megatron.core.tensor_parallel.random"]
     random.__dict__["_get_cuda_rng_state"] = lambda *_, **__: torch.get_rng_state()
     random.__dict__["_set_cuda_rng_state"] = lambda state, *_, **__: torch.set_rng_state(state)
+    sys.modules["megatron.core.transformer.moe.token_dispatcher"].__dict__["maybe_move_tensor_to_cpu"] = _to_host
     if not hasattr(torch.Tensor.cuda, "_peer_dist"):
         torch.Tensor.cuda = _for_megatron(torch.Tensor.cuda, _leave)  # type: ignore[method-assign]
         torch.Tensor.type = _for_megatron(torch.Tensor.type, _cuda_type)  # type: ignore[method-assign]

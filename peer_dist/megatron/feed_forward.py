@@ -26,6 +26,7 @@ from peer_dist.layers.peer import PEER, activation_second_moment
 from peer_dist.layers.recurrence import RouterCore, RouterState
 from peer_dist.sharding import Shard, Traffic
 
+from .moe import CoarseMoE, moe, sigma_moe
 from .parallel import Parallel
 
 INIT_STD = 0.02  # of every dense matrix; those that write to the residual stream have 1/sqrt(2 layers) of it
@@ -177,6 +178,45 @@ class PKMMLP(SparseMLP):
         return self.on_own_tokens(self.pkm, hidden), None
 
 
+class CoarseMLP(SparseMLP):
+    """Coarse experts behind a router.
+
+    Args:
+        build: :func:`peer_dist.megatron.moe.moe` or :func:`~peer_dist.megatron.moe.sigma_moe`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Any = None,
+        *,
+        chunk: Chunk,
+        number: int,
+        build: Callable[[TransformerConfig, Chunk, int], CoarseMoE],
+    ) -> None:
+        super().__init__(config, chunk, routed=True)
+        self.moe = build(config, chunk, chunk.seed(number))
+        self.layer = self.moe
+        self.mark_replicated()
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """``hidden: [s, b, d]`` to ``(output [s, b, d], no bias)``."""
+        state = self.next_state(hidden)
+        return self.moe(hidden, hidden if state is None else state), None
+
+
+class TopKRowParallelLinear(RowParallelLinear):
+    """The second matrix of a dense feed-forward, of whose hidden units a token keeps the ``top_k`` largest."""
+
+    def __init__(self, *args: Any, top_k: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.top_k = top_k
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        kept = hidden.topk(min(self.top_k, hidden.shape[-1]), dim=-1)
+        return super().forward(torch.zeros_like(hidden).scatter(-1, kept.indices, kept.values))
+
+
 def dense_output_std(model: ModelConfig) -> float:
     """Standard deviation of the dense feed-forward's output at initialisation, for unit-variance input.
 
@@ -193,9 +233,9 @@ def dense_output_std(model: ModelConfig) -> float:
 
 
 def _dense(chunk: Chunk, number: int) -> ModuleSpec:
-    return ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
+    top_k = chunk.config.model.ffn_top_k
+    second = ModuleSpec(module=TopKRowParallelLinear, params={"top_k": top_k}) if top_k else RowParallelLinear
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=second))
 
 
 def _peer(chunk: Chunk, number: int) -> ModuleSpec:
@@ -206,7 +246,21 @@ def _pkm(chunk: Chunk, number: int) -> ModuleSpec:
     return ModuleSpec(module=PKMMLP, params={"chunk": chunk, "number": number})
 
 
-_KINDS: dict[str, Callable[[Chunk, int], ModuleSpec]] = {"dense": _dense, "peer": _peer, "pkm": _pkm}
+def _moe(chunk: Chunk, number: int) -> ModuleSpec:
+    return ModuleSpec(module=CoarseMLP, params={"chunk": chunk, "number": number, "build": moe})
+
+
+def _sigma_moe(chunk: Chunk, number: int) -> ModuleSpec:
+    return ModuleSpec(module=CoarseMLP, params={"chunk": chunk, "number": number, "build": sigma_moe})
+
+
+_KINDS: dict[str, Callable[[Chunk, int], ModuleSpec]] = {
+    "dense": _dense,
+    "peer": _peer,
+    "pkm": _pkm,
+    "moe": _moe,
+    "sigma_moe": _sigma_moe,
+}
 
 
 def feed_forward(chunk: Chunk, number: int) -> ModuleSpec:

@@ -26,11 +26,13 @@ from peer_dist.config import Config
 from peer_dist.config.schema import ROUTED_KINDS
 from peer_dist.layers.peer import PEER
 from peer_dist.layers.recurrence import RouterCore
+from peer_dist.layers.router import Router
 from peer_dist.sharding import Shard
 
 from .attention import SDPAttention
 from .feed_forward import INIT_STD, Chunk, SparseLayer, SparseMLP, feed_forward, layer_seed, sparse_mlps
 from .gradients import finalize_gradients
+from .moe import CoarseMoE
 from .norm import RMSNorm
 from .parallel import Parallel
 
@@ -145,7 +147,7 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
     torch's random state is left as it was.
 
     Args:
-        config: the run; ``model``, ``peer``, ``parallel``, ``table_optimizer.lazy`` and ``train`` are read.
+        config: the run; ``model``, the layers' sections, ``parallel``, ``table_optimizer.lazy`` and ``train`` are read.
         parallel: from :meth:`Parallel.initialize`.
         vocab_size: rows of the embedding, padding included; a multiple of the tensor-parallel size.
         dtype: of parameters and activations, float32 or bfloat16 (float64 in tests).
@@ -215,6 +217,11 @@ def sparse_layers(model: nn.ModuleList) -> dict[int, SparseLayer]:
 def peer_layers(model: nn.ModuleList) -> dict[int, PEER]:
     """Those of :func:`sparse_layers` that are PEER layers."""
     return {number: layer for number, layer in sparse_layers(model).items() if isinstance(layer, PEER)}
+
+
+def routers(model: nn.ModuleList) -> dict[int, Router]:
+    """Of those of :func:`sparse_layers` that have coarse experts."""
+    return {number: layer.router for number, layer in sparse_layers(model).items() if isinstance(layer, CoarseMoE)}
 
 
 def shards_of(model: nn.ModuleList) -> dict[str, Shard]:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
+
+from .model import routers
 
 # tokens, labels: int64 [b, s]; loss_mask: float [b, s]; attention_mask (optional): bool [b, 1, s, s] or None
 MicroBatch = Mapping[str, torch.Tensor | None]
@@ -23,7 +26,8 @@ def run_forward_backward(
     """Run the micro-batches and, unless ``forward_only``, accumulate gradients.
 
     What is differentiated is ``scale * sum(token loss * loss_mask)``, summed over the micro-batches: nothing
-    else divides it, so ``scale`` holds the division by the step's number of tokens.
+    else divides it, so ``scale`` holds the division by the step's number of tokens. The routers' own losses, as means
+    over the micro-batches, are added once gradients are averaged over data-parallel ranks.
 
     Args:
         model: from :func:`build_model`.
@@ -55,6 +59,9 @@ def run_forward_backward(
 
     tokens = micro_batches[0]["tokens"]
     assert tokens is not None
+    for router in routers(model).values():
+        # a part per rank, which add up, and gradients are averaged over data-parallel ranks
+        router.loss_scale = parallel_state.get_data_parallel_world_size() / len(micro_batches)
     with torch.set_grad_enabled(not forward_only):
         sums = get_forward_backward_func()(
             forward_step_func=forward_step,

@@ -29,6 +29,7 @@ from peer_dist.megatron import (
     ReplicatedEngine,
     build_model,
     count_parameters,
+    routers,
     run_forward_backward,
     shards_of,
     sparse_layers,
@@ -129,7 +130,7 @@ class Trainer:
         self.data = open_data(config.data, config.model.seq_length, config.train.seed)
         self.startup.ended("data")
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
-        self.layers = sparse_layers(self.model)
+        self.layers, self.routers = sparse_layers(self.model), routers(self.model)
         own = sum(shard.parameter.numel() for shard in shards_of(self.model).values())
         self.expert_parameters = int(self._sum(own)) // self.parallel.expert_data_size
         self.parameters = count_parameters(self.model, self.parallel) + self.expert_parameters
@@ -314,6 +315,8 @@ class Trainer:
             else:
                 result = self.engine.step(lr, table_lr)
         listen(None)
+        for router in self.routers.values():
+            router.end_step(result.applied)
         for layer in self.layers.values():
             layer.on_route = None
         first = step * config.train.global_batch_size
@@ -376,12 +379,14 @@ class Trainer:
         return values
 
     def _usage_values(self) -> dict[str, float]:
-        """Expert usage since the last call, per layer."""
+        """Expert usage since the last call, and the routers' losses in the last forward pass, per layer."""
         values: dict[str, float] = {}
         for number, usage in self.usage.items():
             summary = usage.summary(self.parallel.expert_size, self.parallel.token_group)
             values |= {f"experts/layer{number}_{name}": value for name, value in asdict(summary).items()}
             usage.reset()
+        for number, router in self.routers.items():
+            values |= {f"experts/layer{number}_{name}": float(value) for name, value in router.losses.items()}
         stages: list[dict[str, float]] = [{} for _ in range(self.parallel.pipeline_size)]
         dist.all_gather_object(stages, values, group=self.parallel.pipeline_group)
         return {name: value for stage in stages for name, value in stage.items()}
@@ -449,6 +454,10 @@ class Trainer:
             highlight=False,
             soft_wrap=True,
         )
+        if "moe" in self.config.model.mlp_kinds and self.config.moe.routing == "expert_choice":
+            console.print(
+                "moe.routing expert_choice is not causal: its losses are no language model's", highlight=False
+            )
 
     def _conclude(self, console: Console) -> None:
         """The run in a few lines: what it reached and where everything is."""
