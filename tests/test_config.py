@@ -181,7 +181,11 @@ def test_overrides_are_yaml_and_win(tmp_path):
         ({"parallel": {"expert": 2}}, 3, "parallel.expert: 2 does not divide the 3 rank(s)"),
         ({"train": {"global_batch_size": 12}}, 1, "train.global_batch_size: 12 is not a multiple of"),
         ({"train": {"global_batch_size": 16}}, 4, "train.global_batch_size: 16 is not a multiple of"),
-        ({"parallel": {"expert": 9}, "peer": {"num_experts": 4, "top_k": 2}}, 9, "9 shards for 4 experts"),
+        (
+            {"parallel": {"expert": 9}, "model": {"mlp": "peer"}, "peer": {"num_experts": 4, "top_k": 2}},
+            9,
+            "9 shards for 4 experts",
+        ),
         (
             {"parallel": {"expert": 2, "expert_tensor": 3}},
             4,
@@ -212,14 +216,22 @@ def test_overrides_are_yaml_and_win(tmp_path):
             4,
             "parallel.virtual_pipeline: the interleaved schedule needs a multiple of 4",
         ),
-        ({"parallel": {"expert": 9}, "pkm": {"num_values": 4, "top_k": 2}}, 9, "9 shards for 4 values"),
+        (
+            {"parallel": {"expert": 9}, "model": {"mlp": "pkm"}, "pkm": {"num_values": 4, "top_k": 2}},
+            9,
+            "9 shards for 4 values",
+        ),
         ({"parallel": {"expert_tensor": 500}}, 500, "parallel.expert_tensor: 500 shards for"),
         (
             {"parallel": {"expert": "auto", "expert_tensor": 2, "pipeline": 2}},
             6,
             "parallel.expert_tensor x pipeline: 2 x 2 does not divide the 6 rank(s)",
         ),
-        ({"parallel": {"expert": "auto"}, "peer": {"num_experts": 4, "top_k": 2}}, 9, "9 shards for 4 experts"),
+        (
+            {"parallel": {"expert": "auto"}, "model": {"mlp": "peer"}, "peer": {"num_experts": 4, "top_k": 2}},
+            9,
+            "9 shards for 4 experts",
+        ),
         ({"train": {"global_batch_size": 48}}, 5, "(8 * 5 = 40); worlds that fit: 1, 2, 3, 6 rank(s)"),
         ({"train": {"global_batch_size": 12}}, 1, "no number of ranks fits, because it is not a multiple of micro"),
         (

@@ -241,14 +241,15 @@ def _router_outputs(config: Config, kind: MLPKind) -> int:
 
 def _router(config: Config, kind: MLPKind) -> Parts:
     """The router's matrices, without biases but for the GRU's. Cosine scores are of projected inputs with expert
-    embeddings of ``state_size``; PEER layers, which have no embeddings, have linear queries instead.
+    embeddings of ``state_size``, over a learnt temperature; PEER layers, which have no embeddings, have linear queries instead.
     """
     router, d = config.router, config.model.hidden_size
     outputs, p = _router_outputs(config, kind), router.state_size
     if router.kind == "linear":
         return {"router": _matrix(d, outputs)}
     state = {} if router.kind == "cosine" else {"state": _core(router)}
-    return {"projector": _matrix(d, p), **state, "router": _matrix(p, outputs)}
+    temperature = _vectors(1 if router.kind == "cosine" else 0)
+    return {"projector": _matrix(d, p), **state, "router": _matrix(p, outputs) + temperature}
 
 
 _KINDS = {"dense": _dense, "peer": _peer, "moe": _moe, "pkm": _pkm, "sigma_moe": _sigma_moe}
