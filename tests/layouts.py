@@ -133,7 +133,7 @@ PER_HEAD = {
 }
 ROWWISE = {"table_optimizer": {"name": "rowwise_adam"}, **RMS}
 MOE = {"model": {"mlp": ["moe", "dense", "moe", "moe"]}, "moe": {"num_experts": 4, "z_loss": 1e-3, "balance_loss": 0.1}}
-BIAS = {**MOE, "moe": {"num_experts": 4, "score": "sigmoid", "expert_bias": True, "balance_loss": 0.0}}
+BIAS = {**MOE, "moe": {"num_experts": 4, "score": "sigmoid", "expert_bias": True, "expert_bias_rate": 0.02}}
 SWITCH = {**MOE, "moe": {"num_experts": 4, "top_k": 1, "normalize": False, "expert_hidden_size": 24}}
 EXPERT_CHOICE = {**MOE, "moe": {"num_experts": 4, "routing": "expert_choice"}}
 SIGMA = {

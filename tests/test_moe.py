@@ -23,7 +23,7 @@ from peer_dist.megatron.feed_forward import sparse_mlps
 
 from .ranks import run_ranks
 from .test_megatron import VOCAB, make_batch, make_config
-from .test_training import assert_learns_and_resumes_bit_for_bit, run_to_the_end, with_keys
+from .test_training import assert_learns_and_resumes_bit_for_bit, metrics_of, run_to_the_end, with_keys
 
 SCALE = 0.7
 
@@ -405,8 +405,9 @@ def held_out(rank: int, world_size: int, folder: str) -> tuple[int, float]:
 def test_loads_at_any_number_of_ranks(small: dict[str, Any], routing: str) -> None:
     """Experts that the ranks do not divide have copies; text is not drawn where later tokens count."""
     small = with_keys(small, **EXPERTS, parallel={"expert": 4}, train={"steps": 2})
-    small["moe"]["routing"] = routing
+    small["moe"] |= {"routing": routing, "z_loss": 1e-3}
     run_ranks(run_to_the_end, 4, small)
+    assert metrics_of(small)[-1]["experts/layer1_z_loss"] == pytest.approx(math.log(4) ** 2, rel=0.3)
     results = {world: run_ranks(held_out, world, small["checkpoint"]["dir"]) for world in (1, 2, 3)}
     assert {world: ranks[0][0] for world, ranks in results.items()} == {1: 1, 2: 2, 3: 1}
     for ranks in results.values():

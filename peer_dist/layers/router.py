@@ -135,9 +135,11 @@ class Router(ExactBuffers):
         if rule.dropout and self.training:
             scores = scores * (torch.rand_like(scores) >= rule.dropout)
         if rule.expert_choice:
-            picked = self._tokens_of_experts(scores.detach())
+            by_score = picked = self._tokens_of_experts(scores.detach())
         else:
-            picked = self._experts_of_tokens(scores if self.expert_bias is None else scores + self.expert_bias)
+            by_score = picked = self._experts_of_tokens(scores)
+            if self.expert_bias is not None:
+                picked = self._experts_of_tokens(scores + self.expert_bias)
         gates = scores * picked
         if rule.normalize and not rule.expert_choice:
             gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
@@ -145,7 +147,7 @@ class Router(ExactBuffers):
             if self.expert_bias is not None:
                 self.loads += picked.sum((0, 1))
             if rule.balance_loss or rule.entropy_loss or rule.z_loss:
-                gates = _WithLoss.apply(gates, self.loss_scale * self._loss(logits, scores))
+                gates = _WithLoss.apply(gates, self.loss_scale * self._loss(logits, scores, by_score))
         return gates.flatten(0, 1), picked.flatten(0, 1)
 
     def _experts_of_tokens(self, scores: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ class Router(ExactBuffers):
             dist.all_reduce(value, group=self.group)
         return value
 
-    def _loss(self, logits: Tensor, scores: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, scores: Tensor, picked: Tensor) -> Tensor:
         """This rank's part of the weighted losses; their values go to ``losses``."""
         rule, experts = self.rule, self.num_experts
         tokens = logits[..., 0].numel() * (1 if self.group is None else self.group.size())
@@ -177,7 +179,7 @@ class Router(ExactBuffers):
             probabilities = logits.softmax(-1)
         share = probabilities.sum((0, 1)) / tokens
         z = logits.logsumexp(-1).square().sum() / tokens
-        picks = self._experts_of_tokens(scores.detach()).sum((0, 1)).to(share.dtype) / (tokens * rule.top_k)
+        picks = picked.sum((0, 1)).to(share.dtype) / (tokens * rule.top_k)
         mean, load, whole_z = self._total(torch.cat([share.detach(), picks, z.detach()[None]])).split(
             [experts, experts, 1]
         )
