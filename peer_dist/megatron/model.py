@@ -31,6 +31,7 @@ from torch import nn
 from peer_dist.config import Config
 from peer_dist.config.schema import ModelConfig
 from peer_dist.layers.peer import PEER, activation_second_moment
+from peer_dist.layers.routing import RoutedLayer
 
 from .attention import SDPAttention
 from .gradients import finalize_gradients
@@ -259,6 +260,14 @@ def peer_layers(model: nn.ModuleList) -> dict[int, PEER]:
     """This rank's PEER layers in layer order, by their number in the whole model, from 1."""
     mlps = [layer.mlp for chunk in chunks_of(model) for layer in chunk.decoder.layers]
     return {mlp.layer_number: mlp.peer for mlp in mlps if isinstance(mlp, PEERMLP)}
+
+
+def routed_layers(model: nn.ModuleList) -> dict[int, RoutedLayer]:
+    """This rank's layers with experts, of whatever kind, by their number in the whole model, from 1."""
+    layers = [layer for chunk in chunks_of(model) for layer in chunk.decoder.layers]
+    return {
+        layer.layer_number: part for layer in layers for part in layer.mlp.modules() if isinstance(part, RoutedLayer)
+    }
 
 
 def table_owners(model: nn.ModuleList) -> dict[int, PEER]:
