@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_DECADES = 5  # on both sides of an even share
 _OVERLAP_TOKENS = 64  # of each forward pass: a mean over tokens needs no more
 
 
@@ -170,9 +171,15 @@ class ExpertUsage:
         for tensor in (self._mass, self._counts, self._head_mass, self._first, self._shared):
             tensor.zero_()
 
-    def mass(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Float64 ``[num_experts]``: the gates' sums over all tokens seen by the ranks of ``group``. Collective."""
-        return _sum(self._mass, group)
+    def histogram(self, group: dist.ProcessGroup | None = None) -> tuple[list[float], list[float]]:
+        """Numbers of experts by log10 of their share of the gates, times ``num_experts``, and the upper limits.
+
+        Of the experts in use. A collective call.
+        """
+        mass = _sum(self._mass, group)
+        share = (mass[mass != 0] * mass.numel() / mass.sum()).log10()
+        counts = torch.histc(share.clamp(-_DECADES, _DECADES), 10 * _DECADES, -_DECADES, _DECADES)
+        return counts.tolist(), torch.linspace(-_DECADES, _DECADES, 10 * _DECADES + 1)[1:].tolist()
 
     def summary(self, shards: int, group: dist.ProcessGroup | None = None) -> WindowSummary:
         """Over all tokens seen by the ranks of ``group`` since the last reset. A collective call."""
@@ -184,7 +191,7 @@ class ExpertUsage:
         owner = torch.bucketize(torch.arange(n, device=counts.device), starts, right=True) - 1
         per_shard = torch.zeros(shards, dtype=torch.int64, device=counts.device).index_add_(0, owner, counts)
         return WindowSummary(
-            **vars(summarize(self.mass(group), first, picks)),
+            **vars(summarize(_sum(self._mass, group), first, picks)),
             picks_per_shard_max_over_mean=float(per_shard.max()) * shards / max(1, picks),
         )
 

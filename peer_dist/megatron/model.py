@@ -144,7 +144,7 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
 def _peer_arguments(config: Config, parallel: Parallel, dtype: torch.dtype, layer_number: int) -> dict[str, Any]:
     return {
         "dim": config.model.hidden_size,
-        **config.peer.model_dump(exclude={"table_dtype", "layers_per_pool"}),
+        **config.peer.model_dump(exclude={"table_dtype", "layers_per_pool", "revive_interval"}),
         "group": parallel.experts,
         "data_group": parallel.token_group,
         "output_std": dense_output_std(config.model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -99,8 +99,10 @@ class Engine(abc.ABC):
         """Inside, every parameter has its whole (tensor-parallel) shape; changes made to it are lost if it had not."""
 
     @abc.abstractmethod
-    def dense_state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
         """``(parameter name, part, whole float32 tensor)`` for the parts exp_avg, exp_avg_sq and master.
+
+        Of all parameters, or of those whose names are in ``only``.
 
         A collective over the data parallel group: take every item on every rank.
         """

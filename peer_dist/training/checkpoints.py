@@ -31,6 +31,7 @@ from peer_dist.data.prepare import read_prepared
 from peer_dist.megatron import CheckpointError, Parallel, table_owners
 from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
 from peer_dist.optim import Engine
+from peer_dist.training.revival import Revival
 
 MANIFEST = "manifest.json"
 Result = TypeVar("Result")
@@ -54,7 +55,7 @@ def weights_state(model: Any, parallel: Parallel) -> State:
     return state
 
 
-def run_state(model: Any, engine: Engine, parallel: Parallel) -> State:
+def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival | None = None) -> State:
     """Everything that training goes on from. A collective call."""
     state = weights_state(model, parallel)
     dense = state["model"]
@@ -72,6 +73,10 @@ def run_state(model: Any, engine: Engine, parallel: Parallel) -> State:
             copy += parallel.world_size
         offset, shape = layout.offset[: value.dim()], layout.shape[: value.dim()]
         state["table_optimizer"][f"{name}.{part}"] = table_shard(key, value, offset, shape, copy)
+    state["revival"] = {
+        name: table_shard(f"revival.{name}", picks, (0, 0), tuple(picks.shape), parallel.token_group.rank())
+        for name, picks in (revival.state() if revival is not None else ())
+    }
     return state
 
 
@@ -83,16 +88,20 @@ def restore_weights(path: Path, model: Any, parallel: Parallel) -> None:
 
 
 @torch.no_grad()
-def restore_run(path: Path, model: Any, engine: Engine, parallel: Parallel, step: int) -> None:
-    """Continue from a checkpoint: weights, tables and both optimizers."""
+def restore_run(
+    path: Path, model: Any, engine: Engine, parallel: Parallel, step: int, revival: Revival | None = None
+) -> None:
+    """Continue from a checkpoint: weights, tables, both optimizers, and what the next revival decides by."""
     with engine.whole_parameters():
-        loaded = load(run_state(model, engine, parallel), path)
+        loaded = load(run_state(model, engine, parallel, revival), path)
         _copy_weights(loaded, model)
     for key, value in loaded["optimizer"].items():
         name, part = key.rsplit(".", 1)
         engine.load_dense_state(name, part, value)
     for name, part, value in engine.tables.state():
         _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
+    for name, picks in revival.state() if revival is not None else ():
+        _copy(picks, loaded["revival"][name])
     engine.steps = step
 
 
