@@ -226,7 +226,8 @@ def usage(
     if as_json:
         typer.echo(report.json())
         return
-    Console().print(*usage_tables(report), sep="\n\n", highlight=False)
+    for part in usage_tables(report):
+        Console().print(part, "", sep="\n", highlight=False, soft_wrap=isinstance(part, str))
 
 
 @app.command()

@@ -287,7 +287,7 @@ def test_usage_command(run, tmp_path):
     with Command(1, ["usage", "--checkpoint", folder, "--split", "test"], tmp_path / "table") as command:
         assert command.codes(60) == [0]
     said = command.errors[0].read_text()
-    assert all(part in said for part in ("layer 1", "layer 3", "all heads", "head 3", "sub-keys, half 2"))
+    assert all(part in said for part in ("layer 1", "layer 3", "all heads", "head 3", "sub-keys 2"))
 
 
 def test_usage_is_logged(run):

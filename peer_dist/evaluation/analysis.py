@@ -225,8 +225,8 @@ def usage_tables(report: UsageReport) -> Iterator[Table | str]:
     yield f"{report.checkpoint} (step {report.step}) on {report.data}, {report.split}: {report.tokens:,} tokens"
     for number, layer in report.layers.items():
         table = Table(title=f"layer {number}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for name in ("", "used", "ever first", "dead", "never first", "unevenness", "if uniform", "picks per expert"):
-            table.add_column(name, justify="right" if name else "left")
+        for name in ("", "used", "top-1", "dead", "not top-1", "unevenness", "uniform", "picks each"):
+            table.add_column(name, justify="right" if name else "left", no_wrap=True)
         each = {f"head {head}": usage for head, usage in enumerate(layer.heads, 1)} if len(layer.heads) > 1 else {}
         for name, usage in {"all heads": layer.together, **each}.items():
             table.add_row(
@@ -240,13 +240,13 @@ def usage_tables(report: UsageReport) -> Iterator[Table | str]:
                 f"{usage.picks_per_expert:.1f}",
             )
         for half in layer.subkeys:
-            name, used = f"sub-keys, half {half.half + 1}", f"{half.usage_percent:.1f}%"
+            name, used = f"sub-keys {half.half + 1}", f"{half.usage_percent:.1f}%"
             table.add_row(name, used, "", "", "", f"{half.unevenness:.3f}")
         yield table
         if each:
             table = Table(
                 *("", *each),
-                title="share of a token's picks in common (above the diagonal); cosine of usage (below)",
+                title=f"layer {number}, pairs of heads: picks in common (upper), cosine of usage (lower)",
                 title_justify="left",
                 box=None,
                 padding=(0, 2, 0, 0),
