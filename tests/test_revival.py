@@ -55,6 +55,10 @@ def revived(rank, world_size, tree, steps):
             },
             [(2, {"expert": 2}, 1), (4, {"expert": 2, "expert_tensor": 2}, 2)],
         ),
+        (
+            {"model": {"num_layers": 4, "mlp": ["peer", "dense", "peer", "peer"]}},
+            [(2, {"pipeline": 2}, 1), (2, {"pipeline": 2, "virtual_pipeline": 2}, 0)],
+        ),
     ],
 )
 def test_revival_in_any_layout(starved, settings, layouts):
@@ -63,7 +67,7 @@ def test_revival_in_any_layout(starved, settings, layouts):
     want, moved = run_ranks(revived, 1, starved, 10)[0]
     assert all((count or 0) > 0 if step in (4, 8) else count is None for step, count in enumerate(moved, 1))
     for ranks, parallel, stage in layouts:
-        micro = 8 * parallel.get("tensor", 1) // ranks
+        micro = 8 * parallel.get("tensor", 1) * parallel.get("pipeline", 1) // ranks
         tree = with_keys(starved, parallel=parallel, zero={"stage": stage}, train={"micro_batch_size": micro})
         for losses, counts in run_ranks(revived, ranks, tree, 10):
             assert counts == moved, (ranks, parallel)
