@@ -288,6 +288,32 @@ def evaluate(
 
 
 @app.command()
+def usage(
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")],
+    prefix: Annotated[
+        str | None, typer.Option("--data", help="A prepared data set. Default: the one it was trained on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="validation, test, or all of the data set.")] = "validation",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for usage.npz: gates and picks of every expert.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Which experts a checkpoint uses on held-out text, how evenly, and what its heads have in common."""
+    from peer_dist.evaluation.analysis import analyze_usage, usage_tables
+
+    report = analyze_usage(checkpoint, prefix, split, batch_size, output)
+    if report is None:  # another rank prints
+        return
+    if as_json:
+        typer.echo(report.json())
+        return
+    for part in usage_tables(report):
+        Console().print(part, "", sep="\n", highlight=False, soft_wrap=isinstance(part, str))
+
+
+@app.command()
 def generate(
     checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",

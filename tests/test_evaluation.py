@@ -8,16 +8,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from peer_dist.data.prepare import read_prepared
+from peer_dist.evaluation.analysis import HeadUsage
 from peer_dist.evaluation.perplexity import unigram_loss
 from peer_dist.evaluation.usage import ExpertUsage, uniform_unevenness
 from tests.conftest import small_config
-from tests.ranks import run_ranks
+from tests.ranks import Command, run_ranks
 from tests.test_training import metrics_of, run_to_the_end, with_keys
 
 # ---------------------------------------------------------------- usage
@@ -87,6 +90,108 @@ def test_usage_over_ranks_is_that_of_all_tokens():
         assert {**vars(summary), "unevenness": want.unevenness} == vars(want)
 
 
+EXPERTS = 64
+
+
+def distinct_picks(tokens, heads, top_k, experts):
+    """Picks that differ within a head; a few gates are 0, and sums of gates are exact in any order."""
+    generator = np.random.default_rng(3)
+    indices = np.stack(
+        [generator.choice(experts, (top_k,), replace=False, p=np.arange(experts) / sum(range(experts)))
+         for _ in range(tokens * heads)]
+    ).reshape(tokens, heads, top_k)  # fmt: skip
+    return indices, generator.integers(0, 4, indices.shape) / 8
+
+
+def head_usage_of_a_share(rank, world_size, indices, gates):
+    usage, live = HeadUsage(EXPERTS, torch.device("cpu")), ExpertUsage(EXPERTS, torch.device("cpu"))
+    begin, end = (len(indices) * part // world_size for part in (rank, rank + 1))
+    for middle in (begin, end):  # two passes, one of them empty
+        usage(torch.tensor(indices[begin:middle]), torch.tensor(gates[begin:middle]))
+        live(torch.tensor(indices[begin:middle]), torch.tensor(gates[begin:middle]))
+    usage.reduce(dist.group.WORLD)
+    summary, spread = live.summary(2, dist.group.WORLD), live.head_spread(dist.group.WORLD)
+    arrays = {name: value.numpy() for name, value in usage.arrays(7, 8)}
+    return asdict(usage.layer_usage(8)), arrays, asdict(summary), asdict(spread)
+
+
+def test_usage_of_heads_against_numpy():
+    """Everything of 11 heads from saved picks, in loops; and two ranks' is exactly one's."""
+    tokens, heads, top_k = 50, 11, 3
+    indices, gates = distinct_picks(tokens, heads, top_k, EXPERTS)
+    mass = np.zeros((heads, EXPERTS))
+    np.add.at(mass, (np.arange(heads)[None, :, None], indices), gates)
+    first = np.array([np.isin(range(EXPERTS), indices[:, head, 0]) for head in range(heads)])
+    overlap = [
+        [np.mean([len({*t[a]} & {*t[b]}) for t in indices.tolist()]) / top_k for b in range(heads)]
+        for a in range(heads)
+    ]
+    z = mass / mass.sum(1, keepdims=True)
+    uneven = np.log(EXPERTS) + np.sum(z * np.log(np.where(z > 0, z, 1)), axis=1)
+
+    one = run_ranks(head_usage_of_a_share, 1, indices, gates)[0]
+    layer, arrays, summary, spread = one
+    for head, got in enumerate(layer["heads"]):
+        assert got["usage_percent"] == 100 * np.mean(mass[head] > 0)
+        assert got["dead_experts"] == np.sum(mass[head] == 0) > 0
+        assert got["top1_usage_percent"] == 100 * np.mean(first[head])
+        assert got["never_first_experts"] == np.sum(~first[head])
+        assert got["unevenness"] == pytest.approx(uneven[head], rel=1e-12)
+        assert got["picks_per_expert"] == tokens * top_k / EXPERTS
+    for got in (layer["together"], summary):
+        assert got["dead_experts"] == np.sum(mass.sum(0) == 0)
+        assert got["top1_usage_percent"] == 100 * np.mean(first.any(0))
+        assert got["picks_per_expert"] == tokens * heads * top_k / EXPERTS
+        assert got["unevenness"] == pytest.approx(float(np.log(64) + np.sum(z_log_z(mass.sum(0)))), rel=1e-12)
+    np.testing.assert_allclose(layer["overlap"], overlap, rtol=1e-12)
+    norms = np.linalg.norm(mass, axis=1)
+    np.testing.assert_allclose(layer["similarity"], mass @ mass.T / norms / norms[:, None], rtol=1e-12)
+    np.testing.assert_array_equal(arrays["counts_layer7"], np.bincount(indices.ravel(), minlength=EXPERTS))
+    np.testing.assert_array_equal(arrays["head_mass_layer7"], mass)
+    np.testing.assert_array_equal(arrays["mass_layer7"], mass.sum(0))
+    pairs = mass.reshape(heads, 8, 8)
+    np.testing.assert_array_equal(arrays["subkey_mass_layer7"], np.stack([pairs.sum(2), pairs.sum(1)], 1))
+    assert layer["subkeys"][0]["usage_percent"] == 100 * np.mean(pairs.sum((0, 2)) > 0)
+
+    assert spread["head_top1_usage_percent_min"] == 100 * first.mean(1).min() < spread["head_top1_usage_percent_max"]
+    assert spread["head_unevenness_min"] == pytest.approx(uneven[0], rel=1e-12), "the first head's turn"
+    apart = ~np.eye(heads, dtype=bool)
+    assert spread["head_overlap"] == pytest.approx(np.array(overlap)[apart].mean(), rel=1e-12)
+
+    for other in run_ranks(head_usage_of_a_share, 2, indices, gates):
+        for got, want in zip((other[0], *other[2:]), (one[0], *one[2:]), strict=True):
+            assert got == want
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(other[1][name], array)
+
+
+def z_log_z(mass):
+    z = mass[mass > 0] / mass.sum()
+    return z * np.log(z)
+
+
+def test_heads_take_turns():
+    """A window each; the spread is over those that have had theirs. A layer of one head has none."""
+    usage = ExpertUsage(4, torch.device("cpu"))
+    indices = torch.tensor([[[0], [1]], [[0], [2]]])
+    for least, most in ((math.log(4), math.log(4)), (math.log(2), math.log(4)), (math.log(2), math.log(4))):
+        usage(indices, torch.ones(2, 2, 1))
+        spread = usage.head_spread()
+        assert (spread.head_unevenness_min, spread.head_unevenness_max) == pytest.approx((least, most))
+        usage.reset()
+    single = ExpertUsage(4, torch.device("cpu"))
+    single(indices[:, :1], torch.ones(2, 1, 1))
+    assert single.head_spread() is None
+
+
+def test_histogram_of_shares():
+    """Experts with 2, 1 and 0 times an even share."""
+    usage = ExpertUsage(3, torch.device("cpu"))
+    usage(torch.tensor([[[0, 1]]]), torch.tensor([[[2.0, 1.0]]]))
+    counts, limits = usage.histogram()
+    assert [(round(limit, 1), count) for count, limit in zip(counts, limits) if count] == [(0.2, 1), (0.4, 1)]
+
+
 def test_unigram_loss_by_hand():
     """Three tokens: counts 2, 1, 0 of the training text, and one more of each."""
     loss = unigram_loss(torch.tensor([[0, 1, 0]]), torch.tensor([[0, 1], [2, 2]]), 3)
@@ -116,6 +221,90 @@ def evaluated(rank, world_size, tree):
     text = "".join(generate(loaded, "ROMEO:", 20, seed=1))
     greedy = "".join(generate(loaded, "ROMEO:", 5, temperature=0))
     return loss.loss, loss.tokens, text, greedy
+
+
+def counted_once(rank, world_size, tree, layout):
+    """Picks per expert and layer over 13 held-out sequences, which no layout divides."""
+    from peer_dist.evaluation.perplexity import held_out_loss
+    from tests.test_training import make_trainer
+
+    trainer = make_trainer(with_keys(tree, parallel=layout, checkpoint={"dir": f"{tree['checkpoint']['dir']}-none"}))
+    parallel, usage = trainer.parallel, trainer._new_usage()
+    held_out_loss(trainer.model, trainer.data.validation, parallel, trainer.data.tokenizer, 4, 13, usage)
+    assert all(layer.on_route is None for layer in trainer.routed.values())
+    for each in usage.values():
+        dist.all_reduce(each._counts, group=parallel.token_group)
+    return {number: each._counts.tolist() for number, each in usage.items()}
+
+
+def test_every_token_counts_once_in_any_layout(run):
+    (one,) = run_ranks(counted_once, 1, run, {"expert": 1})
+    assert {number: sum(counts) for number, counts in one.items()} == dict.fromkeys((1, 3), 13 * 32 * 3 * 4)
+    for ranks, layout in [
+        (2, {"expert": 2}),
+        (3, {"expert": 3}),
+        (2, {"tensor": 2, "expert": 2}),
+        (2, {"tensor": 2, "sequence": True, "expert": 2}),
+    ]:
+        for got in run_ranks(counted_once, ranks, run, layout):
+            assert got == one, layout
+
+
+def test_every_token_counts_once_in_a_pipeline(run):
+    """Two stages of two interleaved layers each: several micro-batches are on their way at a time."""
+    deep = with_keys(run, model={"num_layers": 4, "mlp": ["peer", "dense", "peer", "peer"]})
+    (one,) = run_ranks(counted_once, 1, deep, {"expert": 1})
+    stages = run_ranks(counted_once, 2, deep, {"pipeline": 2, "virtual_pipeline": 2, "expert": 1})
+    assert {**stages[0], **stages[1]} == one
+
+
+def test_usage_command(run, tmp_path):
+    """On one rank and on three, with a batch that does not divide the text; as JSON and as tables."""
+    folder = run["checkpoint"]["dir"]
+    arrays = {}
+    for ranks in (1, 3):
+        options = ["usage", "--checkpoint", folder, "--batch-size", "7", "-o", str(tmp_path / f"{ranks}"), "--json"]
+        with Command(ranks, options, tmp_path / f"said-{ranks}") as command:
+            assert command.codes(60) == [0] * ranks
+        report = json.loads(command.errors[0].read_text().splitlines()[-1])
+        with np.load(tmp_path / f"{ranks}" / "usage.npz") as saved:
+            arrays[ranks] = {**saved}
+        assert set(report["layers"]) == {"1", "3"}
+        for number, layer in report["layers"].items():
+            mass, counts = arrays[ranks][f"mass_layer{number}"], arrays[ranks][f"counts_layer{number}"]
+            assert counts.sum() == report["tokens"] * 12
+            assert mass.sum() == pytest.approx(report["tokens"] * 3), "softmax gates of 3 heads"
+            got = layer["together"]
+            assert got["unevenness"] == pytest.approx(math.log(225) + z_log_z(mass).sum())
+            assert got["usage_percent"] == 100 * np.mean(mass != 0)
+            assert len(layer["heads"]) == 3
+            assert len(layer["subkeys"]) == 2
+            assert layer["warning"] is None
+    np.testing.assert_array_equal(arrays[3]["counts_layer1"], arrays[1]["counts_layer1"])
+    np.testing.assert_allclose(arrays[3]["mass_layer1"], arrays[1]["mass_layer1"], rtol=1e-5)
+    # what comes home from three shards is added up in another order, which can turn a tie in the next layer
+    assert np.abs(arrays[3]["counts_layer3"] - arrays[1]["counts_layer3"]).sum() <= 8
+    with Command(1, ["usage", "--checkpoint", folder, "--split", "test"], tmp_path / "table") as command:
+        assert command.codes(60) == [0]
+    said = command.errors[0].read_text()
+    assert all(part in said for part in ("layer 1", "layer 3", "all heads", "head 3", "sub-keys 2"))
+
+
+def test_usage_is_logged(run):
+    """Per window: dead experts and the spread of heads; per validation: a histogram."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    last = metrics_of(run)[-1]
+    for layer in (1, 3):
+        values = {name: last[f"experts/layer{layer}_{name}"] for name in ("dead_experts", "usage_percent")}
+        assert values["usage_percent"] == pytest.approx(100 * (1 - values["dead_experts"] / 225))
+        low, high = (last[f"experts/layer{layer}_head_unevenness_{end}"] for end in ("min", "max"))
+        assert 0 < low < high < math.log(225), "two of three heads have had their turn"
+        assert 0 < last[f"experts/layer{layer}_head_overlap"] < 1
+    board = EventAccumulator(run["logging"]["dir"], {"histograms": 0}).Reload()
+    histograms = board.Histograms("experts/layer3_log10_share")
+    assert [event.step for event in histograms] == [0, 5, 10]
+    assert 0 < histograms[-1].histogram_value.num <= 225
 
 
 def test_evaluation_and_generation_at_any_number_of_ranks(run):
@@ -237,6 +426,8 @@ def mistakes(rank, world_size, tree, folder):
         ["evaluate", "--checkpoint", f"{folder}/nowhere"],
         ["evaluate", *good, "--split", "some"],
         ["evaluate", *good, "--data", f"{folder}/nowhere"],
+        ["usage", "--checkpoint", f"{folder}/nowhere"],
+        ["usage", *good, "--output", f"{file}/usage"],
         ["generate", "--checkpoint", f"{folder}/nowhere"],
         ["train", "-c", path, f"checkpoint.dir={file}/checkpoints"],
         ["train", "-c", path, f"checkpoint.dir={folder}/new", f"logging.dir={file}/logs"],
@@ -262,7 +453,8 @@ def mistakes(rank, world_size, tree, folder):
 def test_wrong_names_are_told_in_one_sentence(run, tmp_path):
     """Exit code 2 and the name, before any process group; and a process that no launcher started is a world."""
     (said,) = run_ranks(mistakes, 1, run, str(tmp_path))
-    named = ["nowhere.txt: ", "nowhere: ", "--split some: ", "nowhere", "nowhere: ", "checkpoint.dir", "logging.dir"]
+    named = ["nowhere.txt: ", "nowhere: ", "--split some: ", "nowhere"]
+    named += ["nowhere: ", "--output", "nowhere: ", "checkpoint.dir", "logging.dir"]
     for sentence, name in zip(said, named, strict=True):
         assert sentence.startswith("error: ")
         assert name in sentence

@@ -112,6 +112,12 @@ class PEERSection(Section):
     layers_per_pool: int = Field(
         1, ge=1, description="PEER layers, counted from the first, that share one pair of tables; on one pipeline stage"
     )
+    revive_interval: int = Field(
+        0,
+        ge=0,
+        description="steps after which sub-keys that were hardly picked become near copies of well-used ones, with "
+        "their experts; 0: never",
+    )
     table_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them, unless "

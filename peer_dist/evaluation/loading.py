@@ -9,9 +9,14 @@ from pathlib import Path
 import torch
 
 from peer_dist.config import Config, parse_config
+from peer_dist.data.documents import DataError
+from peer_dist.data.prepare import read_prepared
+from peer_dist.data.stream import HeldOutStream, SplitStreams, open_data
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
 from peer_dist.megatron import CheckpointError, Parallel, build_model
 from peer_dist.training.checkpoints import find_checkpoint, read_manifest, restore_weights, verify_checkpoint
+
+SPLITS = ("validation", "test", "all")
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,53 @@ def load_model(checkpoint: str, world_size: int) -> LoadedModel:
     restore_weights(path, model, parallel)
     model.eval()
     return LoadedModel(model, config, tokenizer, parallel, path, manifest["step"])
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Attributes: ``stream``, a split of the data sets ``name``, whose ``streams`` are those of every split."""
+
+    name: str
+    stream: HeldOutStream
+    streams: SplitStreams
+
+
+def check_text(prefix: str | None, split: str) -> None:
+    """Refuse a split or a data set that :func:`open_text` could not open, before anything is loaded.
+
+    Raises:
+        DataError: there is no such split, or the data set cannot be read.
+    """
+    if split not in SPLITS:
+        raise DataError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+    if prefix is not None:
+        read_prepared(prefix)
+
+
+def open_text(loaded: LoadedModel, prefix: str | None, split: str) -> HeldOutText:
+    """A split of a prepared data set, in the model's tokens.
+
+    Args:
+        prefix: None for the data set that the checkpoint was trained on.
+        split: one of :data:`SPLITS`; ``all`` takes every document of the data set.
+
+    Raises:
+        DataError: the data set cannot be read, has another tokenizer, or has no such split.
+    """
+    changes: dict[str, object] = {"tokenizer": str(loaded.path / "tokenizer.json")}
+    if prefix is not None:
+        changes |= {"prefix": prefix, "blend": None}
+    if split == "all":
+        changes["split"] = "1,0,0"
+    data = loaded.config.data.model_copy(update=changes)
+    streams = open_data(data, loaded.config.model.seq_length, loaded.config.train.seed)
+    name = ", ".join(data.weights)
+    if split == "all":
+        return HeldOutText(name, HeldOutStream(streams.train.datasets), streams)
+    stream = streams.validation if split == "validation" else streams.test
+    if stream is None:
+        raise DataError(
+            f"{name}: the {split} split has no whole sequence (data.split is {data.split}); evaluate another split, or "
+            "--split all of another data set"
+        )
+    return HeldOutText(name, stream, streams)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from peer_dist.data.stream import HeldOutStream
 from peer_dist.data.tokenizer import TextTokenizer
-from peer_dist.megatron import MicroBatch, Parallel, run_forward_backward, segment_mask
+from peer_dist.layers.routing import RouteObserver
+from peer_dist.megatron import MicroBatch, Parallel, run_forward_backward, segment_mask, sparse_layers
 
 
 def perplexity_of(loss: float) -> float:
@@ -48,11 +50,16 @@ def held_out_loss(
     tokenizer: TextTokenizer,
     micro_batch_size: int,
     sequences: int | None = None,
+    observers: Mapping[int, RouteObserver] | None = None,
 ) -> HeldOutLoss:
     """Mean loss per token over the first ``sequences`` of ``stream`` (at most all of it, the default).
 
     In evaluation mode: no dropout, running statistics. Every rank calls it; ranks share the sequences.
+
+    Args:
+        observers: by number in the whole model, what is told of the picks of this rank's layers, each token's once.
     """
+    layers = sparse_layers(model) if observers else {}
     wanted = min(len(stream), sequences if sequences is not None else len(stream))
     total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
     was_training = model.training
@@ -61,22 +68,41 @@ def held_out_loss(
         per_pass = micro_batch_size * parallel.data_parallel_size
         for begin in range(0, wanted, per_pass * parallel.pipeline_size):
             batches: list[MicroBatch] = []
+            reals: list[torch.Tensor] = []
             for number in range(parallel.pipeline_size):  # enough to fill the pipeline
                 first = begin + number * per_pass + parallel.data_parallel_rank * micro_batch_size
                 positions = range(first, first + micro_batch_size)
                 batch = make_micro_batch(stream.batch(positions), tokenizer.eod, parallel.device)
                 # every rank takes part in every pass; what lies beyond the end has no weight
-                real = torch.tensor([float(p < wanted) for p in positions], device=parallel.device)
+                real = torch.tensor([p < wanted for p in positions])
                 mask = batch["loss_mask"]
                 assert mask is not None
-                mask.mul_(real[:, None])
+                mask.mul_(real[:, None].to(parallel.device))
                 total[1] += mask.sum()
                 batches.append(batch)
+                reals.append(real)
+            for number, observer in (observers or {}).items():
+                layers[number].on_route = _only_real(observer, iter(reals))
             total[0] += run_forward_backward(model, batches, forward_only=True).sum()
     finally:
         model.train(was_training)
+        for layer in layers.values():
+            layer.on_route = None
     parallel.total(total)
     return HeldOutLoss(float(total[0] / total[1]), int(total[1]))
+
+
+def _only_real(observer: RouteObserver, reals: Iterator[torch.Tensor]) -> RouteObserver:
+    """Leave out the tokens of sequences that do not count: bool ``[b]`` for each micro-batch, in order."""
+
+    def observe(indices: torch.Tensor, gates: torch.Tensor) -> None:
+        real = next(reals)
+        if not real.all():
+            kept = real.to(indices.device).repeat(len(indices) // len(real))  # tokens are ordered [sequence, batch]
+            indices, gates = indices[kept], gates[kept]
+        observer(indices, gates)
+
+    return observe
 
 
 def unigram_loss(train: torch.Tensor, held_out: torch.Tensor, vocab_size: int) -> float:

@@ -10,22 +10,18 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.table import Table
 
-from peer_dist.data.documents import DataError
-from peer_dist.data.prepare import read_prepared
-from peer_dist.data.stream import HeldOutStream, SplitStreams, open_data
-from peer_dist.evaluation.loading import load_model
+from peer_dist.data.stream import SplitStreams
+from peer_dist.evaluation.loading import check_text, load_model, open_text
 from peer_dist.evaluation.perplexity import held_out_loss, perplexity_of, unigram_loss
-from peer_dist.evaluation.usage import ExpertUsage, UsageSummary
+from peer_dist.evaluation.usage import ExpertUsage, WindowSummary
 from peer_dist.megatron import sparse_layers
 from peer_dist.training.checkpoints import find_checkpoint
 from peer_dist.training.world import World
 
-SPLITS = ("validation", "test", "all")
-
 
 @dataclass(frozen=True)
 class Report:
-    """Attributes: losses in nats per token; ``usage`` per PEER layer over the evaluated text."""
+    """Attributes: losses in nats per token; ``usage`` per layer with experts, over the evaluated text."""
 
     checkpoint: str
     step: int
@@ -35,7 +31,7 @@ class Report:
     loss: float
     bits_per_byte: float
     unigram_loss: float | None
-    usage: dict[int, UsageSummary]
+    usage: dict[int, WindowSummary]
 
     def json(self) -> str:
         return json.dumps({**asdict(self), "perplexity": perplexity_of(self.loss)})
@@ -69,63 +65,43 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
 
     Args:
         prefix: a prepared data set; None for the one that the checkpoint was trained on.
-        split: one of :data:`SPLITS`; ``all`` takes every document of the data set.
+        split: one of :data:`peer_dist.evaluation.loading.SPLITS`; ``all`` takes every document of the data set.
 
     Raises:
         DataError: the data set cannot be read, has another tokenizer, or has no such split.
         CheckpointError: the checkpoint cannot be read.
     """
-    if split not in SPLITS:
-        raise DataError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+    check_text(prefix, split)
     find_checkpoint(checkpoint)
-    if prefix is not None:
-        read_prepared(prefix)
     world = World.from_environment()
     with world.joined():
         loaded = load_model(checkpoint, world.world_size)
-        changes: dict[str, object] = {"tokenizer": str(loaded.path / "tokenizer.json")}
-        if prefix is not None:
-            changes |= {"prefix": prefix, "blend": None}
-        if split == "all":
-            changes["split"] = "1,0,0"
-        data_config = loaded.config.data.model_copy(update=changes)
-        streams = open_data(data_config, loaded.config.model.seq_length, loaded.config.train.seed)
-        stream = _held_out(streams, split)
-        if stream is None:
-            raise DataError(
-                f"{', '.join(data_config.weights)}: the {split} split has no whole sequence (data.split is "
-                f"{data_config.split}); evaluate another split, or --split all of another data set"
-            )
-        layers = sparse_layers(loaded.model)
-        usage = {n: ExpertUsage(layer.num_experts, loaded.parallel.device) for n, layer in layers.items()}
-        for number, layer in layers.items():
-            layer.on_route = usage[number]
-        result = held_out_loss(loaded.model, stream, loaded.parallel, loaded.tokenizer, batch_size)
+        text = open_text(loaded, prefix, split)
+        usage = {
+            number: ExpertUsage(layer.num_experts, loaded.parallel.device)
+            for number, layer in sparse_layers(loaded.model).items()
+        }
+        result = held_out_loss(
+            loaded.model, text.stream, loaded.parallel, loaded.tokenizer, batch_size, observers=usage
+        )
         summaries = {
-            number: each.summary(world.world_size, loaded.parallel.data_parallel_group)
-            for number, each in usage.items()
+            number: each.summary(world.world_size, loaded.parallel.token_group) for number, each in usage.items()
         }
     if world.rank != 0:
         return None
-    labels = stream.batch(range(len(stream)))[:, 1:]
+    labels = text.stream.batch(range(len(text.stream)))[:, 1:]
     text_bytes = len(loaded.tokenizer.decode(labels[labels != loaded.tokenizer.eod].tolist()).encode())
     return Report(
         checkpoint=str(loaded.path),
         step=loaded.step,
-        data=", ".join(data_config.weights),
+        data=text.name,
         split=split,
         tokens=result.tokens,
         loss=result.loss,
         bits_per_byte=result.loss * labels.numel() / math.log(2) / max(1, text_bytes),
-        unigram_loss=None if split == "all" else _unigram(streams, labels, loaded.tokenizer.padded_vocab_size),
+        unigram_loss=None if split == "all" else _unigram(text.streams, labels, loaded.tokenizer.padded_vocab_size),
         usage=summaries,
     )
-
-
-def _held_out(streams: SplitStreams, split: str) -> HeldOutStream | None:
-    if split == "all":
-        return HeldOutStream(streams.train.datasets)
-    return streams.validation if split == "validation" else streams.test
 
 
 def _unigram(streams: SplitStreams, labels: torch.Tensor, vocab_size: int) -> float:

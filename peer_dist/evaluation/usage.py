@@ -9,26 +9,64 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_DECADES = 5  # on both sides of an even share
+_OVERLAP_TOKENS = 64  # of each forward pass: a mean over tokens needs no more
+
 
 @dataclass(frozen=True)
 class UsageSummary:
-    """Expert usage over a window of tokens.
+    """Expert usage over a number of tokens.
 
     Attributes:
         usage_percent: share of experts that any token gave a gate other than 0.
         top1_usage_percent: share of experts that were the best of some head for some token.
+        dead_experts: experts that no token gave a gate other than 0.
+        never_first_experts: experts that were no head's best for any token.
         unevenness: ``log N + sum z log z`` in nats, the KL divergence of the gates' distribution ``z`` over
             experts from the uniform one; 0 is even.
         unevenness_if_uniform: what as many equal picks of uniformly random experts would be expected to give:
             few picks look uneven however they were made.
-        picks_per_shard_max_over_mean: imbalance of the picks between equal row ranges, 1 is balanced.
+        picks_per_expert: mean number of picks.
     """
 
     usage_percent: float
     top1_usage_percent: float
+    dead_experts: int
+    never_first_experts: int
     unevenness: float
     unevenness_if_uniform: float
+    picks_per_expert: float
+
+
+@dataclass(frozen=True)
+class WindowSummary(UsageSummary):
+    """Usage over a window of training steps.
+
+    Attributes:
+        picks_per_shard_max_over_mean: imbalance of the picks between equal row ranges, 1 is balanced.
+    """
+
     picks_per_shard_max_over_mean: float
+
+
+@dataclass(frozen=True)
+class HeadSpread:
+    """How the heads of a layer differ, over a window of training steps.
+
+    Attributes:
+        head_top1_usage_percent_min, head_top1_usage_percent_max: over the heads, of the share of experts that were the
+            head's best for some token.
+        head_unevenness_min, head_unevenness_max: over the heads, each in the last window that was its turn.
+        head_unevenness_if_uniform: what as many picks as a head made would give.
+        head_overlap: share of a head's picks for a token that another head has too, mean over pairs of heads.
+    """
+
+    head_top1_usage_percent_min: float
+    head_top1_usage_percent_max: float
+    head_unevenness_min: float
+    head_unevenness_max: float
+    head_unevenness_if_uniform: float
+    head_overlap: float
 
 
 def uniform_unevenness(num_experts: int, picks: int) -> float:
@@ -54,43 +92,134 @@ def uniform_unevenness(num_experts: int, picks: int) -> float:
     return math.log(num_experts) - math.log(picks) + expected / mean
 
 
-class ExpertUsage:
-    """Adds up a layer's gates per expert; feed it to ``PEER.on_route``.
+def unevenness(mass: Tensor) -> float:
+    """``log N + sum z log z`` in nats of ``z = mass / sum of mass``, float64 ``[N]``; 0 where there is none."""
+    total = mass.sum()
+    if total == 0:
+        return 0.0
+    z = mass / total
+    return math.log(mass.numel()) + float(torch.special.xlogy(z, z).sum())
 
-    Holds ``num_experts`` float64 and bool on the layer's device.
+
+def summarize(mass: Tensor, first: Tensor, picks: int) -> UsageSummary:
+    """From what ``picks`` picks left behind.
+
+    Args:
+        mass: the gates of each expert, added up, float64 ``[num_experts]``.
+        first: whether each expert was ever the best of a head, bool ``[num_experts]``.
+    """
+    n, used, ever_first = mass.numel(), int((mass != 0).sum()), int(first.sum())
+    return UsageSummary(
+        usage_percent=100 * used / n,
+        top1_usage_percent=100 * ever_first / n,
+        dead_experts=n - used,
+        never_first_experts=n - ever_first,
+        unevenness=unevenness(mass),
+        unevenness_if_uniform=uniform_unevenness(n, picks),
+        picks_per_expert=picks / n,
+    )
+
+
+def shared_picks(indices: Tensor) -> Tensor:
+    """``[heads, heads]`` int64: picks of ``[tokens, heads, top_k]`` that two heads have both, added up over tokens."""
+    heads, top_k = indices.shape[1:]
+    number = torch.arange(heads, device=indices.device).repeat_interleave(top_k)
+    picks = (indices.flatten(1) * heads + number).sort(1).values
+    expert, head = picks // heads, picks % heads
+    pairs = torch.zeros(heads * heads, dtype=torch.int64, device=indices.device)
+    for apart in range(1, heads):  # the picks of one expert are neighbours, in the order of heads
+        pair = head[:, :-apart] * heads + head[:, apart:]
+        pairs.index_add_(0, pair.flatten(), (expert[:, apart:] == expert[:, :-apart]).flatten().long())
+    shared = pairs.view(heads, heads)
+    return shared + shared.T + torch.diag(torch.full_like(shared[0], indices[:, 0].numel()))
+
+
+class ExpertUsage:
+    """Adds up a layer's gates per expert while it trains; feed it to ``on_route``.
+
+    Holds three numbers of 8 bytes per expert, and a bit per expert and head, on the layer's device. The unevenness of
+    single heads would need a number per head: heads take turns, one in each window between two resets.
     """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._mass = torch.zeros(num_experts, dtype=torch.float64, device=device)
-        self._best = torch.zeros(num_experts, dtype=torch.bool, device=device)
         self._counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        self._head_mass = torch.zeros_like(self._mass)
+        self._first = torch.zeros(0, num_experts, dtype=torch.uint8, device=device)  # a bit per head
+        self._shared = torch.zeros(0, 0, dtype=torch.int64, device=device)
+        self._windows = 0
+        self._head_unevenness: dict[int, float] = {}
 
     def __call__(self, indices: Tensor, gates: Tensor) -> None:
         """Add the picks ``[tokens, heads, top_k]`` of one forward pass, best first along the last axis."""
-        flat = indices.reshape(-1)
-        self._mass.index_add_(0, flat, gates.reshape(-1).double())
+        heads = indices.shape[1]
+        if not len(self._shared):
+            self._first = self._first.new_zeros(-(-heads // 8), self._first.shape[1])
+            self._shared = self._shared.new_zeros(heads, heads)
+        flat, turn = indices.reshape(-1), self._windows % heads
+        gates = gates.double()
+        self._mass.index_add_(0, flat, gates.reshape(-1))
         self._counts.index_add_(0, flat, torch.ones_like(flat))
-        self._best[indices[..., 0].reshape(-1)] = True
+        self._head_mass.index_add_(0, indices[:, turn].reshape(-1), gates[:, turn].reshape(-1))
+        for head in range(heads):
+            self._first[head // 8][indices[:, head, 0]] |= 1 << head % 8
+        self._shared += shared_picks(indices[:_OVERLAP_TOKENS])
 
     def reset(self) -> None:
-        for tensor in (self._mass, self._best, self._counts):
+        """Begin the next window."""
+        self._windows += 1
+        for tensor in (self._mass, self._counts, self._head_mass, self._first, self._shared):
             tensor.zero_()
 
-    def summary(self, shards: int, group: dist.ProcessGroup | None = None) -> UsageSummary:
+    def histogram(self, group: dist.ProcessGroup | None = None) -> tuple[list[float], list[float]]:
+        """Numbers of experts by log10 of their share of the gates, times ``num_experts``, and the upper limits.
+
+        Of the experts in use. A collective call.
+        """
+        mass = _sum(self._mass, group)
+        share = (mass[mass != 0] * mass.numel() / mass.sum()).log10()
+        counts = torch.histc(share.clamp(-_DECADES, _DECADES), 10 * _DECADES, -_DECADES, _DECADES)
+        return counts.tolist(), torch.linspace(-_DECADES, _DECADES, 10 * _DECADES + 1)[1:].tolist()
+
+    def summary(self, shards: int, group: dist.ProcessGroup | None = None) -> WindowSummary:
         """Over all tokens seen by the ranks of ``group`` since the last reset. A collective call."""
-        mass, best, counts = self._mass.clone(), self._best.to(torch.int32), self._counts.clone()
-        if group is not None:
-            for tensor in (mass, best, counts):
-                dist.all_reduce(tensor, group=group)
-        n, picks = mass.numel(), int(counts.sum())
-        z = mass / mass.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        counts, first = _sum(self._counts, group), torch.zeros_like(self._counts, dtype=torch.bool)
+        for byte in self._first:
+            first |= _sum((byte != 0).to(torch.uint8), group, dist.ReduceOp.MAX) != 0
+        n, picks = counts.numel(), int(counts.sum())
         starts = torch.tensor([n * shard // shards for shard in range(shards)], device=counts.device)
         owner = torch.bucketize(torch.arange(n, device=counts.device), starts, right=True) - 1
         per_shard = torch.zeros(shards, dtype=torch.int64, device=counts.device).index_add_(0, owner, counts)
-        return UsageSummary(
-            usage_percent=100 * int((mass != 0).sum()) / n,
-            top1_usage_percent=100 * int((best > 0).sum()) / n,
-            unevenness=math.log(n) + float(torch.special.xlogy(z, z).sum()) if picks else 0.0,
-            unevenness_if_uniform=uniform_unevenness(n, picks),
+        return WindowSummary(
+            **vars(summarize(_sum(self._mass, group), first, picks)),
             picks_per_shard_max_over_mean=float(per_shard.max()) * shards / max(1, picks),
         )
+
+    def head_spread(self, group: dist.ProcessGroup | None = None) -> HeadSpread | None:
+        """The same of single heads; None of a layer that has but one. A collective call."""
+        heads, n = len(self._shared), self._mass.numel()
+        if heads < 2:
+            return None
+        top1 = [
+            100 * int(_sum(self._first[head // 8] >> head % 8 & 1, group, dist.ReduceOp.MAX).sum()) / n
+            for head in range(heads)
+        ]
+        self._head_unevenness[self._windows % heads] = unevenness(_sum(self._head_mass, group))
+        shared = _sum(self._shared, group)
+        own = float(shared.diagonal().sum())
+        return HeadSpread(
+            head_top1_usage_percent_min=min(top1),
+            head_top1_usage_percent_max=max(top1),
+            head_unevenness_min=min(self._head_unevenness.values()),
+            head_unevenness_max=max(self._head_unevenness.values()),
+            head_unevenness_if_uniform=uniform_unevenness(n, int(_sum(self._counts, group).sum()) // heads),
+            head_overlap=(float(shared.sum()) - own) / (max(own, 1.0) * (heads - 1)),
+        )
+
+
+def _sum(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Over the ranks of ``group``; a copy."""
+    value = value.clone()
+    if group is not None:
+        dist.all_reduce(value, op, group)
+    return value

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError
     from .engine import ReplicatedEngine
-    from .feed_forward import SparseLayer, dense_output_std
+    from .feed_forward import dense_output_std
     from .model import (
         build_model,
         count_parameters,
@@ -33,7 +33,6 @@ _HOMES = {
     "MicroBatch": "schedule",
     "Parallel": "parallel",
     "ReplicatedEngine": "engine",
-    "SparseLayer": "feed_forward",
     "build_model": "model",
     "count_parameters": "model",
     "dense_output_std": "feed_forward",
@@ -53,7 +52,6 @@ __all__ = [
     "MicroBatch",
     "Parallel",
     "ReplicatedEngine",
-    "SparseLayer",
     "build_model",
     "count_parameters",
     "dense_output_std",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -124,8 +124,10 @@ class ReplicatedEngine(Engine):
     def _state(self, name: str) -> dict[str, Tensor]:
         return self._inner.state[self._main(name)]
 
-    def dense_state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
         for name in self._parameters:
+            if only is not None and name not in only:
+                continue
             for moment in MOMENTS:
                 yield name, moment, self._state(name)[moment]
             yield name, "master", self._main(name).detach()

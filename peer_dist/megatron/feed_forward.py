@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from peer_dist.config.schema import ModelConfig
 from peer_dist.layers.memory import ProductKeyMemory
 from peer_dist.layers.peer import PEER, activation_second_moment
 from peer_dist.layers.recurrence import RouterCore, RouterState
-from peer_dist.sharding import Shard, Traffic
+from peer_dist.layers.routing import SparseLayer
 
 from .moe import CoarseMoE, moe, sigma_moe
 from .parallel import Parallel
@@ -54,21 +54,6 @@ class Chunk:
 def layer_seed(config: Config, number: int) -> int:
     """Each layer's own, so that no other layer moves its weights."""
     return config.train.seed + 1_000_003 * number
-
-
-class SparseLayer(Protocol):
-    """A layer that picks some of ``num_experts`` experts (or values) for each token."""
-
-    num_experts: int
-    traffic: Traffic
-    on_route: Callable[[Tensor, Tensor], None] | None
-    """Called with the picks and their gates ``[tokens, heads, top_k]`` of every forward pass (but recomputed ones)."""
-
-    def shards(self) -> dict[str, Shard]:
-        """What this rank owns of it, by name."""
-
-    def release_shards(self) -> None:
-        """Take the shards out of the module's parameters: engines must not see them."""
 
 
 class SparseMLP(MegatronModule):
@@ -131,7 +116,7 @@ class PEERMLP(SparseMLP):
         (pool,) = (index for index, layers in enumerate(run.peer_pools) if number - 1 in layers)
         self.peer = PEER(
             dim=run.model.hidden_size,
-            **run.peer.model_dump(exclude={"table_dtype", "layers_per_pool"}),
+            **run.peer.model_dump(exclude={"table_dtype", "layers_per_pool", "revive_interval"}),
             group=parallel.experts,
             data_group=parallel.token_group,
             output_std=dense_output_std(run.model),

@@ -27,10 +27,11 @@ from peer_dist.config.schema import ROUTED_KINDS
 from peer_dist.layers.peer import PEER
 from peer_dist.layers.recurrence import RouterCore
 from peer_dist.layers.router import Router
+from peer_dist.layers.routing import SparseLayer
 from peer_dist.sharding import Shard
 
 from .attention import SDPAttention
-from .feed_forward import INIT_STD, Chunk, SparseLayer, SparseMLP, feed_forward, layer_seed, sparse_mlps
+from .feed_forward import INIT_STD, Chunk, SparseMLP, feed_forward, layer_seed, sparse_mlps
 from .gradients import finalize_gradients
 from .moe import CoarseMoE
 from .norm import RMSNorm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class Engine(abc.ABC):
     grad_clip: float
 
     def __init__(self, tables: TableOptimizer, experts: TableOptimizer | None, adam: DenseAdam) -> None:
-        self.grad_clip, self._tables, self._experts = adam.grad_clip, tables, experts
+        self.grad_clip, self.tables, self._experts = adam.grad_clip, tables, experts
         self.shard_optimizers = [tables] if experts is None else [tables, experts]
 
     @abc.abstractmethod
@@ -80,7 +80,7 @@ class Engine(abc.ABC):
         """
 
     def _set_shard_lr(self, lr: float, table_lr: float) -> None:
-        self._tables.set_lr(table_lr)
+        self.tables.set_lr(table_lr)
         if self._experts is not None:
             self._experts.set_lr(lr)
 
@@ -126,8 +126,10 @@ class Engine(abc.ABC):
         """Inside, every parameter has its whole (tensor-parallel) shape; changes made to it are lost if it had not."""
 
     @abc.abstractmethod
-    def dense_state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
         """``(parameter name, part, whole float32 tensor)`` for the parts exp_avg, exp_avg_sq and master.
+
+        Of all parameters, or of those whose names are in ``only``.
 
         A collective over the data parallel group: take every item on every rank.
         """

@@ -241,7 +241,8 @@ def _router_outputs(config: Config, kind: MLPKind) -> int:
 
 def _router(config: Config, kind: MLPKind) -> Parts:
     """The router's matrices, without biases but for the GRU's. Cosine scores are of projected inputs with expert
-    embeddings of ``state_size``, over a learnt temperature; PEER layers, which have no embeddings, have linear queries instead.
+    embeddings of ``state_size``, over a learnt temperature; PEER layers, which have no embeddings, have linear
+    queries instead.
     """
     router, d = config.router, config.model.hidden_size
     outputs, p = _router_outputs(config, kind), router.state_size

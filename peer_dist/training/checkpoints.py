@@ -32,6 +32,7 @@ from peer_dist.data.prepare import read_prepared
 from peer_dist.megatron import CheckpointError, Parallel, shards_of
 from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
 from peer_dist.optim import Engine
+from peer_dist.training.revival import Revival
 
 MANIFEST = "manifest.json"
 Result = TypeVar("Result")
@@ -51,7 +52,7 @@ def weights_state(model: Any, parallel: Parallel) -> State:
     return {"model": dense_sharded_state(model), "tables": tables}
 
 
-def run_state(model: Any, engine: Engine, parallel: Parallel) -> State:
+def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival | None = None) -> State:
     """Everything that training goes on from. A collective call."""
     state = weights_state(model, parallel)
     dense = state["model"]
@@ -68,6 +69,10 @@ def run_state(model: Any, engine: Engine, parallel: Parallel) -> State:
         offset, shape = shard.offset[: value.dim()], shard.shape[: value.dim()]
         key = f"optimizer.{part}.tables.{name}"
         state["table_optimizer"][f"{name}.{part}"] = table_shard(key, value, offset, shape, copy)
+    state["revival"] = {
+        name: table_shard(f"revival.{name}", picks, (0, 0), tuple(picks.shape), parallel.token_group.rank())
+        for name, picks in (revival.state() if revival is not None else ())
+    }
     return state
 
 
@@ -84,16 +89,20 @@ def restore_weights(path: Path, model: Any, parallel: Parallel) -> None:
 
 
 @torch.no_grad()
-def restore_run(path: Path, model: Any, engine: Engine, parallel: Parallel, step: int) -> None:
-    """Continue from a checkpoint: weights, tables and both optimizers."""
+def restore_run(
+    path: Path, model: Any, engine: Engine, parallel: Parallel, step: int, revival: Revival | None = None
+) -> None:
+    """Continue from a checkpoint: weights, tables, both optimizers, and what the next revival decides by."""
     with engine.whole_parameters():
-        loaded = load(run_state(model, engine, parallel), path)
+        loaded = load(run_state(model, engine, parallel, revival), path)
         _copy_weights(loaded, model)
     for key, value in loaded["optimizer"].items():
         name, part = key.rsplit(".", 1)
         engine.load_dense_state(name, part, value)
     for name, part, value in _shard_states(engine):
         _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
+    for name, picks in revival.state() if revival is not None else ():
+        _copy(picks, loaded["revival"][name])
     engine.steps = step
 
 

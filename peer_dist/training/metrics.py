@@ -51,6 +51,14 @@ class Metrics:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
+    def histogram(self, name: str, step: int, counts: list[float], limits: list[float]) -> None:
+        """Of values in ``len(counts)`` buckets with the upper ``limits``, for TensorBoard alone."""
+        middles = [(low + high) / 2 for low, high in zip([2 * limits[0] - limits[1], *limits], limits)]
+        total, square = (sum(n * x**power for n, x in zip(counts, middles)) for power in (1, 2))
+        self._board.add_histogram_raw(
+            name, middles[0], middles[-1], sum(counts), total, square, limits, counts, global_step=step
+        )
+
     def text(self, name: str, markdown: str) -> None:
         self._board.add_text(name, markdown, 0)
 

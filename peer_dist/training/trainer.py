@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch, perplexity_of
 from peer_dist.evaluation.usage import ExpertUsage
+from peer_dist.layers.routing import RouteObserver
 from peer_dist.megatron import (
     Parallel,
     ReplicatedEngine,
@@ -52,6 +53,7 @@ from peer_dist.training.guard import Diverged, Guard
 from peer_dist.training.lock import LockError, RunLock, run_lock
 from peer_dist.training.metrics import Metrics, read_metrics
 from peer_dist.training.progress import Progress
+from peer_dist.training.revival import Revival
 from peer_dist.training.signals import StopRequest
 from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
@@ -59,6 +61,7 @@ from peer_dist.training.watchdog import Watchdog, record_nccl
 from peer_dist.training.world import World
 from peer_dist.zero import ZeroEngine
 
+Value = TypeVar("Value")
 _NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # of a checkpoint older than the guard
 _SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
 
@@ -136,6 +139,7 @@ class Trainer:
         self.parameters = count_parameters(self.model, self.parallel) + self.expert_parameters
         for layer in self.layers.values():
             layer.release_shards()
+        self.revival = Revival(self.model, self.parallel, config.train.seed) if config.peer.revive_interval else None
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
         self.guard = Guard(config.guard)
@@ -157,7 +161,10 @@ class Trainer:
 
         self.times = StepTimes(self.parallel.device)
         self.stragglers = Stragglers(self.parallel, columns=config.parallel.expert_tensor > 1)
-        self.usage = {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
+        self.usage = self._new_usage()
+
+    def _new_usage(self) -> dict[int, ExpertUsage]:
+        return {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
 
     def _make_engine(self) -> Engine:
         shards, table, dense = shards_of(self.model), self.config.table_optimizer, self.config.optimizer
@@ -209,7 +216,7 @@ class Trainer:
         path = self.store.path(step)
         manifest = read_manifest(path)
         check_resumable(path, self.config, self.data_identity, manifest)
-        restore_run(path, self.model, self.engine, self.parallel, manifest["updates"])
+        restore_run(path, self.model, self.engine, self.parallel, manifest["updates"], self.revival)
         self.steps_done = step
         self.guard.load({"not_finite": step - manifest["updates"], **_NO_SPIKES, **manifest.get("guard", {})})
 
@@ -235,7 +242,7 @@ class Trainer:
         if metrics is not None and not self.resumed:
             metrics.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
         if not self.resumed:
-            self._record(metrics, self._validate())
+            self._record(metrics, self._validate(metrics))
             self.startup.ended("validation")
         stopped = False
         with Progress(console, start, config.train.steps) as progress:
@@ -255,7 +262,7 @@ class Trainer:
                     values |= self._usage_values()
                     values |= self._slow_ranks(console)
                 if self.steps_done % config.evaluation.interval == 0 or self.steps_done == config.train.steps:
-                    values |= self._validate()
+                    values |= self._validate(metrics)
                 self._record(metrics, values)
                 progress.update(self.steps_done, values)
                 if self.guard.given_up:
@@ -301,7 +308,7 @@ class Trainer:
         self.times.reset()
         listen(self.times)
         for number, layer in self.layers.items():
-            layer.on_route = self.usage[number]
+            layer.on_route = self._observer(number)
         with self.engine.accumulate():
             # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
@@ -319,12 +326,27 @@ class Trainer:
             router.end_step(result.applied)
         for layer in self.layers.values():
             layer.on_route = None
+        revived: dict[str, float] = {}
+        if self.revival is not None and (step + 1) % config.peer.revive_interval == 0:
+            revived["experts/revived_subkeys"] = self.revival.revive(self.engine, step + 1)
         first = step * config.train.global_batch_size
         sequences = (first, first + config.train.global_batch_size)
         self.steps_done += 1
         self.guard.record(self.steps_done, sequences, loss, result.grad_norm, result.applied, spike, bad)
 
-        return self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
+        return self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin) | revived
+
+    def _observer(self, number: int) -> RouteObserver:
+        """What is told of a layer's picks while it trains."""
+        usage, revival = self.usage[number], self.revival
+        if revival is None:
+            return usage
+
+        def both(indices: torch.Tensor, gates: torch.Tensor) -> None:
+            usage(indices, gates)
+            revival.observe(number, indices, gates)
+
+        return both
 
     def _not_finite(self) -> list[str]:
         """The tensors whose gradients are not finite on any rank."""
@@ -383,18 +405,28 @@ class Trainer:
         values: dict[str, float] = {}
         for number, usage in self.usage.items():
             summary = usage.summary(self.parallel.expert_size, self.parallel.token_group)
-            values |= {f"experts/layer{number}_{name}": value for name, value in asdict(summary).items()}
+            spread = usage.head_spread(self.parallel.token_group)
+            values |= {
+                f"experts/layer{number}_{name}": value
+                for part in (summary, spread)
+                for name, value in (asdict(part) if part is not None else {}).items()
+            }
             usage.reset()
         for number, router in self.routers.items():
             values |= {f"experts/layer{number}_{name}": float(value) for name, value in router.losses.items()}
-        stages: list[dict[str, float]] = [{} for _ in range(self.parallel.pipeline_size)]
+        return self._of_all_stages(values)
+
+    def _of_all_stages(self, values: dict[str, Value]) -> dict[str, Value]:
+        """What the ranks of a pipeline know, on each of them."""
+        stages: list[dict[str, Value]] = [{} for _ in range(self.parallel.pipeline_size)]
         dist.all_gather_object(stages, values, group=self.parallel.pipeline_group)
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, metrics: Metrics | None = None) -> dict[str, float]:
+        """Held-out loss; TensorBoard gets a histogram of the experts' shares of the gates, 1 being an even share."""
         if self.data.validation is None:
             return {}
-        config = self.config
+        config, usage = self.config, self._new_usage()
         position.at("validation", self.steps_done)
         result = held_out_loss(
             self.model,
@@ -403,7 +435,14 @@ class Trainer:
             self.data.tokenizer,
             config.train.micro_batch_size,
             config.evaluation.batches * config.train.global_batch_size,
+            usage,
         )
+        histograms = self._of_all_stages(
+            {f"experts/layer{n}_log10_share": each.histogram(self.parallel.token_group) for n, each in usage.items()}
+        )
+        for name, (counts, limits) in histograms.items():
+            if metrics is not None:
+                metrics.histogram(name, self.steps_done, counts, limits)
         for layer in self.layers.values():
             layer.traffic.reset()
         return {"val/loss": result.loss, "val/perplexity": result.perplexity}
@@ -425,7 +464,7 @@ class Trainer:
             },
         }
         with self.engine.whole_parameters():
-            state = run_state(self.model, self.engine, self.parallel)
+            state = run_state(self.model, self.engine, self.parallel, self.revival)
             wait = not self.config.checkpoint.asynchronous
             return self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -181,8 +181,10 @@ class ZeroEngine(Engine):
         with deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3):
             yield
 
-    def dense_state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
         for name, parameter in self._parameters.items():
+            if only is not None and name not in only:
+                continue
             for moment in MOMENTS:
                 yield name, moment, safe_get_full_optimizer_state(parameter, moment)
             yield name, "master", safe_get_full_fp32_param(parameter)
@@ -195,6 +197,8 @@ class ZeroEngine(Engine):
             if part == "master":
                 safe_set_local_fp32_param(parameter, own)
                 parameter.ds_tensor.copy_(own)  # type: ignore[attr-defined]
+                if parameter.shape == value.shape:  # small ones stay whole on every rank between passes
+                    parameter.copy_(value)
             else:
                 safe_set_local_optimizer_state(parameter, own, part)
         elif part == "master":

@@ -1,0 +1,31 @@
+"""What sparse layers have in common, whatever their kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+from peer_dist.sharding import Shard, Traffic
+
+RouteObserver: TypeAlias = Callable[[Tensor, Tensor], None]
+"""Takes the expert numbers (int64) and gates of a forward pass, both ``[tokens, heads, top_k]``, best first."""
+
+
+class SparseLayer(Protocol):
+    """A layer that picks some of ``num_experts`` experts (or values) for each token.
+
+    It tells ``on_route`` of every forward pass, but recomputed ones. Tokens are in the order of the hidden states
+    ``[sequence, batch]``.
+    """
+
+    num_experts: int
+    traffic: Traffic
+    on_route: RouteObserver | None
+
+    def shards(self) -> dict[str, Shard]:
+        """What this rank owns of it, by name."""
+
+    def release_shards(self) -> None:
+        """Take the shards out of the module's parameters: engines must not see them."""
