@@ -232,6 +232,45 @@ def generate(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file of the sweep.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the runs. Default: runs/NAME.", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share cores and GPUs.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
+    limit_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after this; the same command goes on.", show_default=False)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A run, model, size or variant, also with * and ?; repeatable.")
+    ] = None,
+    task: Annotated[int | None, typer.Option(min=0, help="Run this one (from 0) alone.", show_default=False)] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs as a Slurm job array instead.")] = False,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="sbatch's options, such as --sbatch=--time=60; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs (or the batch script) alone.")] = False,
+) -> None:
+    """Train a grid of models, sizes, budgets and seeds, going on where it was left; results go to results.csv."""
+    from peer_dist.sweep.spec import load_sweep
+
+    loaded = load_sweep(file, output or Path("runs") / file.stem)
+    if slurm:
+        from peer_dist.sweep.array import submit_array
+
+        typer.echo(submit_array(loaded, ranks, jobs, sbatch or [], dry_run))
+        return
+    from peer_dist.sweep.runner import run_sweep, runs_table, select
+
+    runs = select(loaded, only or [], task)
+    if dry_run:
+        Console().print(runs_table(loaded, runs), highlight=False)
+        return
+    raise typer.Exit(run_sweep(loaded, runs, jobs, ranks, limit_minutes, Console(stderr=True)))
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file of the run: its folders and layout.")
