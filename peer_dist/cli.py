@@ -271,6 +271,32 @@ def sweep(
 
 
 @app.command()
+def plot(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Sweeps' folders or results.csv, folders of runs, usage .npz files."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the figures.")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="isoflop, loss, experts, hk or usage; repeatable. Default: all that can be drawn."),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="Size of isoFLOP curves: train_flops_per_token, active_parameters or parameters.")
+    ] = "train_flops_per_token",
+) -> None:
+    """Draw results as PNG and SVG: isoFLOP curves with their optima, losses, usage of experts."""
+    from peer_dist.plots.command import plot as run
+    from peer_dist.plots.command import results_of, tables
+
+    paths = run(inputs, output, kind or [], against)
+    for table in tables(results_of(inputs), against):
+        Console().print(table, highlight=False)
+    for path in paths:
+        typer.echo(path)
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file of the run: its folders and layout.")

@@ -226,8 +226,7 @@ def _start(folder: Path, run: Run, jobs: int, ranks: int, gpus: Sequence[str], p
     if ranks > 1:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     threads = max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    environment = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     with _log(folder).open("ab") as log:
