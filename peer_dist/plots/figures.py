@@ -1,11 +1,13 @@
-"""The figures, each a function from numbers to a matplotlib figure. Error bars and bands are 95% intervals (Student)."""
+"""Figures, each a function from numbers to a matplotlib figure. Bars and bands are 95% intervals (Student's t)."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import matplotlib
@@ -64,7 +66,7 @@ class Curve:
 @contextmanager
 def style() -> Iterator[None]:
     """Within it figures are made, and saved, as they should look."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         yield
 
 
@@ -76,11 +78,11 @@ def isoflop(rows: Sequence[Row], measure: Measure) -> Figure | None:
     if not fits:
         return None
     looks = _looks([row.label for row in rows])
-    figure, panels = _panels(len(budgets), "loss" if len(budgets) > 1 else None)
+    figure, panels = _panels(len(budgets))
     for panel, budget in zip(panels, budgets):
         for label, look in looks.items():
             own = [row for row in rows if row.label == label and row.budget == budget]
-            points = _means(own, lambda row: float(getattr(row, measure)), _val_loss)
+            points = _means(own, attrgetter(measure), _val_loss)
             _errorbar(panel, points, look, linestyle="none")
             for fit in (fit for fit in fits if fit.label == label and fit.budget == budget):
                 sizes = np.geomspace(*fit.span, 200)
@@ -101,7 +103,7 @@ def isoflop(rows: Sequence[Row], measure: Measure) -> Figure | None:
                         zorder=5,
                     )
         _log_axis(panel)
-        panel.set(title=f"{budget:.3g} FLOPs", xlabel=_MEASURES[measure])
+        panel.set(title=f"{_power(budget)} FLOPs", xlabel=_MEASURES[measure])
     panels[0].set_ylabel(_LOSS)
     star = Line2D([], [], color="0.4", marker="*", markersize=9, linestyle="none", label="fitted minimum")
     _legend(figure, panels, [star])
@@ -136,16 +138,16 @@ def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
 def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
     """Usage and unevenness against the number of experts; None where no model was run with two of these."""
     rows = [row for row in grid_rows(rows) if row.num_experts and row.unevenness is not None]
-    lines = _lines(rows, lambda row: row.num_experts, lambda row: row.active_experts)
+    lines = _lines(rows, lambda row: row.num_experts, lambda row: (f"h·k {row.active_experts}",))
     if not lines:
         return None
     figure, panels = _panels(2)
     told = (("experts used (%)", "usage_percent"), ("unevenness (nats)", "unevenness"))
     for panel, (name, field) in zip(panels, told):
         for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
-            points = _means(own, lambda row: float(row.num_experts or 0), lambda row, f=field: float(getattr(row, f)))
+            points = _means(own, lambda row: float(row.num_experts or 0), attrgetter(field))
             _errorbar(panel, points, look, label=label)
-        _log_axis(panel, sorted({row.num_experts or 0 for own in lines.values() for row in own}))
+        _log_axis(panel, {_count(row.num_experts or 0): row.num_experts or 0 for row in rows})
         panel.set(xlabel="experts N", ylabel=name)
     _legend(figure, panels)
     return figure
@@ -154,13 +156,17 @@ def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
 def loss_by_picks(rows: Sequence[Row]) -> Figure | None:
     """Loss against experts per token, h k; None where no model was run with two numbers of these."""
     rows = [row for row in grid_rows(rows) if row.active_experts]
-    lines = _lines(rows, lambda row: row.active_experts, lambda row: row.num_experts)
+    lines = _lines(
+        rows, lambda row: row.active_experts, lambda row: (f"N {_count(row.num_experts or 0)}", f"h {row.heads}")
+    )
+    if not lines:  # no two numbers of picks with equally many heads: then heads may differ along a line
+        lines = _lines(rows, lambda row: row.active_experts, lambda row: (f"N {_count(row.num_experts or 0)}",))
     if not lines:
         return None
     figure, (panel,) = _panels(1)
     for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
         _errorbar(panel, _means(own, lambda row: float(row.active_experts or 0), _val_loss), look, label=label)
-    _log_axis(panel, sorted({row.active_experts or 0 for own in lines.values() for row in own}))
+    _log_axis(panel, {str(row.active_experts): row.active_experts or 0 for own in lines.values() for row in own})
     panel.set(xlabel="experts per token h·k", ylabel=_LOSS)
     _legend(figure, [panel])
     return figure
@@ -175,9 +181,10 @@ def usage_distribution(mass: Mapping[str, np.ndarray]) -> Figure:
     figure, (ranked, histogram) = _panels(2)
     looks = _looks(list(mass))
     shares = {name: np.sort(values / values.sum() * len(values))[::-1] for name, values in mass.items()}
-    least = min(float(np.log10(each[each > 0].min())) for each in shares.values())
+    # a thousandth of the experts may lie below what is drawn; the first bin counts them
+    least = min(float(np.log10(np.quantile(each[each > 0], 1e-3))) for each in shares.values())
     most = max(float(np.log10(each.max())) for each in shares.values())
-    bins = np.linspace(np.floor(least * 4) / 4, np.ceil(most * 4) / 4, 41)
+    bins = np.linspace(least, max(most, least + 0.1), 41)
     for name, share in shares.items():
         used = share[share > 0]
         color = looks[name]["color"]
@@ -185,33 +192,41 @@ def usage_distribution(mass: Mapping[str, np.ndarray]) -> Figure:
         told = f"{name}: {len(share):,} experts" + (f", {unused:.1f}% unused" if len(used) < len(share) else "")
         ranked.plot(np.arange(1, len(used) + 1), used, color=color, label=told)
         weights = np.full(len(used), 100 / len(share))
-        histogram.hist(np.log10(used), bins, weights=weights, histtype="step", color=color, linewidth=1.2)
-    for panel, line in ((ranked, ranked.axhline), (histogram, histogram.axvline)):
-        line(1 if panel is ranked else 0, color="0.4", linestyle=":", linewidth=1)
+        histogram.hist(
+            np.clip(np.log10(used), *bins[[0, -1]]),
+            list(bins),
+            weights=weights,
+            histtype="step",
+            color=color,
+            linewidth=1.2,
+        )
+    ranked.axhline(1, color="0.4", linestyle=":", linewidth=1)
+    histogram.axvline(0, color="0.4", linestyle=":", linewidth=1)
     _log_axis(ranked)
     ranked.set_yscale("log")
-    ranked.set(xlabel="rank of the expert", ylabel="share of the gates (1: even)")
-    histogram.set(xlabel="share of the gates (1: even)", ylabel="experts (%)")
+    ranked.set_ylim(bottom=10**least)
+    ranked.set(xlabel="rank of the expert", ylabel="usage over the mean expert's")
+    histogram.set(xlabel="usage over the mean expert's", ylabel="experts (%)")
     histogram.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$10^{{{value:g}}}$"))
-    _legend(figure, [ranked], [Line2D([], [], color="0.4", linestyle=":", linewidth=1, label="even")])
+    _legend(figure, [ranked], [Line2D([], [], color="0.4", linestyle=":", linewidth=1, label="even usage")])
     return figure
 
 
 def _lines(
-    rows: Sequence[Row], x: Callable[[Row], int | None], other: Callable[[Row], int | None]
+    rows: Sequence[Row], x: Callable[[Row], int | None], others: Callable[[Row], tuple[str, ...]]
 ) -> dict[str, list[Row]]:
-    """Rows that differ in ``x`` and seed alone, by a label of what else tells them apart; of two ``x`` at least."""
-    groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+    """Rows of one model, size, budget and ``others``, by a label of those that vary; with two ``x`` at least."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        groups[row.model, row.size, row.budget, other(row)].append(row)
+        budget = "" if row.budget is None else f"{_power(row.budget)} FLOPs"
+        key = (row.model, row.size, budget, *others(row))
+        groups[key].append(row)
     groups = {key: own for key, own in groups.items() if len({x(row) for row in own}) > 1}
-    varies = [len({key[part] for key in groups}) > 1 for part in range(4)]
-    told = (str, str, lambda budget: f"{budget:.3g} FLOPs", lambda number: f"({number:,})")
-    lines: dict[str, list[Row]] = {}
-    for key, own in groups.items():
-        parts = [tell(part) for tell, part, wanted in zip(told, key, varies) if wanted and part is not None]
-        lines[" ".join(parts) or key[0]] = own
-    return lines
+    varies = [len(set(parts)) > 1 for parts in zip(*groups)]
+    return {
+        " ".join(part for part, wanted in zip(key, varies) if wanted and part) or key[0]: own
+        for key, own in groups.items()
+    }
 
 
 def _val_loss(row: Row) -> float:
@@ -220,11 +235,11 @@ def _val_loss(row: Row) -> float:
 
 
 def _means(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], float]) -> list[tuple[float, Interval]]:
-    """For every x the mean of y over its rows, which are seeds."""
-    values: dict[float, list[float]] = defaultdict(list)
+    """Of every x and variant the mean of y over the seeds, in order of x."""
+    values: dict[tuple[float, str], list[float]] = defaultdict(list)
     for row in rows:
-        values[x(row)].append(y(row))
-    return [(place, mean_interval(values[place])) for place in sorted(values)]
+        values[x(row), row.variant].append(y(row))
+    return [(place[0], mean_interval(values[place])) for place in sorted(values)]
 
 
 def _half_widths(intervals: Sequence[Interval]) -> list[float]:
@@ -239,7 +254,7 @@ def _errorbar(panel: Axes, points: Sequence[tuple[float, Interval]], look: dict[
         yerr=_half_widths(intervals),
         capsize=2,
         elinewidth=0.8,
-        **{**look, **more},  # type: ignore[arg-type]
+        **{**look, **more},
     )
 
 
@@ -251,7 +266,7 @@ def _looks(labels: Sequence[str]) -> dict[str, dict[str, str]]:
     }
 
 
-def _panels(count: int, share: str | None = None) -> tuple[Figure, list[Axes]]:
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """Panels side by side, each a bit narrower than a column; alone, as wide as one."""
     import matplotlib.pyplot as plt
 
@@ -260,11 +275,11 @@ def _panels(count: int, share: str | None = None) -> tuple[Figure, list[Axes]]:
     return figure, list(panels.flat)
 
 
-def _log_axis(panel: Axes, ticks: Sequence[int] | None = None) -> None:
+def _log_axis(panel: Axes, ticks: Mapping[str, int] | None = None) -> None:
     panel.set_xscale("log")
     panel.xaxis.set_minor_formatter(NullFormatter())
     if ticks is not None:
-        panel.set_xticks(ticks, [_short(tick) for tick in ticks])
+        panel.set_xticks(list(ticks.values()), list(ticks))
         panel.xaxis.set_minor_locator(NullLocator())
         return
     low, high = panel.get_xlim()
@@ -279,6 +294,21 @@ def _short(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / unit:g}{name}"
     return f"{value:g}"
+
+
+def _count(experts: int) -> str:
+    """1048576 as 1024²."""
+    root = math.isqrt(experts)
+    return f"{root}²" if root * root == experts and root > 9 else f"{experts:,}"
+
+
+def _power(value: float) -> str:
+    """4e12 as 4·10¹²."""
+    digits, _, exponent = f"{value:.3g}".partition("e")
+    if not exponent:
+        return digits
+    power = str(int(exponent)).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
+    return f"10{power}" if digits == "1" else f"{digits}·10{power}"
 
 
 def _legend(figure: Figure, panels: Sequence[Axes], more: Sequence[Line2D] = ()) -> None:

@@ -26,7 +26,7 @@ class Row(BaseModel):
         budget: FLOPs; None where tokens are fixed.
         trial: number of the learning rates tried; None for a run of the grid.
         parameters, active_parameters: all, and those that a token meets.
-        num_experts, active_experts: of one expert layer: N (or values), and h*k (or experts per token).
+        num_experts, heads, active_experts: of one expert layer: N (or values), h, and h*k (or experts per token).
         train_loss: of the last step. val_loss: over the whole validation split, after it. In nats per token.
         usage_percent, unevenness: over the last window of steps, the mean of the expert layers.
         train_seconds: of the steps alone, without start, validation and checkpoints.
@@ -48,6 +48,7 @@ class Row(BaseModel):
     active_parameters: int
     train_flops_per_token: float
     num_experts: int | None
+    heads: int | None
     active_experts: int | None
     tokens: int
     steps: int
@@ -73,7 +74,7 @@ def row_of(run: Run, metrics: Sequence[dict[str, float]], diverged: bool) -> Row
     tokens = len(steps) * run.config.train.global_batch_size * run.config.model.seq_length
     val_loss = last.get("val/loss")
     diverged = diverged or val_loss is None
-    experts, active = _experts(run.config)
+    experts, heads, top_k = _experts(run.config)
     return Row(
         run=run.name,
         status="diverged" if diverged else "done",
@@ -89,7 +90,8 @@ def row_of(run: Run, metrics: Sequence[dict[str, float]], diverged: bool) -> Row
         active_parameters=run.cost.active_parameters,
         train_flops_per_token=run.cost.train_flops_per_token,
         num_experts=experts,
-        active_experts=active,
+        heads=heads,
+        active_experts=heads and top_k and heads * top_k,
         tokens=tokens,
         steps=len(steps),
         train_loss=last.get("train/loss"),
@@ -107,15 +109,15 @@ def _layers_mean(line: dict[str, float], name: str) -> float | None:
     return fmean(values) if values and None not in values else None
 
 
-def _experts(config: Config) -> tuple[int | None, int | None]:
-    """Experts of a layer, and those a token meets, of the first kind in the model that has some."""
-    sizes: dict[str, tuple[int, int]] = {
-        "peer": (config.peer.num_experts, config.peer.heads * config.peer.top_k),
-        "pkm": (config.pkm.num_values, config.pkm.heads * config.pkm.top_k),
-        "moe": (config.moe.num_experts, config.moe.top_k),
-        "sigma_moe": (config.sigma_moe.num_experts, config.sigma_moe.top_k),
+def _experts(config: Config) -> tuple[int, int, int] | tuple[None, None, None]:
+    """Experts of a layer, heads and top_k, of the first kind in the model that has some."""
+    sizes: dict[str, tuple[int, int, int]] = {
+        "peer": (config.peer.num_experts, config.peer.heads, config.peer.top_k),
+        "pkm": (config.pkm.num_values, config.pkm.heads, config.pkm.top_k),
+        "moe": (config.moe.num_experts, 1, config.moe.top_k),
+        "sigma_moe": (config.sigma_moe.num_experts, 1, config.sigma_moe.top_k),
     }
-    return next((sizes[kind] for kind in config.model.mlp_kinds if kind in sizes), (None, None))
+    return next((sizes[kind] for kind in config.model.mlp_kinds if kind in sizes), (None, None, None))
 
 
 def write_results(path: Path, rows: Iterable[Row]) -> None:
