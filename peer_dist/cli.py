@@ -265,7 +265,7 @@ def sweep(
 
     runs = select(loaded, only or [], task)
     if dry_run:
-        Console().print(runs_table(loaded, runs), highlight=False)
+        _wide_console().print(runs_table(loaded, runs), highlight=False)
         return
     raise typer.Exit(run_sweep(loaded, runs, jobs, ranks, limit_minutes, Console(stderr=True)))
 
@@ -291,7 +291,7 @@ def plot(
 
     paths = run(inputs, output, kind or [], against)
     for table in tables(results_of(inputs), against):
-        Console().print(table, highlight=False)
+        _wide_console().print(table, highlight=False)
     for path in paths:
         typer.echo(path)
 
@@ -315,6 +315,12 @@ def doctor(
     from peer_dist.doctor.console import run
 
     run(settings, seconds, as_json=as_json)
+
+
+def _wide_console() -> Console:
+    """For tables whose names must stay whole in a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -80,6 +81,7 @@ class Difference:
     pairs: int
 
 
+@lru_cache
 def student_t(degrees: int, level: float = 0.95) -> float:
     """The half-width, in standard errors, of a two-sided interval; NaN without degrees of freedom."""
     if degrees < 1:

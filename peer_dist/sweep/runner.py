@@ -205,6 +205,8 @@ class _Running:
         code, path = self.process.returncode, self.folder / "metrics.jsonl"
         metrics = read_metrics(path) if path.is_file() else []
         complete = code == DONE and metrics and metrics[-1]["step"] == self.run.config.train.steps
+        if complete and "val/loss" not in metrics[-1]:
+            return None, "failed: its validation split has no whole sequence; raise the second share of data.split"
         if complete or code == DIVERGED:
             row = row_of(self.run, metrics, diverged=code == DIVERGED)
             return row, "diverged" if row.val_loss is None else f"loss {row.val_loss:.4f}, {row.train_seconds:.0f} s"
