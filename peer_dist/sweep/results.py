@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -122,7 +123,7 @@ def _experts(config: Config) -> tuple[int, int, int] | tuple[None, None, None]:
 
 def write_results(path: Path, rows: Iterable[Row]) -> None:
     """Replace the table by one of ``rows``, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, Row.model_fields)
         writer.writeheader()

@@ -109,13 +109,12 @@ def run_sweep(
     Raises:
         ConfigError: the ranks do not fit the config or the GPUs, or a run was begun with another config.
     """
-    for run in runs:
-        check_world(run.config, ranks)
-    gpus = _gpus()
+    deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+    rows, gpus = finished(sweep), _gpus()
     if gpus and jobs * ranks > len(gpus):
         raise ConfigError(f"--jobs {jobs} x --ranks {ranks}: needs {jobs * ranks} GPUs, and {len(gpus)} can be seen")
-    deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
-    rows = finished(sweep)
+    for run in runs:
+        check_world(run.config, ranks)
     for run in sweep.runs:
         known = settled(sweep, run, rows)
         if known is not None:
@@ -140,8 +139,8 @@ def run_sweep(
                 if row is None:
                     failed += [] if stopping else [child.run.name]
                     continue
-                rows[row.run] = row
                 _finish(child.folder, row, sweep.file.keep_checkpoints)
+                rows |= finished(sweep)  # other tasks of a job array finish runs too
                 write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
                 progress.advance(total)
                 _tell_choice(sweep, child.run, rows, console)
@@ -163,11 +162,9 @@ def run_sweep(
             time.sleep(_POLL_SECONDS)
     undone = [run.name for run in runs if run.name not in rows]
     blocked = [] if stopping else [name for name in undone if name not in failed]
-    if failed:
-        console.print(f"[red]{len(failed)} failed:[/] {', '.join(failed)}", highlight=False, soft_wrap=True)
-    if blocked:
-        told = f"not started, for want of their model's trials: {', '.join(blocked)}"
-        console.print(told, highlight=False, soft_wrap=True)
+    for names, told in ((failed, "failed"), (blocked, "not started, for want of their model's trials")):
+        if names:
+            console.print(f"{len(names)} {told}: {', '.join(names)}", highlight=False, soft_wrap=True)
     if stopping and undone:
         console.print(f"stopped with {len(undone)} of {len(runs)} runs to do; the same command goes on")
     console.print(f"results: {sweep.folder / RESULTS}", highlight=False, soft_wrap=True)
