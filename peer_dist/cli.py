@@ -255,6 +255,8 @@ def sweep(
     """Train a grid of models, sizes, budgets and seeds, going on where it was left; results go to results.csv."""
     from peer_dist.sweep.spec import load_sweep
 
+    if slurm and (only or task is not None or limit_minutes is not None):
+        raise typer.BadParameter("--slurm submits the whole sweep, without --only, --task and --limit-minutes")
     loaded = load_sweep(file, output or Path("runs") / file.stem)
     if slurm:
         from peer_dist.sweep.array import submit_array

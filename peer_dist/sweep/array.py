@@ -16,11 +16,12 @@ _SCRIPT = """#!/bin/bash
 set -u
 {command} --task "$SLURM_ARRAY_TASK_ID" &
 run=$!
-trap 'kill -TERM "$run"' USR1 TERM
-while :; do  # a signal ends the waiting, not the run
+interrupted=yes code=0
+trap 'interrupted=yes; kill -TERM "$run"' USR1 TERM
+while [ "$interrupted" = yes ]; do  # a signal ends the waiting, not the run
+    interrupted=no
     wait "$run"
     code=$?
-    kill -0 "$run" 2>/dev/null || break
 done
 [ "$code" != 75 ] || scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" || exit "$code"
 exit "$code"
