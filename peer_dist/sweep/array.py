@@ -1,0 +1,76 @@
+"""A sweep as Slurm's job arrays: task i is run i."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from peer_dist.slurm.submit import Job, SubmitError, find_sbatch, sbatch
+from peer_dist.sweep.spec import Sweep
+
+_SCRIPT = """#!/bin/bash
+# A task of a sweep. Stopped by its time limit or a preemption (exit code 75) it is requeued, and goes on.
+{directives}
+set -u
+{command} --task "$SLURM_ARRAY_TASK_ID" &
+run=$!
+interrupted=yes code=0
+trap 'interrupted=yes; kill -TERM "$run"' USR1 TERM
+while [ "$interrupted" = yes ]; do  # a signal ends the waiting, not the run
+    interrupted=no
+    wait "$run"
+    code=$?
+done
+[ "$code" != 75 ] || scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID" || exit "$code"
+exit "$code"
+"""
+
+
+def submit_array(sweep: Sweep, ranks: int, jobs: int, options: Sequence[str], dry_run: bool) -> str:
+    """Submit the sweep's runs, the trials first and the others after them; what to tell the user.
+
+    Args:
+        ranks: processes of a run, on one node.
+        jobs: tasks at a time.
+        options: more of sbatch's.
+        dry_run: submit nothing; the batch script is what is told.
+
+    Raises:
+        SubmitError: an option cannot be meant, or Slurm refuses the job.
+    """
+    Job(options=options).check()
+    folder = (sweep.folder / "slurm").absolute()
+    directives = {
+        "job-name": sweep.path.stem,
+        "ntasks": 1,
+        "cpus-per-task": ranks,
+        "chdir": Path.cwd(),
+        "output": folder / "%A_%a.log",
+        "open-mode": "append",
+        "signal": "B:USR1@120",
+        "requeue": None,
+    }
+    lines = [f"#SBATCH --{key}" + ("" if v is None else f"={shlex.quote(str(v))}") for key, v in directives.items()]
+    lines += [f"#SBATCH {option}" for option in options]  # the later of two wins
+    command = [sys.executable, "-m", "peer_dist", "sweep", str(sweep.path), "--output", str(sweep.folder)]
+    command += ["--ranks", str(ranks)]
+    script = _SCRIPT.format(directives="\n".join(lines), command=shlex.join(command))
+    trials = sum(run.trial is not None for run in sweep.runs)
+    ranges = [(0, trials), (trials, len(sweep.runs))] if trials else [(0, len(sweep.runs))]
+    arrays = [f"--array={first}-{end - 1}%{jobs}" for first, end in ranges]
+    if dry_run:
+        return f"{script}\n# submitted with {', then '.join(arrays)}"
+    find_sbatch()
+    path = folder / "sweep.sbatch"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
+    except OSError as error:
+        raise SubmitError(f"--output: nothing can be written to {folder} ({error.strerror})") from None
+    numbers: list[str] = []
+    for array in arrays:
+        after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []
+        numbers.append(sbatch(path, array, *after))
+    return f"submitted {len(sweep.runs)} runs as job array {', then '.join(numbers)}\nlogs: {folder}"

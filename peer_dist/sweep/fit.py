@@ -1,0 +1,198 @@
+"""What results say: compute-optimal sizes per budget, and differences between models. Pure functions on rows."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from peer_dist.sweep.results import Row
+
+Measure = Literal["train_flops_per_token", "active_parameters", "parameters"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and the half-width of its 95% interval by Student's t; NaN where nothing is left to tell it from."""
+
+    value: float
+    half_width: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f}" + ("" if math.isnan(self.half_width) else f" ± {self.half_width:.4f}")
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The parabola ``loss = a (x - x0)^2 + b (x - x0) + c`` of one model at one budget, ``x`` the log of the size.
+
+    Attributes:
+        coefficients: a, b and c (the mean of the seeds').
+        center: x0.
+        span: the least and the largest size tried.
+        log_size: of the minimum; NaN where the parabola has none.
+        loss: there, in nats per token.
+        where: the minimum lies inside the span, below or above it; none: the parabola opens downwards.
+    """
+
+    label: str
+    budget: float | None
+    coefficients: tuple[float, float, float]
+    center: float
+    span: tuple[float, float]
+    log_size: Interval
+    loss: Interval
+    where: Literal["inside", "below", "above", "none"]
+
+    @property
+    def size(self) -> float:
+        return math.exp(self.log_size.value)
+
+    @property
+    def size_interval(self) -> tuple[float, float]:
+        """Of 95%, in sizes: not symmetric, because it is in their logarithm."""
+        low, high = (self.log_size.value + sign * self.log_size.half_width for sign in (-1, 1))
+        return math.exp(low), math.exp(min(high, 700.0))
+
+    def curve(self, sizes: np.ndarray) -> np.ndarray:
+        """The parabola's loss at ``sizes``."""
+        return np.polyval(self.coefficients, np.log(sizes) - self.center)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Loss of ``label`` minus that of ``baseline``, over ``pairs`` of runs with one budget, size and seed.
+
+    With ``size`` None the sizes of a seed are averaged first, so that the pairs are seeds there too.
+    """
+
+    label: str
+    baseline: str
+    budget: float | None
+    size: str | None
+    loss: Interval
+    pairs: int
+
+
+@lru_cache
+def student_t(degrees: int, level: float = 0.95) -> float:
+    """The half-width, in standard errors, of a two-sided interval; NaN without degrees of freedom."""
+    if degrees < 1:
+        return math.nan
+    # with t = sqrt(degrees) tan(angle) the density is that of cos(angle)^(degrees - 1)
+    angle = np.linspace(0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (degrees - 1)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return float(math.sqrt(degrees) * np.tan(np.interp(level * mass[-1], mass, angle)))
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of independent values."""
+    count = len(values)
+    if count < 2:
+        return Interval(float(np.mean(values)), math.nan)
+    return Interval(float(np.mean(values)), student_t(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count))
+
+
+def grid_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows to compare: no trials, none that diverged."""
+    return [row for row in rows if row.trial is None and row.val_loss is not None]
+
+
+def fit_parabola(
+    label: str, budget: float | None, sizes: Sequence[float], seeds: Sequence[int], losses: Sequence[float]
+) -> Optimum:
+    """Least squares of loss against the log of the size, with a level of its own for every seed.
+
+    Uncertainties are by the delta method, from the residuals' variance: where the seeds shift whole curves, that
+    does not count as noise, because seeds are common to the models compared.
+
+    Raises:
+        ValueError: too few sizes, or too few of one seed, to tell a parabola from the seeds' levels.
+    """
+    log_sizes = np.log(np.asarray(sizes, dtype=np.float64))
+    center = float(log_sizes.mean())
+    x, y = log_sizes - center, np.asarray(losses, dtype=np.float64)
+    levels = np.asarray(seeds)[:, None] == np.unique(seeds)[None, :]
+    design = np.column_stack([x**2, x, levels])
+    solution, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    if rank < design.shape[1]:
+        raise ValueError(f"{label}: a parabola needs three sizes of one seed")
+    count = levels.shape[1]
+    a, b, c = float(solution[0]), float(solution[1]), float(solution[2:].mean())
+    span = (float(min(sizes)), float(max(sizes)))
+    if a <= 0:
+        nothing = Interval(math.nan, math.nan)
+        return Optimum(label, budget, (a, b, c), center, span, nothing, nothing, "none")
+    degrees = len(y) - design.shape[1]
+    variance = float(((y - design @ solution) ** 2).sum()) / degrees if degrees else math.nan
+    covariance = variance * np.linalg.inv(design.T @ design)
+    minimum = -b / (2 * a)
+    of_place = np.concatenate([[b / (2 * a**2), -1 / (2 * a)], np.zeros(count)])
+    of_loss = np.concatenate([[minimum**2, minimum], np.full(count, 1 / count)])
+
+    def interval(value: float, gradient: np.ndarray) -> Interval:
+        return Interval(value, student_t(degrees) * math.sqrt(float(gradient @ covariance @ gradient)))
+
+    log_size = center + minimum
+    where: Literal["inside", "below", "above"] = "inside"
+    if not log_sizes.min() <= log_size <= log_sizes.max():
+        where = "below" if log_size < log_sizes.min() else "above"
+    return Optimum(
+        label,
+        budget,
+        (a, b, c),
+        center,
+        span,
+        interval(log_size, of_place),
+        interval(c + minimum * b / 2, of_loss),
+        where,
+    )
+
+
+def optima(rows: Sequence[Row], measure: Measure = "train_flops_per_token") -> list[Optimum]:
+    """The compute-optimal size of every model at every budget, where there are sizes enough."""
+    groups: dict[tuple[float | None, str], list[Row]] = defaultdict(list)
+    for row in grid_rows(rows):
+        groups[row.budget, row.label].append(row)
+    found = []
+    for (budget, label), group in groups.items():
+        sizes = [float(getattr(row, measure)) for row in group]
+        with contextlib.suppress(ValueError):
+            found.append(fit_parabola(label, budget, sizes, [r.seed for r in group], [_loss(r) for r in group]))
+    return found
+
+
+def differences(rows: Sequence[Row], baseline: str | None = None) -> list[Difference]:
+    """Paired differences of every model (and variant) from ``baseline``, by default the first one of the rows."""
+    rows = grid_rows(rows)
+    labels = list(dict.fromkeys(row.label for row in rows))
+    if not labels:
+        return []
+    baseline = baseline or labels[0]
+    losses = {(row.label, row.budget, row.size, row.seed): _loss(row) for row in rows}
+    found = []
+    for budget, label in itertools.product(dict.fromkeys(row.budget for row in rows), labels):
+        by_size: dict[str, dict[int, float]] = defaultdict(dict)
+        for (own, at, size, seed), loss in losses.items():
+            if own == label != baseline and at == budget and (baseline, at, size, seed) in losses:
+                by_size[size][seed] = loss - losses[baseline, at, size, seed]
+        for size, pairs in by_size.items():
+            found.append(Difference(label, baseline, budget, size, mean_interval(list(pairs.values())), len(pairs)))
+        common = set.intersection(*(set(pairs) for pairs in by_size.values())) if len(by_size) > 1 else set()
+        if common:
+            means = [float(np.mean([pairs[seed] for pairs in by_size.values()])) for seed in sorted(common)]
+            found.append(Difference(label, baseline, budget, None, mean_interval(means), len(means)))
+    return found
+
+
+def _loss(row: Row) -> float:
+    assert row.val_loss is not None
+    return row.val_loss

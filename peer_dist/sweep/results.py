@@ -1,0 +1,150 @@
+"""The results table: one row a run that came to its end."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peer_dist.config import Config, ConfigError
+from peer_dist.evaluation.perplexity import perplexity_of
+from peer_dist.sweep.spec import Run
+
+RESULTS = "results.csv"
+
+
+class Row(BaseModel):
+    """A run in numbers; None where there is no such number.
+
+    Attributes:
+        budget: FLOPs; None where tokens are fixed.
+        trial: number of the learning rates tried; None for a run of the grid.
+        parameters, active_parameters: all, and those that a token meets.
+        num_experts, heads, active_experts: of one expert layer: N (or values), h, and h*k (or experts per token).
+        train_loss: of the last step. val_loss: over the whole validation split, after it. In nats per token.
+        usage_percent, unevenness: over the last window of steps, the mean of the expert layers.
+        train_seconds: of the steps alone, without start, validation and checkpoints.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    status: Literal["done", "diverged"]
+    model: str
+    variant: str
+    size: str
+    budget: float | None
+    seed: int
+    trial: int | None
+    lr: float
+    table_lr: float
+    parameters: int
+    active_parameters: int
+    train_flops_per_token: float
+    num_experts: int | None
+    heads: int | None
+    active_experts: int | None
+    tokens: int
+    steps: int
+    train_loss: float | None
+    val_loss: float | None
+    val_perplexity: float | None
+    usage_percent: float | None
+    unevenness: float | None
+    train_seconds: float
+    tokens_per_second: float
+
+    @property
+    def label(self) -> str:
+        """Model and variant: what is compared."""
+        return f"{self.model} {self.variant}".strip()
+
+
+def row_of(run: Run, metrics: Sequence[dict[str, float]], diverged: bool) -> Row:
+    """The numbers of a run that has ended, from its config and the lines of its metrics.jsonl."""
+    last = metrics[-1] if metrics else {}
+    steps = [line for line in metrics if "time/step" in line]
+    seconds = sum(line["time/step"] for line in steps)
+    tokens = len(steps) * run.config.train.global_batch_size * run.config.model.seq_length
+    val_loss = last.get("val/loss")
+    diverged = diverged or val_loss is None
+    experts, heads, top_k = _experts(run.config)
+    return Row(
+        run=run.name,
+        status="diverged" if diverged else "done",
+        model=run.model,
+        variant=run.variant,
+        size=run.size,
+        budget=run.budget,
+        seed=run.seed,
+        trial=run.trial,
+        lr=run.config.optimizer.lr,
+        table_lr=run.config.table_optimizer.lr,
+        parameters=run.cost.total.parameters,
+        active_parameters=run.cost.total.active,
+        train_flops_per_token=run.cost.train_flops_per_token,
+        num_experts=experts,
+        heads=heads,
+        active_experts=heads and top_k and heads * top_k,
+        tokens=tokens,
+        steps=len(steps),
+        train_loss=last.get("train/loss"),
+        val_loss=None if diverged else val_loss,
+        val_perplexity=None if diverged or val_loss is None else perplexity_of(val_loss),
+        usage_percent=_layers_mean(last, "usage_percent"),
+        unevenness=_layers_mean(last, "unevenness"),
+        train_seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds else 0.0,
+    )
+
+
+def _layers_mean(line: dict[str, float], name: str) -> float | None:
+    values = [value for key, value in line.items() if re.fullmatch(rf"experts/layer\d+_{name}", key)]
+    return fmean(values) if values and None not in values else None
+
+
+def _experts(config: Config) -> tuple[int, int, int] | tuple[None, None, None]:
+    """Experts of a layer, heads and top_k, of the first kind in the model that has some."""
+    sizes: dict[str, tuple[int, int, int]] = {
+        "peer": (config.peer.num_experts, config.peer.heads, config.peer.top_k),
+        "pkm": (config.pkm.num_values, config.pkm.heads, config.pkm.top_k),
+        "moe": (config.moe.num_experts, 1, config.moe.top_k),
+        "sigma_moe": (config.sigma_moe.num_experts, 1, config.sigma_moe.top_k),
+    }
+    return next((sizes[kind] for kind in config.model.mlp_kinds if kind in sizes), (None, None, None))
+
+
+def write_results(path: Path, rows: Iterable[Row]) -> None:
+    """Replace the table by one of ``rows``, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, Row.model_fields)
+        writer.writeheader()
+        writer.writerows(row.model_dump() for row in rows)
+    os.replace(partial, path)
+
+
+def read_results(path: Path) -> list[Row]:
+    """The rows of a results table.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [
+                Row.model_validate({k: v if v or k in ("size", "variant") else None for k, v in line.items()})
+                for line in csv.DictReader(file)
+            ]
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"{path}: cannot be read; name a results.csv of peer-dist sweep") from None
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ConfigError(f"{path}: is no table of peer-dist sweep (column {key})") from None

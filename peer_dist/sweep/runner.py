@@ -1,0 +1,287 @@
+"""Runs a sweep, or goes on with it: each run a process of its own, whose folder says how far it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from peer_dist.config import ConfigError, check_world, load_config
+from peer_dist.sweep.results import RESULTS, Row, row_of, write_results
+from peer_dist.sweep.spec import Run, Sweep
+from peer_dist.sweep.tuning import choose_rates
+from peer_dist.training.exits import DIVERGED, DONE, STOPPED
+from peer_dist.training.metrics import read_metrics
+from peer_dist.training.signals import StopRequest
+
+FAILED = 1
+_RESULT = "result.json"
+_POLL_SECONDS = 0.5
+
+
+def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) -> list[Run]:
+    """The runs whose name, model, size or variant is one of ``patterns`` (with * and ?), and the trials they need.
+
+    Without patterns all runs; with ``task`` that one alone.
+
+    Raises:
+        ConfigError: a pattern fits none, or there is no such task.
+    """
+    if task is not None:
+        if task >= len(sweep.runs):
+            raise ConfigError(f"--task: {task} is not below {len(sweep.runs)}, the number of runs of {sweep.path}")
+        return [sweep.runs[task]]
+    if not patterns:
+        return sweep.runs
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [
+            run for run in sweep.runs if any(fnmatch(n, pattern) for n in (run.name, run.model, run.size, run.variant))
+        ]
+        if not found:
+            raise ConfigError(
+                f"--only: {pattern} is no run, model, size or variant; runs are such as {sweep.runs[-1].name}"
+            )
+        chosen |= {run.name for run in found}
+        chosen |= {trial.name for run in found if run.trial is None for trial in sweep.trials(run.model)}
+    return [run for run in sweep.runs if run.name in chosen]
+
+
+def finished(sweep: Sweep) -> dict[str, Row]:
+    """The rows of the runs that have come to their end, by name."""
+    paths = {run.name: sweep.folder / run.name / _RESULT for run in sweep.runs}
+    return {n: Row.model_validate_json(path.read_text(encoding="utf-8")) for n, path in paths.items() if path.is_file()}
+
+
+def settled(sweep: Sweep, run: Run, rows: dict[str, Row]) -> Run | None:
+    """The run with its tuned learning rates; None while they are not known."""
+    if sweep.file.tune is None or run.trial is not None:
+        return run
+    choice = choose_rates(sweep, run.model, rows)
+    return None if choice is None else run.at(choice.rates)
+
+
+def runs_table(sweep: Sweep, runs: Sequence[Run]) -> Table:
+    """What ``runs`` are, and what they cost."""
+    rows, file = finished(sweep), sweep.path
+    table = Table(title=f"{file}: {len(runs)} runs, {sum(run.name in rows for run in runs)} of them done", box=None)
+    for column in ("run", "steps", "tokens", "parameters", "active", "FLOPs/token", "FLOPs", ""):
+        table.add_column(column, justify="left" if column in ("run", "") else "right", no_wrap=True)
+    spent = 0.0
+    for run in runs:
+        flops = run.tokens * run.cost.train_flops_per_token
+        spent += flops
+        counts = (run.config.train.steps, run.tokens, run.cost.total.parameters, run.cost.total.active)
+        table.add_row(
+            run.name,
+            *(f"{count:,}" for count in counts),
+            f"{run.cost.train_flops_per_token:.3g}",
+            f"{flops:.3g}",
+            rows[run.name].status if run.name in rows else "",
+        )
+    table.add_row("all", "", f"{sum(run.tokens for run in runs):,}", "", "", "", f"{spent:.3g}", "")
+    return table
+
+
+def run_sweep(
+    sweep: Sweep, runs: Sequence[Run], jobs: int, ranks: int, limit_minutes: float | None, console: Console
+) -> int:
+    """Run what is not done of ``runs``, and write the results table after each; the exit code.
+
+    A signal, or the end of the time limit, stops the running ones, which save and leave; the same call goes on.
+
+    Args:
+        jobs: runs at a time; they share the cores, and the GPUs if there are some.
+        ranks: processes of each run.
+
+    Raises:
+        ConfigError: the ranks do not fit the config or the GPUs, or a run was begun with another config.
+    """
+    deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+    rows, gpus = finished(sweep), _gpus()
+    if gpus and jobs * ranks > len(gpus):
+        raise ConfigError(f"--jobs {jobs} x --ranks {ranks}: needs {jobs * ranks} GPUs, and {len(gpus)} can be seen")
+    for run in runs:
+        check_world(run.config, ranks)
+    for run in sweep.runs:
+        known = settled(sweep, run, rows)
+        if known is not None:
+            _check_unchanged(sweep.folder / run.name, known)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
+    waiting = [run for run in runs if run.name not in rows]
+    running: dict[int, _Running] = {}  # by slot: its share of the machine
+    failed: list[str] = []
+    stopping = False
+    with StopRequest() as stop, _progress(console) as progress:
+        total = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
+        while True:
+            for slot, child in list(running.items()):
+                progress.update(child.task, completed=child.steps_done())
+                if child.process.poll() is None:
+                    continue
+                del running[slot]
+                progress.remove_task(child.task)
+                row, told = child.ended(stopping)
+                console.print(f"{child.run.name}: {told}", highlight=False, soft_wrap=True)
+                if row is None:
+                    failed += [] if stopping else [child.run.name]
+                    continue
+                _finish(child.folder, row, sweep.file.keep_checkpoints)
+                rows |= finished(sweep)  # other tasks of a job array finish runs too
+                write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
+                progress.advance(total)
+                _tell_choice(sweep, child.run, rows, console)
+            late = deadline is not None and time.monotonic() >= deadline
+            if not stopping and (stop.received is not None or late):
+                stopping = True
+                for child in running.values():
+                    child.process.send_signal(signal.SIGTERM)
+            for slot in range(0 if stopping else jobs):
+                ready = next((run for run in waiting if settled(sweep, run, rows)), None)
+                if slot in running or ready is None:
+                    continue
+                waiting.remove(ready)
+                known = settled(sweep, ready, rows)
+                assert known is not None
+                running[slot] = _start(sweep.folder, known, jobs, ranks, gpus[slot * ranks :][:ranks], progress)
+            if not running:
+                break
+            time.sleep(_POLL_SECONDS)
+    undone = [run.name for run in runs if run.name not in rows]
+    blocked = [] if stopping else [name for name in undone if name not in failed]
+    for names, told in ((failed, "failed"), (blocked, "not started, for want of their model's trials")):
+        if names:
+            console.print(f"{len(names)} {told}: {', '.join(names)}", highlight=False, soft_wrap=True)
+    if stopping and undone:
+        console.print(f"stopped with {len(undone)} of {len(runs)} runs to do; the same command goes on")
+    console.print(f"results: {sweep.folder / RESULTS}", highlight=False, soft_wrap=True)
+    return FAILED if failed or blocked else STOPPED if undone else DONE
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+@dataclass
+class _Running:
+    """A run's process."""
+
+    run: Run
+    folder: Path
+    process: subprocess.Popen[bytes]
+    task: TaskID
+
+    def steps_done(self) -> int:
+        try:
+            return max(0, sum(1 for _ in (self.folder / "metrics.jsonl").open("rb")) - 1)
+        except FileNotFoundError:
+            return 0
+
+    def ended(self, stopped: bool) -> tuple[Row | None, str]:
+        """The row of a run that came to its end, and what to say of it."""
+        code, path = self.process.returncode, self.folder / "metrics.jsonl"
+        metrics = read_metrics(path) if path.is_file() else []
+        complete = code == DONE and metrics and metrics[-1]["step"] == self.run.config.train.steps
+        if complete and "val/loss" not in metrics[-1]:
+            return None, "failed: its validation split has no whole sequence; raise the second share of data.split"
+        if complete or code == DIVERGED:
+            row = row_of(self.run, metrics, diverged=code == DIVERGED)
+            return row, "diverged" if row.val_loss is None else f"loss {row.val_loss:.4f}, {row.train_seconds:.0f} s"
+        if stopped:
+            return None, f"stopped at step {self.steps_done()} of {self.run.config.train.steps}"
+        words = [line for line in _log(self.folder).read_text(errors="replace").splitlines() if line.strip()]
+        return (
+            None,
+            f"failed (exit code {code}): {words[-1].strip() if words else 'it said nothing'}; see {_log(self.folder)}",
+        )
+
+
+def _start(folder: Path, run: Run, jobs: int, ranks: int, gpus: Sequence[str], progress: Progress) -> _Running:
+    folder = folder / run.name
+    folder.mkdir(exist_ok=True)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    launcher = []
+    if ranks > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
+    environment = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    with _log(folder).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *launcher, "peer_dist", "train", "--config", str(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
+        )
+    return _Running(run, folder, process, progress.add_task(run.name, total=run.config.train.steps))
+
+
+def _log(folder: Path) -> Path:
+    return folder / "log.txt"
+
+
+def _finish(folder: Path, row: Row, checkpoints: bool) -> None:
+    """Mark the run as finished: from here on it is not run again."""
+    partial = folder / f".{_RESULT}"
+    partial.write_text(row.model_dump_json(indent=1), encoding="utf-8")
+    os.replace(partial, folder / _RESULT)
+    if not checkpoints:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def _in_order(sweep: Sweep, rows: dict[str, Row]) -> list[Row]:
+    return [rows[run.name] for run in sweep.runs if run.name in rows]
+
+
+def _check_unchanged(folder: Path, run: Run) -> None:
+    """Refuse to mix the results of two files."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    before, now = load_config(path).model_dump(mode="json"), run.config.model_dump(mode="json")
+    for section, keys in now.items():
+        for key, value in keys.items():
+            if key != "dir" and before[section][key] != value:
+                raise ConfigError(
+                    f"{folder}: was run with {section}.{key} {before[section][key]}, and the sweep's file gives "
+                    f"{value}; choose another --output, or delete that folder"
+                )
+
+
+def _tell_choice(sweep: Sweep, run: Run, rows: dict[str, Row], console: Console) -> None:
+    choice = choose_rates(sweep, run.model, rows) if run.trial is not None else None
+    if choice is not None:
+        console.print(f"{run.model}: {choice}", highlight=False, soft_wrap=True)
+
+
+def _gpus() -> list[str]:
+    """What the runs may share out: CUDA's names of the devices that this process sees."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible is not None else [str(n) for n in range(torch.cuda.device_count())]
+    return names[: torch.cuda.device_count()]

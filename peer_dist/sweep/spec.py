@@ -1,0 +1,233 @@
+"""A sweep's file: models x sizes x variants x budgets x seeds, every run of which becomes a checked config."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
+
+from peer_dist.config import Config, ConfigError, parse_config
+from peer_dist.config.load import Tree, read_tree, sentence, set_key
+from peer_dist.config.schema import Section
+from peer_dist.planning.counts import Counts, count
+
+Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.+]*$")]
+Overrides = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+Positive = Annotated[float, Field(gt=0)]
+Rates = tuple[float, float | None]
+"""Learning rates of the dense part and of the tables; None: the config's."""
+
+_DERIVED = {
+    "train.steps",
+    "train.seed",
+    "optimizer.warmup_steps",
+    "optimizer.decay_steps",
+    "evaluation.interval",
+    "evaluation.batches",
+    "checkpoint.dir",
+    "logging.dir",
+}
+_TUNED = {"optimizer.lr", "table_optimizer.lr"}
+_WHOLE_SPLIT = 10**9  # batches; a validation takes at most the split
+
+
+class TuneSection(Section):
+    """Learning rates, chosen per model by as many trials each, at the smallest budget."""
+
+    size: str = Field("", description="the size at which it is done")
+    variant: str = Field("", description="the variant; by default the first")
+    seeds: list[int] = Field(default_factory=list, description="seeds of the trials; by default the first one")
+    learning_rates: dict[str, list[Positive | tuple[Positive, Positive]]] = Field(
+        description="model to its trials: a rate for the dense part, or a pair of it and the tables' rate"
+    )
+
+    def trials(self, model: str) -> list[Rates]:
+        """Of ``model``, in the file's order."""
+        return [rate if isinstance(rate, tuple) else (rate, None) for rate in self.learning_rates[model]]
+
+
+class SweepFile(Section):
+    """A sweep."""
+
+    base: str | Tree = Field(description="the runs' config: a YAML file relative to this one, or its sections")
+    budgets: list[Positive] = Field(default_factory=list, description="training FLOPs of a run")
+    tokens: Positive | None = Field(None, description="instead of budgets: training tokens of every run")
+    models: dict[Name, Overrides] = Field(min_length=1, description="name to overrides (section.key: value)")
+    sizes: dict[Name, Overrides] = Field({"": {}}, min_length=1, description="name to overrides")
+    variants: dict[Name, Overrides] = Field({"": {}}, min_length=1, description="name to overrides")
+    seeds: list[Annotated[int, Field(ge=0, le=2**32 - 1)]] = Field(
+        [1], min_length=1, description="values of train.seed"
+    )
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps that warms the learning rate up")
+    validations: int = Field(1, ge=1, description="over the whole validation split in each run, the last at its end")
+    tune: TuneSection | None = Field(None, description="how learning rates are chosen; null: they are the config's")
+    keep_checkpoints: bool = Field(False, description="keep those of finished runs")
+
+    @model_validator(mode="after")
+    def _check(self) -> SweepFile:
+        if bool(self.budgets) == (self.tokens is not None):
+            raise ValueError("give exactly one of budgets and tokens")
+        for name, values in (("budgets", self.budgets), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} lists a value twice")
+        derived = _DERIVED | (_TUNED if self.tune else set())
+        for part, entries in (("models", self.models), ("sizes", self.sizes), ("variants", self.variants)):
+            for name, overrides in entries.items():
+                for key in sorted(derived & overrides.keys()):
+                    raise ValueError(f"{part}.{name}: {key} is set by the sweep itself; take it out")
+        if self.tune:
+            self._check_tune(self.tune)
+        return self
+
+    def _check_tune(self, tune: TuneSection) -> None:
+        if tune.learning_rates.keys() != self.models.keys():
+            raise ValueError(
+                f"tune.learning_rates: is for {', '.join(tune.learning_rates)}, and the models are "
+                f"{', '.join(self.models)}; give each its trials"
+            )
+        counts = {name: len(rates) for name, rates in tune.learning_rates.items()}
+        if len(set(counts.values())) > 1 or not all(counts.values()):
+            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(
+                f"tune.learning_rates: every model needs the same number of trials, at least 1; got {told}"
+            )
+        if tune.size not in self.sizes:
+            raise ValueError(f"tune.size: {tune.size!r} is none of the sizes ({', '.join(self.sizes)})")
+        if tune.variant and tune.variant not in self.variants:
+            raise ValueError(f"tune.variant: {tune.variant!r} is none of the variants ({', '.join(self.variants)})")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        budget: FLOPs; None where tokens are fixed.
+        trial: number of the learning rates it tries, from 0; None: a run of the grid.
+        config: complete but for learning rates that are still to be tuned.
+    """
+
+    name: str
+    model: str
+    size: str
+    variant: str
+    budget: float | None
+    seed: int
+    trial: int | None
+    config: Config
+    cost: Counts
+
+    @property
+    def tokens(self) -> int:
+        return self.config.train.steps * self.config.train.global_batch_size * self.config.model.seq_length
+
+    def at(self, rates: Rates) -> Run:
+        """The same run with these learning rates."""
+        lr, table_lr = rates
+        dense = self.config.optimizer.model_copy(update={"lr": lr})
+        tables = self.config.table_optimizer.model_copy(update={} if table_lr is None else {"lr": table_lr})
+        return replace(self, config=self.config.model_copy(update={"optimizer": dense, "table_optimizer": tables}))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep: its file, the folder of its runs (each in one of its name), and the runs, trials first."""
+
+    path: Path
+    file: SweepFile
+    folder: Path
+    runs: list[Run]
+
+    def trials(self, model: str) -> list[Run]:
+        return [run for run in self.runs if run.model == model and run.trial is not None]
+
+
+def load_sweep(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Sweep:
+    """Read a sweep's file and check every run of it.
+
+    Raises:
+        ConfigError: the file or one of its runs is impossible.
+        DataError: the data are not prepared.
+    """
+    path, folder = Path(path), Path(folder)
+    tree = read_tree(path)
+    try:
+        file = SweepFile.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(sentence(error, str(path), {}, SweepFile)) from None
+    base = read_tree(path.parent / file.base) if isinstance(file.base, str) else file.base
+    runs = list(_runs(path, file, base, folder))
+    return Sweep(path, file, folder, runs)
+
+
+class _Cell(NamedTuple):
+    """A place in the grid; see :class:`Run`."""
+
+    model: str
+    size: str
+    variant: str
+    budget: float | None
+    seed: int
+    trial: int | None = None
+
+
+def _runs(path: Path, file: SweepFile, base: Tree, folder: Path) -> Iterator[Run]:
+    budgets: list[float] | list[None] = file.budgets or [None]
+    if file.tune is not None:
+        least = min(file.budgets) if file.budgets else None
+        variant = file.tune.variant or next(iter(file.variants))
+        for model, seed in itertools.product(file.models, file.tune.seeds or file.seeds[:1]):
+            for trial, rates in enumerate(file.tune.trials(model)):
+                cell = _Cell(model, file.tune.size, variant, least, seed, trial)
+                yield _run(path, file, base, folder, cell).at(rates)
+    for budget, model, variant, size, seed in itertools.product(
+        budgets, file.models, file.variants, file.sizes, file.seeds
+    ):
+        yield _run(path, file, base, folder, _Cell(model, size, variant, budget, seed))
+
+
+def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> Run:
+    model, size, variant, budget, seed, trial = cell
+    parts = [model, variant, size, "" if budget is None else f"{budget:g}".replace("e+", "e"), f"s{seed}"]
+    name = "-".join([part for part in parts if part] + ([] if trial is None else [f"trial{trial}"]))
+    source = f"{path}: {name}"
+    tree = copy.deepcopy(base)
+    for overrides in (file.models[model], file.sizes[size], file.variants[variant]):
+        for key, value in overrides.items():
+            set_key(tree, key.split("."), value, f"{path}: {key}")
+    set_key(tree, ["train", "seed"], seed, source)
+    for section in ("checkpoint", "logging"):
+        inside = folder / name / ("checkpoints" if section == "checkpoint" else "")
+        set_key(tree, [section, "dir"], str(inside), source)
+    for key in ("warmup_steps", "decay_steps"):  # of a run with other steps; below come those of this one
+        tree.get("optimizer", {}).pop(key, None)
+    set_key(tree, ["optimizer", "warmup_steps"], 0, source)
+    config = parse_config(tree, source)
+    cost = count(config, _vocab_size(config))
+    tokens = file.tokens if budget is None else budget / cost.train_flops_per_token
+    assert tokens is not None
+    batch = config.train.global_batch_size * config.model.seq_length
+    steps = round(tokens / batch)
+    if steps < 2:
+        given = "tokens" if budget is None else "budgets"
+        raise ConfigError(
+            f"{source}: {given}: {tokens:,.0f} tokens are {tokens / batch:.2f} steps of {batch}; raise it"
+        )
+    set_key(tree, ["train", "steps"], steps, source)
+    set_key(tree, ["optimizer", "warmup_steps"], min(round(file.warmup_share * steps), steps - 1), source)
+    set_key(tree, ["optimizer", "decay_steps"], steps, source)
+    set_key(tree, ["evaluation", "interval"], -(-steps // file.validations), source)
+    set_key(tree, ["evaluation", "batches"], _WHOLE_SPLIT, source)
+    return Run(name, *cell, parse_config(tree, source), cost)
+
+
+def _vocab_size(config: Config) -> int:
+    from peer_dist.data.stream import open_tokenizer
+
+    return open_tokenizer(config.data).padded_vocab_size

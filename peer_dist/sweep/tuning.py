@@ -1,0 +1,57 @@
+"""Which learning rates a model's trials speak for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from peer_dist.sweep.results import Row
+from peer_dist.sweep.spec import Rates, Sweep
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best of a model's trials.
+
+    Attributes:
+        loss: mean validation loss over the trials' seeds; infinite where every trial diverged.
+        edges: the rates ("dense", "table") that are the least or the largest tried: the best may lie beyond.
+    """
+
+    rates: Rates
+    loss: float
+    edges: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lr, table_lr = self.rates
+        told = f"lr {lr:g}" + ("" if table_lr is None else f", tables {table_lr:g}") + f" (loss {self.loss:.4f})"
+        if self.edges:
+            told += f"; at the edge of the {' and '.join(self.edges)} rates tried: the best may lie beyond"
+        return told
+
+
+def choose_rates(sweep: Sweep, model: str, rows: Mapping[str, Row]) -> Choice | None:
+    """The rates with the least mean loss; None while trials are missing. A diverged trial counts as infinite.
+
+    Args:
+        rows: those that are there, by run.
+    """
+    assert sweep.file.tune is not None
+    rates = sweep.file.tune.trials(model)
+    losses: list[list[float]] = [[] for _ in rates]
+    for run in sweep.trials(model):
+        if run.name not in rows:
+            return None
+        loss = rows[run.name].val_loss
+        assert run.trial is not None
+        losses[run.trial].append(math.inf if loss is None else loss)
+    means = [fmean(each) for each in losses]
+    best = means.index(min(means))
+    edges = []
+    for name, tried in (("dense", [lr for lr, _ in rates]), ("table", [lr for _, lr in rates if lr is not None])):
+        chosen = rates[best][0 if name == "dense" else 1]
+        if len(set(tried)) > 1 and chosen in (min(tried), max(tried)):
+            edges.append(name)
+    return Choice(rates[best], means[best], tuple(edges))

@@ -1,0 +1,364 @@
+"""Sweeps: what a file is refused for, a real one stopped, resumed and finished, tuning, job arrays, and the fits."""
+
+import io
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from peer_dist.config import ConfigError
+from peer_dist.sweep.array import submit_array
+from peer_dist.sweep.fit import differences, fit_parabola, mean_interval, optima, student_t
+from peer_dist.sweep.results import Row, read_results, write_results
+from peer_dist.sweep.runner import run_sweep, runs_table, select
+from peer_dist.sweep.spec import load_sweep
+from peer_dist.sweep.tuning import choose_rates
+from peer_dist.training import exits
+from peer_dist.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def sweep_tree(text):
+    """Two models in two sizes, one seed."""
+    return {
+        "base": {
+            "model": {"num_layers": 3, "num_attention_heads": 2, "seq_length": 32},
+            "peer": {"num_experts": 225, "heads": 3, "top_k": 4, "key_dim": 8},
+            "data": {"prefix": str(text), "split": "96,2,2"},
+            "train": {"micro_batch_size": 8, "global_batch_size": 8, "precision": "fp32"},
+        },
+        "budgets": [1e10],
+        "models": {"dense": None, "peer": {"model.mlp": ["dense", "peer", "dense"]}},
+        "sizes": {
+            "h16": {"model.hidden_size": 16, "model.ffn_hidden_size": 48},
+            "h32": {"model.hidden_size": 32, "model.ffn_hidden_size": 96},
+        },
+    }
+
+
+def written(tree, folder):
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_a_budget_is_spent_by_every_run(sweep_tree, tmp_path):
+    sweep = load_sweep(written({**sweep_tree, "budgets": [1e10, 3e10], "seeds": [1, 2]}, tmp_path), tmp_path / "out")
+    assert len({run.name for run in sweep.runs}) == 2 * 2 * 2 * 2
+    for run in sweep.runs:
+        train, schedule = run.config.train, run.config.optimizer
+        step = run.cost.train_flops_per_token * train.global_batch_size * run.config.model.seq_length
+        assert abs(train.steps * step - run.budget) <= step / 2, "to the nearest step"
+        assert (schedule.decay_steps, schedule.warmup_steps) == (train.steps, round(0.05 * train.steps))
+        assert train.seed == run.seed
+        assert run.config.checkpoint.dir == str(tmp_path / "out" / run.name / "checkpoints")
+    assert sweep.runs[0].name == "dense-h16-1e10-s1"
+    console = Console(width=160, file=io.StringIO())
+    console.print(runs_table(sweep, sweep.runs))
+    shown = console.file.getvalue()
+    assert all(run.name in shown and f"{run.config.train.steps:,}" in shown for run in sweep.runs)
+
+
+def test_tokens_instead_of_a_budget(sweep_tree, tmp_path):
+    tree = {key: value for key, value in sweep_tree.items() if key not in ("budgets", "sizes")}
+    tree |= {"tokens": 25_600, "variants": {"few": {"peer.top_k": 2}, "many": {"peer.top_k": 8}}}
+    sweep = load_sweep(written(tree, tmp_path), tmp_path)
+    assert [run.name for run in sweep.runs] == ["dense-few-s1", "dense-many-s1", "peer-few-s1", "peer-many-s1"]
+    assert {(run.config.train.steps, run.tokens) for run in sweep.runs} == {(100, 25_600)}
+    assert sweep.runs[3].config.peer.top_k == 8
+
+
+RATES = {"dense": [1e-3, 2e-3], "peer": [[1e-3, 1e-3], [2e-3, 4e-3]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tokens": 1e6}, "exactly one of budgets and tokens"),
+        ({"budget": [1e9]}, "budget: unknown key; did you mean budgets?"),
+        ({"models": {"a b": {}}}, "models"),
+        ({"models": {"wide": {"model.hiden_size": 3}}}, "tiny.yaml: wide-h16-1e10-s1: model.hiden_size: unknown key"),
+        ({"models": {"long": {"train.steps": 3}}}, "models.long: train.steps is set by the sweep itself"),
+        ({"budgets": [1e6]}, "dense-h16-1e06-s1: budgets: 9 tokens are 0.03 steps of 256; raise it"),
+        ({"seeds": [1, 1]}, "seeds lists a value twice"),
+        ({"tune": {"learning_rates": RATES}}, "tune.size: '' is none of the sizes"),
+        ({"tune": {"size": "h16", "learning_rates": {"dense": [1]}}}, "is for dense, and the models are dense, peer"),
+        (
+            {"tune": {"size": "h16", "learning_rates": {**RATES, "dense": [1e-3]}}},
+            "same number of trials, at least 1; got dense 1, peer 2",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_is_one_sentence(sweep_tree, tmp_path, changes, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_sweep(written({**sweep_tree, **changes}, tmp_path), tmp_path)
+    assert sentence in str(error.value)
+    assert str(tmp_path / "tiny.yaml") in str(error.value)
+
+
+def test_the_isoflop_sweep_is_one(text):
+    """Of the repository, on other data: four models, five sizes, three seeds, and as many trials for each."""
+    tree = yaml.safe_load(Path("configs/sweeps/isoflop.yaml").read_text())
+    path = text.with_name("isoflop.yaml")
+    tree["base"]["data"]["prefix"] = str(text)
+    path.write_text(yaml.safe_dump(tree))
+    sweep = load_sweep(path, "out")
+    assert len([run for run in sweep.runs if run.trial is None]) == 2 * 4 * 5 * 3
+    assert {len(sweep.trials(model)) for model in tree["models"]} == {4}
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def swept(sweep_tree, tmp_path_factory):
+    """A whole sweep that met a failing run and a signal on its way; what was seen then, and its folder."""
+    folder = tmp_path_factory.mktemp("sweep")
+    path, out = written(sweep_tree, folder), folder / "out"
+    sweep = load_sweep(path, out)
+    seen = {"sweep": sweep, "out": out, "console": quiet()}
+    blocked = out / "peer-h32-1e10-s1" / "checkpoints"
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()  # a file where a folder should be
+    seen["failed"] = run_sweep(sweep, select(sweep, task=3), 1, 1, None, seen["console"])
+    seen["after failing"] = {p.name for p in out.iterdir() if p.is_dir()}
+    blocked.unlink()
+    seen["at once"] = run_sweep(sweep, sweep.runs, 1, 1, 0, quiet())
+    command = [sys.executable, "-m", "peer_dist", "sweep", str(path), "-o", str(out), "--jobs", "2"]
+    process = subprocess.Popen(
+        [*command, "--only", "h16"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    metrics = out / "dense-h16-1e10-s1" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    seen["words"] = process.communicate(timeout=120)[1]
+    seen["stopped"] = process.returncode
+    seen["checkpoint"] = sorted(p.name for p in (out / "dense-h16-1e10-s1" / "checkpoints").glob("step-*"))
+    seen["resumed"] = run_sweep(sweep, sweep.runs, 2, 1, None, seen["console"])
+    seen["said"] = " ".join(seen["console"].file.getvalue().split())
+    return seen
+
+
+def test_a_failing_run_is_told_and_is_alone(swept):
+    assert swept["failed"] == 1
+    assert swept["after failing"] == {"peer-h32-1e10-s1"}, "a task is one run"
+    assert "peer-h32-1e10-s1: failed (exit code 2): error: checkpoint.dir: nothing can be written" in swept["said"]
+
+
+def test_a_stopped_sweep_goes_on_from_checkpoints(swept):
+    assert swept["at once"] == exits.STOPPED
+    assert swept["stopped"] == exits.STOPPED
+    assert "the same command goes on" in swept["words"]
+    (step,) = swept["checkpoint"]
+    stopped_at = int(step.removeprefix("step-"))
+    assert 2 <= stopped_at < swept["sweep"].runs[0].config.train.steps
+    assert f"going on from step {stopped_at}" in (swept["out"] / "dense-h16-1e10-s1" / "log.txt").read_text()
+    assert swept["resumed"] == exits.DONE
+
+
+def test_results_are_the_runs_own_numbers(swept):
+    rows = {row.run: row for row in read_results(swept["out"] / "results.csv")}
+    assert list(rows) == [run.name for run in swept["sweep"].runs]
+    for run in swept["sweep"].runs:
+        row, metrics = rows[run.name], read_metrics(swept["out"] / run.name / "metrics.jsonl")
+        steps = metrics[1:]
+        assert [line["step"] for line in steps] == list(range(1, run.config.train.steps + 1))
+        assert (row.val_loss, row.train_loss) == (steps[-1]["val/loss"], steps[-1]["train/loss"])
+        assert row.val_perplexity == pytest.approx(math.exp(row.val_loss))
+        assert row.unevenness == steps[-1].get("experts/layer2_unevenness")
+        assert (row.unevenness is None) == (run.model == "dense")
+        assert row.train_seconds == pytest.approx(sum(line["time/step"] for line in steps))
+        assert row.tokens == run.tokens == run.config.train.steps * 8 * 32
+        assert row.tokens_per_second == pytest.approx(row.tokens / row.train_seconds)
+        assert (row.num_experts, row.active_experts) == ((225, 12) if run.model == "peer" else (None, None))
+        assert not (swept["out"] / run.name / "checkpoints").exists()
+
+
+def test_a_finished_sweep_does_nothing(swept, sweep_tree, tmp_path):
+    out = shutil.copytree(swept["out"], tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
+    (out / "results.csv").unlink()
+    sweep = load_sweep(written(sweep_tree, tmp_path), out)
+    assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet()) == exits.DONE
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == before
+    assert len(read_results(out / "results.csv")) == 4
+    other = {**sweep_tree, "models": {**sweep_tree["models"], "dense": {"optimizer.weight_decay": 0.2}}}
+    sweep = load_sweep(written(other, tmp_path), out)
+    with pytest.raises(ConfigError, match=r"dense-h16-1e10-s1: was run with optimizer.weight_decay 0.1, .* gives 0.2"):
+        run_sweep(sweep, sweep.runs, 2, 1, None, quiet())
+
+
+def test_only_some_runs(sweep_tree, tmp_path):
+    tree = {**sweep_tree, "tune": {"size": "h16", "learning_rates": RATES}}
+    sweep = load_sweep(written(tree, tmp_path), tmp_path)
+    names = [run.name for run in select(sweep, ["peer-h32*"])]
+    assert names == ["peer-h16-1e10-s1-trial0", "peer-h16-1e10-s1-trial1", "peer-h32-1e10-s1"], "and their trials"
+    assert {run.model for run in select(sweep, ["dense"])} == {"dense"}
+    for mistake, sentence in (({"patterns": ["x"]}, "--only: x is no run"), ({"task": 8}, "--task: 8 is not below 8")):
+        with pytest.raises(ConfigError, match=sentence):
+            select(sweep, **mistake)
+
+
+@pytest.mark.slow
+def test_tuned_runs_use_the_best_trial_and_the_loss_is_the_whole_splits(sweep_tree, tmp_path):
+    tree = {**sweep_tree, "models": {"peer": sweep_tree["models"]["peer"]}, "keep_checkpoints": True}
+    tree["tune"] = {"size": "h32", "learning_rates": {"peer": [[1e-6, 1e-6], [3e-3, 3e-3]]}}
+    sweep = load_sweep(written(tree, tmp_path), tmp_path / "out")
+    assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet()) == exits.DONE
+    rows = {row.run: row for row in read_results(tmp_path / "out" / "results.csv")}
+    assert rows["peer-h16-1e10-s1"].lr == rows["peer-h16-1e10-s1"].table_lr == 3e-3
+    assert rows["peer-h32-1e10-s1"].val_loss == rows["peer-h32-1e10-s1-trial1"].val_loss, "the same run"
+    checkpoints = str(tmp_path / "out" / "peer-h16-1e10-s1" / "checkpoints")
+    command = [sys.executable, "-m", "peer_dist", "evaluate", "--checkpoint", checkpoints, "--json"]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert told["loss"] == pytest.approx(rows["peer-h16-1e10-s1"].val_loss, rel=1e-6)
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def make_row(**values):
+    known = dict.fromkeys(Row.model_fields)
+    known |= {"run": "r", "status": "done", "model": "m", "variant": "", "size": "", "seed": 1, "lr": 1, "table_lr": 1}
+    known |= {"parameters": 1, "active_parameters": 1, "train_flops_per_token": 1, "tokens": 1, "steps": 1}
+    return Row(**{**known, "train_seconds": 1, "tokens_per_second": 1, **values})
+
+
+def test_the_best_mean_is_chosen_and_edges_are_told(sweep_tree, tmp_path):
+    rates = {"dense": [1e-3, 2e-3, 4e-3], "peer": [[1e-3, 1e-3], [2e-3, 4e-3], [2e-3, 2e-3]]}
+    tree = {**sweep_tree, "seeds": [7, 8], "tune": {"size": "h16", "seeds": [7, 8], "learning_rates": rates}}
+    sweep = load_sweep(written(tree, tmp_path), tmp_path)
+    rows = {}
+
+    def finish(model, losses):
+        for run, loss in zip(sweep.trials(model), losses):
+            rows[run.name] = make_row(run=run.name, val_loss=loss)
+
+    finish("dense", [2.0, 1.9, 1.8, 2.0, 1.9])
+    assert choose_rates(sweep, "dense", rows) is None, "one is missing"
+    finish("dense", [2.0, 1.9, 1.8, 2.0, 1.9, None])  # the last one diverged
+    choice = choose_rates(sweep, "dense", rows)
+    assert (choice.rates, choice.loss, choice.edges) == ((2e-3, None), pytest.approx(1.9), ())
+    finish("peer", [2.0, 1.7, 1.8, 2.0, 1.7, 1.8])
+    choice = choose_rates(sweep, "peer", rows)
+    assert (choice.rates, choice.edges) == ((2e-3, 4e-3), ("dense", "table"))
+    assert "at the edge of the dense and table rates" in str(choice)
+    assert sweep.runs[0].config.optimizer.lr == 1e-3
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+def test_job_arrays(sweep_tree, tmp_path, monkeypatch):
+    sweep = load_sweep(written({**sweep_tree, "tune": {"size": "h16", "learning_rates": RATES}}, tmp_path), tmp_path)
+    script = submit_array(sweep, 2, 3, ["--time=60"], dry_run=True)
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert "#SBATCH --cpus-per-task=2" in script
+    assert script.index("signal=B:USR1@120") < script.index("#SBATCH --time=60"), "the user's options win"
+    assert f'--output {tmp_path} --ranks 2 --task "$SLURM_ARRAY_TASK_ID"' in script
+    assert not (tmp_path / "slurm").exists(), "a dry run writes nothing"
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "sbatch"
+    command.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\nwc -l <{tmp_path}/asked\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
+    assert submit_array(sweep, 2, 3, [], dry_run=False).startswith("submitted 8 runs as job array 1, then 2")
+    first, second = (tmp_path / "asked").read_text().splitlines()
+    assert "--array=0-3%3 " in first
+    assert "--array=4-7%3 --dependency=afterany:1 " in second
+
+
+# ---------------------------------------------------------------- fits
+
+
+def test_student_t_is_the_tables():
+    for degrees, want in ((1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814), (1000, 1.96234)):
+        assert student_t(degrees) == pytest.approx(want, rel=1e-5)
+    assert math.isnan(student_t(0))
+    interval = mean_interval([1.0, 2.0, 3.0])
+    assert (interval.value, interval.half_width) == (2.0, pytest.approx(4.30265 / math.sqrt(3), rel=1e-5))
+
+
+SIZES = [1e6, 2e6, 4e6, 8e6, 16e6]
+
+
+def losses_around(best, seeds=(1, 2, 3), noise=0.0, rng=None):
+    """Of a parabola with its minimum 2.0 at ``best``; a seed shifts the whole curve by a tenth of its number."""
+    points = [(size, seed) for size in SIZES for seed in seeds]
+    exact = [2 + 0.1 * (seed - 2) + 0.05 * math.log(size / best) ** 2 for size, seed in points]
+    drawn = np.zeros(len(points)) if rng is None else rng.normal(0, noise, len(points))
+    return [size for size, _ in points], [seed for _, seed in points], list(exact + drawn)
+
+
+def test_a_parabola_without_noise_is_found_exactly():
+    optimum = fit_parabola("m", 1.0, *losses_around(3e6))
+    assert optimum.where == "inside"
+    assert optimum.size == pytest.approx(3e6)
+    assert optimum.loss.value == pytest.approx(2.0)
+    assert optimum.size_interval == (pytest.approx(3e6), pytest.approx(3e6)), "seeds' levels are no noise"
+    assert optimum.curve(np.array([3e6, 6e6])) == pytest.approx([2.0, 2 + 0.05 * math.log(2) ** 2])
+    for best, where in ((0.5e6, "below"), (40e6, "above")):
+        assert fit_parabola("m", 1.0, *losses_around(best)).where == where
+    sizes, seeds, losses = losses_around(3e6)
+    assert fit_parabola("m", 1.0, sizes, seeds, [-loss for loss in losses]).where == "none"
+    with pytest.raises(ValueError, match="three sizes of one seed"):
+        fit_parabola("m", 1.0, SIZES[:3], [1, 2, 3], [2.0, 1.9, 2.0])
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    fits = [fit_parabola("m", 1.0, *losses_around(3e6, noise=0.01, rng=rng)) for _ in range(1000)]
+    sizes = np.mean([fit.size_interval[0] <= 3e6 <= fit.size_interval[1] for fit in fits])
+    losses = np.mean([abs(fit.loss.value - 2.0) <= fit.loss.half_width for fit in fits])
+    assert sizes == pytest.approx(0.95, abs=0.02)
+    assert losses == pytest.approx(0.95, abs=0.02)
+
+
+def result_rows():
+    """Two models at two budgets: b is better by 0.1 at 1e12 and by as much as the seed at 2e12, in tenths."""
+    rows = []
+    for budget, best in ((1e12, 3e6), (2e12, 40e6)):
+        for model in ("a", "b"):
+            for size, seed, loss in zip(*losses_around(best)):
+                gain = 0.1 * (1 if budget == 1e12 else seed) if model == "b" else 0.0
+                values = {"model": model, "budget": budget, "size": f"{size:g}", "seed": seed, "val_loss": loss - gain}
+                rows.append(make_row(train_flops_per_token=size, **values))
+    return rows
+
+
+def test_optima_and_paired_differences(tmp_path):
+    rows = [*result_rows(), make_row(model="b", trial=0, val_loss=9), make_row(model="b", status="diverged")]
+    write_results(tmp_path / "results.csv", rows)
+    rows = read_results(tmp_path / "results.csv")
+    found = {(fit.label, fit.budget): fit for fit in optima(rows)}
+    assert found["b", 1e12].size == pytest.approx(3e6)
+    assert found["b", 1e12].loss.value == pytest.approx(1.9)
+    assert [found["a", budget].where for budget in (1e12, 2e12)] == ["inside", "above"]
+    told = {(each.budget, each.size): each for each in differences(rows)}
+    assert set(told) == {(budget, size) for budget in (1e12, 2e12) for size in (None, *(f"{s:g}" for s in SIZES))}
+    assert {(each.label, each.baseline, each.pairs) for each in told.values()} == {("b", "a", 3)}
+    assert told[1e12, "1e+06"].loss.value == pytest.approx(-0.1)
+    assert told[1e12, "1e+06"].loss.half_width == pytest.approx(0, abs=1e-9)
+    assert told[2e12, None].loss.value == pytest.approx(-0.2)
+    assert told[2e12, None].loss.half_width == pytest.approx(0.1 * 4.30265 / math.sqrt(3), rel=1e-5)
+    (tmp_path / "other.csv").write_text("run,loss\na,1\n")
+    with pytest.raises(ConfigError, match="is no table of peer-dist sweep"):
+        read_results(tmp_path / "other.csv")
