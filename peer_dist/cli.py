@@ -190,7 +190,7 @@ def match(
     for sentence in misses(partners, tolerance):
         console.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
     if folder is not None:
-        for path in write(partners[1:], folder, config.stem):
+        for path in write(partners[1:], folder, config.stem, mode):
             console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
 
 

@@ -287,3 +287,24 @@ def test_the_command_writes_runs_of_their_own(text: Path, small: dict[str, Any],
         assert written.model.mlp_kinds == [partner.kind, "dense", partner.kind]
         assert written.checkpoint.dir == str(tmp_path / partner.kind / "checkpoints")
         assert written.logging.dir == str(tmp_path / partner.kind / "logs")
+
+
+PAPERS = Path(__file__).parent.parent / "configs" / "paper"
+
+
+@pytest.mark.parametrize("path", sorted(PAPERS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_configs_are_runs_of_equal_cost(path: Path) -> None:
+    """Each loads, writes where no other does, and a partner costs what the config that it is named after does."""
+    config = load_config(path)
+    assert config.checkpoint.dir not in {load_config(other).checkpoint.dir for other in PAPERS.glob("*.yaml")} - {
+        config.checkpoint.dir
+    }
+    if path.read_text().startswith("# The "):  # written by match
+        of = load_config(
+            max((p for p in PAPERS.glob("*.yaml") if path.stem.startswith(f"{p.stem}-")), key=lambda p: len(p.stem))
+        )
+        budget = [each.train.steps * count(each, 32000).train_flops_per_token for each in (config, of)]
+        parameters = [count(each, 32000).total.parameters for each in (config, of)]
+        assert budget[0] == pytest.approx(budget[1], rel=0.02) or parameters[0] == pytest.approx(
+            parameters[1], rel=0.02
+        )

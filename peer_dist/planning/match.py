@@ -166,8 +166,8 @@ def comparison(partners: Sequence[Partner]) -> Table:
     return table
 
 
-def write(partners: Sequence[Partner], folder: Path, name: str) -> list[Path]:
-    """Write each partner's config, every key of it, to ``folder/name-kind.yaml``; files that are there are replaced.
+def write(partners: Sequence[Partner], folder: Path, name: str, mode: str) -> list[Path]:
+    """Write each partner's config, all that is not the default, to ``folder/name-kind.yaml``, over what is there.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -176,7 +176,9 @@ def write(partners: Sequence[Partner], folder: Path, name: str) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, partner in zip(paths, partners):
-            path.write_text(yaml.safe_dump(partner.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+            tree = partner.config.model_dump(mode="json", exclude_defaults=True)
+            about = f"# The {partner.kind} partner of {name}.yaml, by peer-dist match --mode {mode}.\n"
+            path.write_text(about + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
     return paths
