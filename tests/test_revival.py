@@ -3,29 +3,18 @@
 import pytest
 import torch
 
-from peer_dist.optim import TableOptimizer
-from peer_dist.training.revival import STARVED, row_sources, subkey_sources
+from peer_dist.training.revival import STARVED, subkey_sources
 from tests.ranks import run_ranks
 from tests.test_training import assert_close, losses_of, make_trainer, metrics_of, run_to_the_end, with_keys
 
 
 def test_sources_by_hand():
-    """Three sub-keys a half: the first of one half and the last of the other were not picked."""
-    picks = torch.tensor([[0, 0, 0], [5, 40, 0], [30, 2, 0]])
-    sources = subkey_sources(picks.view(1, 9))
-    assert sources.tolist() == [[[1, 1, 2], [0, 1, 1]]]
-    targets, copied = row_sources([picks.view(1, 9)], [sources])
-    assert dict(zip(targets.tolist(), copied.tolist())) == {0: 3, 1: 4, 2: 4, 5: 4, 8: 7}
-    other = torch.tensor([[9, 0, 0], [0, 9, 0], [0, 0, 9]]).view(1, 9)  # another layer's keys pick experts 0 and 8
-    assert row_sources([picks.view(1, 9), other], [sources, subkey_sources(other)])[0].tolist() == [1, 2, 5]
-
-
-def test_a_few_picks_are_not_enough():
-    """The threshold, and more starved sub-keys than others: these serve in turn."""
-    use = torch.zeros(8, 8, dtype=torch.int64)
-    use[0, 0], use[3, 3], use[5, 5] = 1000 * STARVED, 900 * STARVED, 2
-    assert subkey_sources(use.view(1, 64))[0, 0].tolist() == [0, 0, 3, 3, 0, 3, 0, 3]
-    assert subkey_sources(torch.zeros(1, 64, dtype=torch.int64))[0, 0].tolist() == list(range(8))
+    """Two sets: the most used stands in for those without picks; with more starved than others, these in turn."""
+    use = torch.tensor([[[0, 45, 32], [35, 42, 0]], [[1, 0, 50], [7, 7, 7]]])
+    assert subkey_sources(use).tolist() == [[[1, 1, 2], [0, 1, 1]], [[2, 2, 2], [0, 1, 2]]]
+    crowd = torch.tensor([[[1000 * STARVED, 0, 0, 900 * STARVED, 0, 2, 0, 0]] * 2])
+    assert subkey_sources(crowd)[0, 1].tolist() == [0, 0, 3, 3, 0, 3, 0, 3]
+    assert subkey_sources(torch.zeros(1, 2, 4, dtype=torch.int64)).tolist() == [[[0, 1, 2, 3]] * 2], "before any pick"
 
 
 @pytest.fixture
@@ -96,26 +85,6 @@ def test_dead_experts_come_back(starved):
     assert dead == dead_alone > 2048
     assert back > 2 * back_alone
     assert fresh > fresh_alone, "and those that were picked a few times start anew"
-
-
-@pytest.mark.parametrize("kind", ["adam", "rowwise_adam", "rowwise_adagrad"])
-@pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 1)])
-def test_replaced_rows_have_no_past(kind, dtype, seed):
-    """Weights that the next step starts from, moments of zero, and nothing else changed."""
-    torch.manual_seed(0)
-    table = torch.randn(5, 4).to(dtype).requires_grad_()
-    optimizer = TableOptimizer({"t": table}, kind, 0.1, (0.9, 0.95), 1e-8, 0.0, dim=4, rounding_seed=seed)
-    table.grad = torch.randn(5, 4).to(dtype)
-    optimizer.step(1.0)
-    before = {part: value.clone() for _, part, value in optimizer.state()}
-    weight = optimizer.rows("t", torch.tensor([0, 4]))
-    assert torch.equal(weight.to(dtype), table[[0, 4]])
-    optimizer.replace_rows("t", torch.tensor([3, 1]), weight)
-    assert torch.equal(table[[3, 1]], table[[0, 4]])
-    for _, part, value in optimizer.state():
-        assert torch.equal(value[[0, 2, 4]], before[part][[0, 2, 4]])
-        assert before[part][[0, 2, 4]].any(), "there was a past"
-        assert torch.equal(value[[3, 1]], weight if part == "master" else torch.zeros_like(value[[3, 1]])), part
 
 
 def test_revival_resumes_bit_for_bit(starved, tmp_path):

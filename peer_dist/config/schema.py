@@ -115,8 +115,8 @@ class PEERSection(Section):
     revive_interval: int = Field(
         0,
         ge=0,
-        description="steps after which sub-keys that were hardly picked become near copies of well-used ones, with "
-        "their experts; 0: never",
+        description="steps after which sub-keys that were hardly picked become near copies of well-used ones, so "
+        "that their experts are picked; 0: never",
     )
     table_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",

@@ -256,18 +256,6 @@ class TableOptimizer:
             for state in self._adamw.state.values():
                 state["step"].fill_(float(value))
 
-    def rows(self, name: str, rows: Tensor) -> Tensor:
-        """Float32 ``[n, columns]``: weights of the shard's ``rows [n]``, as exact as they are kept."""
-        return self._masters[name].detach().index_select(0, rows).float()
-
-    @torch.no_grad()
-    def replace_rows(self, name: str, rows: Tensor, weight: Tensor) -> None:
-        """Give the shard's ``rows [n]`` the weights ``[n, columns]`` and moments of zero."""
-        for tensor in {id(tensor): tensor for tensor in (self.tables[name], self._masters[name])}.values():
-            tensor.index_copy_(0, rows, weight.to(tensor.dtype))
-        for moment in self._moments[name].values():
-            moment.index_fill_(0, rows, 0)
-
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(table name, part, tensor)`` of all that a checkpoint needs beside the tables.
 

@@ -70,8 +70,8 @@ def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival |
         key = f"optimizer.{part}.tables.{name}"
         state["table_optimizer"][f"{name}.{part}"] = table_shard(key, value, offset, shape, copy)
     state["revival"] = {
-        name: table_shard(f"revival.{name}", picks, (0, 0), tuple(picks.shape), parallel.token_group.rank())
-        for name, picks in (revival.state() if revival is not None else ())
+        name: table_shard(f"revival.{name}", use, (0, 0, 0), tuple(use.shape), parallel.token_group.rank())
+        for name, use in (revival.state() if revival is not None else ())
     }
     return state
 
@@ -101,8 +101,8 @@ def restore_run(
         engine.load_dense_state(name, part, value)
     for name, part, value in _shard_states(engine):
         _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
-    for name, picks in revival.state() if revival is not None else ():
-        _copy(picks, loaded["revival"][name])
+    for name, use in revival.state() if revival is not None else ():
+        _copy(use, loaded["revival"][name])
     engine.steps = step
 
 
