@@ -56,16 +56,11 @@ class HeadSpread:
     Attributes:
         head_top1_usage_percent_min, head_top1_usage_percent_max: over the heads, of the share of experts that were the
             head's best for some token.
-        head_unevenness_min, head_unevenness_max: over the heads, each in the last window that was its turn.
-        head_unevenness_if_uniform: what as many picks as a head made would give.
         head_overlap: share of a head's picks for a token that another head has too, mean over pairs of heads.
     """
 
     head_top1_usage_percent_min: float
     head_top1_usage_percent_max: float
-    head_unevenness_min: float
-    head_unevenness_max: float
-    head_unevenness_if_uniform: float
     head_overlap: float
 
 
@@ -137,18 +132,15 @@ def shared_picks(indices: Tensor) -> Tensor:
 class ExpertUsage:
     """Adds up a layer's gates per expert while it trains; feed it to ``on_route``.
 
-    Holds three numbers of 8 bytes per expert, and a bit per expert and head, on the layer's device. The unevenness of
-    single heads would need a number per head: heads take turns, one in each window between two resets.
+    Holds two numbers of 8 bytes per expert, and a bit per expert and head, on the layer's device. The unevenness of
+    single heads would need a number per expert and head: `peer-dist usage` has it.
     """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self._mass = torch.zeros(num_experts, dtype=torch.float64, device=device)
         self._counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-        self._head_mass = torch.zeros_like(self._mass)
         self._first = torch.zeros(0, num_experts, dtype=torch.uint8, device=device)  # a bit per head
         self._shared = torch.zeros(0, 0, dtype=torch.int64, device=device)
-        self._windows = 0
-        self._head_unevenness: dict[int, float] = {}
 
     def __call__(self, indices: Tensor, gates: Tensor) -> None:
         """Add the picks ``[tokens, heads, top_k]`` of one forward pass, best first along the last axis."""
@@ -156,19 +148,16 @@ class ExpertUsage:
         if not len(self._shared):
             self._first = self._first.new_zeros(-(-heads // 8), self._first.shape[1])
             self._shared = self._shared.new_zeros(heads, heads)
-        flat, turn = indices.reshape(-1), self._windows % heads
-        gates = gates.double()
-        self._mass.index_add_(0, flat, gates.reshape(-1))
+        flat = indices.reshape(-1)
+        self._mass.index_add_(0, flat, gates.reshape(-1).double())
         self._counts.index_add_(0, flat, torch.ones_like(flat))
-        self._head_mass.index_add_(0, indices[:, turn].reshape(-1), gates[:, turn].reshape(-1))
         for head in range(heads):
             self._first[head // 8][indices[:, head, 0]] |= 1 << head % 8
         self._shared += shared_picks(indices[:_OVERLAP_TOKENS])
 
     def reset(self) -> None:
         """Begin the next window."""
-        self._windows += 1
-        for tensor in (self._mass, self._counts, self._head_mass, self._first, self._shared):
+        for tensor in (self._mass, self._counts, self._first, self._shared):
             tensor.zero_()
 
     def histogram(self, group: dist.ProcessGroup | None = None) -> tuple[list[float], list[float]]:
@@ -204,15 +193,11 @@ class ExpertUsage:
             100 * int(_sum(self._first[head // 8] >> head % 8 & 1, group, dist.ReduceOp.MAX).sum()) / n
             for head in range(heads)
         ]
-        self._head_unevenness[self._windows % heads] = unevenness(_sum(self._head_mass, group))
         shared = _sum(self._shared, group)
         own = float(shared.diagonal().sum())
         return HeadSpread(
             head_top1_usage_percent_min=min(top1),
             head_top1_usage_percent_max=max(top1),
-            head_unevenness_min=min(self._head_unevenness.values()),
-            head_unevenness_max=max(self._head_unevenness.values()),
-            head_unevenness_if_uniform=uniform_unevenness(n, int(_sum(self._counts, group).sum()) // heads),
             head_overlap=(float(shared.sum()) - own) / (max(own, 1.0) * (heads - 1)),
         )
 
