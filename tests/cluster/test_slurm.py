@@ -127,20 +127,17 @@ def newest_checkpoint(run: Run) -> int:
 
 @pytest.mark.cluster_quick
 def test_submit_trains_to_the_losses_of_one_process(lab, text, tmp_path):
-    """Two nodes with two ranks each; the doctor goes first; a chained job finds nothing left to do."""
+    """Two nodes with two ranks each; a chained job finds nothing left to do; rank 0 speaks in the job's log."""
     run = Run(lab, text, tmp_path, model={"dropout": 0.0})
     stage = environment(tmp_path / "env")
-    options = ["--nodes=2", "--ranks-per-node=2", "--time=30", "--chain=1", "--doctor", f"--stage={stage}"]
-    first, second = run.submit(*options)
+    first, second = run.submit("--nodes=2", "--ranks-per-node=2", "--time=30", "--chain=1", f"--stage={stage}")
     assert lab.wait_for(first, "COMPLETED", START)["NumNodes"] == "2"
     log = run.log(first)
-    assert re.search(r"ready: \d+ ok, \d+ warn, 0 fail", log)
     assert "Slurm (srun): 4 rank(s)" in log
     assert f"Python of {tmp_path}/disk/peer_dist-{first}/node" in log, "from the node's disk"
     assert "first step done" in log
     assert {path.name for path in (tmp_path / "logs/slurm" / f"{first}.0").iterdir()} == {
-        *(f"rank-{rank}-node-{rank // 2}.log" for rank in range(4)),
-        *(f"doctor-{rank}.log" for rank in range(4)),
+        f"rank-{rank}-node-{rank // 2}.log" for rank in range(4)
     }
     alone = with_keys(
         run.tree,
@@ -219,6 +216,22 @@ def test_a_preempted_job_saves_and_comes_back(lab, text, tmp_path):
     losses = run.losses()
     assert max(losses) == stopped + 10
     assert losses == run.undisturbed(stopped + 10)
+
+
+def test_the_doctor_goes_first(lab, text, tmp_path):
+    """On the ranks that will train; a rank far slower than others, as here where the machine is busy, ends the job."""
+    run = Run(lab, text, tmp_path, train={"steps": 2})
+    (job,) = run.submit("--nodes=2", "--ranks-per-node=1", "--time=30", "--doctor")
+    state = wait_until(lambda: lab.job(job)["JobState"] in ("COMPLETED", "FAILED") and lab.job(job), START, "its end")
+    log, logs = run.log(job), {path.name for path in (tmp_path / "logs/slurm" / f"{job}.0").iterdir()}
+    assert {"doctor-0.log", "doctor-1.log"} <= logs
+    if state["JobState"] == "COMPLETED":
+        assert re.search(r"ready: \d+ ok, \d+ warn, 0 fail", log)
+        assert max(run.losses()) == 2
+    else:
+        assert re.findall(r"^(.+?)\s+fail\b", log, re.MULTILINE) == ["speed of ranks"]
+        assert "peer-dist doctor found something (code 1)" in log
+        assert not run.losses()
 
 
 def test_a_power_cut_moves_the_run_to_other_nodes(lab, text, tmp_path):
