@@ -1,7 +1,11 @@
 """The batch script of peer-dist submit, and what is refused before one is made. Jobs that run: tests/cluster."""
 
+import dataclasses
+import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -146,3 +150,100 @@ def test_the_script_is_sound_shell(tmp_path, kind):
         pytest.skip("no shellcheck here")
     checked = subprocess.run(["shellcheck", "-"], input=script, text=True, capture_output=True)
     assert checked.returncode == 0, checked.stdout
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Runs the batch script here: `srun` starts one task on one node, and `python` is a shell script's text."""
+
+    def run(job: Job, python: str, state: str = "RUNNING Reason=None", stop: int = 0):
+        logs, programs = tmp_path / "logs", tmp_path / "programs"
+        programs.mkdir(exist_ok=True)
+        task = "SLURM_STEP_ID=0 SLURM_LOCALID=0 SLURM_NTASKS_PER_NODE=1 SLURMD_NODENAME=node1"
+        for program, text in {
+            "python": python,
+            "srun": f'while [ "${{1#-}}" != "$1" ]; do shift; done\nexport {task}\n"$@" &\n'
+            'trap "kill -USR1 $!" USR1\nwait $! || wait $!',
+            "scontrol": f'[ "$1" != show ] || exec echo "JobId=7 JobState={state} PreemptTime=None "\n'
+            f'echo "$@" >>{tmp_path}/asked; exit 1',  # so that the script does not wait to be ended
+        }.items():
+            (programs / program).write_text(f"#!/bin/bash\n{text}\n")
+            (programs / program).chmod(0o755)
+        job = dataclasses.replace(job, python=str(programs / "python"), local_disk=tmp_path / "disk")
+        script = subprocess.Popen(
+            [
+                "bash",
+                "-c",
+                render(job, [], logs, tmp_path / "checkpoints", chain=tmp_path / "chain.ended" if job.chain else None),
+            ],
+            env={"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}
+            | {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        while stop and script.poll() is None and not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        if stop:
+            script.send_signal(stop)
+        said = script.communicate(timeout=60)[0]
+        asked = tmp_path / "asked"
+        requeued = asked.exists() and asked.read_text() == "requeue 7\n"
+        asked.unlink(missing_ok=True)
+        return script.returncode, requeued, said
+
+    return run
+
+
+SLEEPS = 'touch "${0%/*}/../ready"; exec sleep 60'
+
+
+def test_only_what_the_doctor_found_fails_the_job(batch):
+    doctor = Job(doctor=True)
+    for code in (1, 2):
+        assert batch(doctor, f"[ $3 = doctor ] && exit {code}")[:2] == (2, False)
+    assert batch(doctor, "[ $3 = doctor ] && exit 139")[:2] == (139, True), "a crash is started again"
+    assert batch(doctor, "[ $3 != doctor ] || kill -TERM $$")[:2] == (75, True), "Slurm's own signal to the step"
+    assert batch(doctor, f"[ $3 = doctor ] && {{ {SLEEPS}; }}", stop=signal.SIGUSR1)[:2] == (75, True)
+    assert batch(doctor, "exit 0")[:2] == (0, False)
+
+
+def test_a_chain_ends_where_another_job_would_not_mend(batch, tmp_path):
+    chain = Job(chain=1)
+    for python, state, ends in (
+        ("exit 2", "RUNNING Reason=None", True),
+        ("exit 70", "RUNNING Reason=None", True),
+        ("exit 75", "COMPLETING Reason=None", True),  # scancel
+        ("exit 75", "RUNNING Reason=None", False),  # before the time limit
+        ("exit 75", "COMPLETING Reason=TimeLimit", False),
+        ("exit 1", "RUNNING Reason=None", False),
+    ):
+        code, requeued, _ = batch(chain, python, state)
+        assert not requeued
+        ended = tmp_path / "chain.ended"
+        assert ended.exists() == ends, (python, state)
+        if ends:
+            after, _, said = batch(chain, "exit 0")
+            assert after == code
+            assert "the chain was ended" in said
+            ended.unlink()
+
+
+def test_the_last_rank_of_a_stopped_job_cleans_its_node(tmp_path):
+    """scancel: Slurm starts no further step then."""
+    script = render(Job(ranks_per_node=2), [], tmp_path, tmp_path)
+    on_node = script.partition("ON_NODE='")[2].partition("'\n")[0]
+    env = {**os.environ, "NODE_FOLDER": str(tmp_path / "disk/job"), "SLURMD_NODENAME": "node1", "SLURM_STEP_ID": "0"}
+    ranks = [
+        subprocess.Popen(
+            ["bash", "-c", on_node, "_", "sh", "-c", "trap 'kill $!; exit 75' TERM; echo; sleep 60 & wait"],
+            env={**env, "SLURM_LOCALID": str(rank), "SLURM_NTASKS_PER_NODE": "2"},
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for rank, folder_is_there in zip(ranks, (True, False)):
+        rank.stdout.readline()
+        rank.terminate()
+        assert rank.wait(30) == 75
+        assert (tmp_path / "disk/job/node1").exists() == folder_is_there
+    assert not any((tmp_path / "disk").iterdir())

@@ -97,7 +97,8 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     folders = {str(Path(folder).absolute()) for folder in (settings.checkpoint.dir, settings.logging.dir)}
     folders |= {str(Path(prefix).absolute().parent) for prefix in settings.data.weights}
     checkpoints = Path(settings.checkpoint.dir).absolute()
-    script = render(job, ["--config", str(kept), *overrides], logs, checkpoints, sorted(folders))
+    chain = kept.with_name(f"{kept.stem}.ended") if job.chain else None
+    script = render(job, ["--config", str(kept), *overrides], logs, checkpoints, sorted(folders), chain)
     if dry_run:
         return script
     sbatch = shutil.which("sbatch")
@@ -124,7 +125,14 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     return f"submitted job {jobs[0]}{follow}: {where}\nlog: {logs / jobs[0]}.log"
 
 
-def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folders: Sequence[str] = ()) -> str:
+def render(
+    job: Job,
+    train: Sequence[str],
+    logs: Path,
+    checkpoints: Path,
+    folders: Sequence[str] = (),
+    chain: Path | None = None,
+) -> str:
     """The batch script.
 
     Args:
@@ -132,6 +140,7 @@ def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folder
         logs: folder of the job's log and the ranks'.
         checkpoints: the run's folder of them: whether an attempt brought one.
         folders: what else a container must see.
+        chain: written by a job after which those that follow must not run on.
     """
     directives = {
         "job-name": job.name,
@@ -165,6 +174,7 @@ def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folder
         "LOCAL_DISK": shlex.quote(str(job.local_disk)),
         "LOGS": shlex.quote(str(logs)),
         "CHECKPOINTS": shlex.quote(str(checkpoints)),
+        "CHAIN": shlex.quote(str(chain)) if chain else "",
         "PYTHON": "python" if job.container else shlex.quote(job.python),
         "DOCTOR": "yes" if job.doctor else "no",
         "TRAIN": " ".join(map(shlex.quote, train)),

@@ -183,7 +183,7 @@ def test_a_second_job_is_refused_and_a_cancelled_one_has_saved(lab, text, tmp_pa
     """One writer per folder; scancel leaves a checkpoint, no lock, and no job that comes again."""
     run = Run(lab, text, tmp_path, train={"steps": MANY}, checkpoint={"interval": MANY})
     packed = shutil.make_archive(str(tmp_path / "env"), "gztar", environment(tmp_path / "env"))
-    (job,) = run.submit("--nodes=1", "--ranks-per-node=2", "--time=60", f"--stage={packed}")
+    (job, follower) = run.submit("--nodes=1", "--ranks-per-node=2", "--time=60", f"--stage={packed}", "--chain=1")
     run.wait_for_step(job, 3)
     assert f"Python of {tmp_path}/disk/peer_dist-{job}/node" in run.log(job), "from the node's disk"
     (duplicate,) = run.submit("--nodes", "2", "--ranks-per-node", "2", "--time", "60")
@@ -197,6 +197,18 @@ def test_a_second_job_is_refused_and_a_cancelled_one_has_saved(lab, text, tmp_pa
     assert stopped == newest_checkpoint(run) == max(run.losses())
     assert not (tmp_path / "checkpoints" / "run.lock").exists()
     assert lab.job(job)["Restarts"] == "0"
+    assert not (tmp_path / "disk" / f"peer_dist-{job}").exists(), "its nodes' disks are left clean"
+    lab.wait_for(follower, "FAILED", 60)
+    assert "the chain was ended by a job before (code 75)" in run.log(follower)
+
+
+def test_a_signal_while_the_doctor_examines_is_no_finding(lab, text, tmp_path):
+    run = Run(lab, text, tmp_path, train={"steps": MANY})
+    (job,) = run.submit("--nodes=2", "--ranks-per-node=1", "--time=30", "--doctor")
+    wait_until((tmp_path / "logs/slurm" / f"{job}.0" / "doctor-1.log").exists, START, "the doctor")
+    lab.run("scancel", "--signal=USR1", "--batch", job)
+    wait_until(lambda: "ended with code 75 before its last step; requeued" in run.log(job), 60, "requeued")
+    assert lab.wait_for(job, "PENDING", 60)["Restarts"] == "1"
 
 
 def test_a_preempted_job_saves_and_comes_back(lab, text, tmp_path):
