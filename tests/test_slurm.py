@@ -81,6 +81,11 @@ def test_the_script_asks_for_what_was_said(config):
         ({"time_limit": "3"}, "120 s before a limit of 3 leaves no time"),
         ({"time_limit": "soon"}, "'soon' is no time limit"),
         ({"stage": Path("nowhere")}, "nowhere is not there"),
+        ({"stage": Path("/usr/lib")}, "/usr/lib has no bin/python"),
+        ({"setup": Path("nowhere")}, "--setup: nowhere is not there"),
+        ({"container": "nowhere.sif"}, "--container: nowhere.sif is not there"),
+        ({"nodes": 0}, "--nodes: 0 is too few"),
+        ({"ranks_per_node": 0}, "--ranks-per-node: 0 is too few"),
         ({"options": ["exclusive"]}, "'exclusive' is no option"),
     ],
 )
@@ -96,6 +101,42 @@ def test_a_run_that_cannot_be_is_refused_before_it_waits(config):
         submit(config, ["train.step=3"], Job(), dry_run=True)
     with pytest.raises(ConfigError, match="other is no prepared data set"):
         submit(config, ["data.prefix=other"], Job(), dry_run=True)
+
+
+def test_folders_that_cannot_be_written_are_refused_before_it_waits(config, sbatch):
+    asked = sbatch("echo 12")
+    with pytest.raises(ConfigError, match=r"^checkpoint.dir: nothing can be written to run.yaml/checkpoints; choose"):
+        submit(config, ["checkpoint.dir=run.yaml/checkpoints"], Job())
+    assert not asked.exists()
+
+
+def test_a_container_sees_all_that_the_run_reads_and_writes(config, sbatch, tmp_path_factory):
+    sbatch("echo 12")
+    far = tmp_path_factory.mktemp("far")
+    for name in ("data", "links", "weights/step-00000001", "etc"):
+        (far / name).mkdir(parents=True)
+    for ending in (".bin", ".idx", ".json", ".tokenizer.json"):
+        (far / "data" / f"text{ending}").touch()
+        (far / "links" / f"text{ending}").symlink_to(far / "data" / f"text{ending}")
+    (far / "etc/site.sh").touch()
+    (config.parent / "runs").symlink_to(far / "runs")
+    (far / "runs").mkdir()
+    (config.parent / "image.sif").touch()
+    overrides = [
+        f"data.prefix={far}/links/text",
+        f"data.tokenizer={far}/tokenizer/bpe.json",
+        f"checkpoint.init_from={far}/weights/step-00000001",
+        "checkpoint.dir=runs/checkpoints",
+        "logging.dir=../logs",
+    ]
+    submit(config, overrides, Job(container="image.sif", runtime="apptainer", setup=far / "etc/site.sh"))
+    (path,) = (config.parent.parent / "logs/slurm").glob("*.sbatch")
+    script = path.read_text()
+    bound = script.partition('--bind "$PWD,$LOGS,$LOCAL_DISK,')[2].partition('"')[0].split(",")
+    names = ("data", "etc", "links", "runs/checkpoints", "tokenizer", "weights/step-00000001")
+    assert bound == sorted([*(f"{far}/{name}" for name in names), f"{config.parent.parent}/logs"])
+    assert (far / "runs/checkpoints").is_dir()
+    assert f"IMAGE={config.parent}/image.sif\n" in script
 
 
 def test_submitted_with_a_copy_of_the_config(config, sbatch):
@@ -134,7 +175,7 @@ def test_what_slurm_refuses_is_told(config, sbatch, monkeypatch):
 JOBS = {
     "plain": Job(nodes=2, ranks_per_node=2),
     "pyxis": Job(gpus_per_node=8, container="nvcr.io#nvidia/pytorch:25.01-py3", doctor=True),
-    "apptainer": Job(gpus_per_node=8, container="/images/a b.sif", runtime="apptainer"),
+    "apptainer": Job(gpus_per_node=8, container="/images/a b.sif", runtime="apptainer", setup=Path("the site's.sh")),
     "chain": Job(chain=3, time_limit="10:00:00", name="it's a run"),
 }
 
@@ -176,7 +217,7 @@ def batch(tmp_path):
                 "-c",
                 render(job, [], logs, tmp_path / "checkpoints", chain=tmp_path / "chain.ended" if job.chain else None),
             ],
-            env={"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}
+            env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}
             | {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"},
             stdout=subprocess.PIPE,
             text=True,
@@ -205,6 +246,23 @@ def test_only_what_the_doctor_found_fails_the_job(batch):
     assert batch(doctor, "[ $3 != doctor ] || kill -TERM $$")[:2] == (75, True), "Slurm's own signal to the step"
     assert batch(doctor, f"[ $3 = doctor ] && {{ {SLEEPS}; }}", stop=signal.SIGUSR1)[:2] == (75, True)
     assert batch(doctor, "exit 0")[:2] == (0, False)
+
+
+def test_the_sites_own_setup_is_read_first(batch, tmp_path):
+    setup = tmp_path / "site.sh"
+    setup.write_text("export NCCL_SOCKET_IFNAME=eno7 MASTER_PORT=4321")
+    said = '[ "$NCCL_SOCKET_IFNAME $MASTER_PORT" = "eno7 4321" ]'
+    assert batch(Job(setup=setup), said)[0] == 0
+    assert batch(Job(), said)[0] == 1
+    setup.write_text("false")
+    assert batch(Job(setup=setup), said)[:2] == (2, False)
+
+
+def test_a_port_that_was_chosen_wins(batch, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "4321")
+    assert batch(Job(), '[ "$MASTER_PORT" = 4321 ]')[0] == 0
+    monkeypatch.setenv("RANK", "0")
+    assert batch(Job(), '[ -z "$MASTER_PORT" ]')[0] == 0, "what another launcher left does not"
 
 
 def test_a_chain_ends_where_another_job_would_not_mend(batch, tmp_path):
