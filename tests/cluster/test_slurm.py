@@ -130,11 +130,14 @@ def test_submit_trains_to_the_losses_of_one_process(lab, text, tmp_path):
     """Two nodes with two ranks each; a chained job finds nothing left to do; rank 0 speaks in the job's log."""
     run = Run(lab, text, tmp_path, model={"dropout": 0.0})
     stage = environment(tmp_path / "env")
-    first, second = run.submit("--nodes=2", "--ranks-per-node=2", "--time=30", "--chain=1", f"--stage={stage}")
+    (tmp_path / "site.sh").write_text('echo "set up on $SLURMD_NODENAME" >&2')
+    options = ("--time=30", "--chain=1", f"--stage={stage}", "--setup=site.sh")
+    first, second = run.submit("--nodes=2", "--ranks-per-node=2", *options)
     assert lab.wait_for(first, "COMPLETED", START)["NumNodes"] == "2"
     log = run.log(first)
     assert "Slurm (srun): 4 rank(s)" in log
     assert f"Python of {tmp_path}/disk/peer_dist-{first}/node" in log, "from the node's disk"
+    assert "set up on node" in log
     assert "first step done" in log
     assert {path.name for path in (tmp_path / "logs/slurm" / f"{first}.0").iterdir()} == {
         f"rank-{rank}-node-{rank // 2}.log" for rank in range(4)
