@@ -130,6 +130,14 @@ def test_mpi(monkeypatch):
         discover({"OMPI_COMM_WORLD_SIZE": "2"})
 
 
+def test_an_mpi_that_cannot_be_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(WorldError, match=r"mpi4py finds no library of it \(.*\); install one"):
+        discover({"OMPI_COMM_WORLD_SIZE": "2"})
+    with pytest.raises(WorldError, match=r"mpi4py cannot load MPI4PY_LIBMPI=/lib/x.so \(.*\); set it to the libmpi"):
+        discover({"OMPI_COMM_WORLD_SIZE": "2", "MPI4PY_LIBMPI": "/lib/x.so"})
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
