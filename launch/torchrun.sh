@@ -22,6 +22,8 @@ if [ "$NNODES" = 1 ]; then
 elif [ -z "${RDZV_ENDPOINT:-}" ]; then
     echo "error: NNODES=$NNODES needs RDZV_ENDPOINT=host:port, the same on every node" >&2
     exit 2
+else
+    echo "waiting for $NNODES nodes at $RDZV_ENDPOINT" >&2 # torchrun says nothing until all have come
 fi
 # Ranks that start again must not meet in the store of those before them: stale addresses are in it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"

@@ -79,10 +79,10 @@ def train(
 def submit(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)],
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each; 0: train on CPUs.")] = 0,
     ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Ranks on each. Default: one per GPU, or one.", show_default=False)
+        int | None, typer.Option(help="Ranks on each. Default: one per GPU, or one.", show_default=False)
     ] = None,
     cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="Cores of each rank.", show_default=False)] = None,
     time_limit: Annotated[
@@ -101,6 +101,10 @@ def submit(
     ] = 120,
     container: Annotated[str | None, typer.Option(help="Image to run in.", show_default=False)] = None,
     container_runtime: Annotated[str, typer.Option(help="What runs it: pyxis or apptainer.")] = "pyxis",
+    setup: Annotated[
+        Path | None,
+        typer.Option(help="Shell file that each rank reads first: modules, NCCL variables.", show_default=False),
+    ] = None,
     stage: Annotated[
         Path | None,
         typer.Option(help="Environment to copy to the nodes' disks: a folder or a tar file.", show_default=False),
@@ -138,6 +142,7 @@ def submit(
         container=container,
         runtime="pyxis" if container_runtime == "pyxis" else "apptainer",
         doctor=doctor,
+        setup=setup,
         stage=stage,
         local_disk=local_disk,
         chain=chain,

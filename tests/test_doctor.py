@@ -68,25 +68,30 @@ def _another_torch(ours):
     _replace(ours, "versions", lambda here: {**checks._versions(here), "torch": "2.6.0"})
 
 
-def _unwritable(ours):
+def _elsewhere(ours, folder, **changes):
+    """This rank's checkpoint.dir is another."""
+
     def measure(here):
-        raise PermissionError(13, "Permission denied", "/nowhere/checkpoints")
+        own = here.config.checkpoint.model_copy(update={"dir": folder(here)})
+        here = dataclasses.replace(here, config=here.config.model_copy(update={"checkpoint": own}), **changes)
+        return checks._shared(here)
 
     _replace(ours, "shared folders", measure)
+
+
+def _unwritable(ours):
+    _elsewhere(ours, lambda here: "/proc/nothing/checkpoints")  # where root cannot write either
 
 
 def _own_folder(ours):
     """As if this rank's node had mounted something else there."""
 
-    def measure(here):
-        own = here.config.checkpoint.model_copy(
-            update={"dir": str(Path(here.config.checkpoint.dir).parent / "elsewhere")}
-        )
-        Path(own.dir).mkdir()
-        here = dataclasses.replace(here, config=here.config.model_copy(update={"checkpoint": own}), seconds=4.0)
-        return checks._shared(here)
+    def folder(here):
+        own = Path(here.config.checkpoint.dir).parent / "elsewhere"
+        own.mkdir()
+        return str(own)
 
-    _replace(ours, "shared folders", measure)
+    _elsewhere(ours, folder, seconds=4.0)
 
 
 def _slow(ours):
@@ -122,7 +127,7 @@ def _corrupts(ours):
     ("trouble", "check", "says"),
     [
         (_another_torch, "versions", ["rank 1 (", "torch 2.6.0, elsewhere"]),
-        (_unwritable, "shared folders", ["rank 1 (", "Permission denied", "/nowhere/checkpoints"]),
+        (_unwritable, "shared folders", ["rank 1 (", "nothing can be written to /proc (No such file"]),
         (_own_folder, "shared folders", ["does not see what", "rank 0 (", "rank 1 ("]),
         (_slow, "speed of ranks", ["rank 1 (", "5.0 times the median"]),
         (_clock_ahead, "clocks", ["rank 1 (", "3600", "ahead of rank 0"]),

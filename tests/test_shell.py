@@ -80,8 +80,9 @@ def test_entrypoint(entrypoint) -> None:
     assert alone.endswith(
         "--rdzv-endpoint localhost:0 --rdzv-id peer_dist --max-restarts 0 -m peer_dist train --config c\n"
     )
-    two = entrypoint("doctor", RANKS_PER_NODE="gpu", NNODES="2", RDZV_ENDPOINT="a:1", RDZV_ID="x").stdout
-    assert "--nnodes 2 --nproc-per-node gpu --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id x" in two
+    two = entrypoint("doctor", RANKS_PER_NODE="gpu", NNODES="2", RDZV_ENDPOINT="a:1", RDZV_ID="x")
+    assert "--nnodes 2 --nproc-per-node gpu --rdzv-backend c10d --rdzv-endpoint a:1 --rdzv-id x" in two.stdout
+    assert two.stderr == "waiting for 2 nodes at a:1\n"
     lost = entrypoint("train", RANKS_PER_NODE="1", NNODES="2")
     assert lost.returncode == 2
     assert "RDZV_ENDPOINT" in lost.stderr

@@ -1,7 +1,11 @@
 """The batch script of peer-dist submit, and what is refused before one is made. Jobs that run: tests/cluster."""
 
+import dataclasses
+import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +81,11 @@ def test_the_script_asks_for_what_was_said(config):
         ({"time_limit": "3"}, "120 s before a limit of 3 leaves no time"),
         ({"time_limit": "soon"}, "'soon' is no time limit"),
         ({"stage": Path("nowhere")}, "nowhere is not there"),
+        ({"stage": Path("/usr/lib")}, "/usr/lib has no bin/python"),
+        ({"setup": Path("nowhere")}, "--setup: nowhere is not there"),
+        ({"container": "nowhere.sif"}, "--container: nowhere.sif is not there"),
+        ({"nodes": 0}, "--nodes: 0 is too few"),
+        ({"ranks_per_node": 0}, "--ranks-per-node: 0 is too few"),
         ({"options": ["exclusive"]}, "'exclusive' is no option"),
     ],
 )
@@ -92,6 +101,42 @@ def test_a_run_that_cannot_be_is_refused_before_it_waits(config):
         submit(config, ["train.step=3"], Job(), dry_run=True)
     with pytest.raises(ConfigError, match="other is no prepared data set"):
         submit(config, ["data.prefix=other"], Job(), dry_run=True)
+
+
+def test_folders_that_cannot_be_written_are_refused_before_it_waits(config, sbatch):
+    asked = sbatch("echo 12")
+    with pytest.raises(ConfigError, match=r"^checkpoint.dir: nothing can be written to run.yaml/checkpoints; choose"):
+        submit(config, ["checkpoint.dir=run.yaml/checkpoints"], Job())
+    assert not asked.exists()
+
+
+def test_a_container_sees_all_that_the_run_reads_and_writes(config, sbatch, tmp_path_factory):
+    sbatch("echo 12")
+    far = tmp_path_factory.mktemp("far")
+    for name in ("data", "links", "weights/step-00000001", "etc"):
+        (far / name).mkdir(parents=True)
+    for ending in (".bin", ".idx", ".json", ".tokenizer.json"):
+        (far / "data" / f"text{ending}").touch()
+        (far / "links" / f"text{ending}").symlink_to(far / "data" / f"text{ending}")
+    (far / "etc/site.sh").touch()
+    (config.parent / "runs").symlink_to(far / "runs")
+    (far / "runs").mkdir()
+    (config.parent / "image.sif").touch()
+    overrides = [
+        f"data.prefix={far}/links/text",
+        f"data.tokenizer={far}/tokenizer/bpe.json",
+        f"checkpoint.init_from={far}/weights/step-00000001",
+        "checkpoint.dir=runs/checkpoints",
+        "logging.dir=../logs",
+    ]
+    submit(config, overrides, Job(container="image.sif", runtime="apptainer", setup=far / "etc/site.sh"))
+    (path,) = (config.parent.parent / "logs/slurm").glob("*.sbatch")
+    script = path.read_text()
+    bound = script.partition('--bind "$PWD,$LOGS,$LOCAL_DISK,')[2].partition('"')[0].split(",")
+    names = ("data", "etc", "links", "runs/checkpoints", "tokenizer", "weights/step-00000001")
+    assert bound == sorted([*(f"{far}/{name}" for name in names), f"{config.parent.parent}/logs"])
+    assert (far / "runs/checkpoints").is_dir()
+    assert f"IMAGE={config.parent}/image.sif\n" in script
 
 
 def test_submitted_with_a_copy_of_the_config(config, sbatch):
@@ -130,7 +175,7 @@ def test_what_slurm_refuses_is_told(config, sbatch, monkeypatch):
 JOBS = {
     "plain": Job(nodes=2, ranks_per_node=2),
     "pyxis": Job(gpus_per_node=8, container="nvcr.io#nvidia/pytorch:25.01-py3", doctor=True),
-    "apptainer": Job(gpus_per_node=8, container="/images/a b.sif", runtime="apptainer"),
+    "apptainer": Job(gpus_per_node=8, container="/images/a b.sif", runtime="apptainer", setup=Path("the site's.sh")),
     "chain": Job(chain=3, time_limit="10:00:00", name="it's a run"),
 }
 
@@ -146,3 +191,117 @@ def test_the_script_is_sound_shell(tmp_path, kind):
         pytest.skip("no shellcheck here")
     checked = subprocess.run(["shellcheck", "-"], input=script, text=True, capture_output=True)
     assert checked.returncode == 0, checked.stdout
+
+
+@pytest.fixture
+def batch(tmp_path):
+    """Runs the batch script here: `srun` starts one task on one node, and `python` is a shell script's text."""
+
+    def run(job: Job, python: str, state: str = "RUNNING Reason=None", stop: int = 0):
+        logs, programs = tmp_path / "logs", tmp_path / "programs"
+        programs.mkdir(exist_ok=True)
+        task = "SLURM_STEP_ID=0 SLURM_LOCALID=0 SLURM_NTASKS_PER_NODE=1 SLURMD_NODENAME=node1"
+        for program, text in {
+            "python": python,
+            "srun": f'while [ "${{1#-}}" != "$1" ]; do shift; done\nexport {task}\n"$@" &\n'
+            'trap "kill -USR1 $!" USR1\nwait $! || wait $!',
+            "scontrol": f'[ "$1" != show ] || exec echo "JobId=7 JobState={state} PreemptTime=None "\n'
+            f'echo "$@" >>{tmp_path}/asked; exit 1',  # so that the script does not wait to be ended
+        }.items():
+            (programs / program).write_text(f"#!/bin/bash\n{text}\n")
+            (programs / program).chmod(0o755)
+        job = dataclasses.replace(job, python=str(programs / "python"), local_disk=tmp_path / "disk")
+        script = subprocess.Popen(
+            [
+                "bash",
+                "-c",
+                render(job, [], logs, tmp_path / "checkpoints", chain=tmp_path / "chain.ended" if job.chain else None),
+            ],
+            env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}
+            | {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        while stop and script.poll() is None and not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        if stop:
+            script.send_signal(stop)
+        said = script.communicate(timeout=60)[0]
+        asked = tmp_path / "asked"
+        requeued = asked.exists() and asked.read_text() == "requeue 7\n"
+        asked.unlink(missing_ok=True)
+        return script.returncode, requeued, said
+
+    return run
+
+
+SLEEPS = 'touch "${0%/*}/../ready"; exec sleep 60'
+
+
+def test_only_what_the_doctor_found_fails_the_job(batch):
+    doctor = Job(doctor=True)
+    for code in (1, 2):
+        assert batch(doctor, f"[ $3 = doctor ] && exit {code}")[:2] == (2, False)
+    assert batch(doctor, "[ $3 = doctor ] && exit 139")[:2] == (139, True), "a crash is started again"
+    assert batch(doctor, "[ $3 != doctor ] || kill -TERM $$")[:2] == (75, True), "Slurm's own signal to the step"
+    assert batch(doctor, f"[ $3 = doctor ] && {{ {SLEEPS}; }}", stop=signal.SIGUSR1)[:2] == (75, True)
+    assert batch(doctor, "exit 0")[:2] == (0, False)
+
+
+def test_the_sites_own_setup_is_read_first(batch, tmp_path):
+    setup = tmp_path / "site.sh"
+    setup.write_text("export NCCL_SOCKET_IFNAME=eno7 MASTER_PORT=4321")
+    said = '[ "$NCCL_SOCKET_IFNAME $MASTER_PORT" = "eno7 4321" ]'
+    assert batch(Job(setup=setup), said)[0] == 0
+    assert batch(Job(), said)[0] == 1
+    setup.write_text("false")
+    assert batch(Job(setup=setup), said)[:2] == (2, False)
+
+
+def test_a_port_that_was_chosen_wins(batch, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "4321")
+    assert batch(Job(), '[ "$MASTER_PORT" = 4321 ]')[0] == 0
+    monkeypatch.setenv("RANK", "0")
+    assert batch(Job(), '[ -z "$MASTER_PORT" ]')[0] == 0, "what another launcher left does not"
+
+
+def test_a_chain_ends_where_another_job_would_not_mend(batch, tmp_path):
+    chain = Job(chain=1)
+    for python, state, ends in (
+        ("exit 2", "RUNNING Reason=None", True),
+        ("exit 70", "RUNNING Reason=None", True),
+        ("exit 75", "COMPLETING Reason=None", True),  # scancel
+        ("exit 75", "RUNNING Reason=None", False),  # before the time limit
+        ("exit 75", "COMPLETING Reason=TimeLimit", False),
+        ("exit 1", "RUNNING Reason=None", False),
+    ):
+        code, requeued, _ = batch(chain, python, state)
+        assert not requeued
+        ended = tmp_path / "chain.ended"
+        assert ended.exists() == ends, (python, state)
+        if ends:
+            after, _, said = batch(chain, "exit 0")
+            assert after == code
+            assert "the chain was ended" in said
+            ended.unlink()
+
+
+def test_the_last_rank_of_a_stopped_job_cleans_its_node(tmp_path):
+    """scancel: Slurm starts no further step then."""
+    script = render(Job(ranks_per_node=2), [], tmp_path, tmp_path)
+    on_node = script.partition("ON_NODE='")[2].partition("'\n")[0]
+    env = {**os.environ, "NODE_FOLDER": str(tmp_path / "disk/job"), "SLURMD_NODENAME": "node1", "SLURM_STEP_ID": "0"}
+    ranks = [
+        subprocess.Popen(
+            ["bash", "-c", on_node, "_", "sh", "-c", "trap 'kill $!; exit 75' TERM; echo; sleep 60 & wait"],
+            env={**env, "SLURM_LOCALID": str(rank), "SLURM_NTASKS_PER_NODE": "2"},
+            stdout=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for rank, folder_is_there in zip(ranks, (True, False)):
+        rank.stdout.readline()
+        rank.terminate()
+        assert rank.wait(30) == 75
+        assert (tmp_path / "disk/job/node1").exists() == folder_is_there
+    assert not any((tmp_path / "disk").iterdir())

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from peer_dist.training.world import World, WorldError, discover, first_host, tasks_per_node
+from peer_dist.training.world import World, WorldError, discover, expand_hosts, tasks_per_node
 
 TORCHRUN = {
     "RANK": "3",
@@ -57,6 +57,10 @@ def test_srun():
     assert (other.rank, other.local_rank, other.local_world_size) == (2, 0, 1)
     assert other.master_port == world.master_port
     assert discover({**SRUN, "SLURM_STEP_ID": "3"}).master_port != world.master_port, "steps run side by side"
+    again = discover({**SRUN, "SLURM_RESTART_COUNT": "1"})
+    assert again.master_port != world.master_port, "what has the port may have it still"
+    assert world.hosts == (), "tasks may be anywhere"
+    assert discover({**SRUN, "SLURM_DISTRIBUTION": "block"}).hosts == ("localhost", "localhost", "node2")
     assert discover({**SRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}).master_port == 4321
 
 
@@ -126,6 +130,14 @@ def test_mpi(monkeypatch):
         discover({"OMPI_COMM_WORLD_SIZE": "2"})
 
 
+def test_an_mpi_that_cannot_be_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(WorldError, match=r"mpi4py finds no library of it \(.*\); install one"):
+        discover({"OMPI_COMM_WORLD_SIZE": "2"})
+    with pytest.raises(WorldError, match=r"mpi4py cannot load MPI4PY_LIBMPI=/lib/x.so \(.*\); set it to the libmpi"):
+        discover({"OMPI_COMM_WORLD_SIZE": "2", "MPI4PY_LIBMPI": "/lib/x.so"})
+
+
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
@@ -156,19 +168,18 @@ def test_a_node_without_an_address(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    ("nodes", "hosts"),
     [
         ("node1", "node1"),
-        ("node1,node2", "node1"),
-        ("node[1-4]", "node1"),
-        ("gpu[07-09,12],login1", "gpu07"),
-        ("gpu[3,5]-ib.cluster,other[1-2]", "gpu3-ib.cluster"),
-        ("rack[2-3]n[01-16]", "rack2n01"),
-        ("a,b[1-2]", "a"),
+        ("node1,node2", "node1 node2"),
+        ("node[1-3]", "node1 node2 node3"),
+        ("gpu[07-08,12],login1", "gpu07 gpu08 gpu12 login1"),
+        ("gpu[3,5]-ib.cluster,other[9-10]", "gpu3-ib.cluster gpu5-ib.cluster other9 other10"),
+        ("rack[2-3]n[01-02]", "rack2n01 rack2n02 rack3n01 rack3n02"),
     ],
 )
-def test_first_host(nodes, first):
-    assert first_host(nodes) == first
+def test_expand_hosts(nodes, hosts):
+    assert expand_hosts(nodes) == hosts.split()
 
 
 def test_tasks_per_node():
@@ -193,19 +204,22 @@ def test_the_environment_gets_what_libraries_read(monkeypatch):
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("localhost", str(world.master_port))
 
 
-def _joins(world_size: int, ranks: list[int], seconds: float) -> dict[int, "subprocess.Popen[str]"]:
-    """Processes that are those ranks of a world, and join it."""
+def _joins(
+    world_size: int, ranks: list[int], seconds: float, port: int = 0, launcher: str = "torchrun"
+) -> dict[int, "subprocess.Popen[str]"]:
+    """Processes that are those ranks of a world, on hosts named a, b, ..., and join it; at a free port if at none."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port = port or probe.getsockname()[1]
     program = (
         "import sys; from peer_dist.training.world import World; rank, size, port = map(int, sys.argv[1:4])\n"
-        "try: World(rank, size, 0, 2, 'torchrun', '127.0.0.1', port).join(float(sys.argv[4])); print('joined')\n"
+        "world = World(rank, size, 0, 2, sys.argv[5], '127.0.0.1', port, tuple('abcde'))\n"
+        "try: world.join(float(sys.argv[4])); print('joined')\n"
         "except RuntimeError as error: print(type(error).__name__, error)"
     )
     return {
         rank: subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, (rank, world_size, port, seconds))],
+            [sys.executable, "-c", program, *map(str, (rank, world_size, port, seconds, launcher))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -219,13 +233,21 @@ def _joins(world_size: int, ranks: list[int], seconds: float) -> dict[int, "subp
 def test_ranks_that_do_not_come_are_named():
     ended = {rank: job.communicate(timeout=120)[0] for rank, job in _joins(5, [0, 2, 4], 10).items()}
     for said in ended.values():
-        assert said.startswith("JoinError ranks 1, 3 of 5 did not come within 10 s: see in their logs")
+        assert said.startswith("JoinError ranks 1 (b), 3 (d) of 5 did not come within 10 s: see in their logs")
 
 
 def test_without_rank_0_the_others_say_where_it_should_be():
     ended = {rank: job.communicate(timeout=120)[0] for rank, job in _joins(3, [1, 2], 3).items()}
     for rank, said in ended.items():
         assert said.startswith(f"JoinError rank {rank} ({socket.gethostname()}) did not reach rank 0 at 127.0.0.1:")
+
+
+def test_a_port_in_use_is_told_in_one_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = _joins(2, [0], 10, port, "Slurm (srun)")[0].communicate(timeout=120)
+    sentence = f"port {port} is in use on {socket.gethostname()}; set MASTER_PORT to a free one"
+    assert said == (f"JoinError {sentence}\n", "")
 
 
 def test_all_come():

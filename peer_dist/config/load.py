@@ -111,6 +111,23 @@ def check_world(config: Config, world_size: int) -> None:
         )
 
 
+def check_folders(config: Config) -> None:
+    """Make the folders that the run writes to, where they are missing.
+
+    Raises:
+        ConfigError: one cannot be made or written.
+    """
+    for key, name in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
+        folder = Path(name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            writable = os.access(folder, os.W_OK | os.X_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            raise ConfigError(f"{key}: nothing can be written to {folder}; choose another folder")
+
+
 def _layout_parts(config: Config) -> list[dict[str, int]]:
     """Sizes whose products must each divide the world."""
     parallel = config.parallel

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +256,12 @@ def _shared(here: Here) -> dict[str, Any]:
         mine = folder / f"{prefix}{here.rank}"
         part = mine.with_name(mine.name + ".part")
         here.left_behind += [part, mine]
-        with open(part, "wb") as file:
-            file.write(str(here.rank).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(mine)
+        with _writing(folder):
+            with open(part, "wb") as file:
+                file.write(str(here.rank).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            part.rename(mine)
         wanted = {f"{prefix}{rank}" for rank in range(here.world_size)}
         deadline = time.monotonic() + here.seconds / 2 / len(here.folders)
         while (missing := wanted - set(os.listdir(folder))) and time.monotonic() < deadline:
@@ -292,11 +293,12 @@ def _judge_shared(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Findi
 
 def _disk_speed(here: Here) -> float:
     """Bytes per second that this rank writes while the others do."""
-    path = _existing(next(iter(here.folders.values()))) / f".doctor-{here.visit}-speed-{here.rank}"
+    folder = _existing(next(iter(here.folders.values())))
+    path = folder / f".doctor-{here.visit}-speed-{here.rank}"
     here.left_behind.append(path)
     block = os.urandom(1 << 20)
     start = time.perf_counter()
-    with open(path, "wb") as file:
+    with _writing(folder), open(path, "wb") as file:
         for _ in range(_WRITTEN // len(block)):
             file.write(block)
         file.flush()
@@ -456,6 +458,15 @@ def _existing(path: Path) -> Path:
     """The folder, or the nearest above it that exists: nothing is created before a run."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if each.exists())
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Errors name the folder, not the doctor's own file in it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"nothing can be written to {folder} ({error.strerror})") from None
 
 
 def _size(count: float) -> str:

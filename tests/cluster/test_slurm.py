@@ -127,20 +127,20 @@ def newest_checkpoint(run: Run) -> int:
 
 @pytest.mark.cluster_quick
 def test_submit_trains_to_the_losses_of_one_process(lab, text, tmp_path):
-    """Two nodes with two ranks each; the doctor goes first; a chained job finds nothing left to do."""
+    """Two nodes with two ranks each; a chained job finds nothing left to do; rank 0 speaks in the job's log."""
     run = Run(lab, text, tmp_path, model={"dropout": 0.0})
     stage = environment(tmp_path / "env")
-    options = ["--nodes=2", "--ranks-per-node=2", "--time=30", "--chain=1", "--doctor", f"--stage={stage}"]
-    first, second = run.submit(*options)
+    (tmp_path / "site.sh").write_text('echo "set up on $SLURMD_NODENAME" >&2')
+    options = ("--time=30", "--chain=1", f"--stage={stage}", "--setup=site.sh")
+    first, second = run.submit("--nodes=2", "--ranks-per-node=2", *options)
     assert lab.wait_for(first, "COMPLETED", START)["NumNodes"] == "2"
     log = run.log(first)
-    assert re.search(r"ready: \d+ ok, \d+ warn, 0 fail", log)
     assert "Slurm (srun): 4 rank(s)" in log
     assert f"Python of {tmp_path}/disk/peer_dist-{first}/node" in log, "from the node's disk"
+    assert "set up on node" in log
     assert "first step done" in log
     assert {path.name for path in (tmp_path / "logs/slurm" / f"{first}.0").iterdir()} == {
-        *(f"rank-{rank}-node-{rank // 2}.log" for rank in range(4)),
-        *(f"doctor-{rank}.log" for rank in range(4)),
+        f"rank-{rank}-node-{rank // 2}.log" for rank in range(4)
     }
     alone = with_keys(
         run.tree,
@@ -186,7 +186,7 @@ def test_a_second_job_is_refused_and_a_cancelled_one_has_saved(lab, text, tmp_pa
     """One writer per folder; scancel leaves a checkpoint, no lock, and no job that comes again."""
     run = Run(lab, text, tmp_path, train={"steps": MANY}, checkpoint={"interval": MANY})
     packed = shutil.make_archive(str(tmp_path / "env"), "gztar", environment(tmp_path / "env"))
-    (job,) = run.submit("--nodes=1", "--ranks-per-node=2", "--time=60", f"--stage={packed}")
+    (job, follower) = run.submit("--nodes=1", "--ranks-per-node=2", "--time=60", f"--stage={packed}", "--chain=1")
     run.wait_for_step(job, 3)
     assert f"Python of {tmp_path}/disk/peer_dist-{job}/node" in run.log(job), "from the node's disk"
     (duplicate,) = run.submit("--nodes", "2", "--ranks-per-node", "2", "--time", "60")
@@ -200,6 +200,18 @@ def test_a_second_job_is_refused_and_a_cancelled_one_has_saved(lab, text, tmp_pa
     assert stopped == newest_checkpoint(run) == max(run.losses())
     assert not (tmp_path / "checkpoints" / "run.lock").exists()
     assert lab.job(job)["Restarts"] == "0"
+    assert not (tmp_path / "disk" / f"peer_dist-{job}").exists(), "its nodes' disks are left clean"
+    lab.wait_for(follower, "FAILED", 60)
+    assert "the chain was ended by a job before (code 75)" in run.log(follower)
+
+
+def test_a_signal_while_the_doctor_examines_is_no_finding(lab, text, tmp_path):
+    run = Run(lab, text, tmp_path, train={"steps": MANY})
+    (job,) = run.submit("--nodes=2", "--ranks-per-node=1", "--time=30", "--doctor")
+    wait_until((tmp_path / "logs/slurm" / f"{job}.0" / "doctor-1.log").exists, START, "the doctor")
+    lab.run("scancel", "--signal=USR1", "--batch", job)
+    wait_until(lambda: "ended with code 75 before its last step; requeued" in run.log(job), 60, "requeued")
+    assert lab.wait_for(job, "PENDING", 60)["Restarts"] == "1"
 
 
 def test_a_preempted_job_saves_and_comes_back(lab, text, tmp_path):
@@ -219,6 +231,22 @@ def test_a_preempted_job_saves_and_comes_back(lab, text, tmp_path):
     losses = run.losses()
     assert max(losses) == stopped + 10
     assert losses == run.undisturbed(stopped + 10)
+
+
+def test_the_doctor_goes_first(lab, text, tmp_path):
+    """On the ranks that will train; a rank far slower than others, as here where the machine is busy, ends the job."""
+    run = Run(lab, text, tmp_path, train={"steps": 2})
+    (job,) = run.submit("--nodes=2", "--ranks-per-node=1", "--time=30", "--doctor")
+    state = wait_until(lambda: lab.job(job)["JobState"] in ("COMPLETED", "FAILED") and lab.job(job), START, "its end")
+    log, logs = run.log(job), {path.name for path in (tmp_path / "logs/slurm" / f"{job}.0").iterdir()}
+    assert {"doctor-0.log", "doctor-1.log"} <= logs
+    if state["JobState"] == "COMPLETED":
+        assert re.search(r"ready: \d+ ok, \d+ warn, 0 fail", log)
+        assert max(run.losses()) == 2
+    else:
+        assert re.findall(r"^(.+?)\s+fail\b", log, re.MULTILINE) == ["speed of ranks"]
+        assert "peer-dist doctor found something (code 1)" in log
+        assert not run.losses()
 
 
 def test_a_power_cut_moves_the_run_to_other_nodes(lab, text, tmp_path):
