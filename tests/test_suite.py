@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
@@ -211,7 +212,6 @@ def test_enwik8_of_full_size_is_split_at_its_customary_bytes(tmp_path):
 
 def test_pile_is_read_from_zstd_frames(tmp_path):
     """Frames as parallel compressors write them, cut within a line and a character; damage is told."""
-    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed: pip install 'peer_dist[eval]'")
     from peer_dist.data.documents import DataError
 
     text = "".join(json.dumps({"text": each, "meta": {}}, ensure_ascii=False) + "\n" for each in PILE).encode()

@@ -13,15 +13,12 @@ from importlib import resources
 from pathlib import Path
 from typing import IO, Protocol, cast
 
-try:
-    import zstandard
-except ImportError:  # of the extra [eval]
-    zstandard = None
+import zstandard
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 MAX_DOCUMENT = 16384
 _BLOCK = 1 << 20
-_UNSOUND = (gzip.BadGzipFile, zlib.error, *([] if zstandard is None else [zstandard.ZstdError]))
+_UNSOUND = (gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 class DataError(ValueError):
@@ -139,8 +136,6 @@ def _opened(path: Path, raw: IO[bytes]) -> _Bytes:
         return cast(_Bytes, gzip.GzipFile(fileobj=raw))
     if path.suffix.lower() != ".zst":
         return raw
-    if zstandard is None:
-        raise DataError(f"{path}: reading .zst needs the package zstandard; pip install 'peer_dist[eval]'")
     return _Zstd(raw)
 
 
@@ -152,7 +147,7 @@ def read_text(path: Path, advance: Callable[[int], None] | None = None, block: i
         block: bytes of the file read at a time.
 
     Raises:
-        DataError: bad UTF-8, a broken .gz or .zst, an unreadable file, or no zstandard.
+        DataError: bad UTF-8, a broken .gz or .zst, or an unreadable file.
     """
     kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower(), "")
     within = " of the uncompressed text" if kind else ""
