@@ -235,7 +235,7 @@ TABLE: list[Layout] = [
     Layout(2, {"pipeline": 2}, 0, settings={**RMS, **PERCEPTRON}),
     Layout(8, {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2}, settings={**RMS, **RECURRENT}),
     *(
-        Layout(ranks, parallel, zero, settings=settings, quick=ranks == 4 and "tensor" not in parallel)
+        Layout(ranks, parallel, zero, settings=settings, quick=(ranks, parallel.get("pipeline")) == (4, 2))
         for settings in (MEMORY, IMPROVED)
         for ranks, parallel, zero in (
             (2, {}, 0),

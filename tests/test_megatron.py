@@ -225,11 +225,11 @@ def test_output_std_is_the_dense_layers(parallel: Parallel, activation: str) -> 
 
 
 def test_peer_keys_reach_the_layer(parallel: Parallel) -> None:
-    """Every key of the peer section, none at its default."""
+    """Every key of the peer section, none at its default but what the training loop reads."""
     peer = {
         "num_experts": 144, "heads": 3, "top_k": 5, "key_dim": 12, "query_norm": "layer", "gate": "sigmoid",
         "activation": "silu", "shared_keys": False, "output_gate": True, "dense_hidden": 20, "dispatch_chunks": 3,
-        "key_norm": "rms", "layers_per_pool": 2, "table_dtype": "bfloat16",
+        "key_norm": "rms", "layers_per_pool": 2, "table_dtype": "bfloat16", "revive_interval": 0,
     }  # fmt: skip
     config = make_config(peer=peer)
     assert config.peer.model_dump() == peer
