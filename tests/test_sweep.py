@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -112,15 +113,30 @@ def test_a_file_that_cannot_be_is_one_sentence(sweep_tree, tmp_path, changes, se
     assert str(tmp_path / "tiny.yaml") in str(error.value)
 
 
-def test_the_isoflop_sweep_is_one(text):
-    """Of the repository, on other data: four models, five sizes, three seeds, and as many trials for each."""
-    tree = yaml.safe_load(Path("configs/sweeps/isoflop.yaml").read_text())
-    path = text.with_name("isoflop.yaml")
-    tree["base"]["data"]["prefix"] = str(text)
-    path.write_text(yaml.safe_dump(tree))
-    sweep = load_sweep(path, "out")
-    assert len([run for run in sweep.runs if run.trial is None]) == 2 * 4 * 5 * 3
-    assert {len(sweep.trials(model)) for model in tree["models"]} == {4}
+SHIPPED = sorted(Path(__file__).parent.parent.glob("configs/sweeps/*.yaml"))
+
+
+def shipped(name, text, folder):
+    """The sweeps of the repository, on other data."""
+    for path in SHIPPED:
+        (folder / path.name).write_text(
+            path.read_text().replace("data/corpus", str(text)).replace("3796,30,132", "90,5,5")
+        )
+    return load_sweep(folder / name, folder / "out")
+
+
+@pytest.mark.parametrize("name", [path.name for path in SHIPPED if path.name != "base.yaml"])
+def test_sweeps_that_ship(name, text, tmp_path):
+    """Each is one; a model is run as often as any other."""
+    runs = [run for run in shipped(name, text, tmp_path).runs if run.trial is None]
+    assert len(set(Counter(run.model for run in runs).values())) == 1
+
+
+def test_the_isoflop_sweep(text, tmp_path):
+    """Four models, five sizes, three seeds, and as many trials for each."""
+    sweep = shipped("isoflop.yaml", text, tmp_path)
+    assert len([run for run in sweep.runs if run.trial is None]) == 4 * 5 * 3
+    assert {len(sweep.trials(model)) for model in ("dense", "moe", "pkm", "peer")} == {4}
 
 
 # ---------------------------------------------------------------- runs
