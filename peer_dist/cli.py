@@ -24,6 +24,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Checkpoint = Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")]
+DataPrefix = Annotated[
+    str | None, typer.Option("--data", help="A prepared data set. Default: the one it was trained on.")
+]
+Split = Annotated[str, typer.Option(help="validation, test, or all of the data set.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="SECTION.KEY=VALUE", help="Change single keys of the file.", show_default=False),
@@ -231,11 +236,9 @@ def prepare(
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")],
-    prefix: Annotated[
-        str | None, typer.Option("--data", help="A prepared data set. Default: the one it was trained on.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="validation, test, or all of the data set.")] = "validation",
+    checkpoint: Checkpoint,
+    prefix: DataPrefix = None,
+    split: Split = "validation",
     dataset: Annotated[
         list[str] | None,
         typer.Option(
@@ -294,11 +297,9 @@ def evaluate(
 
 @app.command()
 def usage(
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")],
-    prefix: Annotated[
-        str | None, typer.Option("--data", help="A prepared data set. Default: the one it was trained on.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="validation, test, or all of the data set.")] = "validation",
+    checkpoint: Checkpoint,
+    prefix: DataPrefix = None,
+    split: Split = "validation",
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")] = 8,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for usage.npz: gates and picks of every expert.")
@@ -320,7 +321,7 @@ def usage(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")],
+    checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.8,

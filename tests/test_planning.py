@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,17 +64,6 @@ CASES = [
     *({"model.mlp": "moe", **router} for router in ROUTERS),
     *({"model.mlp": ["peer", "dense", "peer"], **router} for router in ROUTERS[:3]),
 ]
-
-
-@pytest.fixture(scope="module")
-def parallel() -> Iterator[Parallel]:
-    """Megatron's groups of one rank, in this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        groups = Parallel.initialize()
-        yield groups
-        groups.destroy()
-        dist.destroy_process_group()
 
 
 def build(config: Config, parallel: Parallel) -> torch.nn.ModuleList:

@@ -1,4 +1,4 @@
-"""A layer's feed-forward part in Megatron's layer spec: one builder per kind of ``model.mlp``."""
+"""A layer's feed-forward part in Megatron's layer spec: of the kind that ``model.mlp`` says."""
 
 from __future__ import annotations
 
@@ -217,40 +217,22 @@ def dense_output_std(model: ModelConfig) -> float:
     return INIT_STD / math.sqrt(2 * model.num_layers) * math.sqrt(model.ffn_hidden_size * mean_square)
 
 
-def _dense(chunk: Chunk, number: int) -> ModuleSpec:
-    top_k = chunk.config.model.ffn_top_k
-    second = ModuleSpec(module=TopKRowParallelLinear, params={"top_k": top_k}) if top_k else RowParallelLinear
-    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=second))
-
-
-def _peer(chunk: Chunk, number: int) -> ModuleSpec:
-    return ModuleSpec(module=PEERMLP, params={"chunk": chunk, "number": number})
-
-
-def _pkm(chunk: Chunk, number: int) -> ModuleSpec:
-    return ModuleSpec(module=PKMMLP, params={"chunk": chunk, "number": number})
-
-
-def _moe(chunk: Chunk, number: int) -> ModuleSpec:
-    return ModuleSpec(module=CoarseMLP, params={"chunk": chunk, "number": number, "build": moe})
-
-
-def _sigma_moe(chunk: Chunk, number: int) -> ModuleSpec:
-    return ModuleSpec(module=CoarseMLP, params={"chunk": chunk, "number": number, "build": sigma_moe})
-
-
-_KINDS: dict[str, Callable[[Chunk, int], ModuleSpec]] = {
-    "dense": _dense,
-    "peer": _peer,
-    "pkm": _pkm,
-    "moe": _moe,
-    "sigma_moe": _sigma_moe,
+_SPARSE: dict[str, tuple[type[SparseMLP], dict[str, Any]]] = {
+    "peer": (PEERMLP, {}),
+    "pkm": (PKMMLP, {}),
+    "moe": (CoarseMLP, {"build": moe}),
+    "sigma_moe": (CoarseMLP, {"build": sigma_moe}),
 }
 
 
 def feed_forward(chunk: Chunk, number: int) -> ModuleSpec:
     """The spec of the feed-forward part of layer ``number``, from 1."""
-    return _KINDS[chunk.config.model.mlp_kinds[number - 1]](chunk, number)
+    kind, top_k = chunk.config.model.mlp_kinds[number - 1], chunk.config.model.ffn_top_k
+    if kind == "dense":
+        second = ModuleSpec(module=TopKRowParallelLinear, params={"top_k": top_k}) if top_k else RowParallelLinear
+        return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=second))
+    module, more = _SPARSE[kind]
+    return ModuleSpec(module=module, params={"chunk": chunk, "number": number, **more})
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:

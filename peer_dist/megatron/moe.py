@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
-from peer_dist.sharding import Shard, Traffic
-from peer_dist.sharding.shard import release
+from peer_dist.sharding import Shard, Traffic, release
 
 if TYPE_CHECKING:
     from .feed_forward import Chunk
