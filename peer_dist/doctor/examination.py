@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config.schema import Config
-from peer_dist.training.world import World
+from peer_dist.training.world import World, named
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -92,12 +92,9 @@ class Ranks:
     backend: str
     config: Config | None
 
-    def named(self, ranks: Iterable[int], most: int = 8) -> str:
+    def named(self, ranks: Iterable[int]) -> str:
         """E.g. ``rank 3 (node2)``, or ``ranks 0 (a), 1 (a) and 14 more``."""
-        listed = sorted(ranks)
-        words = [f"{rank} ({self.hosts[rank]})" if rank in self.hosts else str(rank) for rank in listed[:most]]
-        more = f" and {len(listed) - most} more" if len(listed) > most else ""
-        return ("rank " if len(listed) == 1 else "ranks ") + ", ".join(words) + more
+        return named(ranks, self.hosts)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from torch.distributed import distributed_c10d
 
 from peer_dist.tracing import position
 from peer_dist.training.exits import PEER_LOST
+from peer_dist.training.world import named
 
 _LONG_PHASES, _LONGER = ("start", "first step", "validation", "save"), 10
 _LOSS = re.compile(r"gloo[/:]|Connection closed by peer|Connection reset by peer|NCCL error|ncclRemoteError|NCCL comm")
@@ -315,8 +316,7 @@ def is_peer_loss(error: BaseException) -> bool:
 
 
 def _names(ranks: list[int], one: str = "is", many: str = "are") -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank {shown} {one}" if len(ranks) == 1 else f"ranks {shown} {many}"
+    return f"{named(ranks, {})} {one if len(ranks) == 1 else many}"
 
 
 def _collectives() -> int:

@@ -10,7 +10,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -28,6 +28,14 @@ class JoinError(WorldError):
     """Not all of the ranks came together in time; the message names those that are missing."""
 
     exit_code = PEER_LOST
+
+
+def named(ranks: Iterable[int], hosts: Mapping[int, str], most: int = 8) -> str:
+    """E.g. ``rank 3 (node2)``, or ``ranks 0 (a), 1 (a) and 14 more``; hosts where they are known."""
+    listed = sorted(ranks)
+    words = [f"{rank} ({hosts[rank]})" if rank in hosts else str(rank) for rank in listed[:most]]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ("rank " if len(listed) == 1 else "ranks ") + ", ".join(words) + more
 
 
 @dataclass(frozen=True)
@@ -161,9 +169,7 @@ class World:
                 return ""
             except RuntimeError:
                 absent = [rank for rank, name in enumerate(names) if not store.check([name])]
-            more = f" and {len(absent) - 8} more" if len(absent) > 8 else ""
-            named = [f"{rank} ({self.hosts[rank]})" if self.hosts else str(rank) for rank in absent[:8]]
-            text = f"rank{'s' if len(absent) > 1 else ''} {', '.join(named)}{more}"
+            text = named(absent, dict(enumerate(self.hosts)))
             if absent and left <= 30:
                 return text
             if absent:
