@@ -3,9 +3,9 @@
     python benchmarks/corpus.py --output data/corpus.jsonl --megabytes 40
     peer-dist prepare --input data/corpus.jsonl --output data/corpus --train-bpe 1024
 
-One document per file. Equal files are taken once. Held-out files (1 in 20, by a hash of their name) come last, first
-those for validation and then those for test; those whose longer lines are known from training files for more than a
-fifth are left out. The line printed at the end is the data.split that separates them.
+One document per file. Equal files are taken once. Held-out files (1 in 20, by a hash of their name) come last; those
+whose longer lines are known from training files for more than a fifth are left out. What is installed differs between
+machines, so files are left off until the shares are those of SPLIT: data.split of any config that uses the corpus.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 SUFFIXES = {".py", ".pyi", ".rst", ".md", ".txt"}
 LONG = 24  # characters; shorter lines are alike in all programs
 KNOWN = 0.2  # share of a held-out file's long lines
+SPLIT = (96, 1, 3)  # training, validation, test: few for validation, which a sweep does after every short run
 
 
 def number(text: str) -> int:
@@ -49,7 +50,7 @@ def gather(megabytes: float, seed: int) -> tuple[list[str], list[str], list[str]
     names = sorted(paths)
     random.Random(seed).shuffle(names)
     training: list[str] = []
-    held_out: list[tuple[str, str]] = []
+    held_out: list[str] = []
     seen: set[int] = set()
     size = 0
     for name in names:
@@ -58,7 +59,7 @@ def gather(megabytes: float, seed: int) -> tuple[list[str], list[str], list[str]
             continue
         seen.add(content)
         if number(name) % 20 == 0:
-            held_out.append((name, text))
+            held_out.append(text)
         elif size < megabytes * 1e6:
             training.append(text)
             size += len(text.encode())
@@ -66,12 +67,13 @@ def gather(megabytes: float, seed: int) -> tuple[list[str], list[str], list[str]
             break
     known = set().union(*map(long_lines, training))
     kept = []
-    for name, text in held_out:
+    for text in held_out:
         lines = long_lines(text)
         if lines and len(lines & known) <= KNOWN * len(lines):
-            kept.append((name, text))
-    validation = [text for name, text in kept if number(name) // 20 % 2]
-    return training, validation, [text for name, text in kept if not number(name) // 20 % 2]
+            kept.append(text)
+    parts = min(len(training) // SPLIT[0], len(kept) // sum(SPLIT[1:]))
+    train, validation, test = (share * parts for share in SPLIT)
+    return training[:train], kept[:validation], kept[validation : validation + test]
 
 
 def main() -> None:
@@ -87,7 +89,7 @@ def main() -> None:
             file.write(json.dumps({"text": text}) + "\n")
     for name, split in zip(("training", "validation", "test"), splits, strict=True):
         print(f"{name}: {len(split)} files, {sum(len(text.encode()) for text in split) / 1e6:.1f} MB")
-    print(f"data.split: {','.join(str(len(split)) for split in splits)}")
+    print(f"data.split: {','.join(map(str, SPLIT))}")
 
 
 if __name__ == "__main__":
