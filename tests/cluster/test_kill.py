@@ -203,8 +203,8 @@ def wait_for(run: Command, plan) -> list[int | None]:
     return run.codes(1)
 
 
-def test_eight_kills_change_nothing(small, tmp_path):
-    killed_again_and_again(small, tmp_path, 1, moments=4, saves=4)
+def test_four_kills_change_nothing(small, tmp_path):
+    killed_again_and_again(small, tmp_path, 1, moments=2, saves=2)
 
 
 @pytest.mark.cluster

@@ -181,7 +181,6 @@ def test_a_time_limit_saves_requeues_and_changes_nothing(lab, text, tmp_path):
     assert losses == run.undisturbed(stopped + 10)
 
 
-@pytest.mark.cluster_quick
 def test_a_second_job_is_refused_and_a_cancelled_one_has_saved(lab, text, tmp_path):
     """One writer per folder; scancel leaves a checkpoint, no lock, and no job that comes again."""
     run = Run(lab, text, tmp_path, train={"steps": MANY}, checkpoint={"interval": MANY})
