@@ -300,6 +300,7 @@ class Trainer:
         with self.engine.accumulate():
             # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
+            held = self.engine.allocated() if (step + 1) % config.logging.interval == 0 else None
         loss = float(parallel.total(losses.sum().double())) / tokens
         spike = self.guard.is_spike(loss)
         with span("optimizer"):
@@ -322,7 +323,10 @@ class Trainer:
         self.steps_done += 1
         self.guard.record(self.steps_done, sequences, loss, result.grad_norm, result.applied, spike, bad)
 
-        return self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin) | revived
+        values = self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
+        if held is not None:
+            values |= {f"memory/{part}_gb": size / 1e9 for part, size in asdict(held).items()}
+        return values | revived
 
     def _observer(self, number: int) -> RouteObserver:
         """What is told of a layer's picks while it trains."""
