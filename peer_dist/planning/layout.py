@@ -41,7 +41,7 @@ class Layout:
     """A config in a world that :func:`peer_dist.config.check_world` accepts.
 
     Ranks are numbered tensor first, then data, then stages, and within a stage columns first, then rows, then copies
-    (Megatron's order). A node has ``gpus_per_node`` consecutive ones, and groups are taken to begin with a node's first.
+    (Megatron's order). A node has ``gpus_per_node`` consecutive ones; groups are taken to begin with a node's first.
     """
 
     config: Config

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peer_dist.config import Config
-from peer_dist.config.schema import ROUTED_KINDS, RouterSection
+from peer_dist.config.schema import ROUTED_KINDS, PEERSection, PKMSection, RouterSection
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.sharding.layout import first_of
 
@@ -48,26 +48,33 @@ class State:
     host: int = 0
 
 
-def dense_shapes(layout: Layout, stage: int, vocab_size: int) -> Iterator[tuple[int, ...]]:
-    """A rank's trained parameters but for its shards; matrices have two dimensions or more (which is what decays)."""
+def dense_shapes(layout: Layout, stage: int, vocab_size: int) -> dict[str | int, list[tuple[int, ...]]]:
+    """The trained parameters of a stage's rank but for its shards: of each layer (from 0), the ``embedding``, the
+    ``head`` and what routers share (``core``). Matrices have two dimensions or more, and are what decays.
+    """
     config, tensor, chunks = layout.config, layout.tensor, layout.layers(stage)
     d, last = config.model.hidden_size, layout.pipeline - 1
-    for number, layers in enumerate(chunks):
-        first_chunk, last_chunk = stage == number == 0, stage == last and number == layout.virtual - 1
-        if first_chunk:
-            yield vocab_size // tensor, d
-        for layer in layers:
-            yield from ((d,), (3 * d // tensor, d), (d, d // tensor), (d,))
-            yield from _feed_forward(config, layer, tensor)
-        if _has_core(config):
-            yield from _core(config.router, d)
-        if last_chunk:
-            yield (d,)
-            if not (config.model.tied_embeddings and first_chunk):
-                yield vocab_size // tensor, d
+    found: dict[str | int, list[tuple[int, ...]]] = {}
+    if stage == 0:
+        found["embedding"] = [(vocab_size // tensor, d)]
+    for layer in (layer for layers in chunks for layer in layers):
+        attention = [(d,), (3 * d // tensor, d), (d, d // tensor), (d,)]
+        found[layer] = [*attention, *_feed_forward(config, layer, tensor)]
+    if has_core(config):  # each chunk has a copy
+        found["core"] = [*_core(config.router, d)] * len(chunks)
+    if stage == last:
+        own = not config.model.tied_embeddings or layout.pipeline * layout.virtual > 1
+        found["head"] = [(d,), *([(vocab_size // tensor, d)] if own else [])]
+    return found
 
 
-def _has_core(config: Config) -> bool:
+def dense_elements(layout: Layout, stage: int, vocab_size: int) -> int:
+    """All of :func:`dense_shapes`."""
+    return sum(math.prod(shape) for part in dense_shapes(layout, stage, vocab_size).values() for shape in part)
+
+
+def has_core(config: Config) -> bool:
+    """Whether routers share a state, or the perceptron in its place."""
     return config.router.kind in ("recurrent", "mlp") and bool(set(ROUTED_KINDS) & set(config.model.mlp_kinds))
 
 
@@ -88,51 +95,53 @@ def _feed_forward(config: Config, layer: int, tensor: int) -> Iterator[tuple[int
         yield from ((matrices * model.ffn_hidden_size // tensor, d), (d, model.ffn_hidden_size // tensor))
         return
     router, routed = config.router, kind in ROUTED_KINDS
-    if routed and _has_core(config) and not router.shared_projector:
+    if routed and has_core(config) and not router.shared_projector:
         yield router.state_size, d
     if kind in ("moe", "sigma_moe"):
         experts = config.moe.num_experts if kind == "moe" else config.sigma_moe.num_experts
         if router.kind == "cosine":
             yield from ((router.state_size, d), (experts, router.state_size), (1,))
         else:
-            yield experts, router.state_size if _has_core(config) else d
+            yield experts, router.state_size if has_core(config) else d
         return
-    section = config.peer if kind == "peer" else config.pkm
+    section, rows = retrieving(config, kind)
     projected = kind == "peer" or config.pkm.query_projection
     width = section.key_dim if projected else d
     sets = 1 if section.shared_keys else section.heads
     if projected:
         yield section.heads * width, d
     yield from [(section.heads * width,)] * _NORM_VECTORS[section.query_norm]
-    yield sets, 2, math.isqrt(entries(config, kind)), width // 2
+    yield sets, 2, math.isqrt(rows), width // 2
     if kind == "peer":
         peer = config.peer
         yield from [(sets * width,)] * _NORM_VECTORS[peer.key_norm]
         yield from [(d, d)] * (2 * peer.output_gate)
         if peer.dense_hidden:
             yield from ((peer.dense_hidden, d), (d, peer.dense_hidden))
-        if _has_core(config):
+        if has_core(config):
             yield peer.heads * width, router.state_size
 
 
 _NORM_VECTORS = {"none": 0, "rms": 1, "layer": 2, "batch": 2}
 
 
-def entries(config: Config, kind: str) -> int:
-    """Rows of a table."""
-    return config.peer.num_experts if kind == "peer" else config.pkm.num_values
+def retrieving(config: Config, kind: str) -> tuple[PEERSection | PKMSection, int]:
+    """The section of a layer that picks rows of tables, and the tables' rows."""
+    if kind == "peer":
+        return config.peer, config.peer.num_experts
+    return config.pkm, config.pkm.num_values
 
 
-def shards(layout: Layout, place: Place) -> dict[int, list[Block]]:
+def shards(layout: Layout, place: Place) -> dict[str | int, list[Block]]:
     """Layer (from 0) to the blocks that a rank owns of it."""
     config, d = layout.config, layout.config.model.hidden_size
     pools = {pool[0]: len(pool) for pool in config.peer_pools}
     columns = _part(d, place.column, layout.columns)
-    found: dict[int, list[Block]] = {}
+    found: dict[str | int, list[Block]] = {}
     for layer in (layer for chunk in layout.layers(place.stage) for layer in chunk):
         kind = config.model.mlp_kinds[layer]
         if layer in pools or kind == "pkm":
-            section, rows = (config.peer if kind == "peer" else config.pkm), entries(config, kind)
+            section, rows = retrieving(config, kind)
             picks = section.heads * section.top_k * pools.get(layer, 1)
             mine = _part(rows, place.row, layout.rows)
             block = Block(mine, columns, _TABLE_ITEMS[section.table_dtype], rows, picks)
@@ -170,7 +179,7 @@ def state(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> State
         vocab_size: rows of the embedding, padding included.
         itemsize: bytes of a dense parameter, 4 or 2.
     """
-    shapes = list(dense_shapes(layout, place.stage, vocab_size))
+    shapes = [shape for part in dense_shapes(layout, place.stage, vocab_size).values() for shape in part]
     blocks = [block for owned in shards(layout, place).values() for block in owned]
     dense, owned = _dense_state(layout, shapes, itemsize), _shard_state(layout, blocks, itemsize)
     return State(
@@ -182,16 +191,16 @@ def state(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> State
 
 
 def _dense_state(layout: Layout, shapes: list[tuple[int, ...]], itemsize: int) -> State:
-    """AdamW's two moments in float32; a float32 master of what is not, and under ZeRO 1 and 2 of float32 too."""
+    """AdamW's two moments in float32; a float32 master of what is not, and under ZeRO of float32 too."""
     zero, ranks = layout.config.zero, layout.data
     sizes = [math.prod(shape) for shape in shapes]
     if zero.stage == 0:  # gradients in one float32 buffer
         return State(sum(sizes) * itemsize, sum(sizes) * FLOAT, sum(sizes) * (2 + (itemsize < FLOAT)) * FLOAT)
     if zero.stage == 3:  # each parameter is cut into equal parts, and gradients have a buffer of parts beside them
         parts = sum(-(-size // ranks) for size in sizes)
-        whole = sum(size for size in sizes if size <= PERSISTENT)
+        whole = sum(size for size in sizes if size <= PERSISTENT) if ranks > 1 else 0
         weights, gradients = (parts + whole) * itemsize, (sum(sizes) + parts) * itemsize
-        optimizer = parts * (2 + (itemsize < FLOAT or zero.offload)) * FLOAT
+        optimizer = parts * 3 * FLOAT
     else:  # matrices and vectors, each end to end, in equal parts of an even number of elements
         flat = 0
         for group in ([s for s in shapes if len(s) > 1], [s for s in shapes if len(s) < 2]):

@@ -169,7 +169,11 @@ class ZeroEngine(Engine):
         moments = [part for state in zero.optimizer.state.values() for part in state.values()]
         if self._stage == 3:
             weights = [zero.lp_param_buffer, *parameters]
-            return weights, [*gradients, zero.grad_partitions_flat_buffer], [*zero.fp32_partitioned_groups_flat, *moments]
+            return (
+                weights,
+                [*gradients, zero.grad_partitions_flat_buffer],
+                [*zero.fp32_partitioned_groups_flat, *moments],
+            )
         return zero.bit16_groups_flat, gradients, [*zero.single_partition_of_fp32_groups, *moments]
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.

@@ -1,0 +1,250 @@
+"""What a run will need before anything is rented: parameters, memory, bytes on the wire, time, money."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from peer_dist.config import Config, check_world
+from peer_dist.planning.counts import Cost, Counts, count
+from peer_dist.planning.hardware import Hardware
+from peer_dist.planning.layout import Layout, Place
+from peer_dist.planning.memory import Memory, memory
+from peer_dist.planning.timing import StepTime, Work, work
+from peer_dist.planning.traffic import Wire, step_traffic
+
+_TABLES = ("experts", "values")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config on machines.
+
+    Attributes:
+        memory: of the rank that needs most.
+        wires: what that rank's stage sends in a step, by purpose; a rank's bytes.
+        work: of the stage that the others wait for.
+        price_per_hour: of a device; None if it is not known.
+    """
+
+    layout: Layout
+    hardware: Hardware
+    counts: Counts
+    memory: Memory
+    place: Place
+    wires: dict[str, Wire]
+    work: Work
+    tokens: int
+    price_per_hour: float | None
+
+    @property
+    def times(self) -> StepTime:
+        return self.work.times
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.hardware.memory
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.layout.config.train.global_batch_size * self.layout.config.model.seq_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.times.total
+
+    @property
+    def mfu(self) -> float:
+        """Training FLOPs (three times the forward ones) over the devices' figure."""
+        dtype = "float32" if item_size(self.layout.config, self.hardware) == 4 else "bfloat16"
+        flops = self.counts.train_flops_per_token * self.tokens_per_second / self.layout.world_size
+        return flops / self.hardware.flops_per_s[dtype]
+
+    @property
+    def hbm_share(self) -> float:
+        """Bytes of expert rows and the optimizer over what the device could move in the time."""
+        return self.work.hbm_bytes / self.times.total / self.hardware.hbm_bytes_per_s
+
+    @property
+    def days(self) -> float:
+        return self.tokens / self.tokens_per_second / 86400
+
+    @property
+    def cost(self) -> float | None:
+        return None if self.price_per_hour is None else self.days * 24 * self.layout.world_size * self.price_per_hour
+
+    @property
+    def expert_parameters(self) -> Cost:
+        """Tables of experts and values, and coarse experts."""
+        parts = self.counts.parts
+        return sum((parts[name] for name in _TABLES if name in parts), Cost())
+
+    def values(self) -> dict[str, Any]:
+        """All figures as plain data: bytes, seconds, FLOPs."""
+        config, layout = self.layout.config, self.layout
+        whole, experts = self.counts.total, self.expert_parameters
+        return {
+            "hardware": self.hardware.name,
+            "layout": {
+                "world_size": layout.world_size,
+                "gpus_per_node": layout.gpus_per_node,
+                **config.parallel.model_dump(),
+                "expert": layout.rows,
+                "data": layout.data,
+                "expert_copies": layout.copies,
+                "zero": config.zero.stage,
+                "micro_batch_size": config.train.micro_batch_size,
+                "passes": layout.passes,
+                "recompute_layers": config.train.recompute_layers,
+            },
+            "parameters": {
+                "all": whole.parameters,
+                "dense": whole.parameters - experts.parameters,
+                "expert": experts.parameters,
+                "active": whole.active,
+            },
+            "flops_per_token": {"forward": whole.flops, "training": self.counts.train_flops_per_token},
+            "memory": {**asdict(self.memory), "available": self.hardware.memory, "fits": self.fits},
+            "rank": asdict(self.place),
+            "sent_per_step": {name: {"node": wire.node, "network": wire.network} for name, wire in self.wires.items()},
+            "seconds": {**asdict(self.times), "step": self.times.total},
+            "bound": self.times.bound,
+            "exchange_seconds": self.work.wire_s,
+            "expert_rows_seconds": self.work.hbm_s,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "memory_bandwidth_share": self.hbm_share,
+            "tokens": self.tokens,
+            "days": self.days,
+            "cost": self.cost,
+        }
+
+    def json(self) -> str:
+        return json.dumps(self.values(), indent=1)
+
+    def tables(self) -> list[Table]:
+        """For a terminal."""
+        layout, whole, experts = self.layout, self.counts.total, self.expert_parameters
+        grid = f"{layout.rows} x {layout.columns}, {layout.copies} copies"
+        overview = _table(
+            f"{layout.world_size} x {self.hardware.name}, {layout.gpus_per_node} a node",
+            ("tensor x pipeline x data", f"{layout.tensor} x {layout.pipeline} x {layout.data}"),
+            ("expert rows x columns", grid),
+            ("ZeRO, micro-batch, passes", _options(layout)),
+            (
+                "parameters",
+                f"{_short(whole.parameters)}: {_short(whole.parameters - experts.parameters)} dense, "
+                f"{_short(experts.parameters)} in experts; {_short(whole.active)} active per token",
+            ),
+            ("training FLOPs per token", _short(self.counts.train_flops_per_token)),
+        )
+        held = self.memory
+        parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries", "reduction")
+        used = _table(
+            f"memory of a rank, GB (stage {self.place.stage})",
+            *((part, f"{getattr(held, part) / 1e9:.2f}") for part in parts),
+            ("peak", f"{held.peak / 1e9:.2f} of {self.hardware.memory / 1e9:.2f}"),
+            *([("in host memory", f"{held.host / 1e9:.2f}")] if held.host else []),
+        )
+        sent = _table(
+            "a rank sends a step, GB",
+            ("", "inside a node  between nodes"),
+            *(
+                (name, f"{wire.node / 1e9:>13.3f}  {wire.network / 1e9:>13.3f}")
+                for name, wire in self.wires.items()
+                if wire.total
+            ),
+        )
+        times = {name: seconds for name, seconds in asdict(self.times).items() if seconds}
+        spent = _table(
+            "a step, ms",
+            *((name, f"{1e3 * seconds:.1f}") for name, seconds in times.items()),
+            ("in all", f"{1e3 * self.times.total:.1f}, most of it {self.times.bound}"),
+            (
+                "exchange beside expert rows",
+                f"{1e3 * self.work.wire_s:.1f} on the wire, {1e3 * self.work.hbm_s:.1f} in memory",
+            ),
+        )
+        cost = "" if self.cost is None else f", cost {self.cost:,.0f}"
+        result = _table(
+            f"{_short(self.tokens)} tokens",
+            ("tokens/s", f"{self.tokens_per_second:,.0f}"),
+            ("MFU", f"{self.mfu:.1%}"),
+            ("share of memory bandwidth", f"{self.hbm_share:.1%}"),
+            ("time", f"{self.days:.2f} days{cost}"),
+        )
+        return [overview, used, sent, spent, result]
+
+
+def plan(
+    config: Config,
+    world_size: int,
+    gpus_per_node: int,
+    hardware: Hardware,
+    vocab_size: int,
+    hits: float | None = None,
+    tokens: int | None = None,
+    price_per_hour: float | None = None,
+) -> Plan:
+    """The config's own layout on ``world_size`` devices.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+        hits: mean number of distinct row shards that a token hits; None: that of uniform picks.
+        tokens: to train on; None: those of the config's steps.
+        price_per_hour: of a device; None: the hardware's.
+
+    Raises:
+        ConfigError: the layout does not divide the world.
+    """
+    check_world(config, world_size)
+    layout, itemsize = Layout(config, world_size, gpus_per_node), item_size(config, hardware)
+    counts = count(config, vocab_size)
+    # a rank with the largest share of both rows and columns: shards differ by one, and the last is never smaller
+    places = [Place(stage, layout.rows - 1, layout.columns - 1) for stage in range(layout.pipeline)]
+    held = {place: memory(layout, place, vocab_size, itemsize, hardware.device, hits) for place in places}
+    worst = max(places, key=lambda place: held[place].peak)
+    done = [work(layout, place.stage, held[place], counts, vocab_size, itemsize, hardware, hits) for place in places]
+    train = config.train
+    return Plan(
+        layout,
+        hardware,
+        counts,
+        held[worst],
+        worst,
+        dict(step_traffic(layout, worst, vocab_size, itemsize, hits)),
+        max(done, key=lambda each: each.times.total),
+        train.steps * train.global_batch_size * config.model.seq_length if tokens is None else tokens,
+        hardware.price_per_hour if price_per_hour is None else price_per_hour,
+    )
+
+
+def item_size(config: Config, hardware: Hardware) -> int:
+    """Bytes of an activation and of a dense parameter."""
+    precision = config.train.precision
+    if precision == "auto":
+        return 2 if hardware.device == "cuda" else 4
+    return 2 if precision == "bf16" else 4
+
+
+def _options(layout: Layout) -> str:
+    train = layout.config.train
+    again = f", {train.recompute_layers} layers recomputed" if train.recompute_layers else ""
+    return f"{layout.config.zero.stage}, {train.micro_batch_size}, {layout.passes}{again}"
+
+
+def _table(title: str, *rows: tuple[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
