@@ -12,11 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from peer_dist.config import ConfigError
 from peer_dist.config.load import read_tree, sentence
 
-Dtype = Literal["float32", "bfloat16"]
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Flops(_Section):
+    """By dtype."""
+
+    float32: float = Field(gt=0)
+    bfloat16: float = Field(gt=0)
 
 
 class Achievable(_Section):
@@ -48,7 +53,7 @@ class Hardware(_Section):
     device: Literal["cuda", "cpu"] = "cuda"
     memory_bytes: float = Field(gt=0)
     hbm_bytes_per_s: float = Field(gt=0)
-    flops_per_s: dict[Dtype, float]
+    flops_per_s: Flops
     gather_bytes_per_s: float = Field(gt=0)
     node_link_bytes_per_s: float = Field(gt=0)
     node_link_latency_s: float = Field(0.0, ge=0)
@@ -64,6 +69,10 @@ class Hardware(_Section):
     def memory(self) -> float:
         """Bytes that a run may take."""
         return self.memory_bytes * self.achievable.memory
+
+    def flops(self, itemsize: int) -> float:
+        """Of the dtype of so many bytes, a second."""
+        return self.flops_per_s.float32 if itemsize == 4 else self.flops_per_s.bfloat16
 
     def dump(self, path: Path) -> None:
         """Write a file that :func:`load_hardware` reads."""

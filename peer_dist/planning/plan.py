@@ -59,9 +59,8 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Training FLOPs (three times the forward ones) over the devices' figure."""
-        dtype = "float32" if item_size(self.layout.config, self.hardware) == 4 else "bfloat16"
         flops = self.counts.train_flops_per_token * self.tokens_per_second / self.layout.world_size
-        return flops / self.hardware.flops_per_s[dtype]
+        return flops / self.hardware.flops(item_size(self.layout.config, self.hardware))
 
     @property
     def hbm_share(self) -> float:

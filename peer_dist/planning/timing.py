@@ -92,7 +92,7 @@ def work(
 ) -> Work:
     """Of a stage's rank; arguments as in :func:`peer_dist.planning.memory.memory`."""
     place = Place(stage)
-    rate = hardware.flops_per_s["float32" if itemsize == FLOAT else "bfloat16"] * hardware.achievable.flops
+    rate = hardware.flops(itemsize) * hardware.achievable.flops
     gather = hardware.gather_bytes_per_s * hardware.achievable.gather
     matmul = experts = exposed = wire_s = hbm = 0.0
     for chunk in layout.layers(stage):
@@ -110,11 +110,10 @@ def work(
                 hbm += times * size
     if stage == layout.pipeline - 1:
         matmul += 3 * layout.tokens / layout.tensor * counts.outside["logits"].flops / rate
-    sent = {
-        name: wire.seconds(hardware) for name, wire in step_traffic(layout, place, vocab_size, itemsize, hits).items()
-    }
+    traffic = step_traffic(layout, place, vocab_size, itemsize, hits)
+    other = {name: wire.seconds(hardware) for name, wire in traffic.items()}
     passes = layout.passes
-    tensor = sent["tensor"] + sent["statistics"]
+    tensor = other["tensor"] + other["statistics"]
     overhead = sum(map(len, layout.layers(stage))) * passes * hardware.layer_overhead_s
     whole = passes * (matmul + experts + exposed) + tensor + overhead
     update = optimizer_bytes(layout, place, memory)
@@ -148,8 +147,8 @@ def _flops(layout: Layout, layer: int, counts: Counts) -> tuple[float, float]:
 def row_bytes(layout: Layout, layer: int, itemsize: int, device: str) -> tuple[float, float]:
     """Bytes that a rank's experts or values read and write in one pass, forward and backward.
 
-    Forward, the picked rows of each table, the tokens that came and what leaves; backward the same, and the gradients of
-    the rows, all of them if they are dense. A GPU reads each distinct row once; a CPU's cache is small, and it reads a
+    Forward, the picked rows of each table, the tokens that came and what leaves; backward the same, and the rows'
+    gradients, all of them if they are dense. A GPU reads each distinct row once; a CPU's cache is small, and it reads a
     row for every pick, and in the backward pass once more to make its gradient.
     """
     config, kind = layout.config, layout.config.model.mlp_kinds[layer]
