@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
 
 from peer_dist.config import Config, check_world
-from peer_dist.planning.counts import Cost, Counts, count
+from peer_dist.planning.counts import Cost, Counts, count, short
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.memory import Memory, memory
@@ -121,9 +120,6 @@ class Plan:
             "cost": self.cost,
         }
 
-    def json(self) -> str:
-        return json.dumps(self.values(), indent=1)
-
     def tables(self) -> list[Table]:
         """For a terminal."""
         layout, whole, experts = self.layout, self.counts.total, self.expert_parameters
@@ -135,10 +131,10 @@ class Plan:
             ("ZeRO, micro-batch, passes", _options(layout)),
             (
                 "parameters",
-                f"{_short(whole.parameters)}: {_short(whole.parameters - experts.parameters)} dense, "
-                f"{_short(experts.parameters)} in experts; {_short(whole.active)} active per token",
+                f"{short(whole.parameters)}: {short(whole.parameters - experts.parameters)} dense, "
+                f"{short(experts.parameters)} in experts; {short(whole.active)} active per token",
             ),
-            ("training FLOPs per token", _short(self.counts.train_flops_per_token)),
+            ("training FLOPs per token", short(self.counts.train_flops_per_token)),
         )
         held = self.memory
         parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries", "reduction")
@@ -169,7 +165,7 @@ class Plan:
         )
         cost = "" if self.cost is None else f", cost {self.cost:,.0f}"
         result = _table(
-            f"{_short(self.tokens)} tokens",
+            f"{short(self.tokens)} tokens",
             ("tokens/s", f"{self.tokens_per_second:,.0f}"),
             ("MFU", f"{self.mfu:.1%}"),
             ("share of memory bandwidth", f"{self.hbm_share:.1%}"),
@@ -200,9 +196,22 @@ def plan(
         ConfigError: the layout does not divide the world.
     """
     check_world(config, world_size)
-    layout, itemsize = Layout(config, world_size, gpus_per_node), item_size(config, hardware)
-    counts = count(config, vocab_size)
-    # a rank with the largest share of both rows and columns: shards differ by one, and the last is never smaller
+    layout, counts = Layout(config, world_size, gpus_per_node), count(config, vocab_size)
+    return of_layout(layout, hardware, vocab_size, counts, hits, tokens, price_per_hour)
+
+
+def of_layout(
+    layout: Layout,
+    hardware: Hardware,
+    vocab_size: int,
+    counts: Counts,
+    hits: float | None = None,
+    tokens: int | None = None,
+    price_per_hour: float | None = None,
+) -> Plan:
+    """:func:`plan` of a layout that was checked; ``counts`` are the same for all layouts of a model."""
+    config, itemsize = layout.config, item_size(layout.config, hardware)
+    # the last shards are of the largest
     places = [Place(stage, layout.rows - 1, layout.columns - 1) for stage in range(layout.pipeline)]
     held = {place: memory(layout, place, vocab_size, itemsize, hardware.device, hits) for place in places}
     worst = max(places, key=lambda place: held[place].peak)
@@ -240,10 +249,3 @@ def _table(title: str, *rows: tuple[str, str]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _short(number: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
