@@ -247,7 +247,7 @@ def plan(
     per_node = gpus_per_node or hardware.gpus_per_node
     budget = None if tokens is None else round(tokens)
     best = run(settings, gpus or per_node, per_node, hardware, vocab_size, hits, budget, price)
-    plans = find(best, vocab_size, hits) if search else [best]
+    plans = find(best) if search else [best]
     best = plans[0]
     if as_json:
         shown = [each.values() for each in plans[:SHOWN]]
@@ -256,7 +256,7 @@ def plan(
         for table in [*([search_table(plans)] if search else []), *best.tables()]:
             _wide_console().print(table, highlight=False)
     if not best.fits:
-        text = escape(advice(best, vocab_size, hits))
+        text = escape(advice(best))
         Console(stderr=True).print(f"[red]error:[/] {text}", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
     if file is not None:

@@ -57,7 +57,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
     """Bytes of one layer (or of what follows the last one) in one pass.
 
     Attributes:
@@ -141,16 +141,7 @@ def _moments(
     config, owned = layout.config, shards(layout, place)
     shapes = dense_shapes(layout, place.stage, vocab_size)
     growing = layout.passes == 1 and config.zero.stage > 0
-    for chunk in layout.layers(place.stage):
-        parts: list[tuple[str | int, _Kept]] = []
-        for number, layer in enumerate(chunk):
-            kept = _layer(layout, layer, itemsize, device, hits)
-            if number < config.train.recompute_layers:
-                again = kept.activations + kept.exchange + kept.working
-                kept = _Kept(layout.split_tokens * _carried(layout) * itemsize, working=again)
-            parts.append((layer, kept))
-        if place.stage == layout.pipeline - 1 and chunk[-1] == config.model.num_layers - 1:
-            parts.append(("head", _head(layout, vocab_size, itemsize, device)))
+    for parts in kept_parts(layout, place.stage, vocab_size, itemsize, device, hits):
         in_flight = layout.in_flight(place.stage)
         activations, exchange = (
             in_flight * sum(each) for each in zip(*((kept.activations, kept.exchange) for _, kept in parts))
@@ -166,6 +157,24 @@ def _moments(
     yield _Moment(0.0, 0.0, 0.0, held.gradients)
 
 
+def kept_parts(
+    layout: Layout, stage: int, vocab_size: int, itemsize: int, device: str, hits: float | None = None
+) -> Iterator[list[tuple[str | int, Kept]]]:
+    """Of each of a stage's chunks, what its layers (from 0) and the ``head`` keep in one pass, in their order."""
+    config = layout.config
+    for chunk in layout.layers(stage):
+        parts: list[tuple[str | int, Kept]] = []
+        for number, layer in enumerate(chunk):
+            kept = _layer(layout, layer, itemsize, device, hits)
+            if number < config.train.recompute_layers:
+                again = kept.activations + kept.exchange + kept.working
+                kept = Kept(layout.split_tokens * _carried(layout) * itemsize, working=again)
+            parts.append((layer, kept))
+        if chunk[-1] == config.model.num_layers - 1:
+            parts.append(("head", _head(layout, vocab_size, itemsize, device)))
+        yield parts
+
+
 def _carried(layout: Layout) -> int:
     """Width of what goes from layer to layer."""
     config = layout.config
@@ -177,7 +186,7 @@ def _norm(d: int, itemsize: int, device: str) -> float:
     return d * (FLOAT + itemsize + (FLOAT if device == "cpu" else 0)) + FLOAT
 
 
-def _layer(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> _Kept:
+def _layer(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
     config, model, tensor = layout.config, layout.config.model, layout.tensor
     d, split, tokens = model.hidden_size, layout.split_tokens, layout.tokens
     # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations; the mask
@@ -187,15 +196,15 @@ def _layer(layout: Layout, layer: int, itemsize: int, device: str, hits: float |
     both = split * (2 * _norm(d, itemsize, device) + dropped) + tokens * attention
     own = _FEED_FORWARD[model.mlp_kinds[layer]](layout, layer, itemsize, device, hits)
     working = max(own.working, 6 * d / tensor * itemsize * tokens) + split * d * (2 * FLOAT + itemsize)
-    return _Kept(both + own.activations, own.exchange, working)
+    return Kept(both + own.activations, own.exchange, working)
 
 
-def _dense(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> _Kept:
+def _dense(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
     """SwiGLU keeps both halves, the second once more, the activation and the product; GELU input and output."""
     model = layout.config.model
     f = model.ffn_hidden_size / layout.tensor * itemsize * layout.tokens
     swiglu = model.ffn_activation == "swiglu"
-    return _Kept((5 if swiglu else 2) * f, working=(4 if swiglu else 2) * f)
+    return Kept((5 if swiglu else 2) * f, working=(4 if swiglu else 2) * f)
 
 
 def _retrieval(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[float, float]:
@@ -207,13 +216,13 @@ def _retrieval(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[f
     query = section.heads * (section.key_dim if projected else config.model.hidden_size)
     kept = picks * (8 + FLOAT) + (query * itemsize if projected else 0)  # numbers and gates
     if section.query_norm == "batch":
-        kept += 2 * query * FLOAT
+        kept += 3 * query * FLOAT  # centred twice, and scaled
     if layout.tensor > 1 and not config.parallel.sequence:
         kept += config.model.hidden_size * itemsize  # this rank's part of the tokens
     return kept, query * (itemsize + FLOAT) + 2 * picks * (8 + FLOAT)
 
 
-def _peer(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> _Kept:
+def _peer(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
     config, tokens, d = layout.config, layout.own_tokens, layout.config.model.hidden_size
     peer = config.peer
     kept, working = _retrieval(layout, "peer", itemsize, device)
@@ -225,23 +234,23 @@ def _peer(layout: Layout, layer: int, itemsize: int, device: str, hits: float | 
         kept += 12 * config.router.state_size * itemsize
     if layout.rows * layout.columns == 1:
         picks = peer.heads * peer.top_k
-        return _Kept(tokens * (kept + picks * FLOAT), 0.0, tokens * (max(working, 3 * picks * FLOAT + 2 * d * FLOAT)))
+        return Kept(tokens * (kept + picks * FLOAT), 0.0, tokens * (max(working, 3 * picks * FLOAT + 2 * d * FLOAT)))
     route, merging = _merging(layout, layer, hits)
     received = route.pairs * d * itemsize + layout.columns * route.picks * (8 + 2 * FLOAT)
     # dy as sent and as received, dx in float32 and as sent, and a pick's three gradients at an owner
     travelling = route.pairs * d * (3 * itemsize + FLOAT) + layout.columns * route.picks * 3 * FLOAT
-    return _Kept(tokens * kept, received + merging, max(tokens * working, travelling))
+    return Kept(tokens * kept, received + merging, max(tokens * working, travelling))
 
 
-def _pkm(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> _Kept:
+def _pkm(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
     """Gates and picks travel, and sums of values come home."""
     tokens, d = layout.own_tokens, layout.config.model.hidden_size
     kept, working = _retrieval(layout, "pkm", itemsize, device)
     if layout.rows * layout.columns == 1:
-        return _Kept(tokens * kept, 0.0, tokens * (working + d * FLOAT))
+        return Kept(tokens * kept, 0.0, tokens * (working + d * FLOAT))
     route, merging = _merging(layout, layer, hits)
     received = layout.columns * route.picks * (8 + FLOAT)
-    return _Kept(tokens * kept, received + merging, max(tokens * working, route.pairs * d * 2 * itemsize))
+    return Kept(tokens * kept, received + merging, max(tokens * working, route.pairs * d * 2 * itemsize))
 
 
 def _merging(layout: Layout, layer: int, hits: float | None) -> tuple[Routes, float]:
@@ -252,26 +261,28 @@ def _merging(layout: Layout, layer: int, hits: float | None) -> tuple[Routes, fl
     return route, 8 * numbers
 
 
-def _coarse(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> _Kept:
+def _coarse(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
     """A copy of each token for each of its experts; about six numbers in float32 a router's logit."""
     config, tokens, d = layout.config, layout.own_tokens, layout.config.model.hidden_size
     kind = config.model.mlp_kinds[layer]
-    experts, inner, outer = expert_sizes(config, kind)
+    experts, _, hidden = expert_sizes(config, kind)
+    # as in a dense layer, and once more weighted; ReLU keeps its output alone
+    times = 2 if kind == "sigma_moe" else 6 if config.model.ffn_activation == "swiglu" else 3
     top_k = config.moe.top_k if kind == "moe" else config.sigma_moe.top_k
     rows = tokens * top_k
     routing = tokens * 6 * experts * FLOAT
     away = 0.0 if layout.rows == 1 else rows * 2 * d * itemsize
-    return _Kept(routing + rows * (d + inner + 2 * outer) * itemsize, away, rows * (inner + outer + d) * itemsize)
+    return Kept(routing + rows * (d + times * hidden) * itemsize, away, rows * (2 * hidden + d) * itemsize)
 
 
 _FEED_FORWARD = {"dense": _dense, "peer": _peer, "pkm": _pkm, "moe": _coarse, "sigma_moe": _coarse}
 
 
-def _head(layout: Layout, vocab_size: int, itemsize: int, device: str) -> _Kept:
+def _head(layout: Layout, vocab_size: int, itemsize: int, device: str) -> Kept:
     """The last norm and the words' probabilities in float32; their gradients where those are of another dtype."""
     words = layout.tokens * vocab_size / layout.tensor
     working = words * itemsize if itemsize < FLOAT else 0.0
-    return _Kept(
+    return Kept(
         layout.split_tokens * _norm(layout.config.model.hidden_size, itemsize, device) + words * FLOAT,
         working=working + layout.split_tokens * layout.config.model.hidden_size * (itemsize + FLOAT),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.table import Table
@@ -20,24 +22,68 @@ _TABLES = ("experts", "values")
 
 @dataclass(frozen=True)
 class Plan:
-    """A config on machines.
+    """A config on machines. Time is worked out when it is first asked for.
 
     Attributes:
-        memory: of the rank that needs most.
-        wires: what that rank's stage sends in a step, by purpose; a rank's bytes.
-        work: of the stage that the others wait for.
+        layout: one that was checked.
+        vocab_size: rows of the embedding, padding included.
+        counts: of the model, the same in all layouts.
+        hits: mean number of distinct row shards that a token hits; None: that of uniform picks.
+        tokens: to train on.
         price_per_hour: of a device; None if it is not known.
     """
 
     layout: Layout
     hardware: Hardware
+    vocab_size: int
     counts: Counts
-    memory: Memory
-    place: Place
-    wires: dict[str, Wire]
-    work: Work
+    hits: float | None
     tokens: int
     price_per_hour: float | None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation and of a dense parameter."""
+        precision = self.layout.config.train.precision
+        if precision == "auto":
+            return 2 if self.hardware.device == "cuda" else 4
+        return 2 if precision == "bf16" else 4
+
+    @cached_property
+    def _held(self) -> dict[Place, Memory]:
+        """Of ranks with the largest shards (the last ones), of all stages that are not like one before them."""
+        config, stages = self.layout.config, dict[Any, int]()
+        firsts = {pool[0] for pool in config.peer_pools}
+        for stage in range(self.layout.pipeline):
+            kinds = [[(config.model.mlp_kinds[n], n in firsts) for n in chunk] for chunk in self.layout.layers(stage)]
+            stages.setdefault((str(kinds), stage == 0, stage == self.layout.pipeline - 1), stage)
+        places = [Place(stage, self.layout.rows - 1, self.layout.columns - 1) for stage in stages.values()]
+        arguments = self.vocab_size, self.itemsize, self.hardware.device, self.hits
+        return {place: memory(self.layout, place, *arguments) for place in places}
+
+    @cached_property
+    def place(self) -> Place:
+        """The rank that needs the most memory."""
+        return max(self._held, key=lambda place: self._held[place].peak)
+
+    @property
+    def memory(self) -> Memory:
+        """Of that rank."""
+        return self._held[self.place]
+
+    @cached_property
+    def wires(self) -> Mapping[str, Wire]:
+        """What that rank sends in a step, by purpose."""
+        return step_traffic(self.layout, self.place, self.vocab_size, self.itemsize, self.hits)
+
+    @cached_property
+    def work(self) -> Work:
+        """Of the stage that the others wait for."""
+        done = (
+            work(self.layout, p.stage, held, self.counts, self.vocab_size, self.itemsize, self.hardware, self.hits)
+            for p, held in self._held.items()
+        )
+        return max(done, key=lambda each: each.times.total)
 
     @property
     def times(self) -> StepTime:
@@ -59,7 +105,7 @@ class Plan:
     def mfu(self) -> float:
         """Training FLOPs (three times the forward ones) over the devices' figure."""
         flops = self.counts.train_flops_per_token * self.tokens_per_second / self.layout.world_size
-        return flops / self.hardware.flops(item_size(self.layout.config, self.hardware))
+        return flops / self.hardware.flops(self.itemsize)
 
     @property
     def hbm_share(self) -> float:
@@ -196,46 +242,16 @@ def plan(
         ConfigError: the layout does not divide the world.
     """
     check_world(config, world_size)
-    layout, counts = Layout(config, world_size, gpus_per_node), count(config, vocab_size)
-    return of_layout(layout, hardware, vocab_size, counts, hits, tokens, price_per_hour)
-
-
-def of_layout(
-    layout: Layout,
-    hardware: Hardware,
-    vocab_size: int,
-    counts: Counts,
-    hits: float | None = None,
-    tokens: int | None = None,
-    price_per_hour: float | None = None,
-) -> Plan:
-    """:func:`plan` of a layout that was checked; ``counts`` are the same for all layouts of a model."""
-    config, itemsize = layout.config, item_size(layout.config, hardware)
-    # the last shards are of the largest
-    places = [Place(stage, layout.rows - 1, layout.columns - 1) for stage in range(layout.pipeline)]
-    held = {place: memory(layout, place, vocab_size, itemsize, hardware.device, hits) for place in places}
-    worst = max(places, key=lambda place: held[place].peak)
-    done = [work(layout, place.stage, held[place], counts, vocab_size, itemsize, hardware, hits) for place in places]
     train = config.train
     return Plan(
-        layout,
+        Layout(config, world_size, gpus_per_node),
         hardware,
-        counts,
-        held[worst],
-        worst,
-        dict(step_traffic(layout, worst, vocab_size, itemsize, hits)),
-        max(done, key=lambda each: each.times.total),
+        vocab_size,
+        count(config, vocab_size),
+        hits,
         train.steps * train.global_batch_size * config.model.seq_length if tokens is None else tokens,
         hardware.price_per_hour if price_per_hour is None else price_per_hour,
     )
-
-
-def item_size(config: Config, hardware: Hardware) -> int:
-    """Bytes of an activation and of a dense parameter."""
-    precision = config.train.precision
-    if precision == "auto":
-        return 2 if hardware.device == "cuda" else 4
-    return 2 if precision == "bf16" else 4
 
 
 def _options(layout: Layout) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
 
 from peer_dist.config import ConfigError, check_world, parse_config
-from peer_dist.planning.counts import Counts, count
 from peer_dist.planning.layout import Layout
-from peer_dist.planning.plan import Plan, of_layout
+from peer_dist.planning.plan import Plan
 
 SHOWN = 12
 """Layouts of a search that are shown."""
@@ -18,26 +18,21 @@ SHOWN = 12
 Changes = dict[str, dict[str, Any]]
 
 
-def search(own: Plan, vocab_size: int, hits: float | None = None) -> list[Plan]:
+def search(own: Plan) -> list[Plan]:
     """All layouts of a plan's config on its machines, those that fit first, fastest first.
 
     Tried are tensor ranks inside a node (with sequence parallelism), pipeline stages, grids of the tables whose columns
     stay inside a node, ZeRO 0, 1 and 3 (2 saves nothing over 1 here: gradients are whole until the passes are over),
     recomputation of none and of all layers, and of the micro-batches that are powers of two those that fit: all of them
     in a pipeline, which they fill, else the largest. The global batch is the config's.
-
-    Args:
-        own: of the config's own layout.
-        vocab_size, hits: as for :func:`peer_dist.planning.plan.plan`.
     """
-    counts = count(own.layout.config, vocab_size)
     found = [own]
     for parallel in _parallel(own.layout):
         for stage in (0, 1) if parallel["pipeline"] > 1 else (0, 1, 3):
             layers = own.layout.config.model.num_layers // parallel["pipeline"]
             for recomputed in (0, layers):
                 changes = {"parallel": parallel, "zero": {"stage": stage}, "train": {"recompute_layers": recomputed}}
-                found += _batches(own, changes, vocab_size, counts, hits)
+                found += _batches(own, changes)
     return sorted(found, key=lambda plan: (not plan.fits, plan.times.total if plan.fits else plan.memory.peak))
 
 
@@ -64,7 +59,7 @@ def _parallel(layout: Layout) -> Iterator[dict[str, Any]]:
                     }
 
 
-def _batches(own: Plan, changes: Changes, vocab_size: int, counts: Counts, hits: float | None) -> list[Plan]:
+def _batches(own: Plan, changes: Changes) -> list[Plan]:
     """Those of the micro-batches that fit; the smallest if none does."""
     parallel, batch = changes["parallel"], own.layout.config.train.global_batch_size
     data = own.layout.world_size // (parallel["tensor"] * parallel["pipeline"])
@@ -72,7 +67,7 @@ def _batches(own: Plan, changes: Changes, vocab_size: int, counts: Counts, hits:
     plan: Plan | None = None
     for size in reversed(_powers(batch // data)) if batch >= data else []:
         changes["train"]["micro_batch_size"] = size
-        plan = _changed(own, changes, vocab_size, counts, hits) or plan
+        plan = _changed(own, changes) or plan
         if plan is not None and plan.fits:
             fitting.append(plan)
             if parallel["pipeline"] == 1:
@@ -80,7 +75,7 @@ def _batches(own: Plan, changes: Changes, vocab_size: int, counts: Counts, hits:
     return fitting or ([plan] if plan is not None else [])
 
 
-def _changed(own: Plan, changes: Changes, vocab_size: int, counts: Counts, hits: float | None) -> Plan | None:
+def _changed(own: Plan, changes: Changes) -> Plan | None:
     """The plan with some keys changed; None where they cannot be."""
     tree = own.layout.config.model_dump(mode="json", exclude_defaults=True)
     for section, keys in changes.items():
@@ -90,18 +85,17 @@ def _changed(own: Plan, changes: Changes, vocab_size: int, counts: Counts, hits:
         check_world(config, own.layout.world_size)
     except ConfigError:
         return None
-    layout = Layout(config, own.layout.world_size, own.layout.gpus_per_node)
-    return of_layout(layout, own.hardware, vocab_size, counts, hits, own.tokens, own.price_per_hour)
+    return replace(own, layout=replace(own.layout, config=config))
 
 
-def advice(own: Plan, vocab_size: int, hits: float | None = None) -> str:
+def advice(own: Plan) -> str:
     """What to change in a plan that does not fit: the single keys that suffice, or else what takes most."""
     config, layout = own.layout.config, own.layout
-    counts, memory = own.counts, own.memory
+    memory = own.memory
     held = f"the rank that needs most takes {memory.peak / 1e9:.1f} GB of {own.hardware.memory / 1e9:.1f}"
     enough = []
     for section, key, value in _remedies(layout):
-        plan = _changed(own, {section: {key: value}}, vocab_size, counts, hits)
+        plan = _changed(own, {section: {key: value}})
         if plan is not None and plan.fits:
             enough.append(f"{section}.{key}={value} ({plan.memory.peak / 1e9:.1f} GB)")
     if enough:

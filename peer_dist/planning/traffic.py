@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Group, Layout, Place
 from peer_dist.planning.state import FLOAT, dense_elements, has_core, retrieving, shards, touched
-from peer_dist.sharding.cost import Routes, bytes_of, size_bytes
+from peer_dist.sharding.cost import ExchangeBytes, Routes, bytes_of, size_bytes
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def routes(layout: Layout, layer: int, hits: float | None) -> Routes:
 
 
 def exchange(
-    layout: Layout, layer: int, itemsize: int, hits: float | None = None, route: Routes | None = None
+    layout: Layout, layer: int, itemsize: int, hits: float | None = None, sent: ExchangeBytes | None = None
 ) -> tuple[Wire, Wire]:
     """Of a layer's routed experts or values in one pass of a rank, forward and backward.
 
     Args:
         itemsize: bytes of an activation.
         hits: row shards that a token hits, if it is known better than for uniform picks.
-        route: of the tokens, if it is known.
+        sent: by the tokens of the pass, if their picks are known (:func:`peer_dist.sharding.cost.exchange_bytes`).
     """
     kind, d = layout.config.model.mlp_kinds[layer], layout.config.model.hidden_size
     if kind == "dense":
@@ -93,8 +93,7 @@ def exchange(
         return _sent(layout.row_group, size, 4), _sent(layout.row_group, size, 3)
     values, columns = kind == "pkm", layout.columns
     parts = layout.config.peer.dispatch_chunks if kind == "peer" else 1
-    route = route or routes(layout, layer, hits)
-    sent = bytes_of(route, d, d / columns, columns, itemsize, FLOAT, values)
+    sent = sent or bytes_of(routes(layout, layer, hits), d, d / columns, columns, itemsize, FLOAT, values)
     sizes, column_sizes = size_bytes(layout.rows, columns, parts)
     ways = 1 if values else 2
     return (
