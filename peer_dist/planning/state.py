@@ -198,7 +198,7 @@ def _dense_state(layout: Layout, shapes: list[tuple[int, ...]], itemsize: int) -
         return State(sum(sizes) * itemsize, sum(sizes) * FLOAT, sum(sizes) * (2 + (itemsize < FLOAT)) * FLOAT)
     if zero.stage == 3:  # each parameter is cut into equal parts, and gradients have a buffer of parts beside them
         parts = sum(-(-size // ranks) for size in sizes)
-        whole = sum(size for size in sizes if size <= PERSISTENT) if ranks > 1 else 0
+        whole = sum(-(-size // ranks) for size in sizes if size <= PERSISTENT) * ranks if ranks > 1 else 0
         weights, gradients = (parts + whole) * itemsize, (sum(sizes) + parts) * itemsize
         optimizer = parts * 3 * FLOAT
     else:  # matrices and vectors, each end to end, in equal parts of an even number of elements
