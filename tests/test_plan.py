@@ -61,7 +61,7 @@ def held_and_planned(rank: int, world_size: int, tree: dict[str, Any]) -> tuple[
             indices, experts, config.model.hidden_size, layout.rows, layout.columns, home, item, values=values
         )
         again = any(layer in chunk[: config.train.recompute_layers] for chunk in layout.layers(place.stage))
-        there, back = exchange(layout, layer, item, sent=counted)
+        there, back = exchange(layout, config.model.mlp_kinds[layer], item, sent=counted)
         bytes_planned += there.total * (2 if again else 1) + back.total
     return held | {"sent": sum(sent)}, planned | {"sent": bytes_planned, "rings": 2 * len(picked)}
 

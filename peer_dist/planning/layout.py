@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
 from peer_dist.config import Config
+from peer_dist.config.schema import MLPKind
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,12 @@ class Layout:
         size = self.config.model.num_layers // (self.pipeline * self.virtual)
         firsts = [(chunk * self.pipeline + stage) * size for chunk in range(self.virtual)]
         return [list(range(first, first + size)) for first in firsts]
+
+    def kinds(self, stage: int) -> Counter[tuple[MLPKind, int]]:
+        """How many layers a stage has of each kind, and with so many forward passes: 2 where they are recomputed."""
+        kinds, recomputed = self.config.model.mlp_kinds, self.config.train.recompute_layers
+        layers = (each for chunk in self.layers(stage) for each in enumerate(chunk))
+        return Counter((kinds[layer], 2 if number < recomputed else 1) for number, layer in layers)
 
     def in_flight(self, stage: int) -> int:
         """Passes of a chunk whose activations a stage holds at most, all chunks together (1F1B, interleaved)."""

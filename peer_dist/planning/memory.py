@@ -162,10 +162,11 @@ def kept_parts(
 ) -> Iterator[list[tuple[str | int, Kept]]]:
     """Of each of a stage's chunks, what its layers (from 0) and the ``head`` keep in one pass, in their order."""
     config = layout.config
+    each = {kind: _layer(layout, kind, itemsize, device, hits) for kind, _ in layout.kinds(stage)}
     for chunk in layout.layers(stage):
         parts: list[tuple[str | int, Kept]] = []
         for number, layer in enumerate(chunk):
-            kept = _layer(layout, layer, itemsize, device, hits)
+            kept = each[config.model.mlp_kinds[layer]]
             if number < config.train.recompute_layers:
                 again = kept.activations + kept.exchange + kept.working
                 kept = Kept(layout.split_tokens * _carried(layout) * itemsize, working=again)
@@ -186,7 +187,7 @@ def _norm(d: int, itemsize: int, device: str) -> float:
     return d * (FLOAT + itemsize + (FLOAT if device == "cpu" else 0)) + FLOAT
 
 
-def _layer(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
+def _layer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     config, model, tensor = layout.config, layout.config.model, layout.tensor
     d, split, tokens = model.hidden_size, layout.split_tokens, layout.tokens
     # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations; the mask
@@ -194,12 +195,12 @@ def _layer(layout: Layout, layer: int, itemsize: int, device: str, hits: float |
     attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size + model.seq_length)
     dropped = 2 * d if model.dropout else 0
     both = split * (2 * _norm(d, itemsize, device) + dropped) + tokens * attention
-    own = _FEED_FORWARD[model.mlp_kinds[layer]](layout, layer, itemsize, device, hits)
+    own = _FEED_FORWARD[kind](layout, kind, itemsize, device, hits)
     working = max(own.working, 6 * d / tensor * itemsize * tokens) + split * d * (2 * FLOAT + itemsize)
     return Kept(both + own.activations, own.exchange, working)
 
 
-def _dense(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
+def _dense(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     """SwiGLU keeps both halves, the second once more, the activation and the product; GELU input and output."""
     model = layout.config.model
     f = model.ffn_hidden_size / layout.tensor * itemsize * layout.tokens
@@ -222,7 +223,7 @@ def _retrieval(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[f
     return kept, query * (itemsize + FLOAT) + 2 * picks * (8 + FLOAT)
 
 
-def _peer(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
+def _peer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     config, tokens, d = layout.config, layout.own_tokens, layout.config.model.hidden_size
     peer = config.peer
     kept, working = _retrieval(layout, "peer", itemsize, device)
@@ -235,36 +236,35 @@ def _peer(layout: Layout, layer: int, itemsize: int, device: str, hits: float | 
     if layout.rows * layout.columns == 1:
         picks = peer.heads * peer.top_k
         return Kept(tokens * (kept + picks * FLOAT), 0.0, tokens * (max(working, 3 * picks * FLOAT + 2 * d * FLOAT)))
-    route, merging = _merging(layout, layer, hits)
+    route, merging = _merging(layout, kind, hits)
     received = route.pairs * d * itemsize + layout.columns * route.picks * (8 + 2 * FLOAT)
     # dy as sent and as received, dx in float32 and as sent, and a pick's three gradients at an owner
     travelling = route.pairs * d * (3 * itemsize + FLOAT) + layout.columns * route.picks * 3 * FLOAT
     return Kept(tokens * kept, received + merging, max(tokens * working, travelling))
 
 
-def _pkm(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
+def _pkm(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     """Gates and picks travel, and sums of values come home."""
     tokens, d = layout.own_tokens, layout.config.model.hidden_size
     kept, working = _retrieval(layout, "pkm", itemsize, device)
     if layout.rows * layout.columns == 1:
         return Kept(tokens * kept, 0.0, tokens * (working + d * FLOAT))
-    route, merging = _merging(layout, layer, hits)
+    route, merging = _merging(layout, kind, hits)
     received = layout.columns * route.picks * (8 + FLOAT)
     return Kept(tokens * kept, received + merging, max(tokens * working, route.pairs * d * 2 * itemsize))
 
 
-def _merging(layout: Layout, layer: int, hits: float | None) -> tuple[Routes, float]:
+def _merging(layout: Layout, kind: str, hits: float | None) -> tuple[Routes, float]:
     """The routes of a rank's tokens, and what merging and sending picks keeps of them."""
-    route = routes(layout, layer, hits)
-    section, _ = retrieving(layout.config, layout.config.model.mlp_kinds[layer])
+    route = routes(layout, kind, hits)
+    section, _ = retrieving(layout.config, kind)
     numbers = route.tokens * section.heads * section.top_k + 2 * route.picks + (1 + layout.columns) * route.pairs
     return route, 8 * numbers
 
 
-def _coarse(layout: Layout, layer: int, itemsize: int, device: str, hits: float | None) -> Kept:
+def _coarse(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     """A copy of each token for each of its experts; about six numbers in float32 a router's logit."""
     config, tokens, d = layout.config, layout.own_tokens, layout.config.model.hidden_size
-    kind = config.model.mlp_kinds[layer]
     experts, _, hidden = expert_sizes(config, kind)
     # as in a dense layer, and once more weighted; ReLU keeps its output alone
     times = 2 if kind == "sigma_moe" else 6 if config.model.ffn_activation == "swiglu" else 3

@@ -57,9 +57,9 @@ def dense_shapes(layout: Layout, stage: int, vocab_size: int) -> dict[str | int,
     found: dict[str | int, list[tuple[int, ...]]] = {}
     if stage == 0:
         found["embedding"] = [(vocab_size // tensor, d)]
-    for layer in (layer for layers in chunks for layer in layers):
-        attention = [(d,), (3 * d // tensor, d), (d, d // tensor), (d,)]
-        found[layer] = [*attention, *_feed_forward(config, layer, tensor)]
+    attention = [(d,), (3 * d // tensor, d), (d, d // tensor), (d,)]
+    each = {kind: [*attention, *_feed_forward(config, kind, tensor)] for kind, _ in layout.kinds(stage)}
+    found |= {layer: each[config.model.mlp_kinds[layer]] for layers in chunks for layer in layers}
     if has_core(config):  # each chunk has a copy
         found["core"] = [*_core(config.router, d)] * len(chunks)
     if stage == last:
@@ -88,8 +88,8 @@ def _core(router: RouterSection, d: int) -> Iterator[tuple[int, ...]]:
         yield p, d
 
 
-def _feed_forward(config: Config, layer: int, tensor: int) -> Iterator[tuple[int, ...]]:
-    kind, model, d = config.model.mlp_kinds[layer], config.model, config.model.hidden_size
+def _feed_forward(config: Config, kind: str, tensor: int) -> Iterator[tuple[int, ...]]:
+    model, d = config.model, config.model.hidden_size
     if kind == "dense":
         matrices = 2 if model.ffn_activation == "swiglu" else 1
         yield from ((matrices * model.ffn_hidden_size // tensor, d), (d, model.ffn_hidden_size // tensor))

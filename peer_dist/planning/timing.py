@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from peer_dist.config.schema import MLPKind
 from peer_dist.planning.counts import Counts, total
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Layout, Place
@@ -95,19 +96,17 @@ def work(
     rate = hardware.flops(itemsize) * hardware.achievable.flops
     gather = hardware.gather_bytes_per_s * hardware.achievable.gather
     matmul = experts = exposed = wire_s = hbm = 0.0
-    for chunk in layout.layers(stage):
-        for number, layer in enumerate(chunk):
-            forwards = 2 if number < layout.config.train.recompute_layers else 1
-            products, picked = _flops(layout, layer, counts)
-            matmul += (forwards + 2) * products / rate
-            forward, backward = row_bytes(layout, layer, itemsize, hardware.device)
-            there, back = (wire.seconds(hardware) for wire in exchange(layout, layer, itemsize, hits))
-            for times, size, flops, sent in ((forwards, forward, picked, there), (1, backward, 2 * picked, back)):
-                busy = max(size / gather, flops / rate)
-                experts += times * busy
-                exposed += times * (sent - _hidden(layout, layer, sent, busy))
-                wire_s += times * sent
-                hbm += times * size
+    for (kind, forwards), number in layout.kinds(stage).items():
+        products, picked = _flops(layout, kind, counts)
+        matmul += number * (forwards + 2) * products / rate
+        forward, backward = row_bytes(layout, kind, itemsize, hardware.device)
+        there, back = (wire.seconds(hardware) for wire in exchange(layout, kind, itemsize, hits))
+        for times, size, flops, sent in ((forwards, forward, picked, there), (1, backward, 2 * picked, back)):
+            busy = max(size / gather, flops / rate)
+            experts += number * times * busy
+            exposed += number * times * (sent - _hidden(layout, kind, sent, busy))
+            wire_s += number * times * sent
+            hbm += number * times * size
     if stage == layout.pipeline - 1:
         matmul += 3 * layout.tokens / layout.tensor * counts.outside["logits"].flops / rate
     traffic = step_traffic(layout, place, vocab_size, itemsize, hits)
@@ -133,25 +132,24 @@ def work(
     return Work(step, passes * wire_s, passes * hbm / gather, passes * hbm + update)
 
 
-def _flops(layout: Layout, layer: int, counts: Counts) -> tuple[float, float]:
-    """Of a rank's forward pass through a layer: matrix products, and those of tables' rows."""
-    parts = counts.layers[layer]
+def _flops(layout: Layout, kind: MLPKind, counts: Counts) -> tuple[float, float]:
+    """Of a rank's forward pass through a layer of this kind: matrix products, and those of tables' rows."""
+    parts = next(layer for layer in counts.layers if layer.kind == kind)
     rows = {name: parts.feed_forward[name].flops for name in ("experts", "values") if name in parts.feed_forward}
-    coarse = layout.config.model.mlp_kinds[layer] in ("moe", "sigma_moe")
-    picked = 0 if coarse else sum(rows.values())
+    picked = 0 if kind in ("moe", "sigma_moe") else sum(rows.values())
     products = total(parts.block).flops + total(parts.feed_forward).flops - picked
     tokens = layout.tokens / layout.tensor  # split over tensor ranks by heads and widths, or by tokens
     return tokens * products, tokens * picked
 
 
-def row_bytes(layout: Layout, layer: int, itemsize: int, device: str) -> tuple[float, float]:
+def row_bytes(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[float, float]:
     """Bytes that a rank's experts or values read and write in one pass, forward and backward.
 
     Forward, the picked rows of each table, the tokens that came and what leaves; backward the same, and the rows'
     gradients, all of them if they are dense. A GPU reads each distinct row once; a CPU's cache is small, and it reads a
     row for every pick, and in the backward pass once more to make its gradient.
     """
-    config, kind = layout.config, layout.config.model.mlp_kinds[layer]
+    config = layout.config
     if kind not in ("peer", "pkm"):
         return 0.0, 0.0
     section, rows = retrieving(config, kind)
@@ -161,14 +159,14 @@ def row_bytes(layout: Layout, layer: int, itemsize: int, device: str) -> tuple[f
     own = rows / layout.rows
     distinct = -math.expm1(-picks / own) * own
     read = (picks if device == "cpu" else distinct) * row
-    passing = routes(layout, layer, None).pairs * config.model.hidden_size * itemsize
+    passing = routes(layout, kind, None).pairs * config.model.hidden_size * itemsize
     written = (distinct if config.table_optimizer.lazy else distinct + own) * row
     return read + 2 * passing, read * (2 if device == "cpu" else 1) + written + 3 * passing
 
 
-def _hidden(layout: Layout, layer: int, sent: float, busy: float) -> float:
+def _hidden(layout: Layout, kind: str, sent: float, busy: float) -> float:
     """Seconds of the exchange behind the experts."""
-    parts = layout.config.peer.dispatch_chunks if layout.config.model.mlp_kinds[layer] == "peer" else 1
+    parts = layout.config.peer.dispatch_chunks if kind == "peer" else 1
     return min(sent, busy) * (1 - 1 / parts)
 
 

@@ -67,23 +67,23 @@ def _ring(group: Group, size: float, ways: float = 2, calls: float = 1) -> Wire:
     return Wire(inside, between, *((calls, 0.0) if group.nodes <= 1 else (0.0, calls)))
 
 
-def routes(layout: Layout, layer: int, hits: float | None) -> Routes:
+def routes(layout: Layout, kind: str, hits: float | None) -> Routes:
     """Where the tokens of a rank go in one pass of a PEER layer or a memory, were picks uniform."""
-    section, rows = retrieving(layout.config, layout.config.model.mlp_kinds[layer])
+    section, rows = retrieving(layout.config, kind)
     return Routes.uniform(layout.own_tokens, rows, section.heads, section.top_k, layout.rows, hits)
 
 
 def exchange(
-    layout: Layout, layer: int, itemsize: int, hits: float | None = None, sent: ExchangeBytes | None = None
+    layout: Layout, kind: str, itemsize: int, hits: float | None = None, sent: ExchangeBytes | None = None
 ) -> tuple[Wire, Wire]:
-    """Of a layer's routed experts or values in one pass of a rank, forward and backward.
+    """Of the routed experts or values of a layer of this kind in one pass of a rank, forward and backward.
 
     Args:
         itemsize: bytes of an activation.
         hits: row shards that a token hits, if it is known better than for uniform picks.
         sent: by the tokens of the pass, if their picks are known (:func:`peer_dist.sharding.cost.exchange_bytes`).
     """
-    kind, d = layout.config.model.mlp_kinds[layer], layout.config.model.hidden_size
+    d = layout.config.model.hidden_size
     if kind == "dense":
         return Wire(), Wire()
     if kind in ("moe", "sigma_moe"):  # a copy of a token for each of its experts, and a float32 weight
@@ -93,7 +93,7 @@ def exchange(
         return _sent(layout.row_group, size, 4), _sent(layout.row_group, size, 3)
     values, columns = kind == "pkm", layout.columns
     parts = layout.config.peer.dispatch_chunks if kind == "peer" else 1
-    sent = sent or bytes_of(routes(layout, layer, hits), d, d / columns, columns, itemsize, FLOAT, values)
+    sent = sent or bytes_of(routes(layout, kind, hits), d, d / columns, columns, itemsize, FLOAT, values)
     sizes, column_sizes = size_bytes(layout.rows, columns, parts)
     ways = 1 if values else 2
     return (
@@ -117,13 +117,11 @@ def step_traffic(
     """
     config, passes = layout.config, layout.passes
     found = {"exchange": Wire(), "statistics": Wire(), "tensor": Wire()}
-    for chunk in layout.layers(place.stage):
-        for number, layer in enumerate(chunk):
-            forwards = 2 if number < config.train.recompute_layers else 1
-            there, back = exchange(layout, layer, itemsize, hits)
-            found["exchange"] += (there.times(forwards) + back).times(passes)
-            found["statistics"] += _statistics(layout, layer).times(passes * (1 + forwards))
-            found["tensor"] += _tensor(layout, layer, itemsize, forwards).times(passes)
+    for (kind, forwards), number in layout.kinds(place.stage).items():
+        there, back = exchange(layout, kind, itemsize, hits)
+        found["exchange"] += (there.times(forwards) + back).times(number * passes)
+        found["statistics"] += _statistics(layout, kind).times(number * passes * (1 + forwards))
+        found["tensor"] += _tensor(layout, kind, itemsize, forwards).times(number * passes)
     found["tensor"] += _ends(layout, place, itemsize).times(passes)
     carried = config.model.hidden_size + (config.router.state_size if has_core(config) else 0)
     sends = (layout.pipeline > 1) * 2 * passes * layout.virtual  # there and back; the ends have fewer
@@ -133,21 +131,20 @@ def step_traffic(
     return found
 
 
-def _statistics(layout: Layout, layer: int) -> Wire:
+def _statistics(layout: Layout, kind: str) -> Wire:
     """Two small sums over all ranks of a stage."""
-    kind = layout.config.model.mlp_kinds[layer]
     section, _ = retrieving(layout.config, kind)
     if kind not in ("peer", "pkm") or section.query_norm != "batch":
         return Wire()
     return _ring(layout.group(layout.stage_ranks, 1), 2 * section.heads * section.key_dim * FLOAT, calls=2)
 
 
-def _tensor(layout: Layout, layer: int, itemsize: int, forwards: int) -> Wire:
+def _tensor(layout: Layout, kind: str, itemsize: int, forwards: int) -> Wire:
     """Attention and a dense feed-forward: under sequence parallelism gathered before and scattered after, and gathered
     once more for the first matrix's gradient; else an all-reduce each way. Sparse layers take a share of the tokens.
     """
     config, size = layout.config, layout.tokens * layout.config.model.hidden_size * itemsize
-    dense = config.model.mlp_kinds[layer] == "dense"
+    dense = kind == "dense"
     blocks = 2 if dense else 1
     if config.parallel.sequence:
         return _ring(layout.tensor_group, size, ways=1, calls=1).times(blocks * (2 * forwards + 3))
