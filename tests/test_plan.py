@@ -51,7 +51,7 @@ def held_and_planned(rank: int, world_size: int, tree: dict[str, Any]) -> tuple[
     place = layout.place(rank)
     wanted = state(layout, place, trainer.data.tokenizer.padded_vocab_size, trainer.dtype.itemsize)
     held = {part: round(values[f"memory/{part}_gb"] * 1e9) for part in ("weights", "gradients", "optimizer")}
-    planned = {"weights": wanted.weights, "gradients": wanted.gradients, "optimizer": wanted.optimizer}
+    planned = {"weights": wanted.weights, "gradients": wanted.gradients, "optimizer": wanted.optimizer + wanted.host}
     bytes_planned = 0.0
     for layer, indices in picked:
         experts = config.peer.num_experts if config.model.mlp_kinds[layer] == "peer" else config.pkm.num_values
@@ -85,9 +85,11 @@ SLOW = [
     Case(4, {"expert": 2}, 2, settings=LAZY),
     Case(4, {"pipeline": 2, "virtual_pipeline": 2}, 1, settings=RMS),
     Case(4, {"pipeline": 2, "expert": 2}, 0, settings=BATCH, recompute=2),
-    Case(4, {"tensor": 4, "expert": 2, "expert_tensor": 2}, 3, settings={**RECURRENT, **UNTIED}),
+    Case(4, {"tensor": 4, "sequence": True, "expert": 2, "expert_tensor": 2}, 3, settings={**RECURRENT, **UNTIED}),
     Case(4, {"tensor": 2, "sequence": True, "expert": 2}, 1, settings=COARSE),
     Case(4, {"expert": 2, "expert_tensor": 2}, 1, settings=IMPROVED),
+    Case(2, {"expert": 2}, 2, offload=True),
+    Case(2, {"expert": 2}, 3, offload=True, settings=BF16),
     Case(8, {"tensor": 2, "pipeline": 2, "expert": 2}, 2),
 ]
 
