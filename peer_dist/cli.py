@@ -238,6 +238,7 @@ def plan(
     from peer_dist.config import load_config, write_config
     from peer_dist.planning.hardware import load_hardware
     from peer_dist.planning.plan import plan as run
+    from peer_dist.planning.plan import unchecked
     from peer_dist.planning.search import SHOWN, advice, search_table
     from peer_dist.planning.search import search as find
 
@@ -246,8 +247,8 @@ def plan(
         vocab_size = _vocab_size(settings)
     per_node = gpus_per_node or hardware.gpus_per_node
     budget = None if tokens is None else round(tokens)
-    best = run(settings, gpus or per_node, per_node, hardware, vocab_size, hits, budget, price)
-    plans = find(best) if search else [best]
+    arguments = (settings, gpus or per_node, per_node, hardware, vocab_size, hits, budget, price)
+    plans = find(unchecked(*arguments)) if search else [run(*arguments)]
     best = plans[0]
     if as_json:
         shown = [each.values() for each in plans[:SHOWN]]

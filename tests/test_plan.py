@@ -238,3 +238,5 @@ def test_the_command_finds_a_layout_that_fits(tmp_path, capsys) -> None:
     assert not app(["plan", "-c", str(best), *options[3:], "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out) == found[0]
     assert load_config(best).train.global_batch_size == 1024
+    with pytest.raises(ConfigError, match=r"--search: no layout of this model divides 7 device"):
+        app([*options[:3], "--gpus", "7", "--vocab-size", "32768", "--search"], standalone_mode=False)

@@ -242,6 +242,20 @@ def plan(
         ConfigError: the layout does not divide the world.
     """
     check_world(config, world_size)
+    return unchecked(config, world_size, gpus_per_node, hardware, vocab_size, hits, tokens, price_per_hour)
+
+
+def unchecked(
+    config: Config,
+    world_size: int,
+    gpus_per_node: int,
+    hardware: Hardware,
+    vocab_size: int,
+    hits: float | None = None,
+    tokens: int | None = None,
+    price_per_hour: float | None = None,
+) -> Plan:
+    """:func:`plan` of a layout that need not divide the world: to search others from."""
     train = config.train
     return Plan(
         Layout(config, world_size, gpus_per_node),

@@ -25,14 +25,26 @@ def search(own: Plan) -> list[Plan]:
     stay inside a node, ZeRO 0, 1 and 3 (2 saves nothing over 1 here: gradients are whole until the passes are over),
     recomputation of none and of all layers, and of the micro-batches that are powers of two those that fit: all of them
     in a pipeline, which they fill, else the largest. The global batch is the config's.
+
+    Args:
+        own: from :func:`peer_dist.planning.plan.unchecked`; it is one of them where its layout divides the world.
+
+    Raises:
+        ConfigError: there is no layout that does.
     """
-    found = [own]
+    mine = _changed(own, {})
+    found = [] if mine is None else [mine]
     for parallel in _parallel(own.layout):
         for stage in (0, 1) if parallel["pipeline"] > 1 else (0, 1, 3):
             layers = own.layout.config.model.num_layers // parallel["pipeline"]
             for recomputed in (0, layers):
                 changes = {"parallel": parallel, "zero": {"stage": stage}, "train": {"recompute_layers": recomputed}}
                 found += _batches(own, changes)
+    if not found:
+        raise ConfigError(
+            f"--search: no layout of this model divides {own.layout.world_size} device(s) and train.global_batch_size "
+            f"({own.layout.config.train.global_batch_size}); take another number of either"
+        )
     return sorted(found, key=lambda plan: (not plan.fits, plan.times.total if plan.fits else plan.memory.peak))
 
 
