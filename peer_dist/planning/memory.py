@@ -27,6 +27,7 @@ from peer_dist.planning.traffic import routes
 from peer_dist.sharding.cost import Routes
 
 BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket (its default)
+LIVE = 1_000_000_000  # elements up to which ZeRO-3 leaves parameters that it has gathered in place (likewise)
 _GPU_BLOCK = 1 << 24  # elements that a table's optimizer takes at a time on a GPU
 
 
@@ -37,7 +38,7 @@ class Memory:
     Attributes:
         activations: kept for the backward passes at the peak, those of the exchange apart.
         exchange: tokens, picks and gates that experts' owners keep, and what is on its way.
-        temporaries: of one step of the passes: gradients not yet added, copies in another dtype.
+        temporaries: of one step of the passes: gradients not yet added, copies in another dtype, ZeRO-3's parameters.
         reduction: DeepSpeed's bucket, between the passes and the step.
         peak: at the worst moment; less than the sum, because not all are there at once.
         passes_peak: until the last backward pass has ended, without the reduction and the step.
@@ -103,6 +104,9 @@ def memory(
         touched = BUCKET if device == "cuda" else min(BUCKET, elements)  # of a CPU's pages
         reduction = touched * itemsize
         lasting = reduction if layout.config.zero.stage == 3 else 0
+    gathered = 0
+    if layout.config.zero.stage == 3 and layout.data > 1:
+        gathered = min(LIVE, elements) * itemsize
     base = held.weights + held.optimizer + inputs + lasting
     blocks = [block for owned in shards(layout, place).values() for block in owned]
     step = _step(layout, blocks, elements, itemsize, device)
@@ -112,10 +116,10 @@ def memory(
         held.optimizer,
         worst.activations + inputs,
         worst.exchange,
-        worst.working,
+        worst.working + gathered,
         reduction,
-        base + max(worst.total, held.gradients + max(reduction - lasting, step)),
-        base - lasting + worst.total,
+        base + max(worst.total + gathered, held.gradients + max(reduction - lasting, step)),
+        base - lasting + worst.total + gathered,
         held.host,
     )
 

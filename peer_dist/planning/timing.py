@@ -99,7 +99,7 @@ def work(
     for (kind, forwards), number in layout.kinds(stage).items():
         products, picked = _flops(layout, kind, counts)
         matmul += number * (forwards + 2) * products / rate
-        forward, backward = row_bytes(layout, kind, itemsize, hardware.device)
+        forward, backward = row_bytes(layout, kind, itemsize, hardware.device, hits)
         there, back = (wire.seconds(hardware) for wire in exchange(layout, kind, itemsize, hits))
         for times, size, flops, sent in ((forwards, forward, picked, there), (1, backward, 2 * picked, back)):
             busy = max(size / gather, flops / rate)
@@ -142,7 +142,7 @@ def _flops(layout: Layout, kind: MLPKind, counts: Counts) -> tuple[float, float]
     return tokens * products, tokens * picked
 
 
-def row_bytes(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[float, float]:
+def row_bytes(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> tuple[float, float]:
     """Bytes that a rank's experts or values read and write in one pass, forward and backward.
 
     Forward, the picked rows of each table, the tokens that came and what leaves; backward the same, and the rows'
@@ -159,7 +159,7 @@ def row_bytes(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[fl
     own = rows / layout.rows
     distinct = -math.expm1(-picks / own) * own
     read = (picks if device == "cpu" else distinct) * row
-    passing = routes(layout, kind, None).pairs * config.model.hidden_size * itemsize
+    passing = routes(layout, kind, hits).pairs * config.model.hidden_size * itemsize
     written = (distinct if config.table_optimizer.lazy else distinct + own) * row
     return read + 2 * passing, read * (2 if device == "cpu" else 1) + written + 3 * passing
 
