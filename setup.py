@@ -14,6 +14,7 @@ setup(
         "peer_dist": ["py.typed"],
         "peer_dist.data": ["*.txt"],
         "peer_dist.kernels": ["*.c"],
+        "peer_dist.planning": ["*.yaml"],
         "peer_dist.slurm": ["*.sbatch"],
     },
     install_requires=[

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from peer_dist.training.exits import MISTAKE
+
+if TYPE_CHECKING:
+    from peer_dist.config import Config
 
 app = typer.Typer(
     name="peer-dist",
@@ -191,9 +195,7 @@ def match(
 
     settings = load_config(config, overrides or [])
     if vocab_size is None:
-        from peer_dist.data.stream import open_tokenizer
-
-        vocab_size = open_tokenizer(settings.data).padded_vocab_size
+        vocab_size = _vocab_size(settings)
     partners = run(settings, vocab_size, kind or [], mode, reference_kind, tolerance)
     Console().print(comparison(partners))
     console = Console(stderr=True)
@@ -202,6 +204,65 @@ def match(
     if folder is not None:
         for path in write(partners[1:], folder, config.stem, mode):
             console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)],
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option(help="Device: h100, h200, a100, b200, cpu, or a .yaml file with the figures of another.")
+    ] = "h100",
+    gpus: Annotated[int | None, typer.Option(min=1, help="Devices (ranks). Default: a node's.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Devices of a node. Default: the device's.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Find the best of all layouts that fit.")] = False,
+    tokens: Annotated[
+        float | None, typer.Option(min=1, help="Tokens to train on. Default: those of the config's steps.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a device per hour.")] = None,
+    hits: Annotated[
+        float | None,
+        typer.Option(min=1, help="Row shards that a token hits, as measured. Default: that of uniform picks."),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of the embedding. Default: the data's tokenizer's, padded.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--write", help="File for the config with the best layout.", show_default=False)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object; with --search a list of them, best first.")
+    ] = False,
+) -> None:
+    """What a run needs, before anything is rented: memory, bytes sent, time, cost. Exit code 1: it does not fit."""
+    from peer_dist.config import load_config, write_config
+    from peer_dist.planning.hardware import load_hardware
+    from peer_dist.planning.plan import plan as run
+    from peer_dist.planning.plan import unchecked
+    from peer_dist.planning.search import SHOWN, advice, search_table
+    from peer_dist.planning.search import search as find
+
+    settings, hardware = load_config(config, overrides or []), load_hardware(gpu)
+    if vocab_size is None:
+        vocab_size = _vocab_size(settings)
+    per_node = gpus_per_node or hardware.gpus_per_node
+    budget = None if tokens is None else round(tokens)
+    arguments = (settings, gpus or per_node, per_node, hardware, vocab_size, hits, budget, price)
+    plans = find(unchecked(*arguments)) if search else [run(*arguments)]
+    best = plans[0]
+    if as_json:
+        shown = [each.values() for each in plans[:SHOWN]]
+        typer.echo(json.dumps(shown if search else shown[0], indent=1))
+    else:
+        for table in [*([search_table(plans)] if search else []), *best.tables()]:
+            _wide_console().print(table, highlight=False)
+    if not best.fits:
+        text = escape(advice(best))
+        Console(stderr=True).print(f"[red]error:[/] {text}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+    if file is not None:
+        about = f"By peer-dist plan, for {best.layout.world_size} x {hardware.name}, {per_node} a node."
+        write_config(best.layout.config, file, about)
 
 
 @app.command()
@@ -432,6 +493,12 @@ def doctor(
     from peer_dist.doctor.console import run
 
     run(settings, seconds, as_json=as_json)
+
+
+def _vocab_size(config: Config) -> int:
+    from peer_dist.data.stream import open_tokenizer
+
+    return open_tokenizer(config.data).padded_vocab_size
 
 
 def _wide_console() -> Console:

@@ -68,6 +68,21 @@ def parse_config(tree: Tree, source: str, origin: dict[str, str] | None = None) 
         raise ConfigError(sentence(error, source, origin or {})) from None
 
 
+def write_config(config: Config, path: Path, about: str) -> None:
+    """Write all that is not the default under a comment, over what is there; missing folders are made.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
+        path.write_text(f"# {about}\n{text}", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+
+
 def check_world(config: Config, world_size: int) -> None:
     """Refuse a world that the layout does not divide.
 

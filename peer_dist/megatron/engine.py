@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -111,6 +111,11 @@ class ReplicatedEngine(Engine):
             for main in group["params"]:
                 self._inner.state[main]["step"].fill_(float(value))
         self._set_shard_steps(value)
+
+    def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:
+        gradients = (buffer.grad_data for chunk in self._chunks for buffer in chunk.buffers)
+        states = (part for name in self._parameters for part in (self._main(name), *self._state(name).values()))
+        return self._parameters.values(), gradients, states
 
     @contextlib.contextmanager
     def whole_parameters(self) -> Iterator[None]:

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-import yaml
 from rich.table import Table
 
-from peer_dist.config import Config, ConfigError, parse_config
+from peer_dist.config import Config, ConfigError, parse_config, write_config
 from peer_dist.config.schema import MLPKind
-from peer_dist.planning.counts import Counts, Parts, count, merged, total
+from peer_dist.planning.counts import Counts, Parts, count, merged, short, total
 
 Mode = Literal["budget", "flops", "params"]
 
@@ -149,16 +148,16 @@ def comparison(partners: Sequence[Partner]) -> Table:
     parts = [name for name, cost in merged(partner.parts for partner in partners).items() if cost.flops]
     rows: list[tuple[str, list[str]]] = [
         *((name, [_size(p, name) for p in partners]) for name in dict.fromkeys(n for p in partners for n in p.sizes)),
-        ("parameters, model", [_short(p.counts.total.parameters) for p in partners]),
-        ("  active", [_short(p.counts.total.active) for p in partners]),
-        ("parameters, layers", [_short(total(p.parts).parameters) for p in partners]),
-        ("  active", [_short(total(p.parts).active) for p in partners]),
-        ("forward FLOPs, layers", [_short(total(p.parts).flops) for p in partners]),
-        *((f"  {name}", [_short(p.parts[name].flops) if name in p.parts else "" for p in partners]) for name in parts),
-        ("forward FLOPs, model", [_short(p.counts.total.flops) for p in partners]),
-        ("training FLOPs, model", [_short(p.counts.train_flops_per_token) for p in partners]),
+        ("parameters, model", [short(p.counts.total.parameters) for p in partners]),
+        ("  active", [short(p.counts.total.active) for p in partners]),
+        ("parameters, layers", [short(total(p.parts).parameters) for p in partners]),
+        ("  active", [short(total(p.parts).active) for p in partners]),
+        ("forward FLOPs, layers", [short(total(p.parts).flops) for p in partners]),
+        *((f"  {name}", [short(p.parts[name].flops) if name in p.parts else "" for p in partners]) for name in parts),
+        ("forward FLOPs, model", [short(p.counts.total.flops) for p in partners]),
+        ("training FLOPs, model", [short(p.counts.train_flops_per_token) for p in partners]),
         ("steps", [f"{p.config.train.steps:,}" for p in partners]),
-        ("tokens", [_short(p.tokens) for p in partners]),
+        ("tokens", [short(p.tokens) for p in partners]),
         ("deviation", ["", *(f"{p.deviation:+.2%}" for p in partners[1:])]),
     ]
     for name, cells in rows:
@@ -173,14 +172,9 @@ def write(partners: Sequence[Partner], folder: Path, name: str, mode: str) -> li
         ConfigError: the folder cannot be written.
     """
     paths = [folder / f"{name}-{partner.kind}.yaml" for partner in partners]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, partner in zip(paths, partners):
-            tree = partner.config.model_dump(mode="json", exclude_defaults=True)
-            about = f"# The {partner.kind} partner of {name}.yaml, by peer-dist match --mode {mode}.\n"
-            path.write_text(about + yaml.safe_dump(tree, sort_keys=False, default_flow_style=None), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
+    for path, partner in zip(paths, partners):
+        about = f"The {partner.kind} partner of {name}.yaml, by peer-dist match --mode {mode}."
+        write_config(partner.config, path, about)
     return paths
 
 
@@ -289,11 +283,3 @@ def _size(partner: Partner, name: str) -> str:
         return ""
     others = partner.kind == "dense" and partner.config.model.mlp_kinds.count("dense") > len(partner.layers)
     return f"{partner.sizes[name]:,}" + (" (all)" if others else "")
-
-
-def _short(number: int) -> str:
-    """Four digits and a unit: 4.194M."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g}{unit}"
-    return str(number)

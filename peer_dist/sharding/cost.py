@@ -1,7 +1,8 @@
-"""What a grid's exchanges put on the wire, counted from the picks of the tokens at home."""
+"""What a grid's exchanges put on the wire: exactly, from the picks of the tokens at home, or for uniform picks."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from peer_dist.sharding.layout import first_of
 
 COUNT = 4  # bytes of a row number, and of a token's number of picks
 PARTIAL = 4  # bytes of a partial dot product
+SIZE = 8  # bytes of the size of a message
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,75 @@ class ExchangeBytes:
     """Bytes between ranks for the tokens of one home, what stays on a rank left out.
 
     Attributes:
-        forward, backward: between homes and owners.
+        rows_forward, rows_backward: slices of ``x``, ``y`` and of their gradients, over the whole domain.
+        picks_forward, picks_backward: between a home and the owners in its column.
         column_forward, column_backward: between the owners of a row shard's columns.
         hits: mean number of distinct row shards that a token hits (``m``).
+        picks: mean number of distinct experts that it picks.
     """
 
-    forward: int
-    backward: int
-    column_forward: int
-    column_backward: int
+    rows_forward: float
+    rows_backward: float
+    picks_forward: float
+    picks_backward: float
+    column_forward: float
+    column_backward: float
     hits: float
+    picks: float
 
     @property
-    def total(self) -> int:
+    def forward(self) -> float:
+        """Between homes and owners."""
+        return self.rows_forward + self.picks_forward
+
+    @property
+    def backward(self) -> float:
+        """Between homes and owners."""
+        return self.rows_backward + self.picks_backward
+
+    @property
+    def total(self) -> float:
         return self.forward + self.backward + self.column_forward + self.column_backward
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where the tokens of one home go: (token, row shard) pairs and distinct picks, all of them and those of the home's
+    own row shard.
+    """
+
+    tokens: float
+    pairs: float
+    own_pairs: float
+    picks: float
+    own_picks: float
+
+    @classmethod
+    def of(cls, indices: Tensor, num_experts: int, row_shards: int, row: int) -> Routes:
+        """Of ``indices: [tokens, picks]``, global expert numbers of all heads, at a home in row shard ``row``."""
+        starts = torch.tensor([first_of(num_experts, shard, row_shards) for shard in range(row_shards)])
+        token, expert, _ = merge_picks(indices, torch.zeros(indices.shape))
+        owner = torch.bucketize(expert, starts, right=True) - 1
+        each = torch.bincount(token * row_shards + owner, minlength=len(indices) * row_shards).view(
+            len(indices), row_shards
+        )
+        tokens, picks = (each > 0).sum(0).tolist(), each.sum(0).tolist()
+        return cls(len(indices), sum(tokens), tokens[row], sum(picks), picks[row])
+
+    @classmethod
+    def uniform(
+        cls, tokens: float, num_experts: int, heads: int, top_k: int, row_shards: int, hits: float | None = None
+    ) -> Routes:
+        """Expected where each head picks ``top_k`` distinct experts, all equally likely.
+
+        Args:
+            hits: row shards that a token hits, if it is known better.
+        """
+        shard = num_experts / row_shards
+        missed = math.prod(max(0.0, num_experts - shard - i) / (num_experts - i) for i in range(top_k)) ** heads
+        pairs = tokens * (row_shards * (1 - missed) if hits is None else hits)
+        picks = tokens * num_experts * (1 - (1 - top_k / num_experts) ** heads)
+        return cls(tokens, pairs, pairs / row_shards, picks, picks / row_shards)
 
 
 def exchange_bytes(
@@ -47,7 +104,7 @@ def exchange_bytes(
     values: bool = False,
 ) -> ExchangeBytes:
     """Exactly what :class:`peer_dist.sharding.Traffic` counts over all ranks for these tokens, sizes of messages
-    (16 bytes a pair of ranks, pass and part of the tokens) left out.
+    (:func:`size_bytes`) left out.
 
     Args:
         indices: ``[tokens, picks]`` int64 global expert numbers, of all heads.
@@ -56,26 +113,40 @@ def exchange_bytes(
         gate_itemsize: bytes of a gate and of its gradient.
         values: of product-key memory: ``x`` does not travel, so that there is no ``dx`` and no sum of dots forward.
     """
-    starts = torch.tensor([first_of(num_experts, shard, row_shards) for shard in range(row_shards)])
-    token, expert, _ = merge_picks(indices, torch.zeros(indices.shape))
-    owner = torch.bucketize(expert, starts, right=True) - 1
-    each = torch.bincount(token * row_shards + owner, minlength=len(indices) * row_shards).view(
-        len(indices), row_shards
-    )
-    tokens, picks = (each > 0).sum(0), each.sum(0)
-
     row, column = divmod(home, column_shards)
     own_width = first_of(dim, column + 1, column_shards) - first_of(dim, column, column_shards)
-    slices = int(tokens.sum()) * dim - int(tokens[row]) * own_width
-    away_tokens, away_picks = (int(counts.sum() - counts[row]) for counts in (tokens, picks))
-    all_tokens, all_picks = int(tokens.sum()), int(picks.sum())
-    ring = 2 * (column_shards - 1) * all_picks * PARTIAL
-    gathered = (column_shards - 1) * (all_tokens * COUNT + all_picks * (COUNT + gate_itemsize))
+    routes = Routes.of(indices, num_experts, row_shards, row)
+    return bytes_of(routes, dim, own_width, column_shards, itemsize, gate_itemsize, values)
+
+
+def bytes_of(
+    routes: Routes,
+    dim: int,
+    own_width: float,
+    column_shards: int,
+    itemsize: int,
+    gate_itemsize: int = 4,
+    values: bool = False,
+) -> ExchangeBytes:
+    """:func:`exchange_bytes` of routes; ``own_width`` is the home's number of columns."""
+    slices = routes.pairs * dim - routes.own_pairs * own_width
+    away_pairs, away_picks = routes.pairs - routes.own_pairs, routes.picks - routes.own_picks
+    ring = 2 * (column_shards - 1) * routes.picks * PARTIAL
+    gathered = (column_shards - 1) * (routes.pairs * COUNT + routes.picks * (COUNT + gate_itemsize))
     ways = slices * itemsize * (1 if values else 2)
     return ExchangeBytes(
-        forward=ways + away_tokens * COUNT + away_picks * (COUNT + gate_itemsize),
-        backward=ways + away_picks * gate_itemsize,
+        rows_forward=ways,
+        rows_backward=ways,
+        picks_forward=away_pairs * COUNT + away_picks * (COUNT + gate_itemsize),
+        picks_backward=away_picks * gate_itemsize,
         column_forward=gathered if values else gathered + ring,
         column_backward=ring,
-        hits=all_tokens / max(1, len(indices)),
+        hits=routes.pairs / max(1, routes.tokens),
+        picks=routes.picks / max(1, routes.tokens),
     )
+
+
+def size_bytes(row_shards: int, column_shards: int, parts: int = 1) -> tuple[int, int]:
+    """Sizes of messages that a rank sends in a forward pass: to the owners in its column, and to its row's columns."""
+    pair = parts * 2 * SIZE  # tokens and picks
+    return (row_shards - 1) * pair, (column_shards - 1) * row_shards * pair

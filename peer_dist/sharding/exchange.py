@@ -33,10 +33,13 @@ class Traffic:
             forward, ``dy``, ``dx`` and ``dgates`` backward; within the column group ``column counts``,
             ``column picks``, ``column gates`` and ``dots`` forward, ``ddots`` backward.
         picks_received: after merging, its own included.
+        tokens, tokens_received: at home, and from all homes (a token counts at each owner): where tables are spread.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
     picks_received: int = 0
+    tokens: int = 0
+    tokens_received: int = 0
 
     @property
     def bytes_sent(self) -> int:
@@ -44,7 +47,7 @@ class Traffic:
 
     def reset(self) -> None:
         self.sent.clear()
-        self.picks_received = 0
+        self.picks_received = self.tokens = self.tokens_received = 0
 
 
 class Arrival:
@@ -311,6 +314,8 @@ def plan_exchange(
     offsets = torch.zeros(each.numel() + 1, dtype=torch.int64, device=each.device)
     torch.cumsum(each, 0, out=offsets[1:])
     traffic.picks_received += rows.numel()
+    traffic.tokens += tokens
+    traffic.tokens_received += each.numel()
 
     pieces = iter(token[begin].split([count[0] for row in sent for count in row]))
     by_row = [[next(pieces) for _ in range(parts)] for _ in range(row_shards)]

@@ -123,7 +123,7 @@ class Trainer:
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
         self.layers, self.routers = sparse_layers(self.model), routers(self.model)
         own = sum(shard.parameter.numel() for shard in shards_of(self.model).values())
-        self.expert_parameters = int(self._sum(own)) // self.parallel.expert_data_size
+        self.expert_parameters = int(self._sums(own)[0]) // self.parallel.expert_data_size
         self.parameters = count_parameters(self.model, self.parallel) + self.expert_parameters
         for layer in self.layers.values():
             layer.release_shards()
@@ -300,6 +300,7 @@ class Trainer:
         with self.engine.accumulate():
             # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
+            held = self.engine.allocated() if (step + 1) % config.logging.interval == 0 else None
         loss = float(parallel.total(losses.sum().double())) / tokens
         spike = self.guard.is_spike(loss)
         with span("optimizer"):
@@ -322,7 +323,10 @@ class Trainer:
         self.steps_done += 1
         self.guard.record(self.steps_done, sequences, loss, result.grad_norm, result.applied, spike, bad)
 
-        return self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin) | revived
+        values = self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
+        if held is not None:
+            values |= {f"memory/{part}_gb": size / 1e9 for part, size in asdict(held).items()}
+        return values | revived
 
     def _observer(self, number: int) -> RouteObserver:
         """What is told of a layer's picks while it trains."""
@@ -381,10 +385,17 @@ class Trainer:
         values |= {f"time/{name}": spent.get(name, 0.0) for name in _SPANS}
         values["time/other"] = max(0.0, seconds - sum(spent.get(name, 0.0) for name in _SPANS))
         if self.expert_parameters:
-            sent = sum(layer.traffic.bytes_sent for layer in self.layers.values())
-            for layer in self.layers.values():
-                layer.traffic.reset()
-            values["exchange/bytes_per_token"] = self._sum(sent) / tokens
+            traffic = [layer.traffic for layer in self.layers.values()]
+            sent, received, routed = self._sums(
+                sum(each.bytes_sent for each in traffic),
+                sum(each.tokens_received for each in traffic),
+                sum(each.tokens for each in traffic),
+            )
+            for each in traffic:
+                each.reset()
+            values["exchange/bytes_per_token"] = sent / tokens
+            if routed:
+                values["exchange/row_shards_hit"] = received / routed / self.config.parallel.expert_tensor
         values["memory/peak_gib"] = _peak_memory(self.parallel.device) / 2**30
         return values
 
@@ -460,11 +471,11 @@ class Trainer:
         if metrics is not None and values:
             metrics.write(self.steps_done, values)
 
-    def _sum(self, value: float) -> float:
-        """Over all ranks."""
-        total = torch.tensor([value], dtype=torch.float64, device=self.parallel.device)
-        dist.all_reduce(total)
-        return float(total)
+    def _sums(self, *values: float) -> list[float]:
+        """Each over all ranks."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.parallel.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
 
     def _any_rank(self, *flags: bool) -> list[bool]:
         """Which flags are set on any rank: signals, for one, reach some ranks a step earlier than others."""

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -162,6 +162,19 @@ class ZeroEngine(Engine):
     def not_finite(self) -> list[str]:
         dense = ((name, safe_get_full_grad(parameter)) for name, parameter in self._parameters.items())
         return names_not_finite(dense) + self._shards_not_finite()
+
+    def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:
+        zero, parameters = self._zero, self._parameters.values()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        moments = [part for state in zero.optimizer.state.values() for part in state.values()]
+        if self._stage == 3:
+            weights = [zero.lp_param_buffer, *parameters]
+            return (
+                weights,
+                [*gradients, zero.grad_partitions_flat_buffer],
+                [*zero.fp32_partitioned_groups_flat, *moments],
+            )
+        return zero.bit16_groups_flat, gradients, [*zero.single_partition_of_fp32_groups, *moments]
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
 

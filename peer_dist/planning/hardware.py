@@ -1,0 +1,108 @@
+"""What a device and its links can do: one YAML that users edit, or that a calibration writes."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peer_dist.config import ConfigError
+from peer_dist.config.load import read_tree, sentence
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Flops(_Section):
+    """By dtype."""
+
+    float32: float = Field(gt=0)
+    bfloat16: float = Field(gt=0)
+
+
+class Achievable(_Section):
+    """What is reached of a device's figures, as fractions; 1 where they were measured."""
+
+    flops: float = Field(1.0, gt=0, le=1)
+    hbm: float = Field(1.0, gt=0, le=1)
+    gather: float = Field(1.0, gt=0, le=1)
+    node_link: float = Field(1.0, gt=0, le=1)
+    network: float = Field(1.0, gt=0, le=1)
+    memory: float = Field(1.0, gt=0, le=1)
+
+
+class Hardware(_Section):
+    """A device (one rank's) and its links; see ``hardware.yaml``. Bytes, seconds, and bytes/s in one direction.
+
+    Attributes:
+        device: what a run on it takes ``train.precision: auto`` and the sizes of its temporaries from.
+        flops_per_s: of dense matrix products.
+        gather_bytes_per_s: of expert rows read at random by the kernels.
+        node_link_latency_s, network_latency_s: of a collective.
+        layer_overhead_s: of a layer's forward and backward pass, beyond what its work takes.
+        step_overhead_s: of an optimizer step, likewise.
+        gpus_per_node: devices (ranks) of a node.
+        price_per_hour: of a device.
+    """
+
+    name: str
+    device: Literal["cuda", "cpu"] = "cuda"
+    memory_bytes: float = Field(gt=0)
+    hbm_bytes_per_s: float = Field(gt=0)
+    flops_per_s: Flops
+    gather_bytes_per_s: float = Field(gt=0)
+    node_link_bytes_per_s: float = Field(gt=0)
+    node_link_latency_s: float = Field(0.0, ge=0)
+    network_bytes_per_s: float = Field(gt=0)
+    network_latency_s: float = Field(0.0, ge=0)
+    layer_overhead_s: float = Field(0.0, ge=0)
+    step_overhead_s: float = Field(0.0, ge=0)
+    gpus_per_node: int = Field(ge=1)
+    price_per_hour: float | None = Field(None, ge=0)
+    achievable: Achievable = Field(default_factory=Achievable)
+
+    @property
+    def memory(self) -> float:
+        """Bytes that a run may take."""
+        return self.memory_bytes * self.achievable.memory
+
+    def flops(self, itemsize: int) -> float:
+        """Of the dtype of so many bytes, a second."""
+        return self.flops_per_s.float32 if itemsize == 4 else self.flops_per_s.bfloat16
+
+    def dump(self, path: Path) -> None:
+        """Write a file that :func:`load_hardware` reads."""
+        entry = self.model_dump(mode="json", exclude={"name"})
+        path.write_text(yaml.safe_dump({self.name: entry}, sort_keys=False), encoding="utf-8")
+
+
+def load_hardware(name: str) -> Hardware:
+    """A device of ``hardware.yaml``, or that of a YAML file: a mapping from its name to its figures.
+
+    Raises:
+        ConfigError: no device has the name, or the file does not describe one.
+    """
+    with resources.as_file(resources.files(__package__).joinpath("hardware.yaml")) as known:
+        if not name.endswith((".yaml", ".yml")):
+            devices = read_tree(known)
+            if name not in devices:
+                raise ConfigError(f"--gpu: {name!r} is not known; {', '.join(devices)}, or a .yaml file like {known}")
+            return _parse(name, devices[name], str(known))
+    devices = read_tree(name)
+    if len(devices) != 1:
+        raise ConfigError(f"{name}: must describe one device, under its name; it has {len(devices)} entries")
+    ((device, entry),) = devices.items()
+    return _parse(device, entry, name)
+
+
+def _parse(name: str, entry: Any, source: str) -> Hardware:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{source}: {name}: must hold a device's figures; see the package's hardware.yaml")
+    try:
+        return Hardware.model_validate({"name": name, **entry})
+    except ValidationError as error:
+        raise ConfigError(sentence(error, f"{source}: {name}", {}, Hardware)) from None

@@ -1,0 +1,292 @@
+"""What a rank allocates at most: states, activations of the passes in flight, what travels, and temporaries.
+
+Activations are what autograd keeps in our stack (Megatron's local layers, torch's SDPA with a mask between documents,
+RMSNorm in float32), counted tensor by tensor; temporaries are those of the largest step of a backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peer_dist.planning.layout import Layout, Place
+from peer_dist.planning.state import (
+    FLOAT,
+    Block,
+    State,
+    dense_elements,
+    dense_shapes,
+    expert_sizes,
+    has_core,
+    retrieving,
+    shards,
+    state,
+)
+from peer_dist.planning.traffic import routes
+from peer_dist.sharding.cost import Routes
+
+BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket (its default)
+LIVE = 1_000_000_000  # elements up to which ZeRO-3 leaves parameters that it has gathered in place (likewise)
+_GPU_BLOCK = 1 << 24  # elements that a table's optimizer takes at a time on a GPU
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        activations: kept for the backward passes at the peak, those of the exchange apart.
+        exchange: tokens, picks and gates that experts' owners keep, and what is on its way.
+        temporaries: of one step of the passes: gradients not yet added, copies in another dtype, ZeRO-3's parameters.
+        reduction: DeepSpeed's bucket, between the passes and the step.
+        peak: at the worst moment; less than the sum, because not all are there at once.
+        passes_peak: until the last backward pass has ended, without the reduction and the step.
+        host: of ZeRO's offload, in host memory.
+    """
+
+    weights: int
+    gradients: float
+    optimizer: int
+    activations: float
+    exchange: float
+    temporaries: float
+    reduction: float
+    peak: float
+    passes_peak: float
+    host: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of one layer (or of what follows the last one) in one pass.
+
+    Attributes:
+        activations, exchange: from its forward to its backward pass.
+        working: beside them in its backward pass, new gradients apart.
+    """
+
+    activations: float
+    exchange: float = 0.0
+    working: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Moment:
+    activations: float
+    exchange: float
+    working: float
+    gradients: float
+
+    @property
+    def total(self) -> float:
+        return self.activations + self.exchange + self.working + self.gradients
+
+
+def memory(
+    layout: Layout, place: Place, vocab_size: int, itemsize: int, device: str, hits: float | None = None
+) -> Memory:
+    """Of a rank.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+        itemsize: bytes of an activation and of a dense parameter.
+        device: ``cuda`` or ``cpu``.
+        hits: row shards that a token hits; None: those of uniform picks.
+    """
+    held = state(layout, place, vocab_size, itemsize)
+    # ids, labels, weights and, between documents, masks: of all passes at once
+    inputs = layout.passes * layout.tokens * (20 + layout.config.model.seq_length)
+    worst = max(_moments(layout, place, vocab_size, itemsize, device, hits, held), key=lambda moment: moment.total)
+    elements = dense_elements(layout, place.stage, vocab_size)
+    reduction, lasting = 0, 0
+    if layout.config.zero.stage:
+        touched = BUCKET if device == "cuda" else min(BUCKET, elements)  # of a CPU's pages
+        reduction = touched * itemsize
+        lasting = reduction if layout.config.zero.stage == 3 else 0
+    gathered = 0
+    if layout.config.zero.stage == 3 and layout.data > 1:
+        gathered = min(LIVE, elements) * itemsize
+    base = held.weights + held.optimizer + inputs + lasting
+    blocks = [block for owned in shards(layout, place).values() for block in owned]
+    step = _step(layout, blocks, elements, itemsize, device)
+    return Memory(
+        held.weights,
+        held.gradients,
+        held.optimizer,
+        worst.activations + inputs,
+        worst.exchange,
+        worst.working + gathered,
+        reduction,
+        base + max(worst.total + gathered, held.gradients + max(reduction - lasting, step)),
+        base - lasting + worst.total + gathered,
+        held.host,
+    )
+
+
+def _step(layout: Layout, blocks: list[Block], elements: int, itemsize: int, device: str) -> float:
+    """Temporaries of the optimizers: ZeRO's partition of the gradients end to end; the tables' in float32."""
+    zero, table = layout.config.zero, layout.config.table_optimizer
+    dense = 0.0 if zero.stage == 0 or zero.offload else elements / layout.data * (itemsize + FLOAT)
+    wide = [block.size for block in blocks if (block.itemsize or itemsize) < FLOAT]
+    if table.name == "adam" and not table.lazy and not table.stochastic_rounding:
+        return max(dense, sum(wide) * FLOAT)  # all at once
+    largest = max((block.size for block in blocks), default=0)
+    return max(dense, 4 * FLOAT * min(largest, _GPU_BLOCK if device == "cuda" else largest))
+
+
+def _moments(
+    layout: Layout, place: Place, vocab_size: int, itemsize: int, device: str, hits: float | None, held: State
+) -> Iterator[_Moment]:
+    """The backward passes of a stage's parts, each of which frees what it kept and leaves gradients.
+
+    From the second pass on all gradients are there, and new ones stand beside them until they are added.
+    """
+    config, owned = layout.config, shards(layout, place)
+    shapes = dense_shapes(layout, place.stage, vocab_size)
+    growing = layout.passes == 1 and config.zero.stage > 0
+    for parts in kept_parts(layout, place.stage, vocab_size, itemsize, device, hits):
+        in_flight = layout.in_flight(place.stage)
+        activations, exchange = (
+            in_flight * sum(each) for each in zip(*((kept.activations, kept.exchange) for _, kept in parts))
+        )
+        gradients = 0.0 if growing else held.gradients
+        for part, kept in reversed(parts):
+            sizes = [math.prod(shape) * itemsize for shape in shapes.get(part, [])]
+            tables = [block.size * (block.itemsize or itemsize) for block in owned.get(part, [])]
+            new = max([sum(tables), *sizes])
+            yield _Moment(activations, exchange, kept.working + new, gradients)
+            activations, exchange = activations - kept.activations, exchange - kept.exchange
+            gradients += sum(sizes + tables) if growing else 0
+    yield _Moment(0.0, 0.0, 0.0, held.gradients)
+
+
+def kept_parts(
+    layout: Layout, stage: int, vocab_size: int, itemsize: int, device: str, hits: float | None = None
+) -> Iterator[list[tuple[str | int, Kept]]]:
+    """Of each of a stage's chunks, what its layers (from 0) and the ``head`` keep in one pass, in their order."""
+    config = layout.config
+    each = {kind: _layer(layout, kind, itemsize, device, hits) for kind, _ in layout.kinds(stage)}
+    for chunk in layout.layers(stage):
+        parts: list[tuple[str | int, Kept]] = []
+        for number, layer in enumerate(chunk):
+            kept = each[config.model.mlp_kinds[layer]]
+            if number < config.train.recompute_layers:
+                again = kept.activations + kept.exchange + kept.working
+                kept = Kept(layout.split_tokens * _carried(layout) * itemsize, working=again)
+            parts.append((layer, kept))
+        if chunk[-1] == config.model.num_layers - 1:
+            parts.append(("head", _head(layout, vocab_size, itemsize, device)))
+        yield parts
+
+
+def _carried(layout: Layout) -> int:
+    """Width of what goes from layer to layer."""
+    config = layout.config
+    return config.model.hidden_size + (config.router.state_size if has_core(config) else 0)
+
+
+def _norm(d: int, itemsize: int, device: str) -> float:
+    """Of a token: the input in float32, its inverse root and, on a CPU, the normed one; the output, which goes on."""
+    return d * (FLOAT + itemsize + (FLOAT if device == "cpu" else 0)) + FLOAT
+
+
+def _layer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
+    config, model, tensor = layout.config, layout.config.model, layout.tensor
+    d, split, tokens = model.hidden_size, layout.split_tokens, layout.tokens
+    # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations; the mask
+    attention = 7 * d / tensor * itemsize + model.num_attention_heads / tensor * FLOAT
+    attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size + model.seq_length)
+    dropped = 2 * d if model.dropout else 0
+    both = split * (2 * _norm(d, itemsize, device) + dropped) + tokens * attention
+    own = _FEED_FORWARD[kind](layout, kind, itemsize, device, hits)
+    working = max(own.working, 6 * d / tensor * itemsize * tokens) + split * d * (2 * FLOAT + itemsize)
+    return Kept(both + own.activations, own.exchange, working)
+
+
+def _dense(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
+    """SwiGLU keeps both halves, the second once more, the activation and the product; GELU input and output."""
+    model = layout.config.model
+    f = model.ffn_hidden_size / layout.tensor * itemsize * layout.tokens
+    swiglu = model.ffn_activation == "swiglu"
+    return Kept((5 if swiglu else 2) * f, working=(4 if swiglu else 2) * f)
+
+
+def _retrieval(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[float, float]:
+    """Of a token: what choosing rows keeps, and what its backward pass works in."""
+    config = layout.config
+    section, _ = retrieving(config, kind)
+    picks = section.heads * section.top_k
+    projected = kind == "peer" or config.pkm.query_projection
+    query = section.heads * (section.key_dim if projected else config.model.hidden_size)
+    kept = picks * (8 + FLOAT) + (query * itemsize if projected else 0)  # numbers and gates
+    if section.query_norm == "batch":
+        kept += 3 * query * FLOAT  # centred twice, and scaled
+    if layout.tensor > 1 and not config.parallel.sequence:
+        kept += config.model.hidden_size * itemsize  # this rank's part of the tokens
+    return kept, query * (itemsize + FLOAT) + 2 * picks * (8 + FLOAT)
+
+
+def _peer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
+    config, tokens, d = layout.config, layout.own_tokens, layout.config.model.hidden_size
+    peer = config.peer
+    kept, working = _retrieval(layout, "peer", itemsize, device)
+    if peer.output_gate:
+        kept += 4 * d * itemsize
+    if peer.dense_hidden:
+        kept += 2 * peer.dense_hidden * itemsize
+    if has_core(config):
+        kept += 12 * config.router.state_size * itemsize
+    if layout.rows * layout.columns == 1:
+        picks = peer.heads * peer.top_k
+        return Kept(tokens * (kept + picks * FLOAT), 0.0, tokens * (max(working, 3 * picks * FLOAT + 2 * d * FLOAT)))
+    route, merging = _merging(layout, kind, hits)
+    received = route.pairs * d * itemsize + layout.columns * route.picks * (8 + 2 * FLOAT)
+    # dy as sent and as received, dx in float32 and as sent, and a pick's three gradients at an owner
+    travelling = route.pairs * d * (3 * itemsize + FLOAT) + layout.columns * route.picks * 3 * FLOAT
+    return Kept(tokens * kept, received + merging, max(tokens * working, travelling))
+
+
+def _pkm(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
+    """Gates and picks travel, and sums of values come home."""
+    tokens, d = layout.own_tokens, layout.config.model.hidden_size
+    kept, working = _retrieval(layout, "pkm", itemsize, device)
+    if layout.rows * layout.columns == 1:
+        return Kept(tokens * kept, 0.0, tokens * (working + d * FLOAT))
+    route, merging = _merging(layout, kind, hits)
+    received = layout.columns * route.picks * (8 + FLOAT)
+    return Kept(tokens * kept, received + merging, max(tokens * working, route.pairs * d * 2 * itemsize))
+
+
+def _merging(layout: Layout, kind: str, hits: float | None) -> tuple[Routes, float]:
+    """The routes of a rank's tokens, and what merging and sending picks keeps of them."""
+    route = routes(layout, kind, hits)
+    section, _ = retrieving(layout.config, kind)
+    numbers = route.tokens * section.heads * section.top_k + 2 * route.picks + (1 + layout.columns) * route.pairs
+    return route, 8 * numbers
+
+
+def _coarse(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
+    """A copy of each token for each of its experts; about six numbers in float32 a router's logit."""
+    config, tokens, d = layout.config, layout.own_tokens, layout.config.model.hidden_size
+    experts, _, hidden = expert_sizes(config, kind)
+    # as in a dense layer, and once more weighted; ReLU keeps its output alone
+    times = 2 if kind == "sigma_moe" else 6 if config.model.ffn_activation == "swiglu" else 3
+    top_k = config.moe.top_k if kind == "moe" else config.sigma_moe.top_k
+    rows = tokens * top_k
+    routing = tokens * 6 * experts * FLOAT
+    away = 0.0 if layout.rows == 1 else rows * 2 * d * itemsize
+    return Kept(routing + rows * (d + times * hidden) * itemsize, away, rows * (2 * hidden + d) * itemsize)
+
+
+_FEED_FORWARD = {"dense": _dense, "peer": _peer, "pkm": _pkm, "moe": _coarse, "sigma_moe": _coarse}
+
+
+def _head(layout: Layout, vocab_size: int, itemsize: int, device: str) -> Kept:
+    """The last norm and the words' probabilities in float32; their gradients where those are of another dtype."""
+    words = layout.tokens * vocab_size / layout.tensor
+    working = words * itemsize if itemsize < FLOAT else 0.0
+    return Kept(
+        layout.split_tokens * _norm(layout.config.model.hidden_size, itemsize, device) + words * FLOAT,
+        working=working + layout.split_tokens * layout.config.model.hidden_size * (itemsize + FLOAT),
+    )

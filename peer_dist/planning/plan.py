@@ -1,0 +1,281 @@
+"""What a run will need before anything is rented: parameters, memory, bytes on the wire, time, money."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from rich.table import Table
+
+from peer_dist.config import Config, check_world
+from peer_dist.planning.counts import Cost, Counts, count, short
+from peer_dist.planning.hardware import Hardware
+from peer_dist.planning.layout import Layout, Place
+from peer_dist.planning.memory import Memory, memory
+from peer_dist.planning.timing import StepTime, Work, work
+from peer_dist.planning.traffic import Wire, step_traffic
+
+_TABLES = ("experts", "values")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config on machines. Time is worked out when it is first asked for.
+
+    Attributes:
+        layout: one that was checked.
+        vocab_size: rows of the embedding, padding included.
+        counts: of the model, the same in all layouts.
+        hits: mean number of distinct row shards that a token hits; None: that of uniform picks.
+        tokens: to train on.
+        price_per_hour: of a device; None if it is not known.
+    """
+
+    layout: Layout
+    hardware: Hardware
+    vocab_size: int
+    counts: Counts
+    hits: float | None
+    tokens: int
+    price_per_hour: float | None
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation and of a dense parameter."""
+        precision = self.layout.config.train.precision
+        if precision == "auto":
+            return 2 if self.hardware.device == "cuda" else 4
+        return 2 if precision == "bf16" else 4
+
+    @cached_property
+    def _held(self) -> dict[Place, Memory]:
+        """Of ranks with the largest shards (the last ones), of all stages that are not like one before them."""
+        config, stages = self.layout.config, dict[Any, int]()
+        firsts = {pool[0] for pool in config.peer_pools}
+        for stage in range(self.layout.pipeline):
+            kinds = [[(config.model.mlp_kinds[n], n in firsts) for n in chunk] for chunk in self.layout.layers(stage)]
+            stages.setdefault((str(kinds), stage == 0, stage == self.layout.pipeline - 1), stage)
+        places = [Place(stage, self.layout.rows - 1, self.layout.columns - 1) for stage in stages.values()]
+        arguments = self.vocab_size, self.itemsize, self.hardware.device, self.hits
+        return {place: memory(self.layout, place, *arguments) for place in places}
+
+    @cached_property
+    def place(self) -> Place:
+        """The rank that needs the most memory."""
+        return max(self._held, key=lambda place: self._held[place].peak)
+
+    @property
+    def memory(self) -> Memory:
+        """Of that rank."""
+        return self._held[self.place]
+
+    @cached_property
+    def wires(self) -> Mapping[str, Wire]:
+        """What that rank sends in a step, by purpose."""
+        return step_traffic(self.layout, self.place, self.vocab_size, self.itemsize, self.hits)
+
+    @cached_property
+    def work(self) -> Work:
+        """Of the stage that the others wait for."""
+        done = (
+            work(self.layout, p.stage, held, self.counts, self.vocab_size, self.itemsize, self.hardware, self.hits)
+            for p, held in self._held.items()
+        )
+        return max(done, key=lambda each: each.times.total)
+
+    @property
+    def times(self) -> StepTime:
+        return self.work.times
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.hardware.memory
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.layout.config.train.global_batch_size * self.layout.config.model.seq_length
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_per_step / self.times.total
+
+    @property
+    def mfu(self) -> float:
+        """Training FLOPs (three times the forward ones) over the devices' figure."""
+        flops = self.counts.train_flops_per_token * self.tokens_per_second / self.layout.world_size
+        return flops / self.hardware.flops(self.itemsize)
+
+    @property
+    def hbm_share(self) -> float:
+        """Bytes of expert rows and the optimizer over what the device could move in the time."""
+        return self.work.hbm_bytes / self.times.total / self.hardware.hbm_bytes_per_s
+
+    @property
+    def days(self) -> float:
+        return self.tokens / self.tokens_per_second / 86400
+
+    @property
+    def cost(self) -> float | None:
+        return None if self.price_per_hour is None else self.days * 24 * self.layout.world_size * self.price_per_hour
+
+    @property
+    def expert_parameters(self) -> Cost:
+        """Tables of experts and values, and coarse experts."""
+        parts = self.counts.parts
+        return sum((parts[name] for name in _TABLES if name in parts), Cost())
+
+    def values(self) -> dict[str, Any]:
+        """All figures as plain data: bytes, seconds, FLOPs."""
+        config, layout = self.layout.config, self.layout
+        whole, experts = self.counts.total, self.expert_parameters
+        return {
+            "hardware": self.hardware.name,
+            "layout": {
+                "world_size": layout.world_size,
+                "gpus_per_node": layout.gpus_per_node,
+                **config.parallel.model_dump(),
+                "expert": layout.rows,
+                "data": layout.data,
+                "expert_copies": layout.copies,
+                "zero": config.zero.stage,
+                "micro_batch_size": config.train.micro_batch_size,
+                "passes": layout.passes,
+                "recompute_layers": config.train.recompute_layers,
+            },
+            "parameters": {
+                "all": whole.parameters,
+                "dense": whole.parameters - experts.parameters,
+                "expert": experts.parameters,
+                "active": whole.active,
+            },
+            "flops_per_token": {"forward": whole.flops, "training": self.counts.train_flops_per_token},
+            "memory": {**asdict(self.memory), "available": self.hardware.memory, "fits": self.fits},
+            "rank": asdict(self.place),
+            "sent_per_step": {name: {"node": wire.node, "network": wire.network} for name, wire in self.wires.items()},
+            "seconds": {**asdict(self.times), "step": self.times.total},
+            "bound": self.times.bound,
+            "exchange_seconds": self.work.wire_s,
+            "expert_rows_seconds": self.work.hbm_s,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "memory_bandwidth_share": self.hbm_share,
+            "tokens": self.tokens,
+            "days": self.days,
+            "cost": self.cost,
+        }
+
+    def tables(self) -> list[Table]:
+        """For a terminal."""
+        layout, whole, experts = self.layout, self.counts.total, self.expert_parameters
+        grid = f"{layout.rows} x {layout.columns}, {layout.copies} copies"
+        overview = _table(
+            f"{layout.world_size} x {self.hardware.name}, {layout.gpus_per_node} a node",
+            ("tensor x pipeline x data", f"{layout.tensor} x {layout.pipeline} x {layout.data}"),
+            ("expert rows x columns", grid),
+            ("ZeRO, micro-batch, passes", _options(layout)),
+            (
+                "parameters",
+                f"{short(whole.parameters)}: {short(whole.parameters - experts.parameters)} dense, "
+                f"{short(experts.parameters)} in experts; {short(whole.active)} active per token",
+            ),
+            ("training FLOPs per token", short(self.counts.train_flops_per_token)),
+        )
+        held = self.memory
+        parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries", "reduction")
+        used = _table(
+            f"memory of a rank, GB (stage {self.place.stage})",
+            *((part, f"{getattr(held, part) / 1e9:.2f}") for part in parts),
+            ("peak", f"{held.peak / 1e9:.2f} of {self.hardware.memory / 1e9:.2f}"),
+            *([("in host memory", f"{held.host / 1e9:.2f}")] if held.host else []),
+        )
+        sent = _table(
+            "a rank sends a step, GB",
+            ("", "inside a node  between nodes"),
+            *(
+                (name, f"{wire.node / 1e9:>13.3f}  {wire.network / 1e9:>13.3f}")
+                for name, wire in self.wires.items()
+                if wire.total
+            ),
+        )
+        times = {name: seconds for name, seconds in asdict(self.times).items() if seconds}
+        spent = _table(
+            "a step, ms",
+            *((name, f"{1e3 * seconds:.1f}") for name, seconds in times.items()),
+            ("in all", f"{1e3 * self.times.total:.1f}, most of it {self.times.bound}"),
+            (
+                "exchange beside expert rows",
+                f"{1e3 * self.work.wire_s:.1f} on the wire, {1e3 * self.work.hbm_s:.1f} in memory",
+            ),
+        )
+        cost = "" if self.cost is None else f", cost {self.cost:,.0f}"
+        result = _table(
+            f"{short(self.tokens)} tokens",
+            ("tokens/s", f"{self.tokens_per_second:,.0f}"),
+            ("MFU", f"{self.mfu:.1%}"),
+            ("share of memory bandwidth", f"{self.hbm_share:.1%}"),
+            ("time", f"{self.days:.2f} days{cost}"),
+        )
+        return [overview, used, sent, spent, result]
+
+
+def plan(
+    config: Config,
+    world_size: int,
+    gpus_per_node: int,
+    hardware: Hardware,
+    vocab_size: int,
+    hits: float | None = None,
+    tokens: int | None = None,
+    price_per_hour: float | None = None,
+) -> Plan:
+    """The config's own layout on ``world_size`` devices.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+        hits: mean number of distinct row shards that a token hits; None: that of uniform picks.
+        tokens: to train on; None: those of the config's steps.
+        price_per_hour: of a device; None: the hardware's.
+
+    Raises:
+        ConfigError: the layout does not divide the world.
+    """
+    check_world(config, world_size)
+    return unchecked(config, world_size, gpus_per_node, hardware, vocab_size, hits, tokens, price_per_hour)
+
+
+def unchecked(
+    config: Config,
+    world_size: int,
+    gpus_per_node: int,
+    hardware: Hardware,
+    vocab_size: int,
+    hits: float | None = None,
+    tokens: int | None = None,
+    price_per_hour: float | None = None,
+) -> Plan:
+    """:func:`plan` of a layout that need not divide the world: to search others from."""
+    train = config.train
+    return Plan(
+        Layout(config, world_size, gpus_per_node),
+        hardware,
+        vocab_size,
+        count(config, vocab_size),
+        hits,
+        train.steps * train.global_batch_size * config.model.seq_length if tokens is None else tokens,
+        hardware.price_per_hour if price_per_hour is None else price_per_hour,
+    )
+
+
+def _options(layout: Layout) -> str:
+    train = layout.config.train
+    again = f", {train.recompute_layers} layers recomputed" if train.recompute_layers else ""
+    return f"{layout.config.zero.stage}, {train.micro_batch_size}, {layout.passes}{again}"
+
+
+def _table(title: str, *rows: tuple[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table

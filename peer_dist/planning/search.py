@@ -1,0 +1,178 @@
+"""The best layout of a config on given machines, by the planner's arithmetic, and what helps one that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.table import Table
+
+from peer_dist.config import ConfigError, check_world, parse_config
+from peer_dist.planning.layout import Layout
+from peer_dist.planning.plan import Plan
+
+SHOWN = 12
+"""Layouts of a search that are shown."""
+
+Changes = dict[str, dict[str, Any]]
+
+
+def search(own: Plan) -> list[Plan]:
+    """All layouts of a plan's config on its machines, those that fit first, fastest first.
+
+    Tried are tensor ranks inside a node (with sequence parallelism), pipeline stages, grids of the tables whose columns
+    stay inside a node, ZeRO 0, 1 and 3 (2 saves nothing over 1 here: gradients are whole until the passes are over),
+    recomputation of none and of all layers, and of the micro-batches that are powers of two those that fit: all of them
+    in a pipeline, which they fill, else the largest. The global batch is the config's.
+
+    Args:
+        own: from :func:`peer_dist.planning.plan.unchecked`; it is one of them where its layout divides the world.
+
+    Raises:
+        ConfigError: there is no layout that does.
+    """
+    mine = _changed(own, {})
+    found = [] if mine is None else [mine]
+    for parallel in _parallel(own.layout):
+        for stage in (0, 1) if parallel["pipeline"] > 1 else (0, 1, 3):
+            layers = own.layout.config.model.num_layers // parallel["pipeline"]
+            for recomputed in (0, layers):
+                changes = {"parallel": parallel, "zero": {"stage": stage}, "train": {"recompute_layers": recomputed}}
+                found += _batches(own, changes)
+    if not found:
+        raise ConfigError(
+            f"--search: no layout of this model divides {own.layout.world_size} device(s) and train.global_batch_size "
+            f"({own.layout.config.train.global_batch_size}); take another number of either"
+        )
+    return sorted(found, key=lambda plan: (not plan.fits, plan.times.total if plan.fits else plan.memory.peak))
+
+
+def _parallel(layout: Layout) -> Iterator[dict[str, Any]]:
+    """Sections ``parallel`` to try; what a config refuses is left to it."""
+    config, world = layout.config, layout.world_size
+    sparse = bool({*config.model.mlp_kinds} - {"dense"})
+    tables = bool({*config.model.mlp_kinds} & {"peer", "pkm"})
+    for tensor in _powers(min(128, layout.gpus_per_node, world)):
+        for pipeline in _divisors(config.model.num_layers):
+            if world % (tensor * pipeline):
+                continue
+            for rows in _divisors(world // pipeline) if sparse else [1]:
+                for columns in _powers(min(layout.gpus_per_node, world // pipeline // rows)) if tables else [1]:
+                    if world // pipeline % (rows * columns):
+                        continue
+                    yield {
+                        "tensor": tensor,
+                        "sequence": tensor > 1,
+                        "pipeline": pipeline,
+                        "virtual_pipeline": 1,
+                        "expert": rows,
+                        "expert_tensor": columns,
+                    }
+
+
+def _batches(own: Plan, changes: Changes) -> list[Plan]:
+    """Those of the micro-batches that fit; the smallest if none does."""
+    parallel, batch = changes["parallel"], own.layout.config.train.global_batch_size
+    data = own.layout.world_size // (parallel["tensor"] * parallel["pipeline"])
+    fitting: list[Plan] = []
+    plan: Plan | None = None
+    for size in reversed(_powers(batch // data)) if batch >= data else []:
+        changes["train"]["micro_batch_size"] = size
+        plan = _changed(own, changes) or plan
+        if plan is not None and plan.fits:
+            fitting.append(plan)
+            if parallel["pipeline"] == 1:
+                break
+    return fitting or ([plan] if plan is not None else [])
+
+
+def _changed(own: Plan, changes: Changes) -> Plan | None:
+    """The plan with some keys changed; None where they cannot be."""
+    tree = own.layout.config.model_dump(mode="json", exclude_defaults=True)
+    for section, keys in changes.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    try:
+        config = parse_config(tree, "search")
+        check_world(config, own.layout.world_size)
+    except ConfigError:
+        return None
+    return replace(own, layout=replace(own.layout, config=config))
+
+
+def advice(own: Plan) -> str:
+    """What to change in a plan that does not fit: the single keys that suffice, or else what takes most."""
+    config, layout = own.layout.config, own.layout
+    memory = own.memory
+    held = f"the rank that needs most takes {memory.peak / 1e9:.1f} GB of {own.hardware.memory / 1e9:.1f}"
+    enough = []
+    for section, key, value in _remedies(layout):
+        plan = _changed(own, {section: {key: value}})
+        if plan is not None and plan.fits:
+            enough.append(f"{section}.{key}={value} ({plan.memory.peak / 1e9:.1f} GB)")
+    if enough:
+        return f"does not fit: {held}; enough is one of {', '.join(enough)}"
+    parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries")
+    largest = max(parts, key=lambda part: float(getattr(memory, part)))
+    more = "fewer experts" if set(config.model.mlp_kinds) - {"dense"} else "a smaller model"
+    return (
+        f"does not fit: {held}, most of it {largest}, and no single key is enough; let --search try them together, or "
+        f"take more GPUs or {more}"
+    )
+
+
+def _remedies(layout: Layout) -> Iterator[tuple[str, str, Any]]:
+    config = layout.config
+    for rows in _divisors(layout.stage_ranks // layout.columns):
+        if rows > layout.rows:
+            yield "parallel", "expert", rows
+    yield "table_optimizer", "name", "rowwise_adagrad"
+    for stage in range(config.zero.stage + 1, 4):
+        yield "zero", "stage", stage
+    yield "train", "recompute_layers", config.model.num_layers // (layout.pipeline * layout.virtual)
+    for size in reversed(_powers(config.train.micro_batch_size - 1)) if config.train.micro_batch_size > 1 else []:
+        yield "train", "micro_batch_size", size
+
+
+def _powers(largest: int) -> list[int]:
+    """Powers of two up to it."""
+    return [1 << power for power in range(largest.bit_length())]
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def search_table(plans: Sequence[Plan]) -> Table:
+    """The first of :func:`search`'s plans, and the first whose tables lie otherwise over the nodes than theirs."""
+    shown = list(plans[:SHOWN])
+    kinds = {_inside(plan) for plan in shown}
+    shown += [plan for plan in plans[SHOWN:] if _inside(plan) not in kinds][:1]
+    table = Table(title=f"{len(plans)} layouts tried", title_justify="left", box=None)
+    for name in ("TP x PP x DP", "experts", "copies", "one copy lies", "ZeRO", "micro-batch", "recomputed", "GB",
+                 "in node GB", "between GB", "wire ms", "HBM ms", "step ms", "bound", "tokens/s"):  # fmt: skip
+        table.add_column(name, justify="right", no_wrap=True)
+    for plan in shown:
+        layout, config = plan.layout, plan.layout.config
+        table.add_row(
+            f"{layout.tensor} x {layout.pipeline} x {layout.data}",
+            f"{layout.rows} x {layout.columns}",
+            str(layout.copies),
+            "inside a node" if _inside(plan) else "across nodes",
+            str(config.zero.stage),
+            str(config.train.micro_batch_size),
+            str(config.train.recompute_layers),
+            f"{plan.memory.peak / 1e9:.1f}" + ("" if plan.fits else " too much"),
+            f"{sum(wire.node for wire in plan.wires.values()) / 1e9:.2f}",
+            f"{sum(wire.network for wire in plan.wires.values()) / 1e9:.2f}",
+            f"{1e3 * plan.work.wire_s:.1f}",
+            f"{1e3 * plan.work.hbm_s:.1f}",
+            f"{1e3 * plan.times.total:.1f}",
+            plan.times.bound,
+            f"{plan.tokens_per_second:,.0f}",
+        )
+    return table
+
+
+def _inside(plan: Plan) -> bool:
+    return plan.layout.domain_group.nodes <= 1

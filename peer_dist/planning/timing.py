@@ -1,0 +1,188 @@
+"""How long a step takes, by what is computed, read and sent: floors over achievable rates, and where they overlap.
+
+- Matrix products: FLOPs of :mod:`peer_dist.planning.counts` over the device's rate; backward twice, recomputed layers'
+  forward once more.
+- Experts: the distinct rows that a pass picks are read once forward and once backward, and their gradients written; or
+  their products, if those take longer.
+- Exchange: bytes by link. With ``peer.dispatch_chunks`` the shorter of exchange and experts hides behind the longer but
+  for one part's share. All other communication is waited for, as it is in the code.
+- Pipeline: the slowest stage's pass, ``(stages - 1) / virtual stages`` times more often than it has passes.
+- Optimizer: each byte of its states read and written once, of gradients read twice (norm and update), of weights
+  written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from peer_dist.config.schema import MLPKind
+from peer_dist.planning.counts import Counts, total
+from peer_dist.planning.hardware import Hardware
+from peer_dist.planning.layout import Layout, Place
+from peer_dist.planning.memory import Memory
+from peer_dist.planning.state import FLOAT, Block, retrieving, shards, touched
+from peer_dist.planning.traffic import exchange, routes, step_traffic
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, of the rank that is waited for; the parts add up to the total.
+
+    Attributes:
+        matmul: matrix products.
+        experts: rows of tables read, gradients of theirs written.
+        exchange: tokens to experts and back, what hides behind the experts left out.
+        tensor: activations of tensor-parallel blocks and batch statistics.
+        pipeline: sends between stages.
+        bubble: stages waiting for the first and the last pass.
+        gradients: the dense part's, reduced, and ZeRO's parameters gathered.
+        tables: gradients of expert shards between their copies.
+        optimizer: updates.
+        overhead: fixed costs per layer and step.
+    """
+
+    matmul: float
+    experts: float
+    exchange: float
+    tensor: float
+    pipeline: float
+    bubble: float
+    gradients: float
+    tables: float
+    optimizer: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    @property
+    def bound(self) -> str:
+        """The largest part."""
+        parts = asdict(self)
+        return max(parts, key=lambda part: parts[part])
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one rank in a step.
+
+    Attributes:
+        times: of its step.
+        wire_s: seconds of the exchange if nothing hid it.
+        hbm_s: seconds of reading and writing expert rows.
+        hbm_bytes: of expert rows and the optimizer.
+    """
+
+    times: StepTime
+    wire_s: float
+    hbm_s: float
+    hbm_bytes: float
+
+
+def work(
+    layout: Layout,
+    stage: int,
+    memory: Memory,
+    counts: Counts,
+    vocab_size: int,
+    itemsize: int,
+    hardware: Hardware,
+    hits: float | None = None,
+) -> Work:
+    """Of a stage's rank; arguments as in :func:`peer_dist.planning.memory.memory`."""
+    place = Place(stage)
+    rate = hardware.flops(itemsize) * hardware.achievable.flops
+    gather = hardware.gather_bytes_per_s * hardware.achievable.gather
+    matmul = experts = exposed = wire_s = hbm = 0.0
+    for (kind, forwards), number in layout.kinds(stage).items():
+        products, picked = _flops(layout, kind, counts)
+        matmul += number * (forwards + 2) * products / rate
+        forward, backward = row_bytes(layout, kind, itemsize, hardware.device, hits)
+        there, back = (wire.seconds(hardware) for wire in exchange(layout, kind, itemsize, hits))
+        for times, size, flops, sent in ((forwards, forward, picked, there), (1, backward, 2 * picked, back)):
+            busy = max(size / gather, flops / rate)
+            experts += number * times * busy
+            exposed += number * times * (sent - _hidden(layout, kind, sent, busy))
+            wire_s += number * times * sent
+            hbm += number * times * size
+    if stage == layout.pipeline - 1:
+        matmul += 3 * layout.tokens / layout.tensor * counts.outside["logits"].flops / rate
+    traffic = step_traffic(layout, place, vocab_size, itemsize, hits)
+    other = {name: wire.seconds(hardware) for name, wire in traffic.items()}
+    passes = layout.passes
+    tensor = other["tensor"] + other["statistics"]
+    overhead = sum(map(len, layout.layers(stage))) * passes * hardware.layer_overhead_s
+    whole = passes * (matmul + experts + exposed) + tensor + overhead
+    update = optimizer_bytes(layout, place, memory)
+    update_s = update / (hardware.hbm_bytes_per_s * hardware.achievable.hbm)
+    step = StepTime(
+        passes * matmul,
+        passes * experts,
+        passes * exposed,
+        tensor,
+        other["pipeline"],
+        whole / passes * (layout.pipeline - 1) / layout.virtual,
+        other["gradients"],
+        other["tables"],
+        update_s,
+        overhead + hardware.step_overhead_s,
+    )
+    return Work(step, passes * wire_s, passes * hbm / gather, passes * hbm + update)
+
+
+def _flops(layout: Layout, kind: MLPKind, counts: Counts) -> tuple[float, float]:
+    """Of a rank's forward pass through a layer of this kind: matrix products, and those of tables' rows."""
+    parts = next(layer for layer in counts.layers if layer.kind == kind)
+    rows = {name: parts.feed_forward[name].flops for name in ("experts", "values") if name in parts.feed_forward}
+    picked = 0 if kind in ("moe", "sigma_moe") else sum(rows.values())
+    products = total(parts.block).flops + total(parts.feed_forward).flops - picked
+    tokens = layout.tokens / layout.tensor  # split over tensor ranks by heads and widths, or by tokens
+    return tokens * products, tokens * picked
+
+
+def row_bytes(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> tuple[float, float]:
+    """Bytes that a rank's experts or values read and write in one pass, forward and backward.
+
+    Forward, the picked rows of each table, the tokens that came and what leaves; backward the same, and the rows'
+    gradients, all of them if they are dense. A GPU reads each distinct row once; a CPU's cache is small, and it reads a
+    row for every pick, and in the backward pass once more to make its gradient.
+    """
+    config = layout.config
+    if kind not in ("peer", "pkm"):
+        return 0.0, 0.0
+    section, rows = retrieving(config, kind)
+    tables, item = 2 if kind == "peer" else 1, 4 if section.table_dtype == "float32" else 2
+    row = config.model.hidden_size / layout.columns * tables * item
+    picks = layout.own_tokens * section.heads * section.top_k * layout.rows * layout.columns / layout.rows
+    own = rows / layout.rows
+    distinct = -math.expm1(-picks / own) * own
+    read = (picks if device == "cpu" else distinct) * row
+    passing = routes(layout, kind, hits).pairs * config.model.hidden_size * itemsize
+    written = (distinct if config.table_optimizer.lazy else distinct + own) * row
+    return read + 2 * passing, read * (2 if device == "cpu" else 1) + written + 3 * passing
+
+
+def _hidden(layout: Layout, kind: str, sent: float, busy: float) -> float:
+    """Seconds of the exchange behind the experts."""
+    parts = layout.config.peer.dispatch_chunks if kind == "peer" else 1
+    return min(sent, busy) * (1 - 1 / parts)
+
+
+def optimizer_bytes(layout: Layout, place: Place, memory: Memory) -> float:
+    """Read and written by a step; the dense part's weights are counted with the tables'."""
+    everything = 2 * (memory.optimizer + memory.host) + 2 * memory.gradients + memory.weights
+    if not layout.config.table_optimizer.lazy:
+        return everything
+    blocks = [block for owned in shards(layout, place).values() for block in owned if block.table_rows]
+    return everything - sum(_untouched(layout, block) for block in blocks)
+
+
+def _untouched(layout: Layout, block: Block) -> float:
+    """Bytes of a table's weights and states that a lazy step leaves alone."""
+    table = layout.config.table_optimizer
+    numbers = {"adam": 2.0, "rowwise_adam": 1.0, "rowwise_adagrad": 0.0}[table.name]
+    master = block.itemsize < FLOAT and not table.stochastic_rounding
+    share = 1 - touched(layout, block)
+    return share * block.size * (block.itemsize + 2 * FLOAT * (numbers + master))

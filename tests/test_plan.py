@@ -1,0 +1,242 @@
+"""The planner against real runs: bytes that must be equal, activations that must be near, and layouts that it finds."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from peer_dist.cli import app
+from peer_dist.config import ConfigError, load_config, parse_config
+from peer_dist.megatron import Parallel, build_model, segment_mask, token_losses
+from peer_dist.planning.counts import count
+from peer_dist.planning.hardware import load_hardware
+from peer_dist.planning.layout import Layout, Place
+from peer_dist.planning.memory import kept_parts
+from peer_dist.planning.plan import plan
+from peer_dist.planning.state import dense_shapes, shards, state
+from peer_dist.planning.traffic import exchange
+from peer_dist.sharding.cost import Routes, bytes_of, exchange_bytes
+from tests.layouts import BATCH, IMPROVED, LAZY, RECURRENT, RMS, SHARED, SIGMA, UNTIED, base_config
+from tests.layouts import Layout as Case
+from tests.ranks import run_ranks
+from tests.test_planning import CASES, make
+
+
+def held_and_planned(rank: int, world_size: int, tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
+    """Of one rank in its second step: what its engine holds and its layers sent, and what the planner says."""
+    from peer_dist.sharding import Traffic
+    from peer_dist.training import Trainer
+
+    tree["logging"]["interval"] = 1
+    trainer = Trainer(parse_config(tree, "test"))
+    config, sent, picked = trainer.config, [], []
+    observe = trainer._observer
+    reset = Traffic.reset
+    trainer.step()
+    Traffic.reset = lambda self: (sent.append(self.bytes_sent), reset(self))[1]
+    trainer._observer = lambda number: (
+        lambda indices, gates: (
+            picked.append((number - 1, indices.flatten(1))),
+            observe(number)(indices, gates),
+        )
+    )
+    values = trainer.step()
+
+    layout = Layout(config, world_size, 8)
+    place = layout.place(rank)
+    wanted = state(layout, place, trainer.data.tokenizer.padded_vocab_size, trainer.dtype.itemsize)
+    held = {part: round(values[f"memory/{part}_gb"] * 1e9) for part in ("weights", "gradients", "optimizer")}
+    planned = {"weights": wanted.weights, "gradients": wanted.gradients, "optimizer": wanted.optimizer + wanted.host}
+    bytes_planned = 0.0
+    for layer, indices in picked:
+        experts = config.peer.num_experts if config.model.mlp_kinds[layer] == "peer" else config.pkm.num_values
+        home, item = place.row * layout.columns + place.column, trainer.dtype.itemsize
+        values = config.model.mlp_kinds[layer] == "pkm"
+        counted = exchange_bytes(
+            indices, experts, config.model.hidden_size, layout.rows, layout.columns, home, item, values=values
+        )
+        again = any(layer in chunk[: config.train.recompute_layers] for chunk in layout.layers(place.stage))
+        there, back = exchange(layout, config.model.mlp_kinds[layer], item, sent=counted)
+        bytes_planned += there.total * (2 if again else 1) + back.total
+    return held | {"sent": sum(sent)}, planned | {"sent": bytes_planned, "rings": 2 * len(picked)}
+
+
+BF16 = {"train": {"precision": "bf16"}}
+TABLES16 = {"peer": {"query_norm": "rms", "table_dtype": "bfloat16"}}
+COARSE = {**SIGMA, "model": {"mlp": ["sigma_moe", "sigma_moe", "dense", "sigma_moe"]}}
+ROUNDED = {**TABLES16, **BF16, "table_optimizer": {"name": "rowwise_adam", "stochastic_rounding": True}}
+
+QUICK = [
+    Case(3, {"expert": 3}, 3, sequences=6, settings=BF16),  # 225 rows and 32 columns of queries: uneven parts
+    Case(4, {"tensor": 2, "pipeline": 2, "sequence": True, "expert_tensor": 2}, 1, settings={**BF16, **TABLES16}),
+]
+SLOW = [
+    Case(2, {"expert": 2}, 0, settings={**BF16, **TABLES16}),
+    Case(2, {"expert_tensor": 2}, 0),
+    Case(2, {}, 2, settings=ROUNDED),
+    Case(3, {"expert": 3}, 0, sequences=6, settings=BATCH),
+    Case(3, {}, 1, sequences=6, settings=UNTIED),
+    Case(4, {"expert": 2, "expert_tensor": 2}, 3, settings=SHARED),
+    Case(4, {"expert": 2}, 2, settings=LAZY),
+    Case(4, {"pipeline": 2, "virtual_pipeline": 2}, 1, settings=RMS),
+    Case(4, {"pipeline": 2, "expert": 2}, 0, settings=BATCH, recompute=2),
+    Case(4, {"tensor": 4, "sequence": True, "expert": 2, "expert_tensor": 2}, 3, settings={**RECURRENT, **UNTIED}),
+    Case(4, {"tensor": 2, "sequence": True, "expert": 2}, 1, settings=COARSE),
+    Case(4, {"expert": 2, "expert_tensor": 2}, 1, settings=IMPROVED),
+    Case(2, {"expert": 2}, 2, offload=True),
+    Case(2, {"expert": 2}, 3, offload=True, settings=BF16),
+    Case(8, {"tensor": 2, "pipeline": 2, "expert": 2}, 2),
+]
+
+
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)], ids=str)
+def test_bytes_are_those_of_a_real_run(case, text, tmp_path):
+    tree = case.config(base_config(text, tmp_path))
+    results = run_ranks(held_and_planned, case.ranks, tree)
+    sent, counted, rings = (
+        sum(results[rank][which].pop(key) for rank in range(case.ranks))
+        for which, key in ((0, "sent"), (1, "sent"), (1, "rings"))
+    )
+    for held, planned in results:
+        if case.settings.get("table_optimizer", {}).get("lazy"):  # which rows will be touched is not known
+            assert held.pop("gradients") == pytest.approx(planned.pop("gradients"), rel=0.1)
+        assert held == planned
+    if case.settings is not COARSE:  # whose picks are no part of this
+        chunks = tree["peer"].get("dispatch_chunks", 1)
+        assert 0 <= counted - sent <= rings * chunks  # the last byte of a ring's part
+
+
+def test_all_parameters_are_planned() -> None:
+    """Shapes add up to the counts, which are tested against the model that is built."""
+    for changes in CASES:
+        config = make(changes)
+        layout = Layout(config, 1, 1)
+        dense = sum(math.prod(shape) for part in dense_shapes(layout, 0, 128).values() for shape in part)
+        owned = sum(block.size for blocks in shards(layout, Place()).values() for block in blocks)
+        assert dense + owned == count(config, 128).total.parameters, changes
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 1), (8, 1), (1, 8), (4, 4), (16, 4)])
+def test_uniform_picks_send_what_is_expected(rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    tokens, experts, heads, top_k, dim = 512, 64**2, 4, 8, 96
+    for home in (0, rows * columns - 1):
+        picks = torch.rand(tokens * heads, experts).topk(top_k).indices.view(tokens, heads * top_k)
+        counted = exchange_bytes(picks, experts, dim, rows, columns, home)
+        route = Routes.uniform(tokens, experts, heads, top_k, rows)
+        expected = bytes_of(route, dim, dim / columns, columns, 2)
+        for part in ("forward", "backward", "column_forward", "column_backward", "total"):
+            assert getattr(expected, part) == pytest.approx(getattr(counted, part), rel=0.02), (home, part)
+        assert expected.hits == pytest.approx(counted.hits, rel=0.02)
+        assert bytes_of(Routes.uniform(tokens, experts, heads, top_k, rows, counted.hits), dim, 0, columns, 2).hits == (
+            pytest.approx(counted.hits)
+        )
+
+
+def kept(parallel: Parallel, changes: dict[str, Any], mask: bool) -> tuple[float, float]:
+    """Bytes that autograd keeps of one forward pass beside the weights, and what the planner says."""
+    config = make({"model.seq_length": 32, "model.hidden_size": 64, "train.micro_batch_size": 4, **changes})
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    model = build_model(config, parallel, 256, dtype)
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    tensors: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    tokens = torch.randint(1, 100, (4, 32))
+    tokens[:, 9] = 0
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = token_losses(model, tokens, tokens, segment_mask(tokens, 0 if mask else 101))
+    del loss
+    layout = Layout(config, 1, 1)
+    (parts,) = kept_parts(layout, 0, 256, dtype.itemsize, "cpu")
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values()), sum(p.activations for _, p in parts)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model.ffn_activation": "gelu", "train.precision": "bf16"},
+        {"model.mlp": ["dense", "peer", "peer"], "peer.heads": 4, "peer.key_dim": 32, "peer.top_k": 8},
+        {"model.mlp": "peer", "peer.query_norm": "rms", "peer.output_gate": True, "peer.dense_hidden": 40},
+        {"model.mlp": ["pkm", "dense", "pkm"], "pkm.query_norm": "layer", "train.precision": "bf16"},
+        {"model.mlp": "moe"},
+        {"model.mlp": "peer", "train.recompute_layers": 3},
+    ],
+    ids=str,
+)
+def test_activations_are_those_that_autograd_keeps(parallel: Parallel, changes: dict[str, Any]) -> None:
+    measured, planned = kept(parallel, changes, mask=True)
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_hardware_is_written_and_read_again(tmp_path) -> None:
+    mine = load_hardware("h100").model_copy(update={"name": "mine", "price_per_hour": 2.0})
+    mine.dump(tmp_path / "mine.yaml")
+    assert load_hardware(str(tmp_path / "mine.yaml")) == mine
+    (tmp_path / "odd.yaml").write_text("mine: {memory_bytes: 1.0e+9, hbm: 3}")
+    with pytest.raises(ConfigError, match=r"odd.yaml: mine: hbm: unknown key"):
+        load_hardware(str(tmp_path / "odd.yaml"))
+    with pytest.raises(ConfigError, match=r"--gpu: 'h1' is not known; h100, h200, a100, b200, cpu, or a .yaml file"):
+        load_hardware("h1")
+
+
+SIZES = {
+    "model.num_layers": 4, "model.hidden_size": 1280, "model.num_attention_heads": 10, "model.seq_length": 1024,
+    "model.ffn_hidden_size": 5120, "model.mlp": ["dense", "peer"] * 2, "peer.num_experts": 1024**2, "peer.heads": 8,
+    "peer.top_k": 16, "peer.key_dim": 128, "train.global_batch_size": 1024, "train.micro_batch_size": 8,
+}  # fmt: skip
+
+
+def test_more_of_everything_takes_more() -> None:
+    """Each change moves the figure that it must, and a step's parts add up."""
+    h100 = load_hardware("h100")
+
+    def of(changes: dict[str, Any], ranks: int = 64, **options: Any):
+        return plan(make({**SIZES, "parallel.expert": 8, **changes}), ranks, 8, h100, 32768, **options)
+
+    own = of({})
+    assert own.times.total == pytest.approx(sum(own.values()["seconds"].values()) / 2)  # the parts, and the step
+    assert own.wires["exchange"].network == 0 < own.wires["exchange"].node
+    assert own.wires["tables"].network > 0  # eight copies
+    across = of({"parallel.expert": 64})
+    assert across.wires["exchange"].network > 0 == across.wires["tables"].total
+    assert across.memory.weights < own.memory.weights
+    assert of({"train.recompute_layers": 4}).memory.activations < own.memory.activations / 2
+    assert of({"train.micro_batch_size": 16}).memory.activations > 1.9 * own.memory.activations
+    assert of({"peer.dispatch_chunks": 4}).times.exchange < own.times.exchange
+    assert of({"parallel.pipeline": 4}).times.bubble > 0 == own.times.bubble
+    assert of({}, tokens=own.tokens * 2, price_per_hour=2.0).cost == pytest.approx(own.days * 2 * 24 * 64 * 2.0)
+    assert of({}, hits=2.0).wires["exchange"].node < own.wires["exchange"].node / 2
+    lazy = of({"table_optimizer.lazy": True, "train.global_batch_size": 64, "train.micro_batch_size": 1})
+    assert lazy.memory.gradients < own.memory.gradients
+
+
+def test_the_command_finds_a_layout_that_fits(tmp_path, capsys) -> None:
+    path, best = tmp_path / "run.yaml", tmp_path / "best.yaml"
+    tree = make(SIZES).model_dump(mode="json", exclude_defaults=True)
+    path.write_text(yaml.safe_dump(tree))
+    options = ["plan", "-c", str(path), "--gpus", "8", "--vocab-size", "32768", "--price", "2"]
+    assert app(options, standalone_mode=False) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "does not fit: the rank that needs most takes" in told
+    assert "parallel.expert=2" in told
+    assert not app([*options, "--search", "--json", "--write", str(best)], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert all(each["memory"]["fits"] for each in found)
+    steps = [each["seconds"]["step"] for each in found]
+    assert steps == sorted(steps)
+    assert not app(["plan", "-c", str(best), *options[3:], "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == found[0]
+    assert load_config(best).train.global_batch_size == 1024
+    with pytest.raises(ConfigError, match=r"--search: no layout of this model divides 7 device"):
+        app([*options[:3], "--gpus", "7", "--vocab-size", "32768", "--search"], standalone_mode=False)
