@@ -3,17 +3,22 @@
 import importlib.util
 import json
 import os
+import pickle
+import re
+import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from peer_dist.export.peer_model import LanguageModel
 from tests.layouts import COSINE, IMPROVED, MEMORY, MOE, PER_HEAD, PERCEPTRON, RECURRENT, SHARED, SIGMA, SWITCH, Layout
 from tests.layouts import base_config as layouts_base
 from tests.ranks import Command, run_ranks
+from tests.test_damage import seal
 from tests.test_training import with_keys
 
 # every kind of layer but pkm, on a grid of all kinds of ranks
@@ -202,6 +207,142 @@ def test_transformers_reads_it(folders, tmp_path):
         pytest.skip("transformers is not installed: pip install 'peer_dist[dev]'")
     for folder, apart in alone(TRANSFORMERS, folders, tmp_path).items():
         assert max(apart) < 1e-5, (folder, apart)
+
+
+def test_stored_tensors_are_read_by_rows(tmp_path):
+    from torch.distributed import checkpoint
+
+    from peer_dist.megatron.reader import StoredTensors
+
+    state = {"table": torch.randn(11, 3, 2), "half": torch.randn(5).bfloat16(), "turned": torch.randn(4, 3).t()}
+    checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
+    stored = StoredTensors(tmp_path)
+    assert stored.shapes == {"table": (11, 3, 2), "half": (5,), "turned": (3, 4)}
+    assert [len(rows) for rows in stored.rows("table", 25)] == [4, 4, 3]
+    assert torch.cat(list(stored.rows("table", 25))).equal(state["table"])
+    assert torch.cat(list(stored.rows("half", 2))).equal(state["half"])
+    with pytest.raises(pickle.UnpicklingError, match="row-major"):
+        next(stored.rows("turned", 99))
+
+
+def refused(rank, world_size, cases):
+    """What is said to each of these calls; the last one finds no room on the disk."""
+    from peer_dist.config import ConfigError
+    from peer_dist.data.documents import DataError
+    from peer_dist.export.folder import export
+    from peer_dist.megatron import CheckpointError
+
+    said = []
+    for case in cases:
+        if case is cases[-1]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        try:
+            export(**case)
+        except (ConfigError, DataError, CheckpointError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_mistakes_leave_nothing(folders, tmp_path):
+    good = next((folders[1].parent / "checkpoints").iterdir())
+    steps = {name: tmp_path / name / good.name for name in ("cut", "gated", "tied", "chosen")}
+    for step in steps.values():
+        shutil.copytree(good, step)
+    data = steps["cut"] / "__1_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    for name, section, change in (
+        ("gated", "peer", {"output_gate": True}),
+        ("tied", "model", {"tied_embeddings": True}),
+        ("chosen", "moe", {"routing": "expert_choice"}),
+    ):
+        path = steps[name] / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["config"][section] |= change
+        if name == "chosen":
+            manifest["config"]["model"]["mlp"][0] = "moe"
+        path.write_text(json.dumps(manifest))
+        seal(steps[name])
+    (tmp_path / "there").mkdir()
+    new = str(tmp_path / "new")
+    cases = [
+        ({"output": tmp_path / "there"}, "is there already, and nothing is replaced"),
+        ({"output": tmp_path / "no" / "new"}, "there is no folder"),
+        ({"dtype": "float16"}, "--dtype float16: must be one of float32, bfloat16"),
+        ({"shard_size": "5 apples"}, "--shard-size 5 apples: must be a number of KB, MB or GB"),
+        ({"checkpoint": str(tmp_path / "there")}, "holds no complete checkpoint"),
+        ({"checkpoint": str(tmp_path / "cut")}, "__1_0.distcp: is damaged"),
+        ({"checkpoint": str(tmp_path / "gated")}, "gate_in.weight is missing from the checkpoint"),
+        ({"checkpoint": str(tmp_path / "tied")}, "output_layer.weight is in the checkpoint"),
+        ({"checkpoint": str(tmp_path / "chosen")}, "its experts choose tokens"),
+        ({}, "new: cannot be written (File too large)"),
+    ]
+    (said,) = run_ranks(refused, 1, [{"checkpoint": str(good), "output": new, **options} for options, _ in cases])
+    for sentence, (options, words) in zip(said, cases, strict=True):
+        assert words in sentence, (options, sentence)
+    assert sorted(os.listdir(tmp_path)) == sorted([*steps, "there"])
+
+
+def test_the_command(folders, tmp_path):
+    """In bfloat16, all but statistics; a second time it does not replace what is there."""
+    options = ["export", "--checkpoint", str(folders[0].parent / "checkpoints"), "-o", str(tmp_path / "half")]
+    with Command(1, [*options, "--dtype", "bfloat16"], tmp_path / "said") as command:
+        assert command.codes(60) == [0]
+        assert re.search(r"half: \d+ tensors, 0\.\d MB, of .*step-00000003 \(step 3\)", command.words(0))
+    with Command(1, options, tmp_path / "said") as command:
+        assert command.codes(60) == [2]
+        assert "is there already" in command.words(0)
+    model, wanted = LanguageModel.load(tmp_path / "half"), torch.load(f"{folders[0]}.wanted")
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in model.buffers()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(model(wanted["tokens"]).float(), wanted["logits"], rtol=0, atol=0.1)
+
+
+LIMITED = """
+import json, resource, sys
+limit = 512 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+from peer_dist.cli import main
+try:
+    main()
+finally:
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+"""
+
+
+def large(rank, world_size, tree):
+    """A checkpoint of weights that were not trained; some rows of a table."""
+    from peer_dist.config import parse_config
+    from peer_dist.data.tokenizer import load_tokenizer
+    from peer_dist.megatron import Parallel, build_model, shards_of
+    from peer_dist.training.checkpoints import CheckpointStore, weights_state
+
+    config, tokenizer = parse_config(tree, "test"), load_tokenizer("byte")
+    parallel = Parallel.initialize(seed=1)
+    model = build_model(config, parallel, tokenizer.padded_vocab_size, torch.float32)
+    info = {"config": config.model_dump(mode="json"), "dtype": "float32"}
+    CheckpointStore(config.checkpoint.dir).save(1, weights_state(model, parallel), info, tokenizer)
+    return shards_of(model)["layer3.up"].parameter[[0, 123_456, -1]].tolist()
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_memory(small, tmp_path):
+    """2.6 GB, each table 0.66 GB, by a process that may have 0.54 GB."""
+    tree = with_keys(small, model={"hidden_size": 256}, peer={"num_experts": 800**2})
+    (rows,) = run_ranks(large, 1, tree, timeout=250)
+    folder = tmp_path / "model"
+    options = ["export", "--checkpoint", tree["checkpoint"]["dir"], "--output", str(folder), "--shard-size", "1GB"]
+    done = subprocess.run([sys.executable, "-c", LIMITED, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sum(path.stat().st_size for path in folder.iterdir()) > 2.6e9
+    assert int(done.stdout.splitlines()[-1]) < 0.7e9  # the libraries' own files among it
+    name = "model.layers.2.mlp.up"
+    home = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    with safe_open(folder / home, framework="pt") as tensors:
+        table = tensors.get_slice(name)
+        assert [table[place].tolist() for place in (0, 123_456, 800**2 - 1)] == rows
+    shutil.rmtree(folder)
+    shutil.rmtree(tree["checkpoint"]["dir"])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ def export(
         unfinished.rename(output)
     except OSError as error:
         raise DataError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} cannot be exported: {error}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return Exported(path, int(manifest["step"]), len(entries), written)
