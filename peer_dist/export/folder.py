@@ -25,7 +25,7 @@ from peer_dist.export.shards import DTYPES, Entry, parse_size, write_shards
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.checkpoint import check_tensors
 from peer_dist.megatron.reader import StoredTensors
-from peer_dist.training.checkpoints import find_checkpoint, read_manifest, verify_checkpoint
+from peer_dist.training.checkpoints import find_checkpoint, read_manifest, sync, verify_checkpoint
 
 _BLOCK = 1 << 22  # numbers read at a time
 _SHIPPED = ("peer_model.py", "modeling_peer.py")
@@ -99,7 +99,10 @@ def export(
         _write_tokenizer(unfinished, path, settings)
         for name in _SHIPPED:
             shutil.copyfile(Path(__file__).with_name(name), unfinished / name)
+        for each in (*unfinished.iterdir(), unfinished):
+            sync(each)
         unfinished.rename(output)
+        sync(output.parent)
     except OSError as error:
         raise DataError(f"--output {output}: cannot be written ({error.strerror or error})") from None
     except pickle.UnpicklingError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -84,7 +83,5 @@ def _write(path: Path, entries: list[Entry]) -> None:
             for block in entry.blocks():
                 rows = block.to(getattr(torch, entry.dtype)).contiguous()
                 file.write(rows.flatten().view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
         if file.tell() != 8 + len(text) + end:
             raise DataError(f"{path}: has {file.tell()} bytes, not the {8 + len(text) + end} of its header")
