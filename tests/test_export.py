@@ -21,16 +21,24 @@ from tests.ranks import Command, run_ranks
 from tests.test_damage import seal
 from tests.test_training import with_keys
 
-# every kind of layer but pkm, on a grid of all kinds of ranks
-ROUTED = Layout(
+# matrices, layers and columns of tables on different ranks
+SPREAD = Layout(
+    4,
+    {"tensor": 2, "pipeline": 2, "sequence": True, "expert_tensor": 2},
+    settings={
+        "model": {"mlp": ["peer", "dense", "pkm", "peer"]},
+        "peer": {"query_norm": "batch", "output_gate": True, "dense_hidden": 24, "key_norm": "layer"},
+        "router": {"kind": "recurrent", "state_size": 12},
+    },
+)
+COARSE = Layout(
     4,
     {"tensor": 2, "pipeline": 2, "sequence": True, "expert": 2},
     settings={
-        "model": {"mlp": ["peer", "moe", "sigma_moe", "peer"]},
-        "peer": {"query_norm": "batch", "output_gate": True, "dense_hidden": 24, "key_norm": "layer"},
+        "model": {"mlp": ["peer", "moe", "sigma_moe", "moe"]},
         "moe": {"num_experts": 4, "score": "sigmoid", "expert_bias": True, "expert_bias_rate": 0.2},
         "sigma_moe": {"num_experts": 6, "expert_hidden_size": 16, "top_k": 2},
-        "router": {"kind": "recurrent", "state_size": 12},
+        "router": {"kind": "recurrent", "state_size": 12, "shared_projector": True},
     },
 )
 TABLES = Layout(
@@ -44,6 +52,8 @@ TABLES = Layout(
 GELU = {"model": {"ffn_activation": "gelu"}}
 BF16_TABLES = {"peer": {"table_dtype": "bfloat16", "query_norm": "layer", "gate": "relu", "activation": "silu"}}
 OTHERS = [
+    COARSE,
+    TABLES,
     Layout(2, {"tensor": 2, "expert": 2}, settings={**PER_HEAD, **GELU}),
     Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, 1, settings={"peer": {"activation": "relu"}}),
     Layout(4, {"expert": 2, "expert_tensor": 2}, 3, settings=SHARED),
@@ -91,7 +101,7 @@ def trained(rank, world_size, tree):
     from tests.test_training import make_trainer
 
     trainer = make_trainer(tree)
-    for _ in range(3):
+    for _ in range(2):
         trainer.step()
     trainer.save()
 
@@ -150,18 +160,25 @@ def alone(script, folders, home):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def apart(script, folders, home):
+    """Folders whose model gives something else than the trained one, and the largest difference."""
+    found = alone(script, folders, home)
+    assert len(found) == len(folders)
+    return {folder: max(differences) for folder, differences in found.items() if not max(differences) < 1e-5}
+
+
 @pytest.fixture(scope="module")
-def folders(text, tmp_path_factory):
-    return exported([ROUTED, TABLES], text, tmp_path_factory.mktemp("export"), shard_size="50KB")
+def folder(text, tmp_path_factory):
+    (made,) = exported([SPREAD], text, tmp_path_factory.mktemp("export"), shard_size="50KB")
+    return made
 
 
-def test_torch_alone_reads_it(folders, tmp_path):
+def test_torch_alone_reads_it(folder, tmp_path):
     """Logits of one document and of several, in one pass and by parts through the cache, and text beyond the window."""
-    for folder, apart in alone(READ, folders, tmp_path).items():
-        assert max(apart) < 1e-5, (folder, apart)
-    files = sorted(path.name for path in folders[0].glob("*.safetensors"))
-    assert len(files) > 2
-    assert all((folders[0] / name).stat().st_size < 60_000 for name in files)
+    assert apart(READ, [folder], tmp_path) == {}
+    sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    assert len(sizes) > 2
+    assert max(sizes) < 60_000
 
 
 TRANSFORMERS = """
@@ -201,12 +218,15 @@ print(json.dumps(apart))
 """
 
 
-def test_transformers_reads_it(folders, tmp_path):
-    """Logits, loss, greedy text with its cache, without and behind padding; written again by it, and read again."""
+def needs_transformers():
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed: pip install 'peer_dist[dev]'")
-    for folder, apart in alone(TRANSFORMERS, folders, tmp_path).items():
-        assert max(apart) < 1e-5, (folder, apart)
+
+
+def test_transformers_reads_it(folder, tmp_path):
+    """Logits, loss, greedy text with its cache, without and behind padding; written again by it, and read again."""
+    needs_transformers()
+    assert apart(TRANSFORMERS, [folder], tmp_path) == {}
 
 
 def test_stored_tensors_are_read_by_rows(tmp_path):
@@ -243,16 +263,16 @@ def refused(rank, world_size, cases):
     return said
 
 
-def test_mistakes_leave_nothing(folders, tmp_path):
-    good = next((folders[1].parent / "checkpoints").iterdir())
-    steps = {name: tmp_path / name / good.name for name in ("cut", "gated", "tied", "chosen")}
+def test_mistakes_leave_nothing(folder, tmp_path):
+    good = next((folder.parent / "checkpoints").iterdir())
+    steps = {name: tmp_path / name / good.name for name in ("cut", "ungated", "untied", "chosen")}
     for step in steps.values():
         shutil.copytree(good, step)
     data = steps["cut"] / "__1_0.distcp"
     data.write_bytes(data.read_bytes()[:-1])
     for name, section, change in (
-        ("gated", "peer", {"output_gate": True}),
-        ("tied", "model", {"tied_embeddings": True}),
+        ("ungated", "peer", {"output_gate": False}),
+        ("untied", "model", {"tied_embeddings": False}),
         ("chosen", "moe", {"routing": "expert_choice"}),
     ):
         path = steps[name] / "manifest.json"
@@ -271,8 +291,8 @@ def test_mistakes_leave_nothing(folders, tmp_path):
         ({"shard_size": "5 apples"}, "--shard-size 5 apples: must be a number of KB, MB or GB"),
         ({"checkpoint": str(tmp_path / "there")}, "holds no complete checkpoint"),
         ({"checkpoint": str(tmp_path / "cut")}, "__1_0.distcp: is damaged"),
-        ({"checkpoint": str(tmp_path / "gated")}, "gate_in.weight is missing from the checkpoint"),
-        ({"checkpoint": str(tmp_path / "tied")}, "output_layer.weight is in the checkpoint"),
+        ({"checkpoint": str(tmp_path / "ungated")}, "gate_in.weight is in the checkpoint"),
+        ({"checkpoint": str(tmp_path / "untied")}, "output_layer.weight is missing from the checkpoint"),
         ({"checkpoint": str(tmp_path / "chosen")}, "its experts choose tokens"),
         ({}, "new: cannot be written (File too large)"),
     ]
@@ -282,20 +302,21 @@ def test_mistakes_leave_nothing(folders, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*steps, "there"])
 
 
-def test_the_command(folders, tmp_path):
+def test_the_command(folder, tmp_path):
     """In bfloat16, all but statistics; a second time it does not replace what is there."""
-    options = ["export", "--checkpoint", str(folders[0].parent / "checkpoints"), "-o", str(tmp_path / "half")]
+    options = ["export", "--checkpoint", str(folder.parent / "checkpoints"), "-o", str(tmp_path / "half")]
     with Command(1, [*options, "--dtype", "bfloat16"], tmp_path / "said") as command:
         assert command.codes(60) == [0]
-        assert re.search(r"half: \d+ tensors, 0\.\d MB, of .*step-00000003 \(step 3\)", command.words(0))
+        assert re.search(r"half: \d+ tensors, 0\.\d MB, of .*step-00000002 \(step 2\)", command.words(0))
     with Command(1, options, tmp_path / "said") as command:
         assert command.codes(60) == [2]
         assert "is there already" in command.words(0)
-    model, wanted = LanguageModel.load(tmp_path / "half"), torch.load(f"{folders[0]}.wanted")
+    model, wanted = LanguageModel.load(tmp_path / "half"), torch.load(f"{folder}.wanted")
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     assert {value.dtype for value in model.buffers()} == {torch.float32}
     with torch.no_grad():
-        torch.testing.assert_close(model(wanted["tokens"]).float(), wanted["logits"], rtol=0, atol=0.1)
+        difference = model(wanted["tokens"]).float() - wanted["logits"]
+    assert difference.abs().mean() < 0.1 * wanted["logits"].std()  # a pick in a near tie may be another one
 
 
 LIMITED = """
@@ -346,7 +367,9 @@ def test_a_model_larger_than_memory(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_kind_of_layer(text, tmp_path):
     folders = exported(OTHERS, text, tmp_path / "runs", shard_size="1MB")
-    got = alone(READ, folders, tmp_path)
-    assert {folder: max(apart) for folder, apart in got.items() if max(apart) >= 1e-5} == {}
+    assert apart(READ, folders, tmp_path) == {}
+    needs_transformers()
+    assert apart(TRANSFORMERS, folders, tmp_path) == {}
