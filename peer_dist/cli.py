@@ -408,6 +408,26 @@ def generate(
 
 
 @app.command()
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = "float32",
+    shard_size: Annotated[str, typer.Option(help="Of a file at most: a number of KB, MB or GB.")] = "5GB",
+) -> None:
+    """Write a trained model as safetensors, with code that runs it without this package, or with transformers."""
+    from peer_dist.data.documents import DataError
+    from peer_dist.export.folder import export as run
+    from peer_dist.training.world import World
+
+    world = World.from_environment()
+    if world.world_size > 1:
+        raise DataError(f"export: is the work of one process, but {world.world_size} ranks were started; start one")
+    with world.joined():
+        made = run(checkpoint, output, dtype, shard_size)
+    typer.echo(f"{output}: {made.tensors} tensors, {made.bytes / 1e6:,.1f} MB, of {made.path} (step {made.step})")
+
+
+@app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file of the sweep.", show_default=False)],
     output: Annotated[

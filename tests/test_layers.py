@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peer_dist import PEER
-from peer_dist.layers import activation_second_moment, product_keys
+from peer_dist.layers import activation_second_moment, load_peer_pytorch, product_keys
 from peer_dist.layers.product_keys import retrieve
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -349,3 +349,36 @@ def test_initial_tables_depend_on_the_seed():
     first, second = PEER(4, 81**2, top_k=4, seed=7), PEER(4, 81**2, top_k=4, seed=7)
     torch.testing.assert_close(first.up, second.up, rtol=0, atol=0)
     assert not torch.equal(first.up[:4096], PEER(4, 81**2, top_k=4, seed=8).up[:4096])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_experts_per_head": 4, "non_competing_scores": False},
+        {"num_experts_per_head": 4, "product_key_topk": 5},  # one expert per head
+        {"num_experts_per_head": 3, "non_competing_scores": False, "dim_key": 3, "activation": torch.nn.SiLU},
+    ],
+)
+def test_weights_of_peer_pytorch(options):
+    theirs = pytest.importorskip("PEER_pytorch").PEER(8, heads=3, num_experts=49, **options).double()
+    torch.nn.init.normal_(theirs.keys)
+    options = {key: value for key, value in options.items() if key != "dim_key"}
+    if "activation" in options:
+        options["activation"] = "silu"
+    ours = load_peer_pytorch(theirs.state_dict(), **options)
+    x = torch.randn(2, 30, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_weights_that_are_no_peer_layer():
+    PEER_pytorch = pytest.importorskip("PEER_pytorch")
+
+    def refused(word, loading=None, **options):
+        with pytest.raises(ValueError, match=word):
+            load_peer_pytorch(PEER_pytorch.PEER(8, heads=2, num_experts=256, **options).state_dict(), **(loading or {}))
+
+    refused("norm.gamma: PEER does not normalise its input", pre_rmsnorm=True)
+    refused("has 512 experts for 256 keys", separate_embed_per_head=True)
+    refused(r"product_key_topk \(5\) is less", {"product_key_topk": 5, "non_competing_scores": False})
+    with pytest.raises(ValueError, match=r"keys, to_queries\.0\.weight: missing or unknown"):
+        load_peer_pytorch({"weight_down_embed.weight": torch.zeros(4, 2), "weight_up_embed.weight": torch.zeros(4, 2)})

@@ -2,5 +2,6 @@
 
 from peer_dist.layers.memory import ProductKeyMemory
 from peer_dist.layers.peer import PEER, activation_second_moment
+from peer_dist.layers.peer_pytorch import load_peer_pytorch
 
-__all__ = ["PEER", "ProductKeyMemory", "activation_second_moment"]
+__all__ = ["PEER", "ProductKeyMemory", "activation_second_moment", "load_peer_pytorch"]

@@ -237,6 +237,17 @@ def load(template: State, folder: str | Path, partial: bool = False) -> State:
     return {**{key: value for key, value in template.items() if value == {}}, **loaded}
 
 
+def check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint that does not hold the whole of each of these tensors, in one process.
+
+    Raises:
+        CheckpointError: naming what is missing or of another shape.
+    """
+    problem = _problem({key: (shape, False) for key, shape in shapes.items()}, folder, partial=True, written=True)
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
 def _verify(template: State, folder: Path, partial: bool, written: bool = True) -> None:
     """Compare template and checkpoint on rank 0, so that all ranks raise the same error or none does."""
     shapes: list[Any] = [None] * dist.get_world_size()

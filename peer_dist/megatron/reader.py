@@ -14,8 +14,11 @@ rewrite a file can rewrite the manifest. So nothing here unpickles freely:
 from __future__ import annotations
 
 import enum
+import math
 import pickle
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, ClassVar
 
@@ -32,6 +35,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import metadata as forms
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 
@@ -131,6 +135,78 @@ class MetadataReader(dcp.FileSystemReader):
                 self._metadata.storage_meta = forms.StorageMeta()
             self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Part of a tensor, in row-major order from byte ``start`` of a file on."""
+
+    file: Path
+    start: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Its own rows from ``begin`` to before ``end``."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        content = bytearray((end - begin) * row)
+        with self.file.open("rb") as file:
+            file.seek(self.start + begin * row)
+            if file.readinto(content) != len(content):
+                raise UntrustedError(f"{self.file} is cut off")
+        return torch.frombuffer(content, dtype=self.dtype).view(end - begin, *self.shape[1:])
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, read some rows at a time, in one process, with no process group.
+
+    Attributes:
+        shapes: of every tensor, by key.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._reader = MetadataReader(folder)
+        metadata = self._reader.read_metadata()
+        self.shapes = {
+            key: tuple(value.size)
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, forms.TensorStorageMetadata)
+        }
+        self._stored: dict[str, list[tuple[tuple[int, ...], _StorageInfo]]] = {}
+        for index, info in metadata.storage_data.items():
+            self._stored.setdefault(index.fqn, []).append((tuple(index.offset), info))
+
+    def rows(self, key: str, elements: int) -> Iterator[torch.Tensor]:
+        """The tensor ``key`` from its first row to its last, as many rows at a time as ``elements`` numbers hold.
+
+        Raises:
+            UntrustedError: what is stored is not what the checkpoint says of it.
+        """
+        shape, parts = self.shapes[key], [self._block(offset, info) for offset, info in self._stored[key]]
+        step = max(1, elements // math.prod(shape[1:]))
+        for begin in range(0, shape[0], step):
+            end = min(begin + step, shape[0])
+            rows = torch.empty(end - begin, *shape[1:], dtype=parts[0].dtype)
+            for part in parts:
+                first, last = max(begin, part.offset[0]), min(end, part.offset[0] + part.shape[0])
+                if first < last:
+                    place = (slice(first - begin, last - begin), *map(_span, part.offset[1:], part.shape[1:]))
+                    rows[place] = part.rows(first - part.offset[0], last - part.offset[0])
+            yield rows
+
+    def _block(self, offset: tuple[int, ...], info: _StorageInfo) -> _Block:
+        path = Path(self._reader.path) / info.relative_path
+        with path.open("rb") as file, FakeTensorMode():  # its form alone, and where its bytes begin
+            form = torch.load(self._reader._slice_file(file, info), map_location="cpu", weights_only=True)
+        storage = form.untyped_storage()
+        if not form.is_contiguous() or storage.nbytes() != form.numel() * form.itemsize:
+            raise UntrustedError(f"{path}: a tensor does not lie there in row-major order, as this package writes them")
+        return _Block(path, info.offset + storage._checkpoint_offset, offset, tuple(form.shape), form.dtype)
+
+
+def _span(begin: int, length: int) -> slice:
+    return slice(begin, begin + length)
 
 
 class LoadTensors(TorchDistLoadShardedStrategy):

@@ -238,11 +238,11 @@ class CheckpointStore:
                 json.dump({**manifest, "checksum": _manifest_checksum(manifest)}, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(save.partial)
+            sync(save.partial)
             if save.final.exists():  # not complete, or it would have been resumed from
                 _set_aside(save.final)
             save.partial.rename(save.final)
-            _sync_folder(self.folder)
+            sync(self.folder)
             for old in self.steps()[: -self.keep]:
                 going = self.folder / f".{self.path(old).name}.old"  # half deleted it would look damaged
                 with contextlib.suppress(OSError):
@@ -461,12 +461,13 @@ def _set_aside(path: Path) -> Path:
         number += 1
         kept = path.with_name(f"{path.name}.damaged-{number}")
     path.rename(kept)
-    _sync_folder(path.parent)
+    sync(path.parent)
     return kept
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file, or a folder's names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,0 +1,220 @@
+"""``peer-dist export``: a checkpoint, whatever layout wrote it, as a folder that two readers understand."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from peer_dist.config import Config, ConfigError, parse_config
+from peer_dist.config.schema import ROUTED_KINDS
+from peer_dist.data.documents import DataError
+from peer_dist.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer
+from peer_dist.export.peer_model import PREFIX, LanguageModel
+from peer_dist.export.shards import DTYPES, Entry, parse_size, write_shards
+from peer_dist.megatron import CheckpointError
+from peer_dist.megatron.checkpoint import check_tensors
+from peer_dist.megatron.reader import StoredTensors
+from peer_dist.training.checkpoints import find_checkpoint, read_manifest, sync, verify_checkpoint
+
+_BLOCK = 1 << 22  # numbers read at a time
+_SHIPPED = ("peer_model.py", "modeling_peer.py")
+_NOT_WEIGHTS = ("optimizer.", "revival.")  # keys of a checkpoint that only training reads
+_KEYS = {
+    "embedding.weight": "embedding.word_embeddings.weight",
+    "output.weight": "output_layer.weight",
+    "norm.weight": "decoder.final_layernorm.weight",
+}
+_LAYER_KEYS = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.qkv.weight": "self_attention.linear_qkv.weight",
+    "attention.out.weight": "self_attention.linear_proj.weight",
+    "mlp_norm.weight": "pre_mlp_layernorm.weight",
+    "mlp.fc1.weight": "mlp.linear_fc1.weight",
+    "mlp.fc2.weight": "mlp.linear_fc2.weight",
+}
+_SPARSE_NAMES = {"peer": "peer", "pkm": "pkm", "moe": "moe", "sigma_moe": "moe"}  # of the layers in the trained model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Attributes: ``bytes`` of the ``tensors`` written, of the checkpoint ``path``."""
+
+    path: Path
+    step: int
+    tensors: int
+    bytes: int
+
+
+def export(
+    checkpoint: str, output: str | os.PathLike[str], dtype: str = "float32", shard_size: str = "5GB"
+) -> Exported:
+    """Write the model of a checkpoint (or of the newest one in a folder) into a new folder, complete or not at all.
+
+    Tensors are read and written some rows at a time. Needs torch.distributed, of one rank.
+
+    Args:
+        dtype: of the weights; the statistics of BatchNorm and the experts' bias stay float32.
+        shard_size: of a file at most, such as ``500MB``; a larger tensor has a file of its own.
+
+    Raises:
+        DataError: an option cannot be used, ``output`` exists, or it cannot be written.
+        ConfigError: the model has no next-token logits.
+        CheckpointError: there is no complete checkpoint, or it is damaged.
+    """
+    output, limit = Path(output), parse_size(shard_size)
+    if dtype not in DTYPES:
+        raise DataError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    if output.exists():
+        raise DataError(f"--output {output}: is there already, and nothing is replaced; name a new folder")
+    if not output.parent.is_dir():
+        raise DataError(f"--output {output}: there is no folder {output.parent}; make it first")
+    path = find_checkpoint(checkpoint)
+    verify_checkpoint(path)
+    manifest = read_manifest(path)
+    config = parse_config({**manifest["config"], "parallel": {}, "zero": {}}, str(path))
+    if "moe" in config.model.mlp_kinds and config.moe.routing == "expert_choice":
+        raise ConfigError(
+            f"{path}: its experts choose tokens (moe.routing expert_choice), later ones included, so that it has no "
+            "next-token logits to export; train one with token_choice for that"
+        )
+    tokenizer = load_tokenizer(str(path / "tokenizer.json"))
+    settings = model_settings(config, tokenizer, dtype)
+    entries = _entries(path, settings)
+    unfinished = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        unfinished.mkdir()
+        written = write_shards(unfinished, entries, limit)
+        _write_settings(unfinished, settings)
+        _write_tokenizer(unfinished, path, settings)
+        for name in _SHIPPED:
+            shutil.copyfile(Path(__file__).with_name(name), unfinished / name)
+        for each in (*unfinished.iterdir(), unfinished):
+            sync(each)
+        unfinished.rename(output)
+        sync(output.parent)
+    except OSError as error:
+        raise DataError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path} cannot be exported: {error}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Exported(path, int(manifest["step"]), len(entries), written)
+
+
+def model_settings(config: Config, tokenizer: TextTokenizer, dtype: str) -> dict[str, Any]:
+    """What ``config.json`` holds: transformers' names where it has one, else those of the run's config."""
+    model, kinds = config.model, config.model.mlp_kinds
+    settings = {
+        "model_type": "peer_dist",
+        "architectures": ["PeerForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_peer.PeerConfig",
+            "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
+        },
+        "dtype": dtype,
+        "vocab_size": tokenizer.padded_vocab_size,
+        "text_vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.eod,
+        "eos_token_id": tokenizer.eod,
+        "pad_token_id": tokenizer.eod,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "intermediate_size": model.ffn_hidden_size,
+        "max_position_embeddings": model.seq_length,
+        "tie_word_embeddings": model.tied_embeddings,
+        "ffn_activation": model.ffn_activation,
+        "ffn_top_k": model.ffn_top_k,
+        "mlp": kinds,
+    }
+    sections = sorted({*kinds} - {"dense"}) + ["router"] * bool({*kinds} & {*ROUTED_KINDS})
+    return {**settings, **{name: getattr(config, name).model_dump(mode="json") for name in sections}}
+
+
+def _entries(path: Path, settings: dict[str, Any]) -> list[Entry]:
+    """Every tensor of the model, and where the checkpoint has it.
+
+    Raises:
+        CheckpointError: they are not those of the checkpoint.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(settings)
+    exact = {name for name, _ in model.named_buffers()}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    keys = {name: _stored_key(name, settings["mlp"]) for name in shapes}
+    check_tensors(path, {keys[name]: shape for name, shape in shapes.items()})
+    stored = StoredTensors(path)
+    for key in sorted(stored.shapes.keys() - set(keys.values())):
+        if not key.startswith(_NOT_WEIGHTS):
+            raise CheckpointError(f"{key} is in the checkpoint {path}, but its config has no such part of a model")
+    return [
+        Entry(
+            PREFIX + name,
+            shape,
+            "float32" if name in exact else settings["dtype"],
+            partial(stored.rows, keys[name], _BLOCK),
+        )
+        for name, shape in shapes.items()
+    ]
+
+
+def _stored_key(name: str, kinds: list[str]) -> str:
+    """The checkpoint's key of a tensor of :class:`LanguageModel`."""
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return _KEYS.get(name, name)
+    number, rest = int(match[1]), match[2]
+    if table := re.fullmatch(r"mlp\.(down|up|values)", rest):
+        return f"tables.layer{number + 1}.{table[1]}"
+    if expert := re.fullmatch(r"mlp\.experts\.(\d+)\.(fc\d)\.weight", rest):
+        return f"tables.layer{number + 1}.expert{expert[1]}.{expert[2]}"
+    if rest.startswith("router_state."):
+        rest = f"mlp.{rest}"
+    elif rest in _LAYER_KEYS:
+        rest = _LAYER_KEYS[rest]
+    else:
+        rest = f"mlp.{_SPARSE_NAMES[kinds[number]]}.{rest.removeprefix('mlp.')}"
+    return f"decoder.layers.{number}.{rest}"
+
+
+def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    padding = list(range(settings["text_vocab_size"], settings["vocab_size"]))  # rows that stand for no token
+    generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "config.json", settings)
+    _write_json(folder / "generation_config.json", {**generation, **({"suppress_tokens": padding} if padding else {})})
+
+
+def _write_tokenizer(folder: Path, path: Path, settings: dict[str, Any]) -> None:
+    """As training used it; with special tokens a text begins as a document does, after an end-of-document token."""
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{END_OF_DOCUMENT} $A", special_tokens=[(END_OF_DOCUMENT, settings["eos_token_id"])]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    options = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_DOCUMENT,
+        "eos_token": END_OF_DOCUMENT,
+        "pad_token": END_OF_DOCUMENT,
+        "padding_side": "left",
+        "model_max_length": settings["max_position_embeddings"],
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # spelled out in a text they are text
+    }
+    _write_json(folder / "tokenizer_config.json", options)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
