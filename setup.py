@@ -28,6 +28,7 @@ setup(
         "pydantic>=2.6,<3",
         "pyyaml>=6",
         "rich>=13",
+        "safetensors>=0.4",
         "tensorboard>=2.15",
         "tokenizers>=0.20",
         "typer>=0.12",
