@@ -34,18 +34,19 @@ def folder(text, tmp_path_factory):
     return tree["checkpoint"]["dir"]
 
 
-def texts_of(rank, world_size, folder, layout, prompts, options):
-    """Continuations by `generate`, for every set of options."""
+def texts_of(rank, world_size, folder, layout, batches):
+    """Continuations by `generate`, greedy and drawn, of every batch of prompts."""
     from peer_dist.evaluation.generate import generate
     from peer_dist.evaluation.loading import load_model
 
     loaded = load_model(folder, world_size, **layout)
     found = []
-    for more in options:
-        texts = [""] * len(prompts)
-        for pieces in generate(loaded, prompts, TOKENS, **more):
-            texts = [text + (piece or "") for text, piece in zip(texts, pieces)]
-        found.append(texts)
+    for prompts in batches:
+        for options in ({"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}):
+            texts = [""] * len(prompts)
+            for pieces in generate(loaded, prompts, TOKENS, **options):
+                texts = [text + (piece or "") for text, piece in zip(texts, pieces)]
+            found.append(texts)
     return found
 
 
@@ -75,13 +76,10 @@ def by_hand(rank, world_size, folder, prompts):
     return texts, float((torch.stack(parts, 1) - whole[:, 10:]).abs().max() / whole.abs().max())
 
 
-GREEDY, DRAWN = {"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}
-
-
 @pytest.fixture(scope="module")
 def alone(folder):
     """Greedy and drawn texts of one rank, all prompts in one batch."""
-    return run_ranks(texts_of, 1, folder, {}, PROMPTS, [GREEDY, DRAWN])[0]
+    return run_ranks(texts_of, 1, folder, {}, [PROMPTS])[0]
 
 
 def test_cached_text_is_the_models(folder, alone):
@@ -94,10 +92,9 @@ def test_cached_text_is_the_models(folder, alone):
 
 
 def test_a_text_is_its_own(folder, alone):
-    """A prompt alone, or beside others in another order: greedy and drawn."""
-    for number, prompt in enumerate(PROMPTS[:3]):
-        for got, want in zip(run_ranks(texts_of, 1, folder, {}, [prompt], [GREEDY, DRAWN])[0], alone):
-            assert got == [want[number]]
+    """A prompt alone, or beside others."""
+    found = run_ranks(texts_of, 1, folder, {}, [[prompt] for prompt in PROMPTS[:3]])[0]
+    assert found == [[texts[number]] for number in range(3) for texts in alone]
 
 
 @pytest.mark.parametrize(
@@ -112,8 +109,26 @@ def test_a_text_is_its_own(folder, alone):
     ],
 )
 def test_any_layout_draws_the_same(folder, alone, ranks, layout):
-    for got in run_ranks(texts_of, ranks, folder, layout, PROMPTS, [GREEDY, DRAWN]):
+    for got in run_ranks(texts_of, ranks, folder, layout, [PROMPTS]):
         assert got == alone
+
+
+@pytest.mark.parametrize("layout", [{"pipeline": 2}, pytest.param({}, marks=pytest.mark.slow)])
+def test_every_kind_of_layer_draws_the_same(text, tmp_path, layout):
+    """Their routers' state goes from stage to stage."""
+    tree = with_keys(
+        small_config(text, tmp_path),
+        model={**LAYERS, "mlp": ["peer", "moe", "pkm", "sigma_moe"]},
+        pkm={"num_values": 225, "heads": 2, "top_k": 4, "key_dim": 8},
+        moe={"num_experts": 4},
+        sigma_moe={"num_experts": 4, "top_k": 2},
+        router={"kind": "recurrent", "state_size": 8},
+    )
+    run_ranks(saved, 1, tree)
+    folder = tree["checkpoint"]["dir"]
+    ((want, _),) = run_ranks(by_hand, 1, folder, PROMPTS[:3])
+    for got, _ in run_ranks(texts_of, 2, folder, layout, [PROMPTS[:3]]):
+        assert got == want
 
 
 def test_draws():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from peer_dist.config import Config, ConfigError
+from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.config.schema import ROUTED_KINDS, ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import Parallel, peer_layers
@@ -72,7 +72,7 @@ def open_source(config: Config, tokenizer: TextTokenizer) -> Source:
         llama.check_vocabulary(tokenizer)
     else:
         path = find_checkpoint(path)
-        theirs, names = ModelConfig.model_validate(read_manifest(path)["config"]["model"]), {}
+        theirs, names = parse_config(read_manifest(path)["config"], str(path)).model, {}
     _check_architecture(path, theirs, config.model, names)
     fresh = _fresh_layers(path, theirs, config)
     return Source(path, llama, fresh, bool(set(ROUTED_KINDS) & set(theirs.mlp_kinds)))
