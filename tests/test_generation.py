@@ -188,5 +188,3 @@ def wrong_layout(rank, world_size, folder, layout):
 def test_layouts_that_cannot_be_are_refused(folder):
     (said,) = run_ranks(wrong_layout, 1, folder, {"tensor": 2})
     assert said.startswith("--tensor 2 x --pipeline 1 does not divide the 1 rank(s)")
-    said, *_ = run_ranks(wrong_layout, 3, folder, {"pipeline": 3})
-    assert "must divide model.num_layers (4)" in said

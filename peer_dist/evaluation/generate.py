@@ -51,7 +51,7 @@ def generate(
         )
     length, parallel = config.model.seq_length, loaded.parallel
     texts = [_Text(loaded.tokenizer, prompt, length, seed) for prompt in prompts]
-    decoder = Decoder(loaded.model, len(texts), length)
+    decoder = Decoder(loaded.model, len(texts), min(length, max(len(text.window) for text in texts) + tokens))
     for left in reversed(range(tokens)):
         outgrown = [text.shorten() for text in texts]
         if any(outgrown):
