@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -383,28 +384,39 @@ def usage(
 @app.command()
 def generate(
     checkpoint: Checkpoint,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw.")] = 200,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue; repeatable. Default: an empty one.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="File of more of them, one per line.", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw for each.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Draw among the k most likely; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw among the most likely that together have this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws, of each prompt.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 8,
+    tensor: Annotated[int, typer.Option(min=1, help="Ranks that share each layer's matrices.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Stages that the layers are cut into.")] = 1,
 ) -> None:
-    """Continue a text with a trained model."""
+    """Continue texts with a trained model, on any number of ranks; several are told apart by lines of their numbers."""
     from peer_dist.evaluation.generate import generate as run
+    from peer_dist.evaluation.generate import read_prompts, write_texts
     from peer_dist.evaluation.loading import load_model
     from peer_dist.training.checkpoints import find_checkpoint
     from peer_dist.training.world import World
 
+    prompts = read_prompts(prompt or [], prompt_file)
     find_checkpoint(checkpoint)
     world = World.from_environment()
     with world.joined():
-        loaded = load_model(checkpoint, world.world_size)
-        sys.stdout.write(prompt if world.rank == 0 else "")
-        for piece in run(loaded, prompt, tokens, temperature, top_k, seed):
-            if world.rank == 0:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        sys.stdout.write("\n" if world.rank == 0 else "")
+        loaded = load_model(checkpoint, world.world_size, tensor, pipeline)
+        draw = partial(run, loaded, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        said = write_texts(draw, prompts, batch_size, sys.stdout if world.rank == 0 else None)
+        if world.rank == 0:
+            typer.echo(said, err=True)
 
 
 @app.command()

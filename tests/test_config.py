@@ -38,6 +38,7 @@ def load(tmp_path, text, *overrides):
             [],
             "run.yaml: model.mlp: input should be 'dense', 'peer', 'moe', 'pkm' or 'sigma_moe'",
         ),
+        ("model: {num_query_groups: 3}", [], "model: num_query_groups (3) must divide num_attention_heads (4)"),
         ("model: {ffn_top_k: 600}", [], "run.yaml: model: ffn_top_k (600) must be at most ffn_hidden_size (512)"),
         ("moe: {top_k: 9}", [], "run.yaml: moe: top_k (9) must be at most num_experts (8)"),
         ("sigma_moe: {top_k: 17}", [], "run.yaml: sigma_moe: top_k (17) must be at most num_experts (16)"),

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -209,8 +210,8 @@ def evaluated(rank, world_size, tree):
     loaded = load_model(tree["checkpoint"]["dir"], world_size)
     stream = open_data(loaded.config.data, 32, loaded.config.train.seed).validation
     loss = held_out_loss(loaded.model, stream, loaded.parallel, loaded.tokenizer, 3, sequences=32)
-    text = "".join(generate(loaded, "ROMEO:", 20, seed=1))
-    greedy = "".join(generate(loaded, "ROMEO:", 5, temperature=0))
+    text = "".join(piece for (piece,) in generate(loaded, ["ROMEO:"], 20, seed=1))
+    greedy = "".join(piece for (piece,) in generate(loaded, ["ROMEO:"], 5, temperature=0))
     return loss.loss, loss.tokens, text, greedy
 
 
@@ -308,48 +309,6 @@ def test_evaluation_and_generation_at_any_number_of_ranks(run):
         assert result[1:] == one[1:]
 
 
-def continuations(rank, world_size, folder):
-    """Greedy text of a model with weights that make it sensitive to every token, by `generate` and by hand."""
-    from peer_dist.evaluation.generate import generate
-    from peer_dist.evaluation.loading import load_model
-    from peer_dist.megatron import forward_logits
-
-    loaded = load_model(folder, world_size)
-    tokenizer, length = loaded.tokenizer, loaded.config.model.seq_length
-    with torch.no_grad():
-        for name, parameter in loaded.model.named_parameters():
-            if parameter.dim() > 1 and "embedding" not in name:
-                parameter.normal_(0, 0.5)
-
-    def by_hand(ids):
-        ids, begin = list(ids), len(ids)
-        for _ in range(12):
-            with torch.no_grad():
-                logits = forward_logits(loaded.model, torch.tensor([ids[-length:]]))[0, -1, : tokenizer.vocab_size]
-            ids.append(int(logits.argmax()))
-        return tokenizer.decode(ids[begin:]).split("<|endoftext|>")[0]
-
-    def by_us(prompt, **options):
-        return "".join(generate(loaded, prompt, 12, **options))
-
-    long = "What, wilt thou leave me so unsatisfied, and go?"
-    assert len(long) > length
-    greedy = {prompt: by_us(prompt, temperature=0) for prompt in ("", "ROMEO:", long, long[-length:])}
-    assert greedy[long] == greedy[long[-length:]] == by_hand(tokenizer.encode(long)[-length:])
-    assert greedy[""] == by_hand([tokenizer.eod])
-    assert greedy["ROMEO:"] == by_hand([tokenizer.eod, *tokenizer.encode("ROMEO:")])
-    assert len(set(greedy.values())) == 3, greedy
-    assert greedy["ROMEO:"] != by_hand(tokenizer.encode("ROMEO:")), "and on how it begins"
-    assert by_us("ROMEO:", top_k=1, temperature=5.0, seed=3) == greedy["ROMEO:"]
-    drawn = {by_us("ROMEO:", temperature=200.0, seed=seed) for seed in (3, 3, 4)}
-    assert len(drawn) == 2, "a draw is a function of the seed"
-
-
-def test_generation_is_the_models(run):
-    """Greedy text against the argmax by hand: empty, short and too long prompts; top_k of 1 is greedy."""
-    run_ranks(continuations, 1, run["checkpoint"]["dir"])
-
-
 # ---------------------------------------------------------------- commands
 
 
@@ -387,7 +346,8 @@ def test_commands(run, tmp_path):
         "all",
         "--json",
     )
-    text, _ = output(generate)
+    text, speed = output(generate)
+    assert re.search(r"^\d tokens in .* tokens/s$", speed, re.MULTILINE)
     assert text.startswith("ROMEO:")
     assert len(text) > len("ROMEO:\n")
     report = json.loads(output(evaluate)[0])
@@ -420,6 +380,7 @@ def mistakes(rank, world_size, tree, folder):
         ["usage", "--checkpoint", f"{folder}/nowhere"],
         ["usage", *good, "--output", f"{file}/usage"],
         ["generate", "--checkpoint", f"{folder}/nowhere"],
+        ["generate", *good, "--prompt-file", f"{folder}/nowhere.txt"],
         ["train", "-c", path, f"checkpoint.dir={file}/checkpoints"],
         ["train", "-c", path, f"checkpoint.dir={folder}/new", f"logging.dir={file}/logs"],
     ):
@@ -445,7 +406,7 @@ def test_wrong_names_are_told_in_one_sentence(run, tmp_path):
     """Exit code 2 and the name, before any process group; and a process that no launcher started is a world."""
     (said,) = run_ranks(mistakes, 1, run, str(tmp_path))
     named = ["nowhere.txt: ", "nowhere: ", "--split some: ", "nowhere"]
-    named += ["nowhere: ", "--output", "nowhere: ", "checkpoint.dir", "logging.dir"]
+    named += ["nowhere: ", "--output", "nowhere: ", "--prompt-file", "checkpoint.dir", "logging.dir"]
     for sentence, name in zip(said, named, strict=True):
         assert sentence.startswith("error: ")
         assert name in sentence

@@ -395,7 +395,7 @@ def held_out(rank: int, world_size: int, folder: str) -> tuple[int, float]:
     loaded = load_model(folder, world_size)
     if loaded.config.moe.routing == "expert_choice":
         with pytest.raises(ConfigError, match=r"its experts choose tokens .* train one with token_choice"):
-            next(generate(loaded, "a", 3))
+            next(generate(loaded, ["a"], 3))
     tokens = torch.arange(64).view(2, 32)
     with torch.no_grad():
         return loaded.parallel.expert_size, float(token_losses(loaded.model, tokens, tokens.roll(-1, 1)).mean())

@@ -51,6 +51,7 @@ CASES = [
     {},
     {"model.ffn_activation": "gelu", "model.tied_embeddings": False},
     {"model.ffn_top_k": 7},
+    {"model.num_query_groups": 1},
     {"model.mlp": ["dense", "peer", "dense"]},
     {"model.mlp": "peer", **EVERY_PEER_KEY},
     {"model.mlp": "peer", "peer.query_norm": "rms", "peer.key_norm": "layer"},

@@ -32,6 +32,13 @@ class ModelConfig(Section):
     num_layers: int = Field(4, ge=1, description="transformer layers")
     hidden_size: int = Field(128, ge=1, description="width of the residual stream")
     num_attention_heads: int = Field(4, ge=1, description="attention heads; must divide hidden_size")
+    num_query_groups: int | None = Field(
+        None,
+        ge=1,
+        description="heads of keys and values, each shared by as many of the attention heads; null: as many as those",
+    )
+    rope_base: float = Field(10000.0, gt=1, description="base of the rotary positions' wavelengths (RoPE theta)")
+    norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in the layers' RMSNorms")
     ffn_hidden_size: int = Field(512, ge=1, description="hidden width of the dense feed-forward layers")
     ffn_activation: Literal["gelu", "swiglu"] = Field("swiglu", description="dense feed-forward activation")
     ffn_top_k: int = Field(
@@ -54,6 +61,11 @@ class ModelConfig(Section):
     )
 
     @property
+    def query_groups(self) -> int:
+        """Heads of keys and values, whether or not ``num_query_groups`` says so."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
     def mlp_kinds(self) -> list[MLPKind]:
         """The feed-forward kind of each layer, ``num_layers`` long."""
         return list(self.mlp) if isinstance(self.mlp, list) else [self.mlp] * self.num_layers
@@ -69,6 +81,11 @@ class ModelConfig(Section):
             raise ValueError(
                 f"hidden_size / num_attention_heads ({self.hidden_size // self.num_attention_heads}) "
                 "must be even for rotary positions"
+            )
+        if self.num_attention_heads % self.query_groups:
+            raise ValueError(
+                f"num_query_groups ({self.num_query_groups}) must divide num_attention_heads "
+                f"({self.num_attention_heads})"
             )
         if self.ffn_top_k > self.ffn_hidden_size:
             raise ValueError(f"ffn_top_k ({self.ffn_top_k}) must be at most ffn_hidden_size ({self.ffn_hidden_size})")
@@ -470,7 +487,9 @@ class CheckpointConfig(Section):
         False, description="where the newest is damaged, set it aside and go on from the newest that is intact"
     )
     init_from: str | None = Field(
-        None, description="a checkpoint whose weights start a new run (fresh optimizers, step 0)"
+        None,
+        description="a checkpoint, or a Llama model's folder (Hugging Face), whose weights start a new run (fresh "
+        "optimizers, step 0); PEER layers in the place of its dense ones begin with an output of 0",
     )
 
 
@@ -506,6 +525,7 @@ class Config(Section):
         model, parallel, chunks = self.model, self.parallel, self.parallel.pipeline * self.parallel.virtual_pipeline
         for name, size in (
             ("num_attention_heads", model.num_attention_heads),
+            ("num_query_groups", model.query_groups),
             ("ffn_hidden_size", model.ffn_hidden_size),
             ("seq_length", model.seq_length),
         ):

@@ -38,6 +38,11 @@ class TextTokenizer:
         """``vocab_size`` rounded up to a multiple of 128: the rows of the embedding, in any layout."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Tokens, as its file spells them, and their ids."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, without an end-of-document token."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
 
 import torch
+from torch import Tensor
 
 from peer_dist.config import ConfigError
+from peer_dist.data.documents import DataError
+from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.evaluation.loading import LoadedModel
-from peer_dist.megatron import forward_logits, segment_mask
+from peer_dist.megatron import Decoder
 
 
-@torch.no_grad()
 def generate(
-    loaded: LoadedModel, prompt: str, tokens: int, temperature: float = 0.8, top_k: int = 0, seed: int = 0
-) -> Iterator[str]:
-    """Yield pieces of text that follow ``prompt``; joined, they are the continuation.
+    loaded: LoadedModel,
+    prompts: Sequence[str],
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[list[str | None]]:
+    """Yield, token by token, a piece of text for each prompt, or None where its text has ended; joined, the pieces are
+    the continuation.
 
-    The model sees at most its training length; the whole window is computed again for every token. Every rank
-    must call it and take every piece.
+    The model sees a prompt's last ``seq_length`` tokens and what follows; a text that outgrows ``seq_length`` goes on
+    from the newest half of it. Keys and values of what it sees are computed once. A text does not depend on the
+    prompts beside it, nor on the number of ranks. Every rank must call it and take every piece.
 
     Args:
-        tokens: how many to draw; an end-of-document token ends the text earlier.
+        tokens: how many to draw for each; an end-of-document token ends a text earlier.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: draw among this many most likely tokens only; 0: among all.
-        seed: of the draws.
+        top_p: and of those among the most likely that together have this probability; 1: among all.
+        seed: of the draws of each prompt.
 
     Raises:
         ConfigError: the model is not causal.
@@ -35,31 +49,142 @@ def generate(
             f"{loaded.path}: its experts choose tokens (moe.routing expert_choice), later ones included, so that no "
             "text can be drawn from left to right; train one with token_choice for that"
         )
-    tokenizer, device = loaded.tokenizer, loaded.parallel.device
-    generator = torch.Generator().manual_seed(seed)
-    ids = [tokenizer.eod, *tokenizer.encode(prompt)]  # a document begins after an end-of-document token
-    made: list[int] = []
-    shown = ""
-    for _ in range(tokens):
-        window = torch.tensor([ids[-config.model.seq_length :]])
-        mask = segment_mask(window, tokenizer.eod)
-        logits = forward_logits(loaded.model, window.to(device), None if mask is None else mask.to(device))
-        last = logits[0, -1, : tokenizer.vocab_size].float().cpu()
-        if temperature == 0:
-            token = int(last.argmax())
-        else:
-            last = last / temperature
-            if 0 < top_k < last.numel():
-                last[last < last.topk(top_k).values[-1]] = -torch.inf
-            token = int(torch.multinomial(last.softmax(-1), 1, generator=generator))
-        if token == tokenizer.eod:
-            break
-        ids.append(token)
-        made.append(token)
-        text = tokenizer.decode(made)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for its other bytes
-            yield text[len(shown) :]
-            shown = text
-    rest = tokenizer.decode(made)[len(shown) :]
-    if rest:
-        yield rest
+    length, parallel = config.model.seq_length, loaded.parallel
+    texts = [_Text(loaded.tokenizer, prompt, length, seed) for prompt in prompts]
+    decoder = Decoder(loaded.model, len(texts), min(length, max(len(text.window) for text in texts) + tokens))
+    for left in reversed(range(tokens)):
+        outgrown = [text.shorten() for text in texts]
+        if any(outgrown):
+            decoder.forget()
+        width = max(len(text.window) for text in texts)  # that of the shorter ones begins with padding
+        first = torch.tensor([width - len(text.window) for text in texts])
+        padded = torch.tensor([[loaded.tokenizer.eod] * (width - len(text.window)) + text.window for text in texts])
+        mask = _mask(first, decoder.seen, width)
+        logits = decoder(
+            padded[:, decoder.seen :].to(parallel.device), None if mask is None else mask.to(parallel.device)
+        )
+        drawn = torch.zeros(len(texts), dtype=torch.int64)
+        if parallel.is_last_stage:
+            rows = logits[:, : loaded.tokenizer.vocab_size].float().cpu()
+            drawn = torch.tensor([_draw(row, temperature, top_k, top_p, text.draws) for row, text in zip(rows, texts)])
+        # ranks may differ in the last bit, and must not in a token
+        drawn = parallel.from_last_rank(drawn.to(parallel.device))
+        yield [text.add(token, last=not left) for text, token in zip(texts, drawn.tolist())]
+        if all(text.ended for text in texts):
+            return
+
+
+class _Text:
+    """A prompt and what was drawn after it.
+
+    Attributes:
+        window: the tokens that the model sees.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, prompt: str, length: int, seed: int) -> None:
+        self._tokenizer, self._length = tokenizer, length
+        self.window = [tokenizer.eod, *tokenizer.encode(prompt)][-length:]  # documents begin after such a token
+        self.draws = torch.Generator().manual_seed(seed)
+        self.ended = False
+        self._made: list[int] = []
+        self._shown = ""
+
+    def shorten(self) -> bool:
+        """Keep the newest half of a window that is too long; whether it was."""
+        outgrown = len(self.window) > self._length
+        if outgrown:
+            self.window = self.window[-(self._length // 2) :]
+        return outgrown
+
+    def add(self, token: int, last: bool) -> str | None:
+        """The text that ``token`` adds. One that has ended goes on, unseen, with the others of its batch."""
+        self.window.append(token)
+        if self.ended:
+            return None
+        self.ended = token == self._tokenizer.eod or last
+        if token != self._tokenizer.eod:
+            self._made.append(token)
+        text, shown = self._tokenizer.decode(self._made), self._shown
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and not self.ended:  # half a character: wait for its other bytes
+            return ""
+        self._shown = text
+        return text[len(shown) :]
+
+
+def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
+    """Those given and the lines of ``file`` that are not blank; an empty one where none is given.
+
+    Raises:
+        DataError: the file cannot be read or holds none.
+    """
+    if file is None:
+        return list(prompts) or [""]
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompt-file {file}: cannot be read as text in UTF-8 ({error})") from None
+    if not lines:
+        raise DataError(f"--prompt-file {file}: holds no prompt; write one per line")
+    return [*prompts, *lines]
+
+
+def write_texts(
+    draw: Callable[[Sequence[str]], Iterator[list[str | None]]],
+    prompts: Sequence[str],
+    batch_size: int,
+    out: TextIO | None,
+) -> str:
+    """Write every prompt with its continuation: one as it grows, several under lines of their numbers.
+
+    Args:
+        draw: :func:`generate` for some prompts.
+        out: None on ranks that write nothing.
+
+    Returns:
+        How many tokens were drawn, and how fast, in a sentence.
+    """
+
+    def write(text: str) -> None:
+        if out is not None:
+            out.write(text)
+            out.flush()
+
+    alone, tokens, begin = len(prompts) == 1, 0, time.perf_counter()
+    for number in range(0, len(prompts), batch_size):
+        texts = list(prompts[number : number + batch_size])
+        write(texts[0] if alone else "")
+        for pieces in draw(texts.copy()):
+            tokens += sum(piece is not None for piece in pieces)
+            texts = [text + (piece or "") for text, piece in zip(texts, pieces)]
+            write((pieces[0] or "") if alone else "")
+        for each, text in enumerate(texts, number + 1):
+            write("\n" if alone else f"=== {each} of {len(prompts)}\n{text}\n")
+    seconds = time.perf_counter() - begin
+    return f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
+
+
+def _mask(first: Tensor, seen: int, width: int) -> Tensor | None:
+    """bool ``[b, 1, width - seen, width]``, True where a position (from ``seen`` on) must not see another.
+
+    Args:
+        first: ``[b]``, where each text begins; what is before it sees itself alone, for want of anything else.
+    """
+    if not first.any():
+        return None
+    key = torch.arange(width)
+    query = key[seen:, None]
+    return ((key > query) | ((key < first[:, None, None]) & (key != query))).unsqueeze(1)
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: torch.Generator) -> int:
+    """A token by its ``logits [vocab]``; see :func:`generate`."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
+    shares = logits.softmax(-1)
+    if top_p < 1:
+        ordered, tokens = shares.sort(descending=True)
+        shares[tokens[1:][ordered.cumsum(-1)[:-1] >= top_p]] = 0
+    return int(torch.multinomial(shares, 1, generator=draws))

@@ -82,10 +82,10 @@ class HarnessModel(TemplateLM):
             stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
             temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
             text = ""
-            for piece in generate(
-                self._loaded, context, int(options.get("max_gen_toks", _MAX_GENERATED)), temperature=temperature
+            for (piece,) in generate(
+                self._loaded, [context], int(options.get("max_gen_toks", _MAX_GENERATED)), temperature=temperature
             ):
-                text += piece
+                text += piece or ""
                 if any(stop in text for stop in stops):
                     break
             for stop in stops:

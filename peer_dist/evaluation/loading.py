@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from peer_dist.config import Config, parse_config
+from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import HeldOutStream, SplitStreams, open_data
@@ -31,15 +31,25 @@ class LoadedModel:
     step: int
 
 
-def load_model(checkpoint: str, world_size: int) -> LoadedModel:
+def load_model(checkpoint: str, world_size: int, tensor: int = 1, pipeline: int = 1) -> LoadedModel:
     """Build the model of a checkpoint (or of the newest one in a folder) and load its weights.
 
-    Needs torch.distributed; experts are spread over all ranks, whatever layout saved them, or, where the ranks do not
-    divide coarse experts, over as many as do, with copies.
+    Needs torch.distributed; experts are spread over all ranks of a stage, whatever layout saved them, or, where the
+    ranks do not divide coarse experts, over as many as do, with copies.
+
+    Args:
+        tensor, pipeline: ranks that share each layer's matrices, and stages; what is not :func:`generate
+            <peer_dist.evaluation.generate.generate>` needs the whole model on every rank.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is damaged.
+        ConfigError: the ranks or the model cannot be divided so.
     """
+    if world_size % (tensor * pipeline):
+        raise ConfigError(
+            f"--tensor {tensor} x --pipeline {pipeline} does not divide the {world_size} rank(s) that were started; "
+            f"start a multiple of {tensor * pipeline}"
+        )
     path = find_checkpoint(checkpoint)
     verify_checkpoint(path)
     manifest = read_manifest(path)
@@ -49,8 +59,16 @@ def load_model(checkpoint: str, world_size: int) -> LoadedModel:
     tree["parallel"], tree["zero"] = {}, {}
     config = parse_config(tree, str(path))
     counts = {"moe": config.moe.num_experts, "sigma_moe": config.sigma_moe.num_experts}
-    rows = math.gcd(world_size, *(counts[kind] for kind in config.model.mlp_kinds if kind in counts))
-    parallel = Parallel.initialize(expert=rows, seed=config.train.seed)
+    coarse = [kind for kind in config.model.mlp_kinds if kind in counts]
+    if tensor > 1 and (coarse or config.router.kind != "linear"):
+        raise ConfigError(
+            f"--tensor must be 1 for {path}: coarse experts and routers with a state need sequence parallelism, which "
+            "a single token cannot be split by; experts are spread over all ranks without it"
+        )
+    tree["parallel"] = {"tensor": tensor, "pipeline": pipeline}
+    config = parse_config(tree, str(path))
+    rows = math.gcd(world_size // pipeline, *(counts[kind] for kind in coarse))
+    parallel = Parallel.initialize(tensor=tensor, pipeline=pipeline, expert=rows, seed=config.train.seed)
     tokenizer = load_tokenizer(str(path / "tokenizer.json"))
     model = build_model(config, parallel, tokenizer.padded_vocab_size, getattr(torch, manifest["dtype"]))
     restore_weights(path, model, parallel)

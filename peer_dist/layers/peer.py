@@ -201,6 +201,13 @@ class PEER(ProductKeyLayer):
             self._draw(self.dense_in, self.dim**-0.5, generator)
             self._draw(self.dense_out, part_std * (self.dense_hidden * second_moment) ** -0.5, generator)
 
+    @torch.no_grad()
+    def zero_output(self) -> None:
+        """Let the output be 0 until ``up`` is updated, whose gradient is not: a layer put into a trained model."""
+        self.up.zero_()
+        if self.dense_hidden:
+            self.dense_out.weight.zero_()
+
     def _gate_energy(self, seed: int) -> float:
         """``E[sum over distinct experts of (sum of its gates)^2]`` for standard normal queries."""
         generator = torch.Generator(self.keys.device).manual_seed(seed + 3)

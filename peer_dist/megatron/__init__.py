@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError
+    from .decoding import Decoder
     from .engine import ReplicatedEngine
     from .feed_forward import dense_output_std
     from .model import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CheckpointError": "checkpoint",
+    "Decoder": "decoding",
     "MegatronMPU": "parallel",
     "MicroBatch": "schedule",
     "Parallel": "parallel",
@@ -48,6 +50,7 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError",
+    "Decoder",
     "MegatronMPU",
     "MicroBatch",
     "Parallel",

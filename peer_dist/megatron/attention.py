@@ -53,7 +53,8 @@ class SDPAttention(torch.nn.Module):
         Args:
             query: [sq, b, heads, channels].
             key, value: [sk, b, groups, channels]; groups divide heads (grouped-query attention).
-            attention_mask: bool [b or 1, 1, sq, sk], True where a query must not see a key. None: causal.
+            attention_mask: bool [b or 1, 1, sq, sk], True where a query must not see a key. None: causal, with as many
+                queries as keys; or one query, which sees every key.
 
         Returns:
             [sq, b, heads * channels].
@@ -73,7 +74,7 @@ class SDPAttention(torch.nn.Module):
                 value.permute(1, 2, 0, 3),
                 attn_mask=None if attention_mask is None else ~attention_mask,
                 dropout_p=dropout,
-                is_causal=attention_mask is None,
+                is_causal=attention_mask is None and len(query) > 1,
                 scale=self.scale,
                 enable_gqa=query.shape[2] != key.shape[2],
             )

@@ -64,6 +64,15 @@ def dense_sharded_state(model: nn.ModuleList) -> dict[str, Sharded]:
     return state
 
 
+def dense_blocks(model: nn.ModuleList) -> Iterator[tuple[str, tuple[slice, ...], torch.Tensor]]:
+    """What this rank has of :func:`dense_sharded_state`: keys, where in the whole tensor a block lies, and its memory.
+
+    The two matrices of SwiGLU are one tensor, the gate's first; a rank has a block of each.
+    """
+    for shard in _sharded(dense_sharded_state(model)):
+        yield shard.key, shard.global_slice(), shard.data
+
+
 def table_shard(
     key: str, tensor: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...], replica_id: int
 ) -> ShardedTensor:

@@ -79,13 +79,18 @@ class SparseMLP(MegatronModule):
 
     def on_own_tokens(self, layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """``layer`` of ``[s, b, d]``, of which each tensor rank takes its share, so that nothing is computed twice:
-        under sequence parallelism the tokens it has, else its slice of the sequence, gathered again afterwards.
+        under sequence parallelism the tokens it has, else its slice of them all, gathered again afterwards.
         """
         if not self.splits_tokens:
             return layer(hidden)
-        out = layer(scatter_to_sequence_parallel_region(hidden))
+        tokens = hidden.flatten(0, 1)
+        missing = -len(tokens) % self.config.tensor_model_parallel_size
+        if missing:  # not in training: a generated text's next token is one
+            tokens = F.pad(tokens, (0, 0, 0, missing))
+        out = layer(scatter_to_sequence_parallel_region(tokens))
         # all ranks go on with all tokens, and so have the same gradient
-        return gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
+        out = gather_from_sequence_parallel_region(out, tensor_parallel_output_grad=False)
+        return out[: hidden.shape[0] * hidden.shape[1]].view_as(hidden)
 
     def mark_replicated(self) -> None:
         """Each tensor rank sees its own tokens: the gradients of all that is not a shard add up (see RMSNorm)."""

@@ -79,10 +79,12 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
         ffn_hidden_size=model.ffn_hidden_size,
         gated_linear_unit=model.ffn_activation == "swiglu",
         activation_func=F.silu if model.ffn_activation == "swiglu" else F.gelu,
         normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
         add_bias_linear=False,
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
@@ -181,6 +183,7 @@ def _build_chunk(megatron: TransformerConfig, chunk: Chunk, number: int, vocab_s
         post_process=parallel.is_last_stage and number == parallel.virtual_pipeline_size - 1,
         share_embeddings_and_output_weights=run.model.tied_embeddings,
         position_embedding_type="rope",
+        rotary_base=run.model.rope_base,
         vp_stage=virtual,
     )
     if chunk.core is not None:

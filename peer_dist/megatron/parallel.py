@@ -165,6 +165,11 @@ class Parallel:
         dist.all_reduce(value)
         return value
 
+    def from_last_rank(self, value: torch.Tensor) -> torch.Tensor:
+        """On every rank, what the last one has, which is on the last stage. Collective; in place."""
+        dist.broadcast(value, src=self.world_size - 1)
+        return value
+
     @property
     def expert_size(self) -> int:
         """Row shards of the tables."""

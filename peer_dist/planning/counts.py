@@ -114,8 +114,9 @@ def count(config: Config, vocab_size: int) -> Counts:
     model = config.model
     d, embedding = model.hidden_size, vocab_size * model.hidden_size
     tied = model.tied_embeddings
+    keys = d // model.num_attention_heads * model.query_groups  # wide, and so are values
     block = {
-        "attention": _matrix(d, 4 * d),
+        "attention": _matrix(d, 2 * (d + keys)),
         "attention_scores": Cost(flops=4 * model.seq_length * d),
         "norms": _vectors(2 * d),
     }

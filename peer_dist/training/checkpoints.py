@@ -82,10 +82,17 @@ def _shard_states(engine: Engine) -> Iterator[tuple[str, str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def restore_weights(path: Path, model: Any, parallel: Parallel) -> None:
-    """Replace the model's weights by a checkpoint's; its optimizers are not read."""
-    loaded = load(weights_state(model, parallel), path, partial=True)
-    _copy_weights(loaded, model)
+def restore_weights(path: Path, model: Any, parallel: Parallel, skip: tuple[str, ...] = ()) -> None:
+    """Replace the model's weights by a checkpoint's; its optimizers are not read.
+
+    Args:
+        skip: beginnings of keys that are left as they are.
+    """
+    state = {
+        part: {name: value for name, value in values.items() if not value.key.startswith(skip)}
+        for part, values in weights_state(model, parallel).items()
+    }
+    _copy_weights(load(state, path, partial=True), model)
 
 
 @torch.no_grad()

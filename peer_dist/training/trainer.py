@@ -40,15 +40,13 @@ from peer_dist.training.checkpoints import (
     CheckpointStore,
     check_resumable,
     data_identity,
-    find_checkpoint,
     read_manifest,
     restore_run,
-    restore_weights,
     run_state,
-    verify_checkpoint,
 )
 from peer_dist.training.exits import DIVERGED, DONE, stopped_code
 from peer_dist.training.guard import Diverged, Guard
+from peer_dist.training.initial import open_source
 from peer_dist.training.lock import LockError, RunLock, run_lock
 from peer_dist.training.metrics import Metrics, read_metrics
 from peer_dist.training.progress import Progress
@@ -79,10 +77,10 @@ def train(config: Config) -> int:
     check_world(config, world.world_size)
     for prefix in config.data.weights:
         read_prepared(prefix)
-    open_tokenizer(config.data)
+    tokenizer = open_tokenizer(config.data)
     store = CheckpointStore(config.checkpoint.dir)
     if config.checkpoint.init_from is not None and not store.steps():
-        find_checkpoint(config.checkpoint.init_from)
+        open_source(config, tokenizer)
     check_folders(config)
     record_nccl(config.logging.dir)
     with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds, config.logging.dir):
@@ -137,9 +135,7 @@ class Trainer:
             config.checkpoint.fall_back, lambda text: console.print(text, highlight=False, soft_wrap=True)
         )
         if resumed is None and config.checkpoint.init_from is not None:
-            source = find_checkpoint(config.checkpoint.init_from)
-            verify_checkpoint(source)
-            restore_weights(source, self.model, self.parallel)
+            open_source(config, self.data.tokenizer).restore(self.model, self.parallel)
         self.engine = self._make_engine()
         self.startup.ended("build")
         self.resumed = resumed is not None

@@ -1,0 +1,108 @@
+"""Where a new run's weights come from: a checkpoint, or a Llama model in Hugging Face's format.
+
+Where the source has a dense feed-forward and the run a PEER layer, that layer is new and its output begins at 0: the
+model begins as the source without those feed-forwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from peer_dist.config import Config, ConfigError, parse_config
+from peer_dist.config.schema import ROUTED_KINDS, ModelConfig
+from peer_dist.data.tokenizer import TextTokenizer
+from peer_dist.megatron import Parallel, peer_layers
+from peer_dist.training.checkpoints import find_checkpoint, read_manifest, restore_weights, verify_checkpoint
+from peer_dist.training.llama import LlamaFolder
+
+# what two models must have in common beside their layers' kinds
+_ALWAYS = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "rope_base", "norm_eps", "tied_embeddings"
+)  # fmt: skip
+_DENSE = ("ffn_hidden_size", "ffn_activation", "ffn_top_k")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose weights fit the run's.
+
+    Attributes:
+        fresh: layers (from 1) that have no weights there.
+        routed: whether there are weights of what routers share.
+    """
+
+    path: Path
+    llama: LlamaFolder | None
+    fresh: tuple[int, ...]
+    routed: bool
+
+    def restore(self, model: nn.ModuleList, parallel: Parallel) -> None:
+        """Replace the model's weights; every rank reads what it has of them. Collective.
+
+        Raises:
+            CheckpointError: a file is damaged, or a tensor is missing or of another shape.
+        """
+        skip = [f"decoder.layers.{number - 1}.mlp." for number in self.fresh]
+        skip += [f"tables.layer{number}." for number in self.fresh]
+        skip += [] if self.routed else ["router_core."]
+        if self.llama is not None:
+            self.llama.restore(model, tuple(skip))
+        else:
+            verify_checkpoint(self.path)
+            restore_weights(self.path, model, parallel, tuple(skip))
+        for number, layer in peer_layers(model).items():
+            if number in self.fresh:
+                layer.zero_output()
+
+
+def open_source(config: Config, tokenizer: TextTokenizer) -> Source:
+    """What ``checkpoint.init_from`` names, found to fit; no tensor is read.
+
+    Raises:
+        CheckpointError: it is neither a checkpoint nor a Llama model, or not complete.
+        ConfigError: its architecture is not the run's.
+    """
+    path = Path(str(config.checkpoint.init_from))
+    llama = LlamaFolder(path) if LlamaFolder.is_one(path) else None
+    if llama is not None:
+        theirs, names = llama.model, llama.names
+        llama.check_vocabulary(tokenizer)
+    else:
+        path = find_checkpoint(path)
+        theirs, names = parse_config(read_manifest(path)["config"], str(path)).model, {}
+    _check_architecture(path, theirs, config.model, names)
+    fresh = _fresh_layers(path, theirs, config)
+    return Source(path, llama, fresh, bool(set(ROUTED_KINDS) & set(theirs.mlp_kinds)))
+
+
+def _check_architecture(path: Path, theirs: ModelConfig, ours: ModelConfig, names: dict[str, str]) -> None:
+    dense = any(kinds == ("dense", "dense") for kinds in zip(theirs.mlp_kinds, ours.mlp_kinds))
+    for key in (*_ALWAYS, *(_DENSE if dense else ())):
+        attribute = "query_groups" if key == "num_query_groups" else key
+        there, here = getattr(theirs, attribute), getattr(ours, attribute)
+        if there != here:
+            raise ConfigError(
+                f"checkpoint.init_from: {path} has {names.get(key, f'model.{key}')} = {there}, but the config says "
+                f"model.{key} = {here}; set it to the same"
+            )
+
+
+def _fresh_layers(path: Path, theirs: ModelConfig, config: Config) -> tuple[int, ...]:
+    kinds = list(enumerate(zip(theirs.mlp_kinds, config.model.mlp_kinds), 1))
+    for number, (there, here) in kinds:
+        if there != here and (there, here) != ("dense", "peer"):
+            raise ConfigError(
+                f"checkpoint.init_from: {path} has a {there} feed-forward in layer {number}, but model.mlp says "
+                f"{here}; set it to the same, or to peer in the place of a dense one"
+            )
+    fresh = tuple(number for number, (there, here) in kinds if there != here)
+    for pool in config.peer_pools:
+        if len({layer + 1 in fresh for layer in pool}) > 1:
+            raise ConfigError(
+                f"checkpoint.init_from: {path} has only some of the layers {[layer + 1 for layer in pool]}, which "
+                "share tables by peer.layers_per_pool; lower it"
+            )
+    return fresh

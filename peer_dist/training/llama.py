@@ -1,0 +1,222 @@
+"""Llama models as Hugging Face's transformers writes them: ``config.json`` and safetensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from peer_dist.config import ConfigError
+from peer_dist.config.load import sentence
+from peer_dist.config.schema import ModelConfig
+from peer_dist.data.tokenizer import TextTokenizer
+from peer_dist.megatron import CheckpointError
+from peer_dist.megatron.checkpoint import dense_blocks
+
+# our key to theirs, and what it is where config.json does not say
+_KEYS: dict[str, tuple[str, Any]] = {
+    "num_layers": ("num_hidden_layers", None),
+    "hidden_size": ("hidden_size", None),
+    "num_attention_heads": ("num_attention_heads", None),
+    "num_query_groups": ("num_key_value_heads", None),
+    "ffn_hidden_size": ("intermediate_size", None),
+    "rope_base": ("rope_theta", 10000.0),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tied_embeddings": ("tie_word_embeddings", False),
+}
+_REQUIRED = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+# what there is no counterpart of
+_ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+
+_OUTSIDE = {
+    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+    "decoder.final_layernorm.weight": "model.norm.weight",
+    "output_layer.weight": "lm_head.weight",
+}
+_LAYER = {  # those of several tensors are put together in _qkv and _gate_and_up
+    "input_layernorm.weight": ("input_layernorm",),
+    "self_attention.linear_qkv.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm",),
+    "mlp.linear_fc1.weight": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj",),
+}
+
+
+class LlamaFolder:
+    """A folder of one such model.
+
+    Attributes:
+        model: the model section of a config of the same architecture.
+        names: its keys, as ``config.json`` calls them.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read.
+        ConfigError: it has what our models have not.
+    """
+
+    names: ClassVar[dict[str, str]] = {ours: theirs for ours, (theirs, _) in _KEYS.items()}
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        tree = _read_json(path / "config.json")
+        tree = {**(tree.get("rope_parameters") or {}), **tree}  # where transformers 5 has rope_theta
+        for key in _REQUIRED:
+            if not isinstance(tree.get(key), int):
+                raise CheckpointError(f"{path / 'config.json'}: has no {key}, or not as a whole number")
+        self._refuse_what_differs(tree)
+        values = {ours: tree.get(theirs, default) for ours, (theirs, default) in _KEYS.items()}
+        try:
+            self.model = ModelConfig.model_validate({**values, "ffn_activation": "swiglu", "mlp": "dense"})
+        except ValidationError as error:
+            raise ConfigError(sentence(error, str(path / "config.json"), {}, ModelConfig)) from None
+        self._vocab_size: int = tree["vocab_size"]
+        self._files = self._find_tensors(self._shapes())
+
+    @staticmethod
+    def is_one(path: Path) -> bool:
+        return (path / "config.json").is_file()
+
+    def check_vocabulary(self, tokenizer: TextTokenizer) -> None:
+        """Refuse a tokenizer whose ids stand for other tokens than the model's.
+
+        Where there is a ``tokenizer.json``, tokens are compared; the end-of-document token may have another name in it.
+
+        Raises:
+            ConfigError: the number of tokens or one of them differs.
+        """
+        if not tokenizer.vocab_size <= self._vocab_size <= tokenizer.padded_vocab_size:
+            raise ConfigError(
+                f"checkpoint.init_from: {self.path} has vocab_size = {self._vocab_size}, but the data's tokenizer "
+                f"{tokenizer.name} has {tokenizer.vocab_size} tokens (padded to {tokenizer.padded_vocab_size}); "
+                "prepare the data with the model's tokenizer"
+            )
+        file = self.path / "tokenizer.json"
+        if not file.is_file():
+            return
+        theirs = {number: token for token, number in Tokenizer.from_file(str(file)).get_vocab().items()}
+        for token, number in sorted(tokenizer.vocabulary.items(), key=lambda item: item[1]):
+            if number != tokenizer.eod and theirs.get(number, token) != token:
+                raise ConfigError(
+                    f"checkpoint.init_from: in {file} the token {number} is {theirs[number]!r}, but {token!r} in the "
+                    f"data's tokenizer {tokenizer.name}; prepare the data with the model's tokenizer"
+                )
+
+    @torch.no_grad()
+    def restore(self, model: nn.ModuleList, skip: tuple[str, ...]) -> None:
+        """Copy into the model what this rank has of it, but for keys that begin with one of ``skip``.
+
+        Rows of the padded vocabulary that the model does not have stay as they were drawn.
+
+        """
+        for key, where, memory in dense_blocks(model):
+            if not key.startswith(skip):
+                value = self._block(key, where)
+                memory[: len(value)].copy_(value)
+
+    def _block(self, key: str, where: tuple[slice, ...]) -> Tensor:
+        """A part of what Megatron calls ``key``."""
+        if key in _OUTSIDE:
+            return self._read(_OUTSIDE[key], where)
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", key)
+        assert match is not None, key
+        names = [f"model.layers.{match.group(1)}.{name}.weight" for name in _LAYER[match.group(2)]]
+        if len(names) == 1:
+            return self._read(names[0], where)
+        rows = where[0]
+        if len(names) == 2:  # the gate's matrix above the other; a block is of one of them
+            hidden = self.model.ffn_hidden_size
+            matrix, begin = divmod(rows.start, hidden)
+            return self._read(names[matrix], (slice(begin, begin + rows.stop - rows.start),))
+        # group by group its queries, then its key and its value
+        width, groups = self.model.hidden_size // self.model.num_attention_heads, self.model.query_groups
+        heads = [self.model.num_attention_heads // groups, 1, 1]
+        first, last = (edge // (sum(heads) * width) for edge in (rows.start, rows.stop))
+        parts = [
+            self._read(name, (slice(first * size * width, last * size * width),)).unflatten(0, (last - first, -1))
+            for name, size in zip(names, heads)
+        ]
+        return torch.cat(parts, 1).flatten(0, 1)
+
+    def _read(self, name: str, where: tuple[slice, ...]) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            part: Tensor = file.get_slice(name)[where]
+        return part
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the architecture's tensors are called, and their shapes."""
+        model, d = self.model, self.model.hidden_size
+        keys = d // model.num_attention_heads * model.query_groups
+        layer = {
+            "input_layernorm": (d,),
+            "self_attn.q_proj": (d, d),
+            "self_attn.k_proj": (keys, d),
+            "self_attn.v_proj": (keys, d),
+            "self_attn.o_proj": (d, d),
+            "post_attention_layernorm": (d,),
+            "mlp.gate_proj": (model.ffn_hidden_size, d),
+            "mlp.up_proj": (model.ffn_hidden_size, d),
+            "mlp.down_proj": (d, model.ffn_hidden_size),
+        }
+        outside: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens.weight": (self._vocab_size, d),
+            "model.norm.weight": (d,),
+        }
+        if not model.tied_embeddings:
+            outside["lm_head.weight"] = (self._vocab_size, d)
+        return outside | {
+            f"model.layers.{number}.{name}.weight": shape
+            for number in range(model.num_layers)
+            for name, shape in layer.items()
+        }
+
+    def _find_tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
+        """Tensor to file; every file's header is read, so that what is wrong is found now."""
+        index = self.path / "model.safetensors.index.json"
+        listed = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        files: dict[str, Path] = {}
+        found: dict[str, tuple[int, ...]] = {}
+        for name in sorted(listed):
+            try:
+                with safe_open(self.path / name, framework="pt") as file:
+                    found |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in [*file.keys()]}
+                    files |= dict.fromkeys([*file.keys()], self.path / name)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.path / name}: cannot be read as safetensors ({error})") from None
+        for tensor, shape in shapes.items():
+            if found.get(tensor) != shape:
+                raise CheckpointError(
+                    f"{self.path}: the tensor {tensor} is {found.get(tensor, 'missing')}, but by config.json {shape}"
+                )
+        return files
+
+    def _refuse_what_differs(self, tree: dict[str, Any]) -> None:
+        scaling = {**(tree.get("rope_scaling") or {}), **tree}
+        found = {
+            "model_type": (tree.get("model_type"), "llama"),
+            "rope_type": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
+            **{key: (tree.get(key, wanted), wanted) for key, wanted in _ONLY.items()},
+        }
+        if tree.get("head_dim") is not None:
+            found["head_dim"] = (tree["head_dim"], tree["hidden_size"] // tree["num_attention_heads"])
+        for key, (there, wanted) in found.items():
+            if there != wanted:
+                raise ConfigError(
+                    f"checkpoint.init_from: {self.path / 'config.json'} has {key} = {there}, but models of this "
+                    f"package have {wanted}; take another model"
+                )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
+    return tree
