@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peer_dist.optim.memory import Memory
 from peer_dist.optim.tables import TableOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -78,6 +79,10 @@ class Engine(abc.ABC):
 
         All ranks call it. It takes time: for telling what went wrong.
         """
+
+    @abc.abstractmethod
+    def dense_memory(self) -> Memory:
+        """What this rank holds of the dense parameters; of shards see :meth:`TableOptimizer.memory`."""
 
     def _set_shard_lr(self, lr: float, table_lr: float) -> None:
         self.tables.set_lr(table_lr)
