@@ -104,6 +104,7 @@ def real(rank, world_size, tree):
 
 
 def fake(rank, world_size, tree, vocab_size):
+    dist.barrier()  # until all are connected
     dist.destroy_process_group()
     return _build_rank(parse_config(tree, "test"), world_size, rank, 2, vocab_size)
 
@@ -119,7 +120,8 @@ def test_shapes_and_bytes_are_those_of_real_ranks(case, small):
         assert [made.groups[name] for name in ("tensor", "pipeline", "experts")] == groups
         assert grads == sum(each.gradients for each in memory)
         # beside what is counted there are statistics of queries and counts of picks
-        assert 0 <= allocated - sum(each.weights + each.optimizer for each in memory) < 32_000
+        kept = memory[0].buckets if tree["zero"]["stage"] == 3 else 0
+        assert 0 <= allocated - kept - sum(each.weights + each.optimizer for each in memory) < 32_000
 
 
 def test_a_run_of_512_ranks():

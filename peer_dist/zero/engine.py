@@ -174,7 +174,8 @@ class ZeroEngine(Engine):
             whole = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)  # type: ignore[attr-defined]
             gradients = whole + self._zero.grad_partitions_flat_buffer.nbytes
         states = [value for state in self._zero.optimizer.state.values() for value in state.values()]
-        return Memory.of(weights, gradients, self._masters() + states)
+        bucket = self._zero.reduce_bucket_size * parameters[0].element_size()
+        return Memory.of(weights, gradients, self._masters() + states, bucket)
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
 
