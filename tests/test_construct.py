@@ -3,15 +3,18 @@
 import gc
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from peer_dist.config import ConfigError
+from peer_dist.config import ConfigError, load_config
 from peer_dist.config.load import parse_config
 from peer_dist.planning.construct import _build_rank, construct, construct_stages
 from tests.ranks import run_ranks
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 CASES = {
     "stages, columns, tied embeddings, rounded tables": {
@@ -163,3 +166,26 @@ def test_what_has_no_place_in_the_world_is_refused(small):
         construct(parse_config(small | {"parallel": {"expert": 3}}, "test"), 4, 0, 0)
     with pytest.raises(ConfigError, match="rank 2: there are ranks 0 to 1"):
         construct(parse_config(small, "test"), 2, 2, 0)
+
+
+WORLDS = {  # ranks, GPUs of a node, GB
+    "laptop": (4, 0, 0.5),
+    "one-gpu": (1, 1, 40),
+    "one-node": (8, 8, 40),
+    "8-nodes": (64, 8, 40),
+    "64-nodes": (512, 8, 50),
+}
+
+
+def sizes_case(rank, world_size, name):
+    dist.destroy_process_group()
+    ranks, gpus_per_node, _ = WORLDS[name]
+    return _build_rank(load_config(CONFIGS / f"{name}.yaml"), ranks, 0, gpus_per_node, 32000)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in WORLDS])
+def test_configs_that_ship_fit_their_machines(name):
+    """Their weights, gradients and states take half of 80 GB, and tokens stay inside their node."""
+    (made,) = run_ranks(sizes_case, 1, name)
+    assert made.bytes < WORLDS[name][2] * 1e9
+    assert made.exchange["uniform"].between == 0

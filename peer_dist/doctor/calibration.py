@@ -33,6 +33,31 @@ _ROUNDS = 8  # of what all ranks do together
 _LAYERS = (2, 8)  # of the models whose difference tells a layer's overhead
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """What is measured, large enough for a kind of device to reach its rate.
+
+    Attributes:
+        widths: of square matrices.
+        copied: float32 numbers.
+        experts, dim, tokens, picks, dtype: of the tables, and of what is read from them.
+    """
+
+    widths: tuple[int, ...]
+    copied: int
+    experts: int
+    dim: int
+    tokens: int
+    dtype: torch.dtype
+    picks: int = 128
+
+
+_SIZES = {
+    "cpu": _Sizes((256, 512, 1024), 1 << 25, 512**2, 256, 1024, torch.float32),
+    "cuda": _Sizes((2048, 4096, 8192), 1 << 28, 1024**2, 1024, 8192, torch.bfloat16),
+}
+
+
 @dataclass
 class _Rates:
     """What the checks found, on rank 0: the hardware file's keys, and those of them that were not measured."""
@@ -150,10 +175,9 @@ def _judge_device(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[F
 
 def _products(here: Here) -> dict[str, dict[str, float]]:
     """FLOP/s of square products, by dtype and width."""
-    widths = (2048, 4096, 8192) if here.device.type == "cuda" else (256, 512, 1024)
     found: dict[str, dict[str, float]] = {}
     for name in ("float32", "bfloat16"):
-        for width in widths:
+        for width in _SIZES[here.device.type].widths:
             a = torch.ones(width, width, dtype=getattr(torch, name), device=here.device)
             out = torch.empty_like(a)
             taken = _typical(here, functools.partial(torch.mm, a, a, out=out))
@@ -173,18 +197,16 @@ def _judge_products(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list
 
 def _memory(here: Here) -> dict[str, float]:
     """Bytes per second that a large copy reads and writes, and that the experts' kernel reads by its picks."""
-    cuda = here.device.type == "cuda"
-    copied = _copied(here, (1 << 28) if cuda else (1 << 25))
-    experts, dim, tokens, picks, dtype = (
-        (1024**2, 1024, 8192, 128, torch.bfloat16) if cuda else (512**2, 256, 1024, 128, torch.float32)
-    )
-    down, up = (torch.full((experts, dim), dim**-0.5, dtype=dtype, device=here.device) for _ in range(2))
-    x = torch.ones(tokens, dim, dtype=dtype, device=here.device)
-    drawn = synthetic_picks(experts, tokens, picks, device=here.device)
-    gate = torch.ones(tokens * picks, device=here.device)
+    sizes = _SIZES[here.device.type]
+    shape, dtype = (sizes.experts, sizes.dim), sizes.dtype
+    copied = _copied(here, sizes.copied)
+    down, up = (torch.full(shape, sizes.dim**-0.5, dtype=dtype, device=here.device) for _ in range(2))
+    x = torch.ones(sizes.tokens, sizes.dim, dtype=dtype, device=here.device)
+    drawn = synthetic_picks(sizes.experts, sizes.tokens, sizes.picks, device=here.device)
+    gate = torch.ones(drawn.numel(), device=here.device)
     with torch.no_grad():
         taken = _typical(here, lambda: expert_mix(x, Picks.even(drawn), gate, down, up, "gelu"))
-    return {"copy": copied, "gather": 2 * tokens * picks * dim * dtype.itemsize / taken}
+    return {"copy": copied, "gather": 2 * drawn.numel() * sizes.dim * dtype.itemsize / taken}
 
 
 def _copied(here: Here, count: int) -> float:
@@ -212,10 +234,9 @@ def _links(here: Here) -> dict[str, dict[str, list[float]]]:
     between = [[node[place] for node in inside] for place in range(min(map(len, inside)))]
     found: dict[str, dict[str, list[float]]] = {}
     for kind, groups in (("node", inside), ("network", between)):
-        if len(groups[0]) == 1:
-            continue
-        made = [dist.new_group(ranks) for ranks in groups]  # all ranks make all of them
-        mine = [group for group, ranks in zip(made, groups) if here.rank in ranks]
+        several = [ranks for ranks in groups if len(ranks) > 1]
+        made = [dist.new_group(ranks) for ranks in several]  # all ranks make all of them
+        mine = [group for group, ranks in zip(made, several) if here.rank in ranks]
         together(here)
         if mine:
             found[kind] = _exchanged(here, mine[0])
