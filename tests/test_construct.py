@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from peer_dist.config import ConfigError, load_config
 from peer_dist.config.load import parse_config
-from peer_dist.planning.construct import _build_rank, construct, construct_stages
+from peer_dist.planning.construct import build_rank, construct, construct_stages
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -109,7 +109,7 @@ def real(rank, world_size, tree):
 def fake(rank, world_size, tree, vocab_size):
     dist.barrier()  # until all are connected
     dist.destroy_process_group()
-    return _build_rank(parse_config(tree, "test"), world_size, rank, 2, vocab_size)
+    return build_rank(parse_config(tree, "test"), world_size, rank, 2, vocab_size)
 
 
 @pytest.mark.parametrize("case", CASES_AND_MORE)
@@ -180,7 +180,7 @@ WORLDS = {  # ranks, GPUs of a node, GB
 def sizes_case(rank, world_size, name):
     dist.destroy_process_group()
     ranks, gpus_per_node, _ = WORLDS[name]
-    return _build_rank(load_config(CONFIGS / f"{name}.yaml"), ranks, 0, gpus_per_node, 32000)
+    return build_rank(load_config(CONFIGS / f"{name}.yaml"), ranks, 0, gpus_per_node, 32000)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in WORLDS])

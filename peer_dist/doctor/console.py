@@ -29,9 +29,9 @@ def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path 
         hardware: instead measure rates, and write them to this file.
     """
     start = time.monotonic()
-    if hardware is not None:
-        check_writable(hardware)
     world = World.from_environment()
+    if hardware is not None and world.rank == 0:
+        check_writable(hardware)
     report = _joined(world, seconds)
     if report is None and hardware is not None:
         report = calibrate(world, hardware, seconds)

@@ -125,11 +125,11 @@ def build_ranks(
     made = []
     for rank in ranks:
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            made.append(pool.submit(_build_rank, config, world_size, rank, gpus_per_node, vocab_size).result())
+            made.append(pool.submit(build_rank, config, world_size, rank, gpus_per_node, vocab_size).result())
     return made
 
 
-def _build_rank(config: Config, world_size: int, rank: int, gpus_per_node: int, vocab_size: int) -> RankModel:
+def build_rank(config: Config, world_size: int, rank: int, gpus_per_node: int, vocab_size: int) -> RankModel:
     """In this process, which is of no other use afterwards."""
     import torch.distributed._tools.fake_collectives  # noqa: F401  (makes collectives take tensors on meta)
     from torch.testing._internal.distributed.fake_pg import FakeStore
