@@ -127,6 +127,7 @@ def test_shapes_and_bytes_are_those_of_real_ranks(case, small):
         assert 0 <= allocated - kept - sum(each.weights + each.optimizer for each in memory) < 32_000
 
 
+@pytest.mark.slow
 def test_a_run_of_512_ranks():
     """100 billion parameters in experts, on 64 nodes, from a laptop's memory."""
     model = {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 8192}
@@ -175,6 +176,7 @@ WORLDS = {  # ranks, GPUs of a node, GB
     "8-nodes": (64, 8, 40),
     "64-nodes": (512, 8, 50),
 }
+SMALLER = list(WORLDS)[:-1]
 
 
 def sizes_case(rank, world_size, name):
@@ -183,9 +185,9 @@ def sizes_case(rank, world_size, name):
     return build_rank(load_config(CONFIGS / f"{name}.yaml"), ranks, 0, gpus_per_node, 32000)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in WORLDS])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in SMALLER), "64-nodes"])
 def test_configs_that_ship_fit_their_machines(name):
-    """Their weights, gradients and states take half of 80 GB, and tokens stay inside their node."""
+    """With room for activations; and tokens stay inside their node."""
     (made,) = run_ranks(sizes_case, 1, name)
     assert made.bytes < WORLDS[name][2] * 1e9
     assert made.exchange["uniform"].between == 0
