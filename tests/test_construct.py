@@ -53,6 +53,7 @@ MORE = {
     "coarse experts": {
         "model": {"mlp": ["moe", "dense", "sigma_moe", "moe"]},
         "parallel": {"tensor": 2, "sequence": True, "expert": 2},
+        "zero": {"stage": 1},
         "moe": {"num_experts": 4},
     },
     "ZeRO-3 in float32, lazy": {
