@@ -320,6 +320,7 @@ def test_calibration_writes_the_rates_of_these_machines(hosts, tmp_path):
     assert report.ok, report
     ((name, entry),) = yaml.safe_load(path.read_text()).items()
     assert re.fullmatch(r"[a-z0-9-]+", name)
+    assert entry["device"] == "cpu"
     assert entry["gpus_per_node"] == max(1, hosts.count("a"))
     assert 1e8 < entry["memory_bytes"] < 1e13
     rates = [entry[f"{key}_bytes_per_s"] for key in ("hbm", "gather", "node_link", "network")]
@@ -339,6 +340,8 @@ def test_calibration_writes_the_rates_of_these_machines(hosts, tmp_path):
 
 
 def test_a_hardware_file_that_cannot_be_written_is_refused_at_once(tmp_path):
-    with Command(1, ["doctor", "--calibrate", str(tmp_path)], tmp_path / "out") as command:
-        assert command.codes(60) == [2]
-        assert f"--calibrate {tmp_path}: cannot be written" in command.words(0)
+    (tmp_path / "folder.yaml").mkdir()
+    for name, says in (("folder.yaml", "cannot be written"), ("file", "must end in .yaml")):
+        with Command(1, ["doctor", "--calibrate", str(tmp_path / name)], tmp_path / "out") as command:
+            assert command.codes(60) == [2]
+            assert f"--calibrate {tmp_path / name}: {says}" in command.words(0)

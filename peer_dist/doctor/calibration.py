@@ -114,15 +114,15 @@ def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, 
         ConfigError: it cannot be written.
     """
     keys = (
-        "name", "memory_bytes", "hbm_bytes_per_s", "flops_per_s", "gather_bytes_per_s", "node_link_bytes_per_s",
-        "node_link_latency_s", "network_bytes_per_s", "network_latency_s", "layer_overhead_s", "step_overhead_s",
-        "gpus_per_node", "price_per_hour",
+        "name", "device", "memory_bytes", "hbm_bytes_per_s", "flops_per_s", "gather_bytes_per_s",
+        "node_link_bytes_per_s", "node_link_latency_s", "network_bytes_per_s", "network_latency_s",
+        "layer_overhead_s", "step_overhead_s", "gpus_per_node", "price_per_hour",
     )  # fmt: skip
-    entry = {key: values.get(key) for key in keys}
-    device = re.sub(r"[^a-z0-9]+", "-", str(entry["name"]).lower()).strip("-")
+    entry = {each: values.get(each) for each in keys}
+    key = re.sub(r"[^a-z0-9]+", "-", str(entry["name"]).lower()).strip("-")
     lines = [f"# Measured by peer-dist doctor --calibrate on {ranks} rank(s). Rates are those of one rank."]
-    lines += [f"# {key}: not measured, {instead}" for key, instead in guessed.items()]
-    text = yaml.safe_dump({device: entry}, sort_keys=False, allow_unicode=True)
+    lines += [f"# {each}: not measured, {instead}" for each, instead in guessed.items()]
+    text = yaml.safe_dump({key: entry}, sort_keys=False, allow_unicode=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([*lines, text]), encoding="utf-8")
@@ -164,6 +164,7 @@ def _judge_device(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[F
     first = values[min(values)]
     rates.values |= {
         "name": first["name"],
+        "device": "cuda" if ranks.backend == "nccl" else "cpu",
         "memory_bytes": min(value["bytes"] for value in values.values()) // shared,
         "gpus_per_node": max(per_host.values()),
     }
@@ -359,8 +360,10 @@ def check_writable(path: Path) -> None:
     """Before anything is measured.
 
     Raises:
-        ConfigError: the file cannot be written.
+        ConfigError: the file cannot be written, or would not be known by its name.
     """
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--calibrate {path}: must end in .yaml, by which peer-dist plan knows a file")
     place = path if path.exists() else next(each for each in path.absolute().parents if each.exists())
     if path.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"--calibrate {path}: cannot be written; name a file in a folder that can")
