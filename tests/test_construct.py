@@ -123,9 +123,11 @@ def test_shapes_and_bytes_are_those_of_real_ranks(case, small):
         assert list(made.memory.values()) == memory
         assert [made.groups[name] for name in ("tensor", "pipeline", "experts")] == groups
         assert grads == sum(each.gradients for each in memory)
-        # beside what is counted there are statistics of queries and counts of picks
         kept = memory[0].buckets if tree["zero"]["stage"] == 3 else 0
-        assert 0 <= allocated - kept - sum(each.weights + each.optimizer for each in memory) < 32_000
+        # Beside what is counted there are statistics of queries and counts of picks; and on CPU ranks parameters as they
+        # were before ZeRO flattened them, or some of them, may still be there.
+        beside = 32_000 + (memory[0].weights if tree["zero"]["stage"] in (1, 2) else 0)
+        assert 0 <= allocated - kept - sum(each.weights + each.optimizer for each in memory) < beside
 
 
 @pytest.mark.slow
