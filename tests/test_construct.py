@@ -124,8 +124,8 @@ def test_shapes_and_bytes_are_those_of_real_ranks(case, small):
         assert [made.groups[name] for name in ("tensor", "pipeline", "experts")] == groups
         assert grads == sum(each.gradients for each in memory)
         kept = memory[0].buckets if tree["zero"]["stage"] == 3 else 0
-        # Beside what is counted there are statistics of queries and counts of picks; and on CPU ranks parameters as they
-        # were before ZeRO flattened them, or some of them, may still be there.
+        # Beside what is counted there are statistics of queries and counts of picks; and on CPU ranks some of the
+        # parameters as they were before ZeRO flattened them may still be there.
         beside = 32_000 + (memory[0].weights if tree["zero"]["stage"] in (1, 2) else 0)
         assert 0 <= allocated - kept - sum(each.weights + each.optimizer for each in memory) < beside
 
