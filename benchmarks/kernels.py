@@ -23,6 +23,7 @@ from measure import device_name, extra_bytes, large_copy, seconds, show, write_j
 from torch import Tensor
 
 from peer_dist.kernels import Picks, expert_mix, huge_pages
+from peer_dist.sharding.cost import synthetic_picks
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Problem:
             for _ in range(2)
         )
         self.x = torch.randn(case.tokens, case.dim, device=device, dtype=dtype)
-        self.expert = draw_picks(case, device)
+        self.expert = synthetic_picks(case.experts, case.tokens, case.picks, case.zipf, device)
         self.gate = torch.rand(case.tokens, case.picks, device=device)
         self.dy = torch.randn_like(self.x)
         self.leaves = [self.x, self.gate, self.down, self.up]
@@ -68,17 +69,6 @@ class Problem:
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
         return y, *torch.autograd.grad(y, self.leaves, self.dy)
-
-
-def draw_picks(case: Case, device: torch.device) -> Tensor:
-    """``[tokens, picks]``: uniform, or Zipf-distributed over a random order of the experts."""
-    shape = (case.tokens, case.picks)
-    if case.zipf == 0:
-        return torch.randint(case.experts, shape, device=device)
-    weight = torch.arange(1, case.experts + 1, device=device, dtype=torch.float64).pow(-case.zipf)
-    ranks = torch.searchsorted(weight.cumsum(0) / weight.sum(), torch.rand(shape, device=device, dtype=torch.float64))
-    order = torch.randperm(case.experts, device=device)
-    return order[ranks.clamp(max=case.experts - 1)]
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:

@@ -513,6 +513,14 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     seconds: Annotated[float, typer.Option(min=1, help="Time limit of each check; who takes longer is named.")] = 30.0,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Instead: measure these machines' rates, for peer-dist plan --gpu FILE.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Examine machines, folders and network before a run, on all ranks that will train. Exit code 1: do not start.
@@ -524,7 +532,7 @@ def doctor(
     settings = None if config is None else load_config(config, overrides or [])
     from peer_dist.doctor.console import run
 
-    run(settings, seconds, as_json=as_json)
+    run(settings, seconds, as_json=as_json, hardware=calibrate)
 
 
 def _vocab_size(config: Config) -> int:

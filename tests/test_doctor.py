@@ -3,18 +3,21 @@
 import dataclasses
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+import yaml
 
 from peer_dist.config.schema import Config
-from peer_dist.doctor import checks, examine
+from peer_dist.doctor import calibration, checks, examine
 from peer_dist.doctor.examination import Check, Finding, Ranks, Report
 from peer_dist.training.world import World
 from tests.conftest import small_config
-from tests.ranks import run_ranks
+from tests.ranks import Command, run_ranks
 
 
 def _examined(rank, world_size, trouble=None, folder=None, seconds=20.0):
@@ -300,3 +303,45 @@ def test_names_of_many_ranks():
     assert ranks.named(range(10)).endswith("7 (n) and 2 more")
     assert Report(1, [Finding("a", "warn", "b", "c")]).ok
     assert isinstance(checks.CHECKS[0], Check)
+
+
+def _calibrated(rank, world_size, path, hosts):
+    calibration.socket.gethostname = lambda: hosts[rank]
+    calibration._SIZES["cpu"] = calibration._Sizes((64, 128), 1 << 16, 32**2, 64, 64, torch.float32)
+    return calibration.calibrate(World(rank, world_size, rank, world_size), Path(path), 60.0).json()
+
+
+@pytest.mark.parametrize("hosts", ["aab", "a"])
+def test_calibration_writes_the_rates_of_these_machines(hosts, tmp_path):
+    path = tmp_path / "new" / "hardware.yaml"
+    reports = run_ranks(_calibrated, len(hosts), str(path), hosts)
+    report = Report.parse(reports[0])
+    assert reports == [reports[0]] * len(hosts)
+    assert report.ok, report
+    ((name, entry),) = yaml.safe_load(path.read_text()).items()
+    assert re.fullmatch(r"[a-z0-9-]+", name)
+    assert entry["device"] == "cpu"
+    assert entry["gpus_per_node"] == max(1, hosts.count("a"))
+    assert 1e8 < entry["memory_bytes"] < 1e13
+    rates = [entry[f"{key}_bytes_per_s"] for key in ("hbm", "gather", "node_link", "network")]
+    assert all(1e4 < rate < 1e13 for rate in [*rates, *entry["flops_per_s"].values()]), entry
+    assert list(entry["flops_per_s"]) == ["float32", "bfloat16"]
+    assert 0 < entry["step_overhead_s"] < 30
+    assert 0 <= entry["layer_overhead_s"] < 10
+    latencies = [entry["node_link_latency_s"], entry["network_latency_s"]]
+    if len(hosts) == 1:
+        assert latencies == [0, 0]
+        assert "network_latency_s: not measured, 0 stands there" in path.read_text()
+    else:
+        assert all(0 < latency < 5 for latency in latencies)
+        assert "not measured" not in path.read_text()
+    (links,) = (finding for finding in report.findings if finding.check == "links")
+    assert links.verdict == ("warn" if len(hosts) == 1 else "ok")
+
+
+def test_a_hardware_file_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    for name, says in (("folder.yaml", "cannot be written"), ("file", "must end in .yaml")):
+        with Command(1, ["doctor", "--calibrate", str(tmp_path / name)], tmp_path / "out") as command:
+            assert command.codes(60) == [2]
+            assert f"--calibrate {tmp_path / name}: {says}" in command.words(0)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peer_dist import ProductKeyMemory
 from peer_dist.sharding import ExpertGroups
-from peer_dist.sharding.cost import exchange_bytes
+from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
 from tests.ranks import run_ranks
 from tests.test_layers import GATES, all_scores
 from tests.test_sharding import dense_grads, tokens_of, whole_table
@@ -165,6 +165,8 @@ def traffic_case(rank, world_size, columns):
     y.sum().backward()
     rows = world_size // columns
     cost = exchange_bytes(picked[0], 49, DIM, rows, columns, home=rank, values=True)
+    pairs = exchange_pairs(picked[0], 49, DIM, rows, columns, home=rank, values=True)
+    assert 0 <= cost.total - int(pairs.sum()) <= world_size  # rings
     counts = 2 * 8 * (rows - 1 + (columns - 1) * rows)
     backward = layer.traffic.sent - forward
     assert not {"x", "dx", "dots"} & {*layer.traffic.sent}

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peer_dist import PEER
 from peer_dist.sharding import ExpertGroups, GridLayout, routed, routed_experts
-from peer_dist.sharding.cost import exchange_bytes
+from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
 from peer_dist.sharding.exchange import Traffic, merge_picks
 from tests.ranks import run_ranks
 
@@ -258,16 +258,20 @@ def cost_case(rank, world_size, columns, chunks):
     sizes = 2 * 8 * chunks * (rows - 1 + (columns - 1) * rows)
     cost = exchange_bytes(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4)
     assert cost.hits == 0 if rank == 0 else 1 <= cost.hits <= rows
-    return cost.total, layer.traffic.bytes_sent - sizes
+    pairs = exchange_pairs(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4)
+    return cost.total, layer.traffic.bytes_sent - sizes, pairs
 
 
 @pytest.mark.parametrize(
     ("world_size", "columns", "chunks"), [(1, 1, 1), (3, 1, 1), (3, 3, 1), (4, 2, 1), (6, 2, 1), (3, 3, 4), (4, 2, 2)]
 )
 def test_the_cost_model_counts_what_is_sent(world_size, columns, chunks):
-    counted, sent = (sum(column) for column in zip(*run_ranks(cost_case, world_size, columns, chunks)))
-    assert 0 <= counted - sent <= 2 * world_size * chunks  # the last byte of a ring's part, per rank and sum
-    assert (counted > 0) == (world_size > 1)
+    counted, by_rank, pairs = zip(*run_ranks(cost_case, world_size, columns, chunks))
+    sent = sum(by_rank)
+    assert 0 <= sum(counted) - sent <= 2 * world_size * chunks  # the last byte of a ring's part, per rank and sum
+    assert (sent > 0) == (world_size > 1)
+    for own, counted_own in zip(by_rank, sum(pairs).sum(1).tolist()):  # of all homes' tokens
+        assert abs(own - counted_own) <= 2 * world_size * chunks
 
 
 def lonely_case(rank, world_size):

@@ -130,7 +130,7 @@ def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Find
     used = [rank for rank, value in values.items() if "free" in value and value["free"] < 0.9 * value["total"]]
     if used:
         least = min(values[rank]["free"] for rank in used)
-        told = f"{ranks.named(used)}: device memory is in use already, {_size(least)} free at the least"
+        told = f"{ranks.named(used)}: device memory is in use already, {sized(least)} free at the least"
         findings.append(Finding("devices", "warn", told, "see with nvidia-smi who uses it"))
     blind = [rank for rank, value in values.items() if value.get("idle_gpus")]
     if blind:
@@ -140,7 +140,7 @@ def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Find
         )
     some = next(iter(values.values()))
     told = f"{len(values)} x {some['name']}"
-    told += f", {_size(some['free'])} free" if "free" in some else f", {some['threads']} of {some['cores']} cores each"
+    told += f", {sized(some['free'])} free" if "free" in some else f", {some['threads']} of {some['cores']} cores each"
     return findings or [Finding("devices", "ok", told)]
 
 
@@ -151,7 +151,7 @@ def _room(here: Here) -> dict[str, Any]:
     disks["caches"] = _existing(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
     disks["/dev/shm"] = Path("/dev/shm")
     return {
-        "memory": _free_memory(),
+        "memory": free_memory(),
         "disks": {
             name: [str(path), shutil.disk_usage(path).free, os.access(path, os.W_OK)]
             for name, path in disks.items()
@@ -160,7 +160,7 @@ def _room(here: Here) -> dict[str, Any]:
     }
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """What this machine, or the container's limit, leaves."""
     free = []
     with contextlib.suppress(OSError, StopIteration):
@@ -186,25 +186,25 @@ def _judge_room(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding
         tightest = min(places, key=lambda rank: places[rank][1])
         path, free, _ = places[tightest]
         if name == "/dev/shm" and free < _SHARED_MEMORY and ranks.world_size > 1:
-            told = f"{ranks.named([tightest])}: {_size(free)} of shared memory"
+            told = f"{ranks.named([tightest])}: {sized(free)} of shared memory"
             findings.append(
                 Finding("memory and disk", "warn", told, "start containers with --shm-size=8g or --ipc=host")
             )
         elif name == "checkpoint.dir" and needed and free < needed * (1 + _kept(ranks)):
             told = (
-                f"{path} has {_size(free)} free; a checkpoint takes {_size(needed)} or more, {_kept(ranks) + 1} at once"
+                f"{path} has {sized(free)} free; a checkpoint takes {sized(needed)} or more, {_kept(ranks) + 1} at once"
             )
             verdict: Verdict = "fail" if free < needed else "warn"
             findings.append(Finding("memory and disk", verdict, told, "choose another checkpoint.dir, or keep fewer"))
         elif name != "/dev/shm" and free < 1 << 30:
-            told = f"{ranks.named([tightest])}: {_size(free)} free at {path} ({name})"
+            told = f"{ranks.named([tightest])}: {sized(free)} free at {path} ({name})"
             findings.append(Finding("memory and disk", "warn", told, "make room, or move it elsewhere"))
     least = min(values, key=lambda rank: values[rank]["memory"])
     if 0 < values[least]["memory"] < 2 << 30:
-        told = f"{ranks.named([least])}: {_size(values[least]['memory'])} of memory"
+        told = f"{ranks.named([least])}: {sized(values[least]['memory'])} of memory"
         findings.append(Finding("memory and disk", "warn", told, "end other programs there, or raise the limit"))
-    disks = ", ".join(f"{name} {_size(free)}" for name, (_, free, _) in values[least]["disks"].items())
-    return findings or [Finding("memory and disk", "ok", f"memory {_size(values[least]['memory'])}, {disks}")]
+    disks = ", ".join(f"{name} {sized(free)}" for name, (_, free, _) in values[least]["disks"].items())
+    return findings or [Finding("memory and disk", "ok", f"memory {sized(values[least]['memory'])}, {disks}")]
 
 
 def checkpoint_bytes(ranks: Ranks) -> int:
@@ -310,7 +310,7 @@ def _judge_disk_speed(values: dict[int, float], ranks: Ranks) -> list[Finding]:
     total, slowest = sum(values.values()), min(values, key=lambda rank: values[rank])
     told = f"{total / 1e6:,.0f} MB/s together"
     if needed := checkpoint_bytes(ranks):
-        told += f": a checkpoint of {_size(needed)} or more takes {needed / total:,.1f} s"
+        told += f": a checkpoint of {sized(needed)} or more takes {needed / total:,.1f} s"
     findings = []
     if values[slowest] < _SLOW_DISK:
         slow = f"{told}; {ranks.named([slowest])} writes {values[slowest] / 1e6:,.0f} MB/s"
@@ -323,7 +323,7 @@ def _clock(here: Here) -> float:
     """Seconds by which this rank's clock is ahead of rank 0's, as seen when both leave a collective together."""
     ahead = []
     for _ in range(9):
-        _together(here)
+        together(here)
         mine = torch.tensor([time.time()], dtype=torch.float64, device=here.device)
         reference = mine.clone()
         dist.broadcast(reference, 0)
@@ -362,13 +362,13 @@ def _collectives(here: Here) -> dict[str, Any]:
             times = []
             for _ in range(4):  # the first makes connections
                 out.copy_(mine)
-                _together(here)
+                together(here)
                 start = time.perf_counter()
                 run()
-                _finish(here)
+                finish(here)
                 times.append(time.perf_counter() - start)
                 if not torch.equal(out, wanted[name]):
-                    wrong.append(f"{name} of {_size(size)}")
+                    wrong.append(f"{name} of {sized(size)}")
             seconds[f"{name} {size}"] = min(times[1:])
     return {"seconds": seconds, "wrong": sorted(set(wrong)), "name": _devices(here)["name"]}
 
@@ -395,13 +395,13 @@ def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[
         for size in _SIZES:
             took = max(value["seconds"][f"{name} {size}"] for value in values.values())
             if size == _SIZES[0]:
-                told.append(f"{name} of {_size(size)} {took * 1e3:.2f} ms")
+                told.append(f"{name} of {sized(size)} {took * 1e3:.2f} ms")
             else:
                 speed = moved * size / took / 1e9
-                told.append(f"{_size(size)} {speed:.2f} GB/s")
+                told.append(f"{sized(size)} {speed:.2f} GB/s")
                 if size == _SIZES[-1] and speed < floor:
                     slow.append(name)
-    text = ", ".join(told) + f" (at least {floor} GB/s expected at {_size(_SIZES[-1])})"
+    text = ", ".join(told) + f" (at least {floor} GB/s expected at {sized(_SIZES[-1])})"
     if slow:
         advice = "check that NCCL_SOCKET_IFNAME, NCCL_IB_HCA or GLOO_SOCKET_IFNAME name the fast network"
         findings.append(Finding("collectives", "warn", f"slow {' and '.join(slow)}: {text}", advice))
@@ -422,7 +422,7 @@ def _speed(here: Here) -> dict[str, float]:
         for name, run in (("product", lambda: a @ a), ("copy", lambda: target.copy_(source))):
             start = time.perf_counter()
             run()
-            _finish(here)
+            finish(here)
             best[name] = min(best[name], time.perf_counter() - start)
     return best
 
@@ -443,13 +443,13 @@ def _judge_speed(values: dict[int, dict[str, float]], ranks: Ranks) -> list[Find
     return findings or [Finding("speed of ranks", "ok", f"{', '.join(told)}; no rank over {_SLOW} times that")]
 
 
-def _together(here: Here) -> None:
+def together(here: Here) -> None:
     """A barrier."""
     dist.all_reduce(torch.zeros(1, device=here.device))
-    _finish(here)
+    finish(here)
 
 
-def _finish(here: Here) -> None:
+def finish(here: Here) -> None:
     if here.device.type == "cuda":
         torch.cuda.synchronize(here.device)
 
@@ -469,7 +469,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise OSError(f"nothing can be written to {folder} ({error.strerror})") from None
 
 
-def _size(count: float) -> str:
+def sized(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"

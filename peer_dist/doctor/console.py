@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -14,17 +15,27 @@ from rich.markup import escape
 from rich.table import Table
 
 from peer_dist.config.schema import Config
+from peer_dist.doctor.calibration import calibrate, check_writable
 from peer_dist.doctor.examination import Finding, Report, examine
 from peer_dist.training.world import JoinError, World, WorldError
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def run(config: Config | None, seconds: float, *, as_json: bool) -> None:
-    """Examine and end the process, with 0, or 1 if a check failed. It does not return: threads may hang."""
+def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path | None = None) -> None:
+    """Examine and end the process, with 0, or 1 if a check failed. It does not return: threads may hang.
+
+    Args:
+        hardware: instead measure rates, and write them to this file.
+    """
     start = time.monotonic()
     world = World.from_environment()
-    report = _joined(world, seconds) or examine(world, config, seconds)
+    if hardware is not None and world.rank == 0:
+        check_writable(hardware)
+    report = _joined(world, seconds)
+    if report is None and hardware is not None:
+        report = calibrate(world, hardware, seconds)
+    report = report or examine(world, config, seconds)
     if world.rank == 0 or report.ranks == 0:
         if as_json:
             typer.echo(report.json())

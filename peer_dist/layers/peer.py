@@ -20,7 +20,7 @@ from peer_dist.tracing import span
 
 def activation_second_moment(activation: Callable[[Tensor], Tensor], std: float = 1.0) -> float:
     """``E[activation(std * z)^2]`` for a standard normal ``z``, by quadrature."""
-    z = torch.linspace(-12.0, 12.0, 20001, dtype=torch.float64)
+    z = torch.linspace(-12.0, 12.0, 20001, dtype=torch.float64, device="cpu")  # on meta there would be no number
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return float((activation(std * z).square() * density).sum() * (z[1] - z[0]))
 

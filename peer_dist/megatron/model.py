@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -147,7 +148,7 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
     """This rank's part of the model, on its device, in training mode: a GPTModel, or one per virtual stage.
 
     Weights depend on ``config.train.seed`` only: not on the layout, and not on random numbers drawn before;
-    torch's random state is left as it was.
+    torch's random state is left as it was. On the meta device there are none, only their shapes.
 
     Args:
         config: the run; ``model``, the layers' sections, ``parallel``, ``table_optimizer.lazy`` and ``train`` are read.
@@ -158,7 +159,9 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
     megatron = _transformer_config(config, parallel, dtype)
     pools: dict[int, PEER] = {}
     chunks = []
-    with torch.random.fork_rng(devices=[]):
+    # Megatron makes weights on the CPU, and moves them: those of a large model on meta would not fit
+    made_on = parallel.device if parallel.device.type == "meta" else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), made_on:
         for number in range(parallel.virtual_pipeline_size):
             chunk = Chunk(config, parallel, dtype, _router_core(config, parallel, number, dtype), pools)
             chunks.append(_build_chunk(megatron, chunk, number, vocab_size))

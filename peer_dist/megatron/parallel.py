@@ -62,12 +62,15 @@ class Parallel:
         expert: int = 1,
         expert_tensor: int = 1,
         seed: int = 1234,
+        device: torch.device | None = None,
     ) -> Parallel:
         """Build Megatron's groups; a collective call.
 
         torch.distributed must be initialised and, on GPUs, ``torch.cuda.set_device`` called. Ranks that the
         arguments leave over replicate the model. ``seed`` starts dropout's random streams, which differ
         between data-parallel ranks and stages; weights have seeds of their own (:func:`build_model`).
+        ``device`` is where the model will be: by default the current GPU, or the CPU where there is none; on ``meta``
+        it has shapes and no memory.
 
         Raises:
             RuntimeError: torch.distributed is not initialised, or the groups exist already.
@@ -95,9 +98,7 @@ class Parallel:
         parallel = cls(
             rank=dist.get_rank(),
             world_size=world_size,
-            device=torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu"),
+            device=device or _own_device(),
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
             data_parallel_group=parallel_state.get_data_parallel_group(),
@@ -182,3 +183,7 @@ class Parallel:
     @property
     def expert_data_rank(self) -> int:
         return self.expert_data_group.rank()
+
+
+def _own_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

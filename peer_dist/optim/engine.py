@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peer_dist.optim.memory import Memory
 from peer_dist.optim.tables import TableOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -101,6 +102,10 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:
         """All that holds weights, gradients and optimizer states of the dense part on this rank."""
+
+    @abc.abstractmethod
+    def dense_memory(self) -> Memory:
+        """What this rank holds of the dense parameters; of shards see :meth:`TableOptimizer.memory`."""
 
     def _set_shard_lr(self, lr: float, table_lr: float) -> None:
         self.tables.set_lr(table_lr)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_dist.optim.memory import Memory
 from peer_dist.optim.rounding import random_bits, round_stochastically, stream_key
 from peer_dist.optim.sparse import merge, row_gradient, sum_over_copies
 
@@ -268,6 +269,11 @@ class TableOptimizer:
             master = self._masters[name]
             if master is not table:
                 yield name, "master", master.detach()
+
+    def memory(self) -> Memory:
+        """What this rank holds of the tables; the fused ``adam`` copies gradients to float32 in a step besides."""
+        gradients = 0 if self._lazy else sum(table.nbytes for table in self.tables.values())
+        return Memory.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
 
 
 def _merge_grad(table: Tensor) -> None:

@@ -67,13 +67,7 @@ class Routes:
     @classmethod
     def of(cls, indices: Tensor, num_experts: int, row_shards: int, row: int) -> Routes:
         """Of ``indices: [tokens, picks]``, global expert numbers of all heads, at a home in row shard ``row``."""
-        starts = torch.tensor([first_of(num_experts, shard, row_shards) for shard in range(row_shards)])
-        token, expert, _ = merge_picks(indices, torch.zeros(indices.shape))
-        owner = torch.bucketize(expert, starts, right=True) - 1
-        each = torch.bincount(token * row_shards + owner, minlength=len(indices) * row_shards).view(
-            len(indices), row_shards
-        )
-        tokens, picks = (each > 0).sum(0).tolist(), each.sum(0).tolist()
+        tokens, picks = (counts.tolist() for counts in _hits(indices, num_experts, row_shards))
         return cls(len(indices), sum(tokens), tokens[row], sum(picks), picks[row])
 
     @classmethod
@@ -150,3 +144,74 @@ def size_bytes(row_shards: int, column_shards: int, parts: int = 1) -> tuple[int
     """Sizes of messages that a rank sends in a forward pass: to the owners in its column, and to its row's columns."""
     pair = parts * 2 * SIZE  # tokens and picks
     return (row_shards - 1) * pair, (column_shards - 1) * row_shards * pair
+
+
+def exchange_pairs(
+    indices: Tensor,
+    num_experts: int,
+    dim: int,
+    row_shards: int,
+    column_shards: int,
+    home: int = 0,
+    itemsize: int = 2,
+    gate_itemsize: int = 4,
+    values: bool = False,
+) -> Tensor:
+    """Who sends how much of :func:`exchange_bytes`, forward and backward, to whom.
+
+    A ring sums the partial dot products: each of a row shard's owners sends to the next. (A group of two may do without
+    one; the bytes are the same.)
+
+    Returns:
+        ``[ranks, ranks]`` int64, bytes from the row's rank of the domain to the column's.
+    """
+    tokens, picks = _hits(indices, num_experts, row_shards)
+    row, column = divmod(home, column_shards)
+    widths = torch.tensor(
+        [
+            first_of(dim, shard + 1, column_shards) - first_of(dim, shard, column_shards)
+            for shard in range(column_shards)
+        ]
+    )
+    ways = 1 if values else 2  # x (or nothing) and dy out, y and dx (or nothing) home
+    slices = ways * itemsize * tokens[:, None] * widths  # [row shards, column shards]
+    pairs = torch.zeros(row_shards, column_shards, row_shards, column_shards, dtype=torch.int64)
+    pairs[row, column] += slices
+    pairs[:, :, row, column] += slices
+    numbers = tokens * COUNT + picks * (COUNT + gate_itemsize)
+    pairs[row, column, :, column] += numbers
+    pairs[:, column, row, column] += picks * gate_itemsize
+    ring = ways * 2 * (column_shards - 1) * picks * PARTIAL // column_shards
+    for shard in range(row_shards):
+        pairs[shard, column, shard] += numbers[shard]
+        for each in range(column_shards):
+            pairs[shard, each, shard, (each + 1) % column_shards] += ring[shard]
+    ranks = row_shards * column_shards
+    return pairs.view(ranks, ranks).fill_diagonal_(0)
+
+
+def synthetic_picks(
+    num_experts: int, tokens: int, picks: int, zipf: float = 0.0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Experts ``[tokens, picks]`` int64: uniform or, with an exponent ``zipf``, by Zipf's law in a random order.
+
+    A token may pick an expert twice, as two heads may.
+    """
+    shape = (tokens, picks)
+    if zipf == 0:
+        return torch.randint(num_experts, shape, device=device)
+    weight = torch.arange(1, num_experts + 1, device=device, dtype=torch.float64).pow(-zipf)
+    ranks = torch.searchsorted(weight.cumsum(0) / weight.sum(), torch.rand(shape, device=device, dtype=torch.float64))
+    order = torch.randperm(num_experts, device=device)
+    return order[ranks.clamp(max=num_experts - 1)]
+
+
+def _hits(indices: Tensor, num_experts: int, row_shards: int) -> tuple[Tensor, Tensor]:
+    """``[row shards]`` int64 each: the tokens that hit a shard, and the distinct picks of them that it has."""
+    starts = torch.tensor([first_of(num_experts, shard, row_shards) for shard in range(row_shards)])
+    token, expert, _ = merge_picks(indices, torch.zeros(indices.shape))
+    owner = torch.bucketize(expert, starts, right=True) - 1
+    each = torch.bincount(token * row_shards + owner, minlength=len(indices) * row_shards).view(
+        len(indices), row_shards
+    )
+    return (each > 0).sum(0), each.sum(0)

@@ -25,8 +25,6 @@ from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch, per
 from peer_dist.evaluation.usage import ExpertUsage
 from peer_dist.layers.routing import RouteObserver
 from peer_dist.megatron import (
-    Parallel,
-    ReplicatedEngine,
     build_model,
     count_parameters,
     routers,
@@ -34,8 +32,9 @@ from peer_dist.megatron import (
     shards_of,
     sparse_layers,
 )
-from peer_dist.optim import DenseAdam, Engine, StepResult, TableOptimizer, learning_rate_factor
+from peer_dist.optim import StepResult, learning_rate_factor
 from peer_dist.tracing import StepTimes, listen, position, span
+from peer_dist.training.building import dtype_of, join_groups, make_engine
 from peer_dist.training.checkpoints import (
     CheckpointStore,
     check_resumable,
@@ -56,7 +55,6 @@ from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
 from peer_dist.training.watchdog import Watchdog, record_nccl
 from peer_dist.training.world import World
-from peer_dist.zero import ZeroEngine
 
 Value = TypeVar("Value")
 _NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # of a checkpoint older than the guard
@@ -111,10 +109,8 @@ class Trainer:
     def __init__(self, config: Config, startup: Startup | None = None) -> None:
         self.config = config
         self.startup = startup or Startup()
-        layout = config.parallel.model_dump(exclude={"sequence", "context", "batch_p2p"})
-        layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
-        self.parallel = Parallel.initialize(**layout, seed=config.train.seed)
-        self.dtype = _dtype(config, self.parallel.device)
+        self.parallel = join_groups(config)
+        self.dtype = dtype_of(config, self.parallel.device.type)
         self.data_identity = data_identity(config)  # now: the files may be moved or replaced while the run goes on
         self.data = open_data(config.data, config.model.seq_length, config.train.seed)
         self.startup.ended("data")
@@ -136,7 +132,7 @@ class Trainer:
         )
         if resumed is None and config.checkpoint.init_from is not None:
             open_source(config, self.data.tokenizer).restore(self.model, self.parallel)
-        self.engine = self._make_engine()
+        self.engine = make_engine(config, self.model, self.parallel, self.dtype)
         self.startup.ended("build")
         self.resumed = resumed is not None
         if resumed is not None:
@@ -149,52 +145,6 @@ class Trainer:
 
     def _new_usage(self) -> dict[int, ExpertUsage]:
         return {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
-
-    def _make_engine(self) -> Engine:
-        shards, table, dense = shards_of(self.model), self.config.table_optimizer, self.config.optimizer
-        copies, data_parallel = self.parallel.expert_data_group, self.parallel.data_parallel_size
-        tables = TableOptimizer(
-            {name: shard.parameter for name, shard in shards.items() if shard.table},
-            table.name,
-            table.lr,
-            table.betas,
-            table.eps,
-            table.weight_decay,
-            self.config.model.hidden_size,
-            self.parallel.experts.columns,
-            copies,
-            data_parallel,
-            lazy=table.lazy,
-            rounding_seed=self.config.train.seed if table.stochastic_rounding else None,
-            offsets={name: shard.offset for name, shard in shards.items()},
-        )
-        experts = None
-        if {"moe", "sigma_moe"} & set(self.config.model.mlp_kinds):
-            experts = TableOptimizer(
-                {name: shard.parameter for name, shard in shards.items() if not shard.table},
-                "adam",
-                dense.lr,
-                dense.betas,
-                dense.eps,
-                dense.weight_decay,
-                self.config.model.hidden_size,
-                copies=copies,
-                data_parallel_size=data_parallel,
-            )
-        adam = DenseAdam(dense.lr, dense.betas, dense.eps, dense.weight_decay, dense.grad_clip)
-        zero = self.config.zero
-        if zero.stage == 0:
-            return ReplicatedEngine(self.model, tables, experts, adam, self.parallel)
-        return ZeroEngine(
-            self.model,
-            tables,
-            experts,
-            adam,
-            stage=zero.stage,
-            offload=zero.offload,
-            mpu=self.parallel.mpu,
-            dtype=self.dtype,
-        )
 
     def _resume(self, step: int) -> None:
         path = self.store.path(step)
@@ -505,12 +455,6 @@ class Trainer:
             console.print(f"held-out perplexity  {shown}", highlight=False)
         console.print(f"checkpoint           {self.store.path(self.steps_done)}", highlight=False, soft_wrap=True)
         console.print(f"watch it with        tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
-
-
-def _dtype(config: Config, device: torch.device) -> torch.dtype:
-    if config.train.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
 
 
 def _peak_memory(device: torch.device) -> int:

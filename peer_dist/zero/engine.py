@@ -35,7 +35,7 @@ from deepspeed.utils import (
 )
 
 from peer_dist.layers.retrieval import ProductKeyLayer
-from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
+from peer_dist.optim import MOMENTS, DenseAdam, Engine, Memory, StepResult, TableOptimizer
 from peer_dist.optim.engine import names_not_finite
 
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
@@ -111,15 +111,16 @@ class ZeroEngine(Engine):
                 [dense_norm(*args, **kwargs), self._norm_of_shards()]
             )
 
+    def _masters(self) -> list[Tensor]:
+        """This rank's partitions of the float32 parameters, which Adam steps."""
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)
+        return [flat for group in self._zero.optimizer.param_groups for flat in group["params"]]
+
     def _init_state(self) -> None:
         """Make Adam's state before the first step, so that it can be saved and loaded at any step."""
         inner = self._zero.optimizer
-        flats = (
-            self._zero.fp32_partitioned_groups_flat
-            if self._stage == 3
-            else [flat for group in inner.param_groups for flat in group["params"]]
-        )
-        for flat in flats:
+        for flat in self._masters():
             inner.state[flat] = {
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 **{moment: torch.zeros_like(flat.data) for moment in MOMENTS},
@@ -175,6 +176,19 @@ class ZeroEngine(Engine):
                 [*zero.fp32_partitioned_groups_flat, *moments],
             )
         return zero.bit16_groups_flat, gradients, [*zero.single_partition_of_fp32_groups, *moments]
+
+    def dense_memory(self) -> Memory:
+        parameters = list(self._parameters.values())
+        weights = [parameter.data for parameter in parameters]
+        gradients = sum(parameter.nbytes for parameter in parameters)
+        if self._stage == 3:  # the whole parameters are there between passes only where they are small
+            partitions: list[Any] = [parameter.ds_tensor for parameter in parameters]  # type: ignore[attr-defined]
+            weights += partitions
+            whole = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)  # type: ignore[attr-defined]
+            gradients = whole + self._zero.grad_partitions_flat_buffer.nbytes
+        states = [value for state in self._zero.optimizer.state.values() for value in state.values()]
+        bucket = self._zero.reduce_bucket_size * parameters[0].element_size()
+        return Memory.of(weights, gradients, self._masters() + states, bucket)
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
 

@@ -1,0 +1,228 @@
+"""The real model of any rank of a large run, built without its memory and without the other ranks.
+
+The trainer's own way from a config to groups, model and optimizers runs under torch's fake process group, in which
+every rank can be built as one of all, and on the meta device, whose tensors have shapes and no numbers. Nothing is
+estimated here but what routing does to the exchange, whose picks are drawn.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from peer_dist.config import Config, ConfigError, check_world
+from peer_dist.config.schema import MLPKind
+from peer_dist.optim import Memory
+from peer_dist.sharding.cost import exchange_bytes, exchange_pairs, synthetic_picks
+
+ROUTINGS = {"uniform": 0.0, "zipf": 1.0}
+"""Drawn picks, by name: the exponent of their distribution."""
+
+_SAMPLE = 1024  # tokens whose picks are drawn
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a step's tokens of one rank cause between the ranks of its expert domain, forward and backward.
+
+    Attributes:
+        inside, between: bytes inside a node, and between nodes; layers that are recomputed send more.
+        hits: mean number of distinct row shards that a token hits in a layer.
+    """
+
+    inside: int
+    between: int
+    hits: float
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """One rank's part of a run.
+
+    Attributes:
+        layers: kind of feed-forward of each layer on the rank's pipeline stage, by its number from 1.
+        groups: the ranks, itself among them, of each group that it is in: ``tensor``, ``pipeline``, ``data``,
+            ``experts`` (which hold one copy of the tables), ``expert rows`` and ``expert columns`` (of that grid), and
+            ``expert data`` (which hold copies of this rank's shards).
+        shapes: of its dense parameters and of its shards, by name.
+        memory, parameters: ``dense``, ``tables``, and ``experts`` (coarse ones, where the model has them).
+        exchange: by the names of :data:`ROUTINGS`, for layers of PEER and of product-key memory.
+    """
+
+    rank: int
+    stage: int
+    layers: dict[int, MLPKind]
+    groups: dict[str, list[int]]
+    shapes: dict[str, tuple[int, ...]]
+    parameters: dict[str, int]
+    memory: dict[str, Memory]
+    exchange: dict[str, Exchange]
+
+    @property
+    def bytes(self) -> int:
+        """All that is in ``memory``: weights, gradients and states of optimizers, without activations."""
+        return sum(memory.total for memory in self.memory.values())
+
+
+def construct(
+    config: Config, world_size: int, rank: int, gpus_per_node: int, vocab_size: int | None = None
+) -> RankModel:
+    """One rank of a world. It is built in a process of its own, which sets up torch.distributed for it.
+
+    Args:
+        gpus_per_node: ranks of a node; 0 for CPU ranks, all on one.
+        vocab_size: rows of the embedding; by default those of the data's tokenizer, padded.
+
+    Raises:
+        ConfigError: the config does not fit the world, or has no such rank.
+        DataError: without ``vocab_size``, where the data set cannot be read.
+    """
+    return _apart(config, world_size, [rank], gpus_per_node, vocab_size)[0]
+
+
+def construct_stages(
+    config: Config, world_size: int, gpus_per_node: int, vocab_size: int | None = None
+) -> list[RankModel]:
+    """As :func:`construct`, of each pipeline stage the first and the last rank: those with its smallest and its largest
+    shards, where sizes do not divide.
+    """
+    size = max(1, world_size // config.parallel.pipeline)
+    ranks = sorted({each for first in range(0, world_size, size) for each in (first, first + size - 1)})
+    return _apart(config, world_size, ranks, gpus_per_node, vocab_size)
+
+
+def _apart(
+    config: Config, world_size: int, ranks: Sequence[int], gpus_per_node: int, vocab_size: int | None
+) -> list[RankModel]:
+    check_world(config, world_size)
+    for rank in ranks:
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank}: there are ranks 0 to {world_size - 1}; name one of them")
+    if vocab_size is None:
+        from peer_dist.data.stream import open_tokenizer
+
+        vocab_size = open_tokenizer(config.data).padded_vocab_size
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(build_ranks, config, world_size, ranks, gpus_per_node, vocab_size).result()
+
+
+def build_ranks(
+    config: Config, world_size: int, ranks: Sequence[int], gpus_per_node: int, vocab_size: int
+) -> list[RankModel]:
+    """The ranks one after the other, each in a fork of this process, which has imported what takes long."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is to be allocated on this machine's
+    import peer_dist.training.building  # noqa: F401
+
+    made = []
+    for rank in ranks:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            made.append(pool.submit(build_rank, config, world_size, rank, gpus_per_node, vocab_size).result())
+    return made
+
+
+def build_rank(config: Config, world_size: int, rank: int, gpus_per_node: int, vocab_size: int) -> RankModel:
+    """In this process, which is of no other use afterwards."""
+    import torch.distributed._tools.fake_collectives  # noqa: F401  (makes collectives take tensors on meta)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from peer_dist.megatron import build_model, shards_of, sparse_layers
+    from peer_dist.training.building import dtype_of, join_groups, make_engine
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    dist.all_gather_object = _same_everywhere  # type: ignore[assignment]
+    parallel = join_groups(config, _META)
+    dtype = dtype_of(config, "cuda" if gpus_per_node else "cpu")
+    model = build_model(config, parallel, vocab_size, dtype)
+    shards = {name: shard.parameter for name, shard in shards_of(model).items()}
+    for layer in sparse_layers(model).values():
+        layer.release_shards()
+    dense = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    shapes = {name: tuple(parameter.shape) for name, parameter in (dense | shards).items()}
+    parameters = {"dense": sum(parameter.numel() for parameter in dense.values())}
+    with _META, _OnMeta():
+        engine = make_engine(config, model, parallel, dtype)
+    memory = {"dense": engine.dense_memory()}
+    for name, optimizer in zip(("tables", "experts"), engine.shard_optimizers):
+        parameters[name] = sum(table.numel() for table in optimizer.tables.values())
+        memory[name] = optimizer.memory()
+    groups = {
+        "tensor": parallel.tensor_group,
+        "pipeline": parallel.pipeline_group,
+        "data": parallel.data_parallel_group,
+        "experts": parallel.experts.domain,
+        "expert rows": parallel.experts.rows,
+        "expert columns": parallel.experts.columns,
+        "expert data": parallel.expert_data_group,
+    }
+    ranks = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
+    chunks: list[Any] = list(model)
+    numbers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
+    layers = {number: config.model.mlp_kinds[number - 1] for number in sorted(numbers)}
+    exchange = {
+        name: _exchange(config, ranks, rank, dtype.itemsize, gpus_per_node, list(layers.values()), zipf)
+        for name, zipf in ROUTINGS.items()
+    }
+    return RankModel(rank, parallel.pipeline_rank, layers, ranks, shapes, parameters, memory, exchange)
+
+
+def _exchange(
+    config: Config,
+    groups: dict[str, list[int]],
+    rank: int,
+    itemsize: int,
+    gpus_per_node: int,
+    kinds: Sequence[MLPKind],
+    zipf: float,
+) -> Exchange:
+    domain, columns = groups["experts"], len(groups["expert columns"])
+    node = torch.tensor([each // (gpus_per_node or dist.get_world_size()) for each in domain])
+    near = node[:, None] == node
+    sequences = config.train.global_batch_size // len(groups["data"])
+    tokens = sequences * config.model.seq_length // len(groups["tensor"])
+    sample = min(tokens, _SAMPLE)
+    inside, between, hits, layers = 0, 0, 0.0, 0
+    for kind, rows, picks in (
+        ("peer", config.peer.num_experts, config.peer.heads * config.peer.top_k),
+        ("pkm", config.pkm.num_values, config.pkm.heads * config.pkm.top_k),
+    ):
+        count = kinds.count(kind)
+        if not count:
+            continue
+        torch.manual_seed(rank)
+        drawn = synthetic_picks(rows, sample, picks, zipf)
+        sizes = (rows, config.model.hidden_size, len(domain) // columns, columns)
+        pairs = exchange_pairs(drawn, *sizes, home=domain.index(rank), itemsize=itemsize, values=kind == "pkm")
+        all_bytes, near_bytes = int(pairs.sum()), int(pairs[near].sum())
+        inside += count * near_bytes * tokens // sample
+        between += count * (all_bytes - near_bytes) * tokens // sample
+        hits += count * exchange_bytes(drawn, *sizes).hits
+        layers += count
+    return Exchange(inside, between, hits / layers if layers else 0.0)
+
+
+def _same_everywhere(everyone: list[Any], mine: Any, group: dist.ProcessGroup | None = None) -> None:
+    """``all_gather_object`` where no other rank is there to speak."""
+    everyone[:] = [mine] * len(everyone)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Whatever is made on a device, or moved to one, is on meta: engines name the devices that they want."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        if kwargs.get("device") is not None:
+            kwargs["device"] = _META
+        if func is torch.Tensor.to:
+            args = tuple(_META if isinstance(each, (str, torch.device)) else each for each in args)
+        return func(*args, **kwargs)

@@ -1,0 +1,82 @@
+"""What a run is built of, as its config says: the rank's place among the others, the dtype, the engine."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from peer_dist.config import Config
+from peer_dist.megatron import Parallel, ReplicatedEngine, shards_of
+from peer_dist.optim import DenseAdam, Engine, TableOptimizer
+from peer_dist.zero import ZeroEngine
+
+
+def join_groups(config: Config, device: torch.device | None = None) -> Parallel:
+    """Megatron's groups in the config's layout; a collective call.
+
+    Args:
+        device: see :meth:`peer_dist.megatron.Parallel.initialize`.
+    """
+    layout = config.parallel.model_dump(exclude={"sequence", "context", "batch_p2p"})
+    layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
+    return Parallel.initialize(**layout, seed=config.train.seed, device=device)
+
+
+def dtype_of(config: Config, device_type: str) -> torch.dtype:
+    """Of the dense parameters and the activations, on a device of this type."""
+    if config.train.precision == "auto":
+        return torch.bfloat16 if device_type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]
+
+
+def make_engine(config: Config, model: nn.ModuleList, parallel: Parallel, dtype: torch.dtype) -> Engine:
+    """What updates the parameters. Collective.
+
+    Args:
+        model: from :func:`peer_dist.megatron.build_model`, its shards released.
+        dtype: that it was built with.
+    """
+    shards, table, dense = shards_of(model), config.table_optimizer, config.optimizer
+    copies, data_parallel = parallel.expert_data_group, parallel.data_parallel_size
+    tables = TableOptimizer(
+        {name: shard.parameter for name, shard in shards.items() if shard.table},
+        table.name,
+        table.lr,
+        table.betas,
+        table.eps,
+        table.weight_decay,
+        config.model.hidden_size,
+        parallel.experts.columns,
+        copies,
+        data_parallel,
+        lazy=table.lazy,
+        rounding_seed=config.train.seed if table.stochastic_rounding else None,
+        offsets={name: shard.offset for name, shard in shards.items()},
+    )
+    experts = None
+    if {"moe", "sigma_moe"} & set(config.model.mlp_kinds):
+        experts = TableOptimizer(
+            {name: shard.parameter for name, shard in shards.items() if not shard.table},
+            "adam",
+            dense.lr,
+            dense.betas,
+            dense.eps,
+            dense.weight_decay,
+            config.model.hidden_size,
+            copies=copies,
+            data_parallel_size=data_parallel,
+        )
+    adam = DenseAdam(dense.lr, dense.betas, dense.eps, dense.weight_decay, dense.grad_clip)
+    if config.zero.stage == 0:
+        return ReplicatedEngine(model, tables, experts, adam, parallel)
+    return ZeroEngine(
+        model,
+        tables,
+        experts,
+        adam,
+        stage=config.zero.stage,
+        offload=config.zero.offload,
+        mpu=parallel.mpu,
+        dtype=dtype,
+    )
