@@ -67,6 +67,14 @@ def _options(
 def train(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)],
     overrides: Overrides = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="Trace these steps on every rank, into profile/ of logging.dir, and show what collectives cost.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a model, going on from its newest checkpoint if there is one.
 
@@ -75,9 +83,10 @@ def train(
     from peer_dist.config import load_config
 
     settings = load_config(config, overrides or [])
+    steps = None if profile is None else _steps(profile, settings.train.steps)
     from peer_dist.training import train as run
 
-    raise typer.Exit(run(settings))
+    raise typer.Exit(run(settings, steps))
 
 
 @app.command()
@@ -432,6 +441,19 @@ def doctor(
     from peer_dist.doctor.console import run
 
     run(settings, seconds, as_json=as_json)
+
+
+def _steps(text: str, last: int) -> range:
+    """``10:15`` as the steps 10 to 15."""
+    from peer_dist.config import ConfigError
+
+    first, colon, end = text.partition(":")
+    if not (first.isdecimal() and (end if colon else first).isdecimal()):
+        raise ConfigError(f"--profile {text}: is no range of steps; write 10:15 for the steps 10 to 15, or 10 for one")
+    steps = range(int(first), int(end or first) + 1)
+    if not steps or steps[0] < 1 or steps[-1] > last:
+        raise ConfigError(f"--profile {text}: the run has the steps 1 to {last} (train.steps); name some of them")
+    return steps
 
 
 def _wide_console() -> Console:
