@@ -423,6 +423,22 @@ def plot(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="HTML file. Default: report.html, in the run's folder or for several here."
+        ),
+    ] = None,
+) -> None:
+    """What was run and what came of it, as one HTML page that needs nothing else."""
+    from peer_dist.report.page import write_report
+
+    typer.echo(write_report(runs, output))
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file of the run: its folders and layout.")

@@ -267,11 +267,9 @@ class Trainer:
                 if last or (self.steps_done % config.checkpoint.interval == 0 and not self.guard.in_a_row):
                     progress.say("saving a checkpoint")
                     begin = time.perf_counter()
-                    path = self.save()
-                    if metrics is not None:
-                        metrics.event(
-                            "checkpoint", self.steps_done, path=str(path), seconds=time.perf_counter() - begin
-                        )
+                    self.save()
+                    if metrics is not None:  # the seconds for which training waited
+                        metrics.event("checkpoint", self.steps_done, seconds=time.perf_counter() - begin)
         position.at("save", self.steps_done)
         self.store.finish()
         if metrics is not None:
