@@ -67,7 +67,7 @@ def loss(runs: Sequence[RunRecord]) -> Chart:
 
 def gradient_norm(runs: Sequence[RunRecord]) -> Chart:
     """Before clipping."""
-    return _of_runs(runs, "Gradient norm", "norm before clipping", "optimizer/grad_norm", log=True)
+    return _of_runs(runs, "Gradient norm", "norm before clipping", "optimizer/grad_norm")
 
 
 def of_layers(
@@ -149,7 +149,6 @@ def _of_runs(
     name: str,
     levels: Sequence[float | None] = (),
     note: str = "",
-    log: bool = False,
 ) -> Chart:
     """A line per run, and a dotted one at its level."""
     lines = []
@@ -159,12 +158,10 @@ def _of_runs(
         level = levels[number] if levels else None
         if level is not None and points:
             lines.append(_Line("", Series(points.step[[0, -1]], np.full(2, level)), number, ":"))
-    return _lines(title, unit, lines, note, log=log)
+    return _lines(title, unit, lines, note)
 
 
-def _lines(
-    title: str, unit: str, lines: Sequence[_Line], note: str = "", zero: bool = True, log: bool = False
-) -> Chart:
+def _lines(title: str, unit: str, lines: Sequence[_Line], note: str = "", zero: bool = True) -> Chart:
     def draw(panel: Axes) -> None:
         for line in lines:
             color = _color(line.color % COLORS)
@@ -174,12 +171,9 @@ def _lines(
                 panel.fill_between(line.points.step, *line.among, color=color, alpha=0.2, linewidth=0)
         panel.set(xlabel="step", ylabel=unit)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if log:
-            panel.set_yscale("log")
-        else:
-            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 10))))
-            if zero:
-                panel.set_ylim(bottom=0)
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 10))))
+        if zero:
+            panel.set_ylim(bottom=0)
 
     legend = [(line.color % COLORS, line.label) for line in lines if line.label]
     return Chart(title, _svg(draw), legend, note)

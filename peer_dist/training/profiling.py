@@ -24,6 +24,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from peer_dist.sharding.exchange import Traffic
+from peer_dist.tracing import position
 
 # Methods of torch's process groups, under the names that torch's versions gave them.
 _COLLECTIVES = (
@@ -81,6 +82,7 @@ class Profile:
             yield
         self._seconds.append(time.perf_counter() - begin)
         if number == self._steps[-1]:
+            position.at("save", number)  # writing a long trace takes its time
             self._end()
 
     def add_traffic(self, traffic: Traffic) -> None:
