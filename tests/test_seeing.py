@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -171,7 +172,7 @@ def test_report_of_a_run(run):
     for words in (
         f"held-out perplexity {perplexity:,.2f}",
         "(0% of the plan)",
-        "1 restarts, 0 steps skipped",
+        "interruptions 1 x restart",
         "went on, 2 rank(s)",
         "expert rows 2",
         "num_experts: 225",
@@ -183,18 +184,21 @@ def test_report_of_a_run(run):
 
 
 def test_report_compares_runs(run, tmp_path):
-    """An older run has no events, and perhaps another number of layers."""
+    """One of other heads, and one of an older version: without events, with fewer layers."""
     tree, _ = run
-    older = tmp_path / "older"
+    older, other = tmp_path / "older", tmp_path / "other"
     older.mkdir()
+    shutil.copytree(folder_of(tree), other)
+    events = (other / "events.jsonl").read_text()
+    (other / "events.jsonl").write_text(events.replace('"heads": 3', '"heads": 2'))
     lines = [{k: v for k, v in line.items() if "layer3" not in k} for line in metrics_of(tree)]
     lines[2]["optimizer/skipped_steps"] = 1.0
     lines[3]["train/loss"] = None
     (older / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = Page(write_report([folder_of(tree).parent, older], tmp_path / "both.html"))
-    for words in ("2 runs compared", "No events were recorded", "peer.num_experts 225 –", "step skipped: gradients"):
+    page = Page(write_report([folder_of(tree).parent, other, older], tmp_path / "all.html"))
+    for words in ("3 runs compared", "No events were recorded", "peer.heads 3 2 –", "step left out: gradients"):
         assert words in page.text, words
-    assert page.text.count("older") >= 3
+    assert "peer.top_k" not in page.text, "where they agree"
 
 
 def test_what_cannot_be_reported_is_one_sentence(run, tmp_path):

@@ -59,9 +59,10 @@ def loss(runs: Sequence[RunRecord]) -> Chart:
         training, held_out = run.series("train/loss"), run.series("val/loss")
         lines.append(_Line("training" if one else "", _thinned(training), number, faint=not one))
         if held_out:
-            label, color, look = ("held-out", 1, "-o") if one else (run.name, number, "-")
-            lines.append(_Line(label, held_out, color, look))
-    note = "" if one else "Bold: held-out; faint: training."
+            label, color = ("held-out", 1) if one else (run.name, number)
+            # a line between two points would tell of a course that nobody has seen
+            lines.append(_Line(label, held_out, color, "o" if len(held_out.step) < 4 else "-o"))
+    note = "" if one else "With dots: held-out; faint: training."
     return _lines("Loss", "nats per token", lines, note=note, zero=False)
 
 
@@ -165,7 +166,7 @@ def _lines(title: str, unit: str, lines: Sequence[_Line], note: str = "", zero: 
     def draw(panel: Axes) -> None:
         for line in lines:
             color = _color(line.color % COLORS)
-            alpha = 0.4 if line.faint else 1
+            alpha = 0.5 if line.faint else 1
             panel.plot(line.points.step, line.points.value, line.look, color=color, alpha=alpha)
             if line.among is not None:
                 panel.fill_between(line.points.step, *line.among, color=color, alpha=0.2, linewidth=0)
@@ -180,7 +181,7 @@ def _lines(title: str, unit: str, lines: Sequence[_Line], note: str = "", zero: 
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:
-    look: dict[str, Any] = {"font.size": 9, "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5}
+    look: dict[str, Any] = {"font.size": 10, "axes.labelsize": 10, "xtick.labelsize": 9.5, "ytick.labelsize": 9.5}
     look |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _INK)
     look |= dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _GRID) | {"grid.alpha": 1}
     file = io.StringIO()

@@ -129,7 +129,9 @@ def _time(run: RunRecord) -> str:
 
 def _interruptions(run: RunRecord) -> str:
     skipped = sum(int(points.last) for name in _SKIPPED if (points := run.series(name)))
-    return f"{max(0, len(run.starts) - 1)} restarts, {skipped} steps skipped"
+    counts = {"restart": len(run.starts) - 1, "step left out": skipped}
+    told = [f"{count} x {what}" for what, count in counts.items() if count > 0]
+    return ", ".join(told) or "none"
 
 
 _SKIPPED = {"optimizer/skipped_steps": "gradients not finite", "optimizer/skipped_spikes": "loss spike"}
@@ -174,7 +176,8 @@ def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     ]
     keys = [key for key in dict.fromkeys(key for each in flat for key in each) if not key.startswith(_FOLDERS)]
     values = {key: [each.get(key, "–") for each in flat] for key in keys}
-    return {key: told for key, told in values.items() if len(set(told)) > 1}
+    known = [place for place, each in enumerate(flat) if each]  # an older run tells of none
+    return {key: told for key, told in values.items() if len({told[place] for place in known}) > 1}
 
 
 _FOLDERS = ("checkpoint.", "logging.")
@@ -198,7 +201,7 @@ def _events(run: RunRecord) -> list[tuple[str, str, str]]:
     for name, why in _SKIPPED.items():
         points = run.series(name)
         grows = np.flatnonzero(np.diff(points.value, prepend=0.0) > 0)
-        found += [(int(points.step[place]), "", f"step skipped: {why}") for place in grows]
+        found += [(int(points.step[place]), "", f"step left out: {why}") for place in grows]
     # events of one step stay in their order
     return [(when, f"{step:,}", text) for step, when, text in sorted(found, key=lambda each: each[0])][-_EVENTS:]
 
