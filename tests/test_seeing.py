@@ -172,7 +172,7 @@ def test_report_of_a_run(run):
     for words in (
         f"held-out perplexity {perplexity:,.2f}",
         "(0% of the plan)",
-        "interruptions 1 x restart",
+        "interruptions restarts: 1",
         "went on, 2 rank(s)",
         "expert rows 2",
         "num_experts: 225",

@@ -129,8 +129,8 @@ def _time(run: RunRecord) -> str:
 
 def _interruptions(run: RunRecord) -> str:
     skipped = sum(int(points.last) for name in _SKIPPED if (points := run.series(name)))
-    counts = {"restart": len(run.starts) - 1, "step left out": skipped}
-    told = [f"{count} x {what}" for what, count in counts.items() if count > 0]
+    counts = {"restarts": len(run.starts) - 1, "steps left out": skipped}
+    told = [f"{what}: {count}" for what, count in counts.items() if count > 0]
     return ", ".join(told) or "none"
 
 
