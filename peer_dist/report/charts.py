@@ -61,7 +61,7 @@ def loss(runs: Sequence[RunRecord]) -> Chart:
         if held_out:
             label, color = ("held-out", 1) if one else (run.name, number)
             # a line between two points would tell of a course that nobody has seen
-            lines.append(_Line(label, held_out, color, "o" if len(held_out.step) < 4 else "-o"))
+            lines.append(_Line(label, _thinned(held_out), color, "o" if len(held_out.step) < 4 else "-o"))
     note = "" if one else "With dots: held-out; faint: training."
     return _lines("Loss", "nats per token", lines, note=note, zero=False)
 
@@ -81,19 +81,20 @@ def of_layers(
     """
     lines = []
     for number, run in enumerate(runs):
-        layers = [run.series(f"experts/layer{layer}_{name}") for layer in run.layers]
-        if not layers:
+        names = [f"experts/layer{layer}_{name}" for layer in run.layers]
+        if not names:
             continue
-        if len(runs) == 1 and len(layers) <= COLORS:
-            lines += [_Line(f"layer {n}", each, c) for c, (n, each) in enumerate(zip(run.layers, layers))]
+        if len(runs) == 1 and len(names) <= COLORS:
+            for color, (layer, each) in enumerate(zip(run.layers, names)):
+                lines.append(_Line(f"layer {layer}", _thinned(run.series(each)), color))
         else:
-            values = np.stack([each.value for each in layers])
-            mean = Series(layers[0].step, values.mean(0))
-            label = f"mean of {len(layers)} layers, and their range" if len(runs) == 1 else run.name
-            among = (values.min(0), values.max(0)) if len(runs) == 1 else None
+            layers = _thinned(run.together(names))
+            mean = Series(layers.step, layers.value.mean(1))
+            label = f"mean of {len(names)} layers, and their range" if len(runs) == 1 else run.name
+            among = (layers.value.min(1), layers.value.max(1)) if len(runs) == 1 else None
             lines.append(_Line(label, mean, number, among=among))
         if even:
-            lines.append(_Line("", run.series(f"experts/layer{run.layers[0]}_{even}"), number, ":"))
+            lines.append(_Line("", _thinned(run.series(f"experts/layer{run.layers[0]}_{even}")), number, ":"))
     return _lines(title, unit, lines, note=note) if lines else None
 
 
@@ -212,4 +213,4 @@ def _thinned(points: Series) -> Series:
         return points
     starts = np.arange(0, len(points.step), size)
     counts = np.diff(starts, append=len(points.step))
-    return Series(points.step[starts + counts - 1], np.add.reduceat(points.value, starts) / counts)
+    return Series(points.step[starts + counts - 1], (np.add.reduceat(points.value, starts).T / counts).T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,9 +50,14 @@ class RunRecord:
     plan: dict[str, Any]
 
     def series(self, name: str) -> Series:
-        points = [(line["step"], line[name]) for line in self.lines if line.get(name) is not None]
-        step, value = zip(*points) if points else ((), ())
-        return Series(np.array(step, np.int64), np.array(value, np.float64))
+        together = self.together([name])
+        return Series(together.step, together.value[:, 0])
+
+    def together(self, names: Sequence[str]) -> Series:
+        """Several numbers, where all of them are known: values ``[points, names]``."""
+        lines = [line for line in self.lines if all(line.get(name) is not None for name in names)]
+        value = np.array([[line[name] for name in names] for line in lines], np.float64)
+        return Series(np.array([line["step"] for line in lines], np.int64), value.reshape(-1, len(names)))
 
     def names(self, start: str) -> list[str]:
         """Of the series that begin with it, in the order of their first appearance."""
