@@ -99,6 +99,8 @@ class Profile:
                 highlight=False,
             )
             return
+        steps, seconds = len(self._seconds), sum(self._seconds)
+        console.print(f"{self._name}, means of {steps} step(s) of {seconds / steps * 1e3:.1f} ms:", highlight=False)
         for table in self._tables():
             console.print(table, highlight=False)
         console.print(f"profile              {self._folder} (see https://ui.perfetto.dev)", highlight=False)
@@ -137,23 +139,19 @@ class Profile:
 
     def _tables(self) -> Iterator[Table]:
         steps = len(self._seconds)
-        where = f"mean of {steps} step(s) of {sum(self._seconds) / steps * 1e3:.1f} ms, {self._name}"
-        yield _sums_table(f"collectives, {where}", "ms waited", self._collectives, steps)
+        yield _sums_table("collective", "ms waited", self._collectives, steps)
         if self._kernels:
-            yield _sums_table(f"NCCL's kernels, {where}", "ms on the GPU", self._kernels, steps)
+            yield _sums_table("NCCL's kernels", "ms on the GPU", self._kernels, steps)
         if self._sent:
-            table = Table(title=f"experts' exchange, sent to other ranks, {where}", box=None, title_justify="left")
-            table.add_column("what")
+            table = Table("sent to other ranks", box=None)
             table.add_column("KB", justify="right")
             for what, nbytes in [*self._sent.most_common(), ("all", self._sent.total())]:
                 table.add_row(what, f"{nbytes / steps / 1e3:,.1f}")
             yield table
 
 
-def _sums_table(title: str, seconds: str, sums: Mapping[tuple[str, str], _Sum], steps: int) -> Table:
-    table = Table(title=title, box=None, title_justify="left")
-    for column in ("collective", "group (ranks)"):
-        table.add_column(column)
+def _sums_table(name: str, seconds: str, sums: Mapping[tuple[str, str], _Sum], steps: int) -> Table:
+    table = Table(name, "group (ranks)", box=None)
     for column in ("calls", "KB", seconds):
         table.add_column(column, justify="right")
     for (name, group), each in sorted(sums.items(), key=lambda item: -item[1].seconds):
@@ -192,8 +190,8 @@ def _counting(name: str, method: Callable[..., Any], sums: _Sums) -> Callable[..
 
 
 def _group(description: str, size: int) -> str:
-    """Megatron's EXPERT_MODEL_PARALLEL_GROUP of two ranks as `expert model parallel (2)`."""
-    return f"{description.lower().removesuffix('_group').replace('_', ' ')} ({size})"
+    """Megatron's EXPERT_MODEL_PARALLEL_GROUP of two ranks as `expert model (2)`."""
+    return f"{description.lower().removesuffix('_group').replace('_parallel', '').replace('_', ' ')} ({size})"
 
 
 def _nbytes(given: torch.Tensor | list[Any]) -> int:
