@@ -175,7 +175,7 @@ def _lines(title: str, unit: str, lines: Sequence[_Line], note: str = "", zero: 
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 10))))
         if zero:
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
 
     legend = [(line.color % COLORS, line.label) for line in lines if line.label]
     return Chart(title, _svg(draw), legend, note)
