@@ -15,6 +15,7 @@ setup(
         "peer_dist.data": ["*.txt"],
         "peer_dist.kernels": ["*.c"],
         "peer_dist.planning": ["*.yaml"],
+        "peer_dist.report": ["*.html"],
         "peer_dist.slurm": ["*.sbatch"],
     },
     install_requires=[
@@ -23,9 +24,11 @@ setup(
         # Pinned: these two were tried together, and peer_dist reaches into both.
         "megatron-core==0.16.1",
         "deepspeed==0.19.8",
+        "jinja2>=3.1",
         "matplotlib>=3.7",
         "mpi4py>=4",
         "numpy>=1.26",
+        "pillow>=10",
         "pydantic>=2.6,<3",
         "pyyaml>=6",
         "rich>=13",

@@ -72,6 +72,14 @@ def _options(
 def train(
     config: Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)],
     overrides: Overrides = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="Trace these steps on every rank, into profile/ of logging.dir, and show what collectives cost.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a model, going on from its newest checkpoint if there is one.
 
@@ -80,9 +88,10 @@ def train(
     from peer_dist.config import load_config
 
     settings = load_config(config, overrides or [])
+    steps = None if profile is None else _steps(profile, settings.train.steps)
     from peer_dist.training import train as run
 
-    raise typer.Exit(run(settings))
+    raise typer.Exit(run(settings, steps))
 
 
 @app.command()
@@ -507,6 +516,22 @@ def plot(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="HTML file. Default: report.html, in the run's folder or for several here."
+        ),
+    ] = None,
+) -> None:
+    """What was run and what came of it, as one HTML page that needs nothing else."""
+    from peer_dist.report.page import write_report
+
+    typer.echo(write_report(runs, output))
+
+
+@app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file of the run: its folders and layout.")
@@ -539,6 +564,19 @@ def _vocab_size(config: Config) -> int:
     from peer_dist.data.stream import open_tokenizer
 
     return open_tokenizer(config.data).padded_vocab_size
+
+
+def _steps(text: str, last: int) -> range:
+    """``10:15`` as the steps 10 to 15."""
+    from peer_dist.config import ConfigError
+
+    first, colon, end = text.partition(":")
+    if not (first.isdecimal() and (end if colon else first).isdecimal()):
+        raise ConfigError(f"--profile {text}: is no range of steps; write 10:15 for the steps 10 to 15, or 10 for one")
+    steps = range(int(first), int(end or first) + 1)
+    if not steps or steps[0] < 1 or steps[-1] > last:
+        raise ConfigError(f"--profile {text}: the run has the steps 1 to {last} (train.steps); name some of them")
+    return steps
 
 
 def _wide_console() -> Console:

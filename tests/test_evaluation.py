@@ -19,7 +19,7 @@ import torch.distributed as dist
 from peer_dist.data.prepare import read_prepared
 from peer_dist.evaluation.analysis import HeadUsage
 from peer_dist.evaluation.perplexity import unigram_loss
-from peer_dist.evaluation.usage import ExpertUsage, uniform_unevenness
+from peer_dist.evaluation.usage import ExpertUsage, share_histogram, uniform_unevenness
 from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
 from tests.test_training import metrics_of, run_to_the_end, with_keys
@@ -180,7 +180,7 @@ def test_histogram_of_shares():
     """Experts with 2, 1 and 0 times an even share."""
     usage = ExpertUsage(3, torch.device("cpu"))
     usage(torch.tensor([[[0, 1]]]), torch.tensor([[[2.0, 1.0]]]))
-    counts, limits = usage.histogram()
+    counts, limits = share_histogram(usage.shares())
     assert [(round(limit, 1), count) for count, limit in zip(counts, limits) if count] == [(0.2, 1), (0.4, 1)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -20,8 +19,8 @@ import torch.distributed as dist
 
 from peer_dist.config import ConfigError, check_world
 from peer_dist.doctor.examination import Check, Finding, Here, Ranks, Verdict
+from peer_dist.training.environment import PACKAGES, versions
 
-_PACKAGES = ("peer_dist", "torch", "megatron-core", "deepspeed", "triton", "apex", "transformer_engine", "numpy")
 _MAY_DIFFER = {"driver", "kernel"}  # a run works all the same: worth a warning
 
 _SHARED_MEMORY = 1 << 30  # bytes of /dev/shm below which NCCL's and data loaders' segments may not fit
@@ -47,18 +46,7 @@ _FLOORS: tuple[tuple[str, bool, str, float], ...] = (
 
 
 def _versions(here: Here) -> dict[str, str]:
-    found = {"python": platform.python_version(), "kernel": platform.release()}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    found["torch"] = torch.__version__
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    if torch.cuda.is_available():
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    with contextlib.suppress(OSError):
-        found["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split("  ")[1].strip()
-    return found
+    return versions()
 
 
 def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Finding]:
@@ -88,7 +76,7 @@ def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Fin
                     f"pip install {name}=={pinned}",
                 )
             )
-    told = ", ".join(f"{name} {common[name]}" for name in ("python", *_PACKAGES, "cuda", "nccl") if name in common)
+    told = ", ".join(f"{name} {common[name]}" for name in ("python", *PACKAGES, "cuda", "nccl") if name in common)
     return findings or [Finding("versions", "ok", told)]
 
 

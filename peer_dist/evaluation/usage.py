@@ -129,6 +129,12 @@ def shared_picks(indices: Tensor) -> Tensor:
     return shared + shared.T + torch.diag(torch.full_like(shared[0], indices[:, 0].numel()))
 
 
+def share_histogram(shares: Tensor) -> tuple[list[float], list[float]]:
+    """Numbers of experts in use by log10 of their share (:meth:`ExpertUsage.shares`), and the upper limits."""
+    counts = torch.histc(shares[shares != 0].log10().clamp(-_DECADES, _DECADES), 10 * _DECADES, -_DECADES, _DECADES)
+    return counts.tolist(), torch.linspace(-_DECADES, _DECADES, 10 * _DECADES + 1)[1:].tolist()
+
+
 class ExpertUsage:
     """Adds up a layer's gates per expert while it trains; feed it to ``on_route``.
 
@@ -160,15 +166,10 @@ class ExpertUsage:
         for tensor in (self._mass, self._counts, self._first, self._shared):
             tensor.zero_()
 
-    def histogram(self, group: dist.ProcessGroup | None = None) -> tuple[list[float], list[float]]:
-        """Numbers of experts by log10 of their share of the gates, times ``num_experts``, and the upper limits.
-
-        Of the experts in use. A collective call.
-        """
+    def shares(self, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Of the gates, 1 being an even share: float64 ``[num_experts]``. A collective call."""
         mass = _sum(self._mass, group)
-        share = (mass[mass != 0] * mass.numel() / mass.sum()).log10()
-        counts = torch.histc(share.clamp(-_DECADES, _DECADES), 10 * _DECADES, -_DECADES, _DECADES)
-        return counts.tolist(), torch.linspace(-_DECADES, _DECADES, 10 * _DECADES + 1)[1:].tolist()
+        return mass * (mass.numel() / max(float(mass.sum()), 1e-300))  # nothing but closed gates: all 0
 
     def summary(self, shards: int, group: dist.ProcessGroup | None = None) -> WindowSummary:
         """Over all tokens seen by the ranks of ``group`` since the last reset. A collective call."""

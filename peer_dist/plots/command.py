@@ -21,7 +21,7 @@ from peer_dist.config import ConfigError
 from peer_dist.plots import figures
 from peer_dist.sweep.fit import Measure, differences, optima
 from peer_dist.sweep.results import RESULTS, Row, read_results
-from peer_dist.training.metrics import read_metrics
+from peer_dist.training.metrics import metrics_file, read_metrics
 
 KINDS = ("isoflop", "loss", "experts", "hk", "usage")
 
@@ -85,7 +85,7 @@ def results_of(inputs: Sequence[Path]) -> list[Row]:
     for path in inputs:
         if path.suffix == ".csv" or (path / RESULTS).is_file():
             rows += read_results(path if path.suffix == ".csv" else path / RESULTS)
-        elif path.suffix != ".npz" and _metrics_file(path) is None:
+        elif path.suffix != ".npz" and metrics_file(path) is None:
             raise ConfigError(f"{path}: is no results.csv, no folder with one or with metrics.jsonl, and no .npz file")
     return rows
 
@@ -134,13 +134,9 @@ def _measure(name: str) -> Measure:
     raise ConfigError(f"--against: {name!r} is not known; {', '.join(get_args(Measure))}")
 
 
-def _metrics_file(path: Path) -> Path | None:
-    return next((file for file in (path / "metrics.jsonl", path / "logs" / "metrics.jsonl") if file.is_file()), None)
-
-
 def _curves(inputs: Sequence[Path]) -> list[figures.Curve]:
     """Held-out losses if every run was validated three times or more after its start, else training losses."""
-    runs = {path: read_metrics(metrics) for path in inputs if (metrics := _metrics_file(path))}
+    runs = {path: read_metrics(metrics) for path in inputs if (metrics := metrics_file(path))}
     steps = {path: [line for line in lines if "time/step" in line] for path, lines in runs.items()}
     held_out = all(sum(line.get("val/loss") is not None for line in lines) >= 3 for lines in steps.values())
     return [_curve(path, lines, held_out) for path, lines in steps.items() if lines]

@@ -130,7 +130,7 @@ def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
     panel.set_xlabel("training time (s)" if over == "seconds" else "training tokens")
     panel.set_xlim(left=0)
     if over == "tokens":
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     _legend(figure, [panel])
     return figure
 
@@ -285,10 +285,10 @@ def _log_axis(panel: Axes, ticks: Mapping[str, int] | None = None) -> None:
     low, high = panel.get_xlim()
     if high < 30 * low:  # less than a decade or so: powers of ten alone would leave the axis bare
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """1500000 as 1.5M."""
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:

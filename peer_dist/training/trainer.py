@@ -8,13 +8,13 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-import yaml
 from rich.console import Console
 
 from peer_dist import __version__
@@ -22,7 +22,8 @@ from peer_dist.config import Config, check_folders, check_world
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch, perplexity_of
-from peer_dist.evaluation.usage import ExpertUsage
+from peer_dist.evaluation.usage import ExpertUsage, share_histogram
+from peer_dist.evaluation.usage_map import usage_map
 from peer_dist.layers.routing import RouteObserver
 from peer_dist.megatron import (
     build_model,
@@ -43,11 +44,13 @@ from peer_dist.training.checkpoints import (
     restore_run,
     run_state,
 )
+from peer_dist.training.environment import environment
 from peer_dist.training.exits import DIVERGED, DONE, stopped_code
 from peer_dist.training.guard import Diverged, Guard
 from peer_dist.training.initial import open_source
 from peer_dist.training.lock import LockError, RunLock, run_lock
 from peer_dist.training.metrics import Metrics, read_metrics
+from peer_dist.training.profiling import Profile
 from peer_dist.training.progress import Progress
 from peer_dist.training.revival import Revival
 from peer_dist.training.signals import StopRequest
@@ -61,8 +64,11 @@ _NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # of a checkpoint older
 _SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
 
 
-def train(config: Config) -> int:
+def train(config: Config, profile: range | None = None) -> int:
     """Train as the config says, from the newest checkpoint if there is one; the process's exit code (see ``exits``).
+
+    Args:
+        profile: the steps, counted from 1, to trace (see :class:`~peer_dist.training.profiling.Profile`).
 
     Raises:
         ConfigError, DataError: before anything is started, where the config cannot be run.
@@ -88,7 +94,7 @@ def train(config: Config) -> int:
             Console(stderr=True).print(f"{world.launcher}{ranks}", highlight=False)
         with run_lock(config.checkpoint.dir, world.rank) as lock:
             try:
-                code = Trainer(config, startup).run(stop, lock)
+                code = Trainer(config, startup, profile).run(stop, lock)
             except Diverged as error:  # on every rank
                 console = Console(stderr=True, quiet=world.rank != 0)
                 console.print(f"[red]stopped:[/] {error}", highlight=False, soft_wrap=True)
@@ -101,13 +107,15 @@ class Trainer:
 
     Args:
         startup: what was timed of it so far.
+        profile: steps to trace.
 
     Raises:
         DataError, CheckpointError: see :func:`train`.
     """
 
-    def __init__(self, config: Config, startup: Startup | None = None) -> None:
+    def __init__(self, config: Config, startup: Startup | None = None, profile: range | None = None) -> None:
         self.config = config
+        self.profile = None if profile is None else Profile(profile, Path(config.logging.dir) / "profile")
         self.startup = startup or Startup()
         self.parallel = join_groups(config)
         self.dtype = dtype_of(config, self.parallel.device.type)
@@ -173,8 +181,7 @@ class Trainer:
             console.print(f"nothing to do: train.steps is {config.train.steps}; raise it to go on")
             return DONE
         metrics = Metrics(Path(config.logging.dir), start if self.resumed else None) if lead else None
-        if metrics is not None and not self.resumed:
-            metrics.text("config", f"```yaml\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}```")
+        self._tell_start(metrics)
         if not self.resumed:
             self._record(metrics, self._validate(metrics))
             self.startup.ended("validation")
@@ -182,7 +189,8 @@ class Trainer:
         with Progress(console, start, config.train.steps) as progress:
             while self.steps_done < config.train.steps and not stopped:
                 position.at("first step" if self.steps_done == start else "step", self.steps_done + 1)
-                values = self.step()
+                with self.profile.step(self.steps_done + 1) if self.profile else nullcontext():
+                    values = self.step()
                 if self.steps_done == start + 1:
                     values |= self._started(console)
                 lost = lock is not None and lock.lost
@@ -194,7 +202,7 @@ class Trainer:
                 last = self.steps_done == config.train.steps or stopped
                 if self.steps_done % config.logging.interval == 0 or last:
                     values |= self._usage_values()
-                    values |= self._slow_ranks(console)
+                    values |= self._slow_ranks(console, metrics)
                 if self.steps_done % config.evaluation.interval == 0 or self.steps_done == config.train.steps:
                     values |= self._validate(metrics)
                 self._record(metrics, values)
@@ -204,15 +212,35 @@ class Trainer:
                 # while steps are left out, the checkpoints from before are the better ones
                 if last or (self.steps_done % config.checkpoint.interval == 0 and not self.guard.in_a_row):
                     progress.say("saving a checkpoint")
+                    begin = time.perf_counter()
                     self.save()
+                    if metrics is not None:  # the seconds for which training waited
+                        metrics.event("checkpoint", self.steps_done, seconds=time.perf_counter() - begin)
         position.at("save", self.steps_done)
         self.store.finish()
         if metrics is not None:
+            metrics.event("stopped by a signal" if stopped else "done", self.steps_done)
             metrics.close()
+        if self.profile is not None:
+            self.profile.conclude(console)
         if stopped:
             console.print(f"stopped at step {self.steps_done} by a signal; the same command goes on from there")
         self._conclude(console)
         return DONE if self.steps_done == config.train.steps else stopped_code()
+
+    def _tell_start(self, metrics: Metrics | None) -> None:
+        """The beginning of the run's record: what is trained, where and how. A collective call."""
+        found = environment(self.parallel)
+        if metrics is None:
+            return
+        config = self.config.model_dump(mode="json")
+        if not self.resumed:
+            metrics.config(config)
+        sizes = {"parameters": self.parameters, "expert_parameters": self.expert_parameters}
+        dtype = str(self.dtype).removeprefix("torch.")
+        metrics.event(
+            "start", self.steps_done, resumed=self.resumed, **sizes, dtype=dtype, environment=found, config=config
+        )
 
     def _started(self, console: Console) -> dict[str, float]:
         """Say once how long everything before the first step took, and that one."""
@@ -220,10 +248,12 @@ class Trainer:
         console.print(str(self.startup), highlight=False, soft_wrap=True)
         return {f"startup/{phase.replace(' ', '_')}": seconds for phase, seconds in self.startup.seconds.items()}
 
-    def _slow_ranks(self, console: Console) -> dict[str, float]:
+    def _slow_ranks(self, console: Console, metrics: Metrics | None) -> dict[str, float]:
         ratio, lines = self.stragglers.report()
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)
+            if metrics is not None:
+                metrics.event("slow rank", self.steps_done, told=line.removeprefix("slow rank: "))
         return {"speed/slowest_rank_ratio": ratio}
 
     def step(self) -> dict[str, float]:
@@ -300,6 +330,7 @@ class Trainer:
         if metrics is not None:  # rank 0
             report = self.guard.write_report(Path(self.config.logging.dir), text)
             text += f" The report is {report}."
+            metrics.event("diverged", self.steps_done, told=text)
             metrics.close()
         raise Diverged(text)
 
@@ -338,6 +369,8 @@ class Trainer:
                 sum(each.tokens for each in traffic),
             )
             for each in traffic:
+                if self.profile is not None:
+                    self.profile.add_traffic(each)
                 each.reset()
             values["exchange/bytes_per_token"] = sent / tokens
             if routed:
@@ -368,7 +401,7 @@ class Trainer:
         return {name: value for stage in stages for name, value in stage.items()}
 
     def _validate(self, metrics: Metrics | None = None) -> dict[str, float]:
-        """Held-out loss; TensorBoard gets a histogram of the experts' shares of the gates, 1 being an even share."""
+        """Held-out loss; beside it histograms and pictures of how the gates' mass lies over experts."""
         if self.data.validation is None:
             return {}
         config, usage = self.config, self._new_usage()
@@ -382,12 +415,14 @@ class Trainer:
             config.evaluation.batches * config.train.global_batch_size,
             usage,
         )
-        histograms = self._of_all_stages(
-            {f"experts/layer{n}_log10_share": each.histogram(self.parallel.token_group) for n, each in usage.items()}
+        shares = {number: each.shares(self.parallel.token_group) for number, each in usage.items()}
+        drawn = self._of_all_stages(
+            {f"experts/layer{number}": (share_histogram(each), usage_map(each)) for number, each in shares.items()}
         )
-        for name, (counts, limits) in histograms.items():
+        for name, (histogram, pixels) in drawn.items():
             if metrics is not None:
-                metrics.histogram(name, self.steps_done, counts, limits)
+                metrics.histogram(f"{name}_log10_share", self.steps_done, *histogram)
+                metrics.image(f"{name}_map", self.steps_done, pixels)
         for layer in self.layers.values():
             layer.traffic.reset()
         return {"val/loss": result.loss, "val/perplexity": result.perplexity}

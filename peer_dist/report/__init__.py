@@ -1,0 +1,1 @@
+"""`peer-dist report`: what is known of a run, as one page of HTML."""

@@ -1,0 +1,68 @@
+"""What a run is made on: machines, devices, versions, and how ranks share the work."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import re
+import socket
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:  # the doctor needs no Megatron
+    from peer_dist.megatron import Parallel
+
+PACKAGES = ("peer_dist", "torch", "megatron-core", "deepspeed", "triton", "apex", "transformer_engine", "numpy")
+
+
+def environment(parallel: Parallel) -> dict[str, Any]:
+    """Plain values for the record of a run: ``hosts`` (device to ranks, by host), ``layout`` (the sizes of groups) and
+    ``versions``. A collective call.
+    """
+    everyone: list[str] = [""] * parallel.world_size
+    dist.all_gather_object(everyone, f"{socket.gethostname()}: {_device_name(parallel.device)}")
+    rows, domain = parallel.expert_size, parallel.experts.domain.size()
+    return {
+        "hosts": dict(Counter(everyone)),
+        "layout": {
+            "ranks": parallel.world_size,
+            "tensor": parallel.tensor_size,
+            "pipeline": parallel.pipeline_size,
+            "data parallel": parallel.data_parallel_size,
+            "expert rows": rows,
+            "expert columns": domain // rows,
+            "expert copies": parallel.expert_data_size,
+        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of all that can change what a run does, by name."""
+    found = {"python": platform.python_version(), "kernel": platform.release()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    found["torch"] = torch.__version__
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    if torch.cuda.is_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    with contextlib.suppress(OSError):
+        found["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split("  ")[1].strip()
+    return found
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if name:
+            return f"{name[1]}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
