@@ -9,7 +9,6 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE"],
     project_urls={"PEER (paper)": "https://arxiv.org/abs/2407.04153"},
     python_requires=">=3.10",
     packages=find_packages(include=["peer_dist", "peer_dist.*"]),
