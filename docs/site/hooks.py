@@ -47,9 +47,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             content = path.read_text(encoding="utf-8")
             waiting += _linked(path)
         else:
-            content = (
-                f"# {path.name}\n\n`{path.relative_to(ROOT)}`\n\n````{path.suffix[1:]}\n{path.read_text()}\n````\n"
-            )
+            code = path.read_text(encoding="utf-8")
+            content = f"# {path.name}\n\n`{path.relative_to(ROOT)}`\n\n````{path.suffix[1:]}\n{code}\n````\n"
         files.append(File.generated(config, uri, content=content))
     return files
 
