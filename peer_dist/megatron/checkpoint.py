@@ -3,6 +3,9 @@
 A state is a (nested) dictionary. Tensors wrapped by the functions here are written by the ranks that own
 them. Everything else (numbers, strings, lists, plain tensors) is small, the same on every rank, and goes to
 one ``common.pt``.
+
+Tensors pass through in blocks of rows: saving and loading hold :data:`BUFFER_BYTES` beside what they are given, however
+large that is.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ import dataclasses
 import io
 import os
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,11 +32,18 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from .model import chunks_of, shards_of
 from .reader import LoadPlainValues, LoadTensors, MetadataReader, UntrustedError, read_plain_values
 
+BUFFER_BYTES = 1 << 26
+"""Of two blocks, the one that is written or read and the next; a single row may be larger."""
+
+Key = TypeVar("Key")
 State = dict[str, Any]
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -95,6 +106,40 @@ def like(param: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
     return dataclasses.replace(param, key=key, data=tensor, dtype=tensor.dtype)
 
 
+def held_once(param: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
+    """Like :func:`like`, for a tensor that one data parallel rank alone has in its state, and writes."""
+    return dataclasses.replace(like(param, tensor, key), replica_id=(*_copies(param), 0))
+
+
+def is_copy(param: Sharded) -> bool:
+    """Whether a rank of another tensor or pipeline shard writes this parameter, whatever the data parallel rank."""
+    return any(_copies(param))
+
+
+def _copies(param: Sharded) -> tuple[int, ...]:
+    """Megatron's replica number without its last part, the data parallel rank."""
+    assert isinstance(param.replica_id, tuple)
+    return param.replica_id[:-1]
+
+
+def _blocks(shard: ShardedTensor) -> list[ShardedTensor]:
+    """The shard cut into blocks of rows, of half a buffer each."""
+    data, (first, *columns) = shard.data, (shard.global_offset or (0,))
+    if data.nbytes <= BUFFER_BYTES // 2 or shard.prepend_axis_num:
+        return [shard]
+    rows = max(1, BUFFER_BYTES // 2 * len(data) // data.nbytes)
+    return [
+        dataclasses.replace(
+            shard,
+            data=block,
+            local_shape=tuple(block.shape),
+            global_offset=(first + number * rows, *columns),
+            axis_fragmentations=None,  # no regular grid
+        )
+        for number, block in enumerate(data.split(rows))
+    ]
+
+
 class _Kept(io.BytesIO):
     """The writer closes its file, which would free it."""
 
@@ -119,8 +164,29 @@ class _MemoryFiles(FileSystem):
         self.files[Path(path).name] = buffer.getbuffer()
 
 
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, one tensor after the other. Its own keeps, of each key, the last until all are written."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name, results = f"{plan.storage_data.prefix}0.distcp", []  # type: ignore[union-attr]
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+            for item in plan.items:
+                tensor = planner.resolve_data(item).detach().cpu()  # type: ignore[union-attr]
+                if tensor.untyped_storage().nbytes() != tensor.nbytes:  # all of which would be written
+                    tensor = tensor.clone()
+                begin = stream.tell()
+                torch.save(tensor, stream)
+                length = stream.tell() - begin
+                results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+            if self.sync_files:
+                os.fsync(stream.fileno())
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
 class _SaveHere(TorchDistSaveShardedStrategy):
-    """Megatron's plan and format, written by torch's own synchronous writer.
+    """Megatron's plan and format, in blocks, written by this process.
 
     Megatron writes from forked processes, whose results pass through a spawned one that imports the
     entry script again: seconds at the first save, and forks beside live threads.
@@ -131,8 +197,9 @@ class _SaveHere(TorchDistSaveShardedStrategy):
         self.files = files
 
     def save(self, sharded_state_dict: State, checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        writer = dcp.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=self.files is None)
+        shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        state = {key: [block for shard in parts for block in _blocks(shard)] for key, parts in shards.items()}
+        writer = _Writer(checkpoint_dir, sync_files=self.files is None)
         if self.files is not None:
             writer.fs = self.files
         dcp.save(
@@ -207,34 +274,82 @@ def save(state: State, folder: str | Path, in_memory: bool = False) -> dict[str,
     return {} if files is None else files.files
 
 
-def load(template: State, folder: str | Path, partial: bool = False) -> State:
-    """Read what ``template`` asks for; all ranks call it.
+class Reading:
+    """A checkpoint that fits a template, to be read in parts; all ranks make it and call it together.
 
     Args:
-        template: a state as given to :func:`save`, of this run's layout. The tensors in it are written to.
+        template: a state as given to :func:`save`, of this run's layout; its tensors need no memory (device meta).
             Its plain values are ignored.
         folder: written by :func:`save` at any number of ranks and shards.
         partial: the checkpoint may hold tensors that the template does not ask for.
 
-    Returns:
-        The template's structure with tensors for shards, and the plain values that were saved.
-
     Raises:
-        CheckpointError: on every rank, if a key or shape of model and checkpoint differ or a file is missing
-            or too short (before any tensor is written to), or if a file is corrupt.
+        CheckpointError: on every rank, if a key or shape of template and checkpoint differ or a file is missing or too
+            short.
     """
-    folder = Path(folder)
-    with _readable_errors(f"cannot load the checkpoint {folder}"):
-        _verify(template, folder, partial)
-        loaded: State = dist_checkpointing.load(  # its own strategies unpickle what the checkpoint asks them to
-            _copy(template),
-            str(folder),
-            sharded_strategy=LoadTensors(),
-            common_strategy=LoadPlainValues(),
-            validate_access_integrity=False,
-        )
-    # Megatron leaves out what is empty: a stage without a PEER layer has no tables
-    return {**{key: value for key, value in template.items() if value == {}}, **loaded}
+
+    def __init__(self, template: State, folder: str | Path, partial: bool = False) -> None:
+        self._folder, self._tensors = Path(folder), LoadTensors()
+        with self._readable():
+            _verify(template, self._folder, partial)
+
+    def read(self, part: State) -> State:
+        """Read what ``part`` of the template asks for, into its tensors.
+
+        Returns:
+            Its structure with tensors for shards, and the plain values that were saved.
+
+        Raises:
+            CheckpointError: on every rank, if a file is corrupt.
+        """
+        with self._readable():
+            loaded: State = dist_checkpointing.load(  # its own strategies unpickle what the checkpoint asks them to
+                _copy(part),
+                str(self._folder),
+                sharded_strategy=self._tensors,
+                common_strategy=LoadPlainValues(),
+                validate_access_integrity=False,
+            )
+        # Megatron leaves out what is empty: a stage without a PEER layer has no tables
+        return {**{key: value for key, value in part.items() if value == {}}, **loaded}
+
+    def stream(self, part: Mapping[Key, Sharded], device: torch.device) -> Iterator[tuple[Key, torch.Tensor]]:
+        """Read the tensors of a part, whose own need no memory, a buffer's worth (or a larger one alone) at a time.
+
+        All ranks take every item, also those that want less than others.
+
+        Raises:
+            CheckpointError: as :meth:`read` does.
+        """
+        groups, room = [dict[Key, Sharded]()], BUFFER_BYTES
+        for key, shard in part.items():
+            if shard.data.nbytes > room and groups[-1]:
+                groups.append({})
+                room = BUFFER_BYTES
+            groups[-1][key] = shard
+            room -= shard.data.nbytes
+        counts: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(counts, len(groups))
+        for number in range(max(counts)):
+            yield from self._group(groups[number] if number < len(groups) else {}, device)
+
+    def _group(self, group: Mapping[Key, Sharded], device: torch.device) -> Iterator[tuple[Key, torch.Tensor]]:
+        keys = list(group)
+        wanted = {
+            str(number): like(group[key], torch.empty_like(group[key].data, device=device), group[key].key)
+            for number, key in enumerate(keys)
+        }
+        loaded = self.read({"group": wanted})["group"]
+        for number, key in enumerate(keys):
+            yield key, loaded[str(number)]
+
+    def _readable(self) -> AbstractContextManager[None]:
+        return _readable_errors(f"cannot load the checkpoint {self._folder}")
+
+
+def load(template: State, folder: str | Path, partial: bool = False) -> State:
+    """Read all that a template asks for, if it fits: :class:`Reading`."""
+    return Reading(template, folder, partial).read(template)
 
 
 def _verify(template: State, folder: Path, partial: bool, written: bool = True) -> None:

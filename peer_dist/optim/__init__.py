@@ -1,7 +1,7 @@
 """Optimizers of dense parameters and tables, one global norm over both, and the learning-rate schedule."""
 
-from peer_dist.optim.engine import MOMENTS, DenseAdam, Engine, StepResult
+from peer_dist.optim.engine import MOMENTS, PARTS, DenseAdam, Engine, StepResult
 from peer_dist.optim.schedule import learning_rate_factor
 from peer_dist.optim.tables import TableOptimizer
 
-__all__ = ["MOMENTS", "DenseAdam", "Engine", "StepResult", "TableOptimizer", "learning_rate_factor"]
+__all__ = ["MOMENTS", "PARTS", "DenseAdam", "Engine", "StepResult", "TableOptimizer", "learning_rate_factor"]

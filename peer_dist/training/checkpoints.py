@@ -30,8 +30,19 @@ from peer_dist.config import Config
 from peer_dist.config.schema import MLP_SECTIONS
 from peer_dist.data.prepare import read_prepared
 from peer_dist.megatron import CheckpointError, Parallel, shards_of
-from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
-from peer_dist.optim import Engine
+from peer_dist.megatron.checkpoint import (
+    Reading,
+    Sharded,
+    State,
+    dense_sharded_state,
+    held_once,
+    is_copy,
+    like,
+    load,
+    save,
+    table_shard,
+)
+from peer_dist.optim import PARTS, Engine
 from peer_dist.training.revival import Revival
 
 MANIFEST = "manifest.json"
@@ -53,13 +64,35 @@ def weights_state(model: Any, parallel: Parallel) -> State:
 
 
 def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival | None = None) -> State:
-    """Everything that training goes on from. A collective call."""
-    state = weights_state(model, parallel)
-    dense = state["model"]
-    state["optimizer"] = {
-        f"{name}.{part}": like(dense[name], value, f"optimizer.{part}.{dense[name].key}")
-        for name, part, value in engine.dense_state()
-    }
+    """Everything that training goes on from. A collective call.
+
+    The engine puts together one dense tensor after the other, and the data parallel ranks keep an even share of them
+    each, in host memory: what they write.
+    """
+    state, trained = _state_in_place(model, engine, parallel, revival)
+    state["optimizer"] = {}
+    given = [0] * parallel.data_parallel_size
+    for name, part, value in engine.dense_state():
+        param, writer = trained[name], given.index(min(given))
+        given[writer] += value.nbytes
+        if writer != parallel.data_parallel_rank or is_copy(param):
+            continue
+        value = value.cpu()
+        state["optimizer"][f"{name}.{part}"] = held_once(param, value, _optimizer_key(param, part))
+        if part == "master":
+            state["model"][name] = held_once(param, value.to(param.data.dtype), param.key)
+    return state
+
+
+def _state_in_place(
+    model: Any, engine: Engine, parallel: Parallel, revival: Revival | None
+) -> tuple[State, dict[str, Sharded]]:
+    """What this rank has the whole of, over its own memory, and the engine's parameters, of which it may have a part:
+    there only key, shape, dtype and place count.
+    """
+    with engine.whole_shapes():
+        state = weights_state(model, parallel)
+    trained = {name: state["model"].pop(name) for name in engine.parameters}
     shards = shards_of(model)
     state["table_optimizer"] = {}
     for name, part, value in _shard_states(engine):
@@ -73,7 +106,11 @@ def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival |
         name: table_shard(f"revival.{name}", use, (0, 0, 0), tuple(use.shape), parallel.token_group.rank())
         for name, use in (revival.state() if revival is not None else ())
     }
-    return state
+    return state, trained
+
+
+def _optimizer_key(param: Sharded, part: str) -> str:
+    return f"optimizer.{part}.{param.key}"
 
 
 def _shard_states(engine: Engine) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -93,16 +130,22 @@ def restore_run(
     path: Path, model: Any, engine: Engine, parallel: Parallel, step: int, revival: Revival | None = None
 ) -> None:
     """Continue from a checkpoint: weights, tables, both optimizers, and what the next revival decides by."""
-    with engine.whole_parameters():
-        loaded = load(run_state(model, engine, parallel, revival), path)
-        _copy_weights(loaded, model)
-    for key, value in loaded["optimizer"].items():
-        name, part = key.rsplit(".", 1)
-        engine.load_dense_state(name, part, value)
+    state, trained = _state_in_place(model, engine, parallel, revival)
+    dense = {
+        (name, part): like(param, torch.empty_like(param.data, dtype=torch.float32, device="meta"), key)
+        for name, param in trained.items()
+        for part in PARTS
+        for key in [_optimizer_key(param, part)]
+    }
+    reading = Reading({**state, "trained": trained, "optimizer": dense}, path)
+    loaded = reading.read(state)
+    _copy_weights(loaded, model)
     for name, part, value in _shard_states(engine):
         _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
     for name, use in revival.state() if revival is not None else ():
         _copy(use, loaded["revival"][name])
+    for (name, part), value in reading.stream(dense, parallel.device):  # a parameter comes as its master
+        engine.load_dense_state(name, part, value)
     engine.steps = step
 
 

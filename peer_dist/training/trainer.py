@@ -451,10 +451,9 @@ class Trainer:
                 "python": platform.python_version(),
             },
         }
-        with self.engine.whole_parameters():
-            state = run_state(self.model, self.engine, self.parallel, self.revival)
-            wait = not self.config.checkpoint.asynchronous
-            return self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
+        state = run_state(self.model, self.engine, self.parallel, self.revival)
+        wait = not self.config.checkpoint.asynchronous
+        return self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
 
     def _record(self, metrics: Metrics | None, values: dict[str, float]) -> None:
         if metrics is not None and values:
