@@ -15,10 +15,11 @@ import dataclasses
 import io
 import os
 import warnings
+import zlib
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import IO, Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,11 @@ def like(param: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
     return dataclasses.replace(param, key=key, data=tensor, dtype=tensor.dtype)
 
 
+def unfilled(param: Sharded, key: str, dtype: torch.dtype) -> Sharded:
+    """Like :func:`like`, with a tensor that has no memory."""
+    return like(param, torch.empty_like(param.data, dtype=dtype, device="meta"), key)
+
+
 def held_once(param: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
     """Like :func:`like`, for a tensor that one data parallel rank alone has in its state, and writes."""
     return dataclasses.replace(like(param, tensor, key), replica_id=(*_copies(param), 0))
@@ -147,35 +153,63 @@ class _Kept(io.BytesIO):
         pass
 
 
-class _MemoryFiles(FileSystem):
-    """Keeps files of tensors in memory; the small ones that describe them go to the disk."""
+class _Summed(io.BufferedWriter):
+    """A file that is written once, from its beginning, and knows its CRC-32."""
 
-    def __init__(self) -> None:
-        self.files: dict[str, memoryview] = {}
+    checksum = 0
+
+    def write(self, data: Any) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return super().write(data)
+
+
+@dataclasses.dataclass
+class Written:
+    """What a rank's :func:`save` made of its tensors.
+
+    Attributes:
+        checksums: of the files on the disk: size in bytes and CRC-32, by name.
+        pending: contents of files that are still to be written, by name.
+    """
+
+    checksums: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    pending: dict[str, memoryview] = dataclasses.field(default_factory=dict)
+
+
+class _Files(FileSystem):
+    """Puts files of tensors on the disk or keeps them in memory; the small ones that describe them go to the disk."""
+
+    def __init__(self, in_memory: bool) -> None:
+        self.in_memory, self.written = in_memory, Written()
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        name = Path(path).name
         if Path(path).suffix != ".distcp":
             with super().create_stream(path, mode) as stream:
                 yield stream
-            return
-        buffer = _Kept()
-        yield buffer
-        self.files[Path(path).name] = buffer.getbuffer()
+        elif self.in_memory:
+            buffer = _Kept()
+            yield buffer
+            self.written.pending[name] = buffer.getbuffer()
+        else:
+            with _Summed(io.FileIO(path, mode)) as file:
+                yield file
+                self.written.checksums[name] = [file.tell(), file.checksum]
 
 
 class _Writer(dcp.FileSystemWriter):
     """torch's writer, one tensor after the other. Its own keeps, of each key, the last until all are written."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name, results = f"{plan.storage_data.prefix}0.distcp", []  # type: ignore[union-attr]
-        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+        name, results = f"{plan.storage_data.prefix}0.distcp", []
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream, _no_inner_checksums():
             for item in plan.items:
                 tensor = planner.resolve_data(item).detach().cpu()  # type: ignore[union-attr]
                 if tensor.untyped_storage().nbytes() != tensor.nbytes:  # all of which would be written
                     tensor = tensor.clone()
                 begin = stream.tell()
-                torch.save(tensor, stream)
+                torch.save(tensor, cast(IO[bytes], stream))
                 length = stream.tell() - begin
                 results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
             if self.sync_files:
@@ -185,6 +219,17 @@ class _Writer(dcp.FileSystemWriter):
         return future
 
 
+@contextlib.contextmanager
+def _no_inner_checksums() -> Iterator[None]:
+    """torch.save computes one of each tensor, which torch.load does not read; the whole file's is in the manifest."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class _SaveHere(TorchDistSaveShardedStrategy):
     """Megatron's plan and format, in blocks, written by this process.
 
@@ -192,16 +237,15 @@ class _SaveHere(TorchDistSaveShardedStrategy):
     entry script again: seconds at the first save, and forks beside live threads.
     """
 
-    def __init__(self, files: _MemoryFiles | None) -> None:
+    def __init__(self, files: _Files) -> None:
         super().__init__("torch_dist", 1)
         self.files = files
 
     def save(self, sharded_state_dict: State, checkpoint_dir: str | Path) -> None:
         shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         state = {key: [block for shard in parts for block in _blocks(shard)] for key, parts in shards.items()}
-        writer = _Writer(checkpoint_dir, sync_files=self.files is None)
-        if self.files is not None:
-            writer.fs = self.files
+        writer = _Writer(checkpoint_dir, sync_files=not self.files.in_memory)
+        writer.fs = self.files
         dcp.save(
             mcore_to_pyt_state_dict(state),
             storage_writer=writer,
@@ -247,20 +291,20 @@ def _first_sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
 
 
-def save(state: State, folder: str | Path, in_memory: bool = False) -> dict[str, memoryview]:
+def save(state: State, folder: str | Path, in_memory: bool = False) -> Written:
     """Write ``state`` into ``folder``; all ranks call it, and it returns when all have written.
 
     Plain values may hold what ``torch.load(weights_only=True)`` reads; rank 0's are stored. Not in place:
     write into a new folder, then rename it.
 
-    Returns:
-        With ``in_memory``, what this rank still has to write into the folder: a copy of its tensors, by file name.
+    Args:
+        in_memory: leave the tensors' files to the caller: a copy of this rank's tensors, in :attr:`Written.pending`.
 
     Raises:
         CheckpointError: on every rank, if shards do not cover a tensor exactly or a rank cannot write its
             tensors; on the rank alone, if it cannot make the folder or ``common.pt``.
     """
-    folder, files = Path(folder), _MemoryFiles() if in_memory else None
+    folder, files = Path(folder), _Files(in_memory)
     with _readable_errors(f"cannot save the checkpoint {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         # Megatron's check raises on rank 0 only, and the others wait for it; torch's raises everywhere.
@@ -271,7 +315,7 @@ def save(state: State, folder: str | Path, in_memory: bool = False) -> dict[str,
             validate_access_integrity=False,
         )
         _verify(state, folder, partial=False, written=not in_memory)  # finds a tensor that no rank was told to write
-    return {} if files is None else files.files
+    return files.written
 
 
 class Reading:

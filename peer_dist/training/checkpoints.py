@@ -34,13 +34,14 @@ from peer_dist.megatron.checkpoint import (
     Reading,
     Sharded,
     State,
+    Written,
     dense_sharded_state,
     held_once,
     is_copy,
-    like,
     load,
     save,
     table_shard,
+    unfilled,
 )
 from peer_dist.optim import PARTS, Engine
 from peer_dist.training.revival import Revival
@@ -87,12 +88,11 @@ def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival |
 def _state_in_place(
     model: Any, engine: Engine, parallel: Parallel, revival: Revival | None
 ) -> tuple[State, dict[str, Sharded]]:
-    """What this rank has the whole of, over its own memory, and the engine's parameters, of which it may have a part:
-    there only key, shape, dtype and place count.
-    """
+    """What this rank has the whole of, over its own memory, and, without memory, the engine's parameters, by name."""
     with engine.whole_shapes():
         state = weights_state(model, parallel)
-    trained = {name: state["model"].pop(name) for name in engine.parameters}
+        params = {name: state["model"].pop(name) for name in engine.parameters}
+        trained = {name: unfilled(param, param.key, param.data.dtype) for name, param in params.items()}
     shards = shards_of(model)
     state["table_optimizer"] = {}
     for name, part, value in _shard_states(engine):
@@ -132,10 +132,9 @@ def restore_run(
     """Continue from a checkpoint: weights, tables, both optimizers, and what the next revival decides by."""
     state, trained = _state_in_place(model, engine, parallel, revival)
     dense = {
-        (name, part): like(param, torch.empty_like(param.data, dtype=torch.float32, device="meta"), key)
+        (name, part): unfilled(param, _optimizer_key(param, part), torch.float32)
         for name, param in trained.items()
         for part in PARTS
-        for key in [_optimizer_key(param, part)]
     }
     reading = Reading({**state, "trained": trained, "optimizer": dense}, path)
     loaded = reading.read(state)
@@ -247,9 +246,9 @@ class CheckpointStore:
             partial.mkdir(parents=True)
 
         _from_rank_zero(begin)
-        rest = save(state, partial, in_memory=not wait)
+        written = save(state, partial, in_memory=not wait)
         _from_rank_zero(lambda: tokenizer.save(partial / "tokenizer.json"))
-        self._unfinished = _Unfinished(partial, self.path(step), {"step": step, **info}, _Writer(partial, rest))
+        self._unfinished = _Unfinished(partial, self.path(step), {"step": step, **info}, _Writer(partial, written))
         if wait:
             self.finish()
         return self.path(step)
@@ -298,10 +297,9 @@ class CheckpointStore:
 class _Writer(threading.Thread):
     """Writes files to the disk, with their checksums, while the run goes on; it takes part in no collective call."""
 
-    def __init__(self, folder: Path, files: dict[str, memoryview]) -> None:
+    def __init__(self, folder: Path, written: Written) -> None:
         super().__init__(daemon=True)  # a run that fails leaves no checkpoint, and does not wait for one
-        self._folder, self._files = folder, files
-        self._checksums: dict[str, list[int]] = {}
+        self._folder, self._files, self._checksums = folder, written.pending, written.checksums
         self._problem: str | None = None
         self.start()
 

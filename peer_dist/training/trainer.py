@@ -130,6 +130,7 @@ class Trainer:
         self.revival = Revival(self.model, self.parallel, config.train.seed) if config.peer.revive_interval else None
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
+        self.last_save: dict[str, float] = {}
         self.guard = Guard(config.guard)
 
         console = Console(stderr=True, quiet=self.parallel.rank != 0)
@@ -236,7 +237,8 @@ class Trainer:
         with Progress(console, start, config.train.steps) as progress:
             while self.steps_done < config.train.steps and not stopped:
                 position.at("first step" if self.steps_done == start else "step", self.steps_done + 1)
-                values = self.step()
+                values = self.last_save | self.step()
+                self.last_save = {}
                 if self.steps_done == start + 1:
                     values |= self._started(console)
                 lost = lock is not None and lock.lost
@@ -438,6 +440,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the present state, or begin to; a collective call."""
         position.at("save", self.steps_done)
+        begin, wait = time.perf_counter(), not self.config.checkpoint.asynchronous
         info: dict[str, Any] = {
             "updates": self.steps_done - self.guard.skipped,
             "guard": self.guard.state(),
@@ -452,8 +455,12 @@ class Trainer:
             },
         }
         state = run_state(self.model, self.engine, self.parallel, self.revival)
-        wait = not self.config.checkpoint.asynchronous
-        return self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
+        path = self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
+        self.last_save = {"checkpoint/seconds": time.perf_counter() - begin}
+        if wait and self.parallel.rank == 0:
+            size = sum(size for size, _ in read_manifest(path)["files"].values())
+            self.last_save["checkpoint/gb_per_second"] = size / 1e9 / self.last_save["checkpoint/seconds"]
+        return path
 
     def _record(self, metrics: Metrics | None, values: dict[str, float]) -> None:
         if metrics is not None and values:
