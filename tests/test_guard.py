@@ -54,8 +54,8 @@ def left_out(rank, world_size, tree):
     tables = [t for layer in trainer.layers.values() for t in (layer.down, layer.up)]
 
     def weights():
-        with trainer.engine.whole_parameters():
-            return [p.detach().clone() for p in [*trainer.model.parameters(), *tables]]
+        masters = [value for _, part, value in trainer.engine.dense_state() if part == "master"]
+        return [p.detach().clone() for p in [*masters, *tables]]
 
     is_spike, trainer.guard.is_spike = trainer.guard.is_spike, lambda loss: True
     before = weights()

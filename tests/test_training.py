@@ -404,8 +404,8 @@ def poisoned(rank, world_size, tree, table):
     victim = tables[-1] if table and tables else list(trainer.model.parameters())[-1]
 
     def weights():
-        with trainer.engine.whole_parameters():
-            return [p.detach().clone() for p in [*trainer.model.parameters(), *tables]]
+        masters = [value for _, part, value in trainer.engine.dense_state() if part == "master"]
+        return [p.detach().clone() for p in [*masters, *tables]]
 
     handle = victim.register_hook(lambda grad: grad * (math.nan if rank == world_size - 1 else 1.0))
     before = weights()

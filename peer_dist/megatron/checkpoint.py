@@ -3,6 +3,9 @@
 A state is a (nested) dictionary. Tensors wrapped by the functions here are written by the ranks that own
 them. Everything else (numbers, strings, lists, plain tensors) is small, the same on every rank, and goes to
 one ``common.pt``.
+
+Tensors pass through in blocks of rows: saving and loading hold :data:`BUFFER_BYTES` beside what they are given, however
+large that is.
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ import dataclasses
 import io
 import os
 import warnings
-from collections.abc import Generator, Iterator
+import zlib
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,11 +33,18 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from .model import chunks_of, shards_of
 from .reader import LoadPlainValues, LoadTensors, MetadataReader, UntrustedError, read_plain_values
 
+BUFFER_BYTES = 1 << 26
+"""Of two blocks, the one that is written or read and the next; a single row may be larger."""
+
+Key = TypeVar("Key")
 State = dict[str, Any]
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
@@ -104,6 +116,45 @@ def like(param: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
     return dataclasses.replace(param, key=key, data=tensor, dtype=tensor.dtype)
 
 
+def unfilled(param: Sharded, key: str, dtype: torch.dtype) -> Sharded:
+    """Like :func:`like`, with a tensor that has no memory."""
+    return like(param, torch.empty_like(param.data, dtype=dtype, device="meta"), key)
+
+
+def held_once(param: Sharded, tensor: torch.Tensor, key: str) -> Sharded:
+    """Like :func:`like`, for a tensor that one data parallel rank alone has in its state, and writes."""
+    return dataclasses.replace(like(param, tensor, key), replica_id=(*_copies(param), 0))
+
+
+def is_copy(param: Sharded) -> bool:
+    """Whether a rank of another tensor or pipeline shard writes this parameter, whatever the data parallel rank."""
+    return any(_copies(param))
+
+
+def _copies(param: Sharded) -> tuple[int, ...]:
+    """Megatron's replica number without its last part, the data parallel rank."""
+    assert isinstance(param.replica_id, tuple)
+    return param.replica_id[:-1]
+
+
+def _blocks(shard: ShardedTensor) -> list[ShardedTensor]:
+    """The shard cut into blocks of rows, of half a buffer each."""
+    data, (first, *columns) = shard.data, (shard.global_offset or (0,))
+    if data.nbytes <= BUFFER_BYTES // 2 or shard.prepend_axis_num:
+        return [shard]
+    rows = max(1, BUFFER_BYTES // 2 * len(data) // data.nbytes)
+    return [
+        dataclasses.replace(
+            shard,
+            data=block,
+            local_shape=tuple(block.shape),
+            global_offset=(first + number * rows, *columns),
+            axis_fragmentations=None,  # no regular grid
+        )
+        for number, block in enumerate(data.split(rows))
+    ]
+
+
 class _Kept(io.BytesIO):
     """The writer closes its file, which would free it."""
 
@@ -111,39 +162,99 @@ class _Kept(io.BytesIO):
         pass
 
 
-class _MemoryFiles(FileSystem):
-    """Keeps files of tensors in memory; the small ones that describe them go to the disk."""
+class _Summed(io.BufferedWriter):
+    """A file that is written once, from its beginning, and knows its CRC-32."""
 
-    def __init__(self) -> None:
-        self.files: dict[str, memoryview] = {}
+    checksum = 0
+
+    def write(self, data: Any) -> int:
+        self.checksum = zlib.crc32(data, self.checksum)
+        return super().write(data)
+
+
+@dataclasses.dataclass
+class Written:
+    """What a rank's :func:`save` made of its tensors.
+
+    Attributes:
+        checksums: of the files on the disk: size in bytes and CRC-32, by name.
+        pending: contents of files that are still to be written, by name.
+    """
+
+    checksums: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    pending: dict[str, memoryview] = dataclasses.field(default_factory=dict)
+
+
+class _Files(FileSystem):
+    """Puts files of tensors on the disk or keeps them in memory; the small ones that describe them go to the disk."""
+
+    def __init__(self, in_memory: bool) -> None:
+        self.in_memory, self.written = in_memory, Written()
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        name = Path(path).name
         if Path(path).suffix != ".distcp":
             with super().create_stream(path, mode) as stream:
                 yield stream
-            return
-        buffer = _Kept()
-        yield buffer
-        self.files[Path(path).name] = buffer.getbuffer()
+        elif self.in_memory:
+            buffer = _Kept()
+            yield buffer
+            self.written.pending[name] = buffer.getbuffer()
+        else:
+            with _Summed(io.FileIO(path, mode)) as file:
+                yield file
+                self.written.checksums[name] = [file.tell(), file.checksum]
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, one tensor after the other. Its own keeps, of each key, the last until all are written."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name, results = f"{plan.storage_data.prefix}0.distcp", []
+        with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream, _no_inner_checksums():
+            for item in plan.items:
+                tensor = planner.resolve_data(item).detach().cpu()  # type: ignore[union-attr]
+                if tensor.untyped_storage().nbytes() != tensor.nbytes:  # all of which would be written
+                    tensor = tensor.clone()
+                begin = stream.tell()
+                torch.save(tensor, cast(IO[bytes], stream))
+                length = stream.tell() - begin
+                results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
+            if self.sync_files:
+                os.fsync(stream.fileno())
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+@contextlib.contextmanager
+def _no_inner_checksums() -> Iterator[None]:
+    """torch.save computes one of each tensor, which torch.load does not read; the whole file's is in the manifest."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _SaveHere(TorchDistSaveShardedStrategy):
-    """Megatron's plan and format, written by torch's own synchronous writer.
+    """Megatron's plan and format, in blocks, written by this process.
 
     Megatron writes from forked processes, whose results pass through a spawned one that imports the
     entry script again: seconds at the first save, and forks beside live threads.
     """
 
-    def __init__(self, files: _MemoryFiles | None) -> None:
+    def __init__(self, files: _Files) -> None:
         super().__init__("torch_dist", 1)
         self.files = files
 
     def save(self, sharded_state_dict: State, checkpoint_dir: str | Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        writer = dcp.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=self.files is None)
-        if self.files is not None:
-            writer.fs = self.files
+        shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        state = {key: [block for shard in parts for block in _blocks(shard)] for key, parts in shards.items()}
+        writer = _Writer(checkpoint_dir, sync_files=not self.files.in_memory)
+        writer.fs = self.files
         dcp.save(
             mcore_to_pyt_state_dict(state),
             storage_writer=writer,
@@ -189,20 +300,20 @@ def _first_sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
 
 
-def save(state: State, folder: str | Path, in_memory: bool = False) -> dict[str, memoryview]:
+def save(state: State, folder: str | Path, in_memory: bool = False) -> Written:
     """Write ``state`` into ``folder``; all ranks call it, and it returns when all have written.
 
     Plain values may hold what ``torch.load(weights_only=True)`` reads; rank 0's are stored. Not in place:
     write into a new folder, then rename it.
 
-    Returns:
-        With ``in_memory``, what this rank still has to write into the folder: a copy of its tensors, by file name.
+    Args:
+        in_memory: leave the tensors' files to the caller: a copy of this rank's tensors, in :attr:`Written.pending`.
 
     Raises:
         CheckpointError: on every rank, if shards do not cover a tensor exactly or a rank cannot write its
             tensors; on the rank alone, if it cannot make the folder or ``common.pt``.
     """
-    folder, files = Path(folder), _MemoryFiles() if in_memory else None
+    folder, files = Path(folder), _Files(in_memory)
     with _readable_errors(f"cannot save the checkpoint {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         # Megatron's check raises on rank 0 only, and the others wait for it; torch's raises everywhere.
@@ -213,37 +324,85 @@ def save(state: State, folder: str | Path, in_memory: bool = False) -> dict[str,
             validate_access_integrity=False,
         )
         _verify(state, folder, partial=False, written=not in_memory)  # finds a tensor that no rank was told to write
-    return {} if files is None else files.files
+    return files.written
 
 
-def load(template: State, folder: str | Path, partial: bool = False) -> State:
-    """Read what ``template`` asks for; all ranks call it.
+class Reading:
+    """A checkpoint that fits a template, to be read in parts; all ranks make it and call it together.
 
     Args:
-        template: a state as given to :func:`save`, of this run's layout. The tensors in it are written to.
+        template: a state as given to :func:`save`, of this run's layout; its tensors need no memory (device meta).
             Its plain values are ignored.
         folder: written by :func:`save` at any number of ranks and shards.
         partial: the checkpoint may hold tensors that the template does not ask for.
 
-    Returns:
-        The template's structure with tensors for shards, and the plain values that were saved.
-
     Raises:
-        CheckpointError: on every rank, if a key or shape of model and checkpoint differ or a file is missing
-            or too short (before any tensor is written to), or if a file is corrupt.
+        CheckpointError: on every rank, if a key or shape of template and checkpoint differ or a file is missing or too
+            short.
     """
-    folder = Path(folder)
-    with _readable_errors(f"cannot load the checkpoint {folder}"):
-        _verify(template, folder, partial)
-        loaded: State = dist_checkpointing.load(  # its own strategies unpickle what the checkpoint asks them to
-            _copy(template),
-            str(folder),
-            sharded_strategy=LoadTensors(),
-            common_strategy=LoadPlainValues(),
-            validate_access_integrity=False,
-        )
-    # Megatron leaves out what is empty: a stage without a PEER layer has no tables
-    return {**{key: value for key, value in template.items() if value == {}}, **loaded}
+
+    def __init__(self, template: State, folder: str | Path, partial: bool = False) -> None:
+        self._folder, self._tensors = Path(folder), LoadTensors()
+        with self._readable():
+            _verify(template, self._folder, partial)
+
+    def read(self, part: State) -> State:
+        """Read what ``part`` of the template asks for, into its tensors.
+
+        Returns:
+            Its structure with tensors for shards, and the plain values that were saved.
+
+        Raises:
+            CheckpointError: on every rank, if a file is corrupt.
+        """
+        with self._readable():
+            loaded: State = dist_checkpointing.load(  # its own strategies unpickle what the checkpoint asks them to
+                _copy(part),
+                str(self._folder),
+                sharded_strategy=self._tensors,
+                common_strategy=LoadPlainValues(),
+                validate_access_integrity=False,
+            )
+        # Megatron leaves out what is empty: a stage without a PEER layer has no tables
+        return {**{key: value for key, value in part.items() if value == {}}, **loaded}
+
+    def stream(self, part: Mapping[Key, Sharded], device: torch.device) -> Iterator[tuple[Key, torch.Tensor]]:
+        """Read the tensors of a part, whose own need no memory, a buffer's worth (or a larger one alone) at a time.
+
+        All ranks take every item, also those that want less than others.
+
+        Raises:
+            CheckpointError: as :meth:`read` does.
+        """
+        groups, room = [dict[Key, Sharded]()], BUFFER_BYTES
+        for key, shard in part.items():
+            if shard.data.nbytes > room and groups[-1]:
+                groups.append({})
+                room = BUFFER_BYTES
+            groups[-1][key] = shard
+            room -= shard.data.nbytes
+        counts: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(counts, len(groups))
+        for number in range(max(counts)):
+            yield from self._group(groups[number] if number < len(groups) else {}, device)
+
+    def _group(self, group: Mapping[Key, Sharded], device: torch.device) -> Iterator[tuple[Key, torch.Tensor]]:
+        keys = list(group)
+        wanted = {
+            str(number): like(group[key], torch.empty_like(group[key].data, device=device), group[key].key)
+            for number, key in enumerate(keys)
+        }
+        loaded = self.read({"group": wanted})["group"]
+        for number, key in enumerate(keys):
+            yield key, loaded[str(number)]
+
+    def _readable(self) -> AbstractContextManager[None]:
+        return _readable_errors(f"cannot load the checkpoint {self._folder}")
+
+
+def load(template: State, folder: str | Path, partial: bool = False) -> State:
+    """Read all that a template asks for, if it fits: :class:`Reading`."""
+    return Reading(template, folder, partial).read(template)
 
 
 def check_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -34,9 +34,8 @@ class ReplicatedEngine(Engine):
         adam: DenseAdam,
         parallel: Parallel,
     ) -> None:
-        super().__init__(tables, experts, adam)
+        super().__init__(model, tables, experts, adam)
         self._data_parallel_size = parallel.data_parallel_size
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         megatron = chunks_of(model)[0].config
         config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
         self._chunks = [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks_of(model)]
@@ -79,7 +78,7 @@ class ReplicatedEngine(Engine):
             group["lr"] = lr
         self._set_shard_lr(lr, table_lr)
         self._optimizer.prepare_grads()
-        device = next(iter(self._parameters.values())).device
+        device = next(iter(self.parameters.values())).device
         norm = math.hypot(float(self._optimizer.get_grad_norm()), float(self._shard_norm(device)))
         applied = math.isfinite(norm)
         if applied:
@@ -95,13 +94,13 @@ class ReplicatedEngine(Engine):
         self._skip_shards()
 
     def not_finite(self) -> list[str]:
-        dense = ((name, parameter.main_grad) for name, parameter in self._parameters.items())  # type: ignore[attr-defined]
+        dense = ((name, parameter.main_grad) for name, parameter in self.parameters.items())  # type: ignore[attr-defined]
         return names_not_finite(dense) + self._shards_not_finite()
 
     @property
     def steps(self) -> int:
         group = self._inner.param_groups[0]  # where apex and TransformerEngine count
-        return int(group["step"] if "step" in group else self._state(next(iter(self._parameters)))["step"])
+        return int(group["step"] if "step" in group else self._state(next(iter(self.parameters)))["step"])
 
     @steps.setter
     def steps(self, value: int) -> None:
@@ -118,7 +117,7 @@ class ReplicatedEngine(Engine):
         return self._parameters.values(), gradients, states
 
     @contextlib.contextmanager
-    def whole_parameters(self) -> Iterator[None]:
+    def whole_shapes(self) -> Iterator[None]:
         yield
 
     def dense_memory(self) -> Memory:
@@ -129,14 +128,14 @@ class ReplicatedEngine(Engine):
 
     def _main(self, name: str) -> Tensor:
         """The float32 parameter that Adam steps."""
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         return parameter if parameter.dtype == torch.float32 else parameter.main_param  # type: ignore[attr-defined]
 
     def _state(self, name: str) -> dict[str, Tensor]:
         return self._inner.state[self._main(name)]
 
     def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
-        for name in self._parameters:
+        for name in self.parameters:
             if only is not None and name not in only:
                 continue
             for moment in MOMENTS:
@@ -147,6 +146,6 @@ class ReplicatedEngine(Engine):
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
         if part == "master":
             self._main(name).copy_(value)
-            self._parameters[name].copy_(value)
+            self.parameters[name].copy_(value)
         else:
             self._state(name)[part].copy_(value)

@@ -210,16 +210,21 @@ def _span(begin: int, length: int) -> slice:
 
 
 class LoadTensors(TorchDistLoadShardedStrategy):
-    """Megatron's loading of sharded tensors with :class:`MetadataReader` instead of a reader that unpickles freely."""
+    """Megatron's loading of sharded tensors with :class:`MetadataReader` instead of a reader that unpickles freely.
+
+    One serves one checkpoint, whose ``.metadata`` it reads once.
+    """
+
+    _reader: MetadataReader | None = None
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
         shards = [value for value in _values(sharded_state_dict) if isinstance(value, ShardedTensor)]
         by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = mcore_to_pyt_state_dict(by_key, True)
-        reader = MetadataReader(checkpoint_dir)
+        self._reader = self._reader or MetadataReader(checkpoint_dir)
         dcp.state_dict_loader.load_state_dict(
             state,
-            reader,
+            self._reader,
             planner=MCoreLoadPlanner(
                 shapes_validation_sharded_tensors=[s for s in shards if not s.allow_shape_mismatch],
                 allow_shape_mismatch_sharded_tensors={s.key: s for s in shards if s.allow_shape_mismatch},

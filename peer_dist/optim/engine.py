@@ -8,12 +8,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peer_dist.optim.memory import Memory
 from peer_dist.optim.tables import TableOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PARTS = (*MOMENTS, "master")
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,23 @@ class Engine(abc.ABC):
     """AdamW over a model's dense parameters, and optimizers of shards in step with it under one global norm.
 
     Args of all engines:
+        model: its shards released.
         tables: the tables' optimizer, with a learning rate of its own.
         experts: the optimizer of experts' weights, which follows the dense part's learning rate; None if there are none
             anywhere in the model.
 
     Gradients are averaged over data-parallel ranks: scale each rank's loss so that the average is the loss meant.
+
+    Attributes:
+        parameters: the dense ones that are trained, by their names in ``model.named_parameters()``.
     """
 
     grad_clip: float
 
-    def __init__(self, tables: TableOptimizer, experts: TableOptimizer | None, adam: DenseAdam) -> None:
+    def __init__(
+        self, model: nn.Module, tables: TableOptimizer, experts: TableOptimizer | None, adam: DenseAdam
+    ) -> None:
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.grad_clip, self.tables, self._experts = adam.grad_clip, tables, experts
         self.shard_optimizers = [tables] if experts is None else [tables, experts]
 
@@ -150,21 +158,21 @@ class Engine(abc.ABC):
     def steps(self, value: int) -> None: ...
 
     @abc.abstractmethod
-    def whole_parameters(self) -> AbstractContextManager[None]:
-        """Inside, every parameter has its whole (tensor-parallel) shape; changes made to it are lost if it had not."""
+    def whole_shapes(self) -> AbstractContextManager[None]:
+        """Inside, every parameter has its whole (tensor-parallel) shape; one that had not has no values to be read."""
 
     @abc.abstractmethod
     def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
-        """``(parameter name, part, whole float32 tensor)`` for the parts exp_avg, exp_avg_sq and master.
+        """``(parameter name, part, whole float32 tensor)`` for each of :data:`PARTS`, the master last.
 
-        Of all parameters, or of those whose names are in ``only``.
+        Of all parameters, or of those whose names are in ``only``. A parameter is its master, rounded to its dtype.
 
-        A collective over the data parallel group: take every item on every rank.
+        A collective over the data parallel group: take every item on every rank. One is made at a time.
         """
 
     @abc.abstractmethod
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
-        """Put back what :meth:`dense_state` gave; the master also becomes the parameter's value."""
+        """Put back what :meth:`dense_state` gave, on this rank; the master also becomes the parameter's value."""
 
 
 def names_not_finite(grads: Iterable[tuple[str, Tensor | None]]) -> list[str]:

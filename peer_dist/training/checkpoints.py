@@ -30,8 +30,20 @@ from peer_dist.config import Config
 from peer_dist.config.schema import MLP_SECTIONS
 from peer_dist.data.prepare import read_prepared
 from peer_dist.megatron import CheckpointError, Parallel, shards_of
-from peer_dist.megatron.checkpoint import State, dense_sharded_state, like, load, save, table_shard
-from peer_dist.optim import Engine
+from peer_dist.megatron.checkpoint import (
+    Reading,
+    Sharded,
+    State,
+    Written,
+    dense_sharded_state,
+    held_once,
+    is_copy,
+    load,
+    save,
+    table_shard,
+    unfilled,
+)
+from peer_dist.optim import PARTS, Engine
 from peer_dist.training.revival import Revival
 
 MANIFEST = "manifest.json"
@@ -53,13 +65,34 @@ def weights_state(model: Any, parallel: Parallel) -> State:
 
 
 def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival | None = None) -> State:
-    """Everything that training goes on from. A collective call."""
-    state = weights_state(model, parallel)
-    dense = state["model"]
-    state["optimizer"] = {
-        f"{name}.{part}": like(dense[name], value, f"optimizer.{part}.{dense[name].key}")
-        for name, part, value in engine.dense_state()
-    }
+    """Everything that training goes on from. A collective call.
+
+    The engine puts together one dense tensor after the other, and the data parallel ranks keep an even share of them
+    each, in host memory: what they write.
+    """
+    state, trained = _state_in_place(model, engine, parallel, revival)
+    state["optimizer"] = {}
+    given = [0] * parallel.data_parallel_size
+    for name, part, value in engine.dense_state():
+        param, writer = trained[name], given.index(min(given))
+        given[writer] += value.nbytes
+        if writer != parallel.data_parallel_rank or is_copy(param):
+            continue
+        value = value.cpu()
+        state["optimizer"][f"{name}.{part}"] = held_once(param, value, _optimizer_key(param, part))
+        if part == "master":
+            state["model"][name] = held_once(param, value.to(param.data.dtype), param.key)
+    return state
+
+
+def _state_in_place(
+    model: Any, engine: Engine, parallel: Parallel, revival: Revival | None
+) -> tuple[State, dict[str, Sharded]]:
+    """What this rank has the whole of, over its own memory, and, without memory, the engine's parameters, by name."""
+    with engine.whole_shapes():
+        state = weights_state(model, parallel)
+        params = {name: state["model"].pop(name) for name in engine.parameters}
+        trained = {name: unfilled(param, param.key, param.data.dtype) for name, param in params.items()}
     shards = shards_of(model)
     state["table_optimizer"] = {}
     for name, part, value in _shard_states(engine):
@@ -73,7 +106,11 @@ def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival |
         name: table_shard(f"revival.{name}", use, (0, 0, 0), tuple(use.shape), parallel.token_group.rank())
         for name, use in (revival.state() if revival is not None else ())
     }
-    return state
+    return state, trained
+
+
+def _optimizer_key(param: Sharded, part: str) -> str:
+    return f"optimizer.{part}.{param.key}"
 
 
 def _shard_states(engine: Engine) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -100,16 +137,21 @@ def restore_run(
     path: Path, model: Any, engine: Engine, parallel: Parallel, step: int, revival: Revival | None = None
 ) -> None:
     """Continue from a checkpoint: weights, tables, both optimizers, and what the next revival decides by."""
-    with engine.whole_parameters():
-        loaded = load(run_state(model, engine, parallel, revival), path)
-        _copy_weights(loaded, model)
-    for key, value in loaded["optimizer"].items():
-        name, part = key.rsplit(".", 1)
-        engine.load_dense_state(name, part, value)
+    state, trained = _state_in_place(model, engine, parallel, revival)
+    dense = {
+        (name, part): unfilled(param, _optimizer_key(param, part), torch.float32)
+        for name, param in trained.items()
+        for part in PARTS
+    }
+    reading = Reading({**state, "trained": trained, "optimizer": dense}, path)
+    loaded = reading.read(state)
+    _copy_weights(loaded, model)
     for name, part, value in _shard_states(engine):
         _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
     for name, use in revival.state() if revival is not None else ():
         _copy(use, loaded["revival"][name])
+    for (name, part), value in reading.stream(dense, parallel.device):  # a parameter comes as its master
+        engine.load_dense_state(name, part, value)
     engine.steps = step
 
 
@@ -211,9 +253,9 @@ class CheckpointStore:
             partial.mkdir(parents=True)
 
         _from_rank_zero(begin)
-        rest = save(state, partial, in_memory=not wait)
+        written = save(state, partial, in_memory=not wait)
         _from_rank_zero(lambda: tokenizer.save(partial / "tokenizer.json"))
-        self._unfinished = _Unfinished(partial, self.path(step), {"step": step, **info}, _Writer(partial, rest))
+        self._unfinished = _Unfinished(partial, self.path(step), {"step": step, **info}, _Writer(partial, written))
         if wait:
             self.finish()
         return self.path(step)
@@ -262,10 +304,9 @@ class CheckpointStore:
 class _Writer(threading.Thread):
     """Writes files to the disk, with their checksums, while the run goes on; it takes part in no collective call."""
 
-    def __init__(self, folder: Path, files: dict[str, memoryview]) -> None:
+    def __init__(self, folder: Path, written: Written) -> None:
         super().__init__(daemon=True)  # a run that fails leaves no checkpoint, and does not wait for one
-        self._folder, self._files = folder, files
-        self._checksums: dict[str, list[int]] = {}
+        self._folder, self._files, self._checksums = folder, written.pending, written.checksums
         self._problem: str | None = None
         self.start()
 

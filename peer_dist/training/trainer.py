@@ -132,6 +132,7 @@ class Trainer:
         self.revival = Revival(self.model, self.parallel, config.train.seed) if config.peer.revive_interval else None
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
+        self.last_save: dict[str, float] = {}
         self.guard = Guard(config.guard)
 
         console = Console(stderr=True, quiet=self.parallel.rank != 0)
@@ -190,7 +191,8 @@ class Trainer:
             while self.steps_done < config.train.steps and not stopped:
                 position.at("first step" if self.steps_done == start else "step", self.steps_done + 1)
                 with self.profile.step(self.steps_done + 1) if self.profile else nullcontext():
-                    values = self.step()
+                    values = self.last_save | self.step()
+                self.last_save = {}
                 if self.steps_done == start + 1:
                     values |= self._started(console)
                 lost = lock is not None and lock.lost
@@ -430,6 +432,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of the present state, or begin to; a collective call."""
         position.at("save", self.steps_done)
+        begin, wait = time.perf_counter(), not self.config.checkpoint.asynchronous
         info: dict[str, Any] = {
             "updates": self.steps_done - self.guard.skipped,
             "guard": self.guard.state(),
@@ -443,10 +446,13 @@ class Trainer:
                 "python": platform.python_version(),
             },
         }
-        with self.engine.whole_parameters():
-            state = run_state(self.model, self.engine, self.parallel, self.revival)
-            wait = not self.config.checkpoint.asynchronous
-            return self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
+        state = run_state(self.model, self.engine, self.parallel, self.revival)
+        path = self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
+        self.last_save = {"checkpoint/seconds": time.perf_counter() - begin}
+        if wait and self.parallel.rank == 0:
+            size = sum(size for size, _ in read_manifest(path)["files"].values())
+            self.last_save["checkpoint/gb_per_second"] = size / 1e9 / self.last_save["checkpoint/seconds"]
+        return path
 
     def _record(self, metrics: Metrics | None, values: dict[str, float]) -> None:
         if metrics is not None and values:

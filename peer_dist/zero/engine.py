@@ -67,9 +67,9 @@ class ZeroEngine(Engine):
         mpu: Any,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(tables, experts, adam)
+        super().__init__(model, tables, experts, adam)
         self._stage, self._skipping = stage, False
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        parameters = list(self.parameters.values())
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": adam.weight_decay},
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -100,7 +100,6 @@ class ZeroEngine(Engine):
                 model=seen, optimizer=inner, config=config, mpu=mpu, dist_init_required=False
             )
         self._zero = self._engine.optimizer
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._init_state()
         if stage == 3:
             groups_of_norms = self._zero._get_norm_groups
@@ -136,8 +135,8 @@ class ZeroEngine(Engine):
     def _norm_of_shards(self) -> Tensor:
         """Called by DeepSpeed inside its step."""
         if self._skipping:
-            return torch.full((), -1.0, device=next(iter(self._parameters.values())).device)
-        norm = self._shard_norm(next(iter(self._parameters.values())).device)
+            return torch.full((), -1.0, device=next(iter(self.parameters.values())).device)
+        norm = self._shard_norm(next(iter(self.parameters.values())).device)
         # -1 is how DeepSpeed marks a norm that is not finite
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
@@ -161,7 +160,7 @@ class ZeroEngine(Engine):
         self._skip_shards()
 
     def not_finite(self) -> list[str]:
-        dense = ((name, safe_get_full_grad(parameter)) for name, parameter in self._parameters.items())
+        dense = ((name, safe_get_full_grad(parameter)) for name, parameter in self.parameters.items())
         return names_not_finite(dense) + self._shards_not_finite()
 
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:
@@ -203,13 +202,19 @@ class ZeroEngine(Engine):
         self._set_shard_steps(value)
 
     @contextlib.contextmanager
-    def whole_parameters(self) -> Iterator[None]:
-        parameters = list(self._parameters.values()) if self._stage == 3 else []
-        with deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3):
+    def whole_shapes(self) -> Iterator[None]:
+        apart = [p for p in self.parameters.values() if self._stage == 3 and p.shape != p.ds_shape]  # type: ignore[attr-defined]
+        data = [parameter.data for parameter in apart]
+        for parameter in apart:
+            parameter.data = parameter.new_empty(()).expand(parameter.ds_shape)  # type: ignore[attr-defined]
+        try:
             yield
+        finally:
+            for parameter, value in zip(apart, data):
+                parameter.data = value
 
     def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             if only is not None and name not in only:
                 continue
             for moment in MOMENTS:
@@ -218,7 +223,7 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         if self._stage == 3:
             own = self._partition(parameter, value)
             if part == "master":

@@ -118,7 +118,7 @@ def complete_steps(tree):
 
 def outcome(tree):
     """All that a run leaves: its numbers, step by step, and its last checkpoint's tensors, by checksum."""
-    timed = ("time/", "speed/", "memory/", "startup/")
+    timed = ("time/", "speed/", "memory/", "startup/", "checkpoint/")
     numbers = [{k: v for k, v in line.items() if not k.startswith(timed)} for line in metrics_of(tree)]
     manifest = json.loads((Path(tree["checkpoint"]["dir"]) / f"step-{STEPS:08d}" / "manifest.json").read_text())
     return numbers, {name: value for name, value in manifest["files"].items() if name.endswith(".distcp")}
