@@ -113,8 +113,8 @@ class ReplicatedEngine(Engine):
 
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:
         gradients = (buffer.grad_data for chunk in self._chunks for buffer in chunk.buffers)
-        states = (part for name in self._parameters for part in (self._main(name), *self._state(name).values()))
-        return self._parameters.values(), gradients, states
+        states = (part for name in self.parameters for part in (self._main(name), *self._state(name).values()))
+        return self.parameters.values(), gradients, states
 
     @contextlib.contextmanager
     def whole_shapes(self) -> Iterator[None]:
@@ -122,9 +122,9 @@ class ReplicatedEngine(Engine):
 
     def dense_memory(self) -> Memory:
         buffers = [buffer.grad_data.nbytes for chunk in self._chunks for buffer in chunk.buffers]
-        masters = [self._main(name) for name in self._parameters]
+        masters = [self._main(name) for name in self.parameters]
         states = [value for state in self._inner.state.values() for value in state.values()]
-        return Memory.of(self._parameters.values(), sum(buffers), masters + states)
+        return Memory.of(self.parameters.values(), sum(buffers), masters + states)
 
     def _main(self, name: str) -> Tensor:
         """The float32 parameter that Adam steps."""

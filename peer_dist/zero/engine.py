@@ -164,7 +164,7 @@ class ZeroEngine(Engine):
         return names_not_finite(dense) + self._shards_not_finite()
 
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:
-        zero, parameters = self._zero, self._parameters.values()
+        zero, parameters = self._zero, self.parameters.values()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         moments = [part for state in zero.optimizer.state.values() for part in state.values()]
         if self._stage == 3:
@@ -177,7 +177,7 @@ class ZeroEngine(Engine):
         return zero.bit16_groups_flat, gradients, [*zero.single_partition_of_fp32_groups, *moments]
 
     def dense_memory(self) -> Memory:
-        parameters = list(self._parameters.values())
+        parameters = list(self.parameters.values())
         weights = [parameter.data for parameter in parameters]
         gradients = sum(parameter.nbytes for parameter in parameters)
         if self._stage == 3:  # the whole parameters are there between passes only where they are small
