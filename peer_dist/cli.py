@@ -498,7 +498,7 @@ def plot(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the figures.")],
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="isoflop, loss, experts, hk or usage; repeatable. Default: all that can be drawn."),
+        typer.Option(help="isoflop, models, loss, experts, hk or usage; repeatable. Default: all that can be drawn."),
     ] = None,
     against: Annotated[
         str, typer.Option(help="Size of isoFLOP curves: train_flops_per_token, active_parameters or parameters.")

@@ -63,7 +63,7 @@ def ablation_rows():
 
 def test_ablations(tmp_path):
     rows = ablation_rows()
-    assert drawn(tmp_path, rows) == ["experts.png", "experts.svg", "hk.png", "hk.svg"]
+    assert drawn(tmp_path, rows) == ["models.png", "models.svg", "experts.png", "experts.svg", "hk.png", "hk.svg"]
     said = words(tmp_path / "figures" / "experts.svg")
     assert all(word in said for word in ("128²", "1024²", "experts N", "unevenness (nats)", "experts used (%)", "peer"))
     said = words(tmp_path / "figures" / "hk.svg")
@@ -106,12 +106,23 @@ def test_usage_of_experts(tmp_path):
     assert "rank of the expert" in said
 
 
+def test_models_are_compared_after_equal_tokens(tmp_path):
+    rows = [row.model_copy(update={"budget": None}) for row in result_rows()]
+    rows = [row for row in rows if row.size == rows[0].size]
+    assert [path.name for path in drawn(tmp_path, rows, ["models"])] == ["models.png", "models.svg"]
+    said = words(tmp_path / "figures" / "models.svg")
+    assert all(row.label in said for row in rows)
+    assert "held-out loss" in said
+    with pytest.raises(ConfigError, match="has nothing for models; "):
+        drawn(tmp_path, rows[:1], ["models"])
+
+
 def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
     np.savez(tmp_path / "other.npz", counts=np.ones(3))
     for inputs, kinds, against, sentence in (
         ([tmp_path], [], SIZE, "is no results.csv, no folder with one"),
         ([tmp_path / "other.npz"], [], SIZE, "has no array mass_layer<N>"),
-        ([tmp_path], ["bars"], SIZE, "--kind: 'bars' is not known; isoflop, loss, experts, hk, usage"),
+        ([tmp_path], ["bars"], SIZE, "--kind: 'bars' is not known; isoflop, models, loss, experts, hk, usage"),
         ([tmp_path], [], "size", "--against: 'size' is not known"),
     ):
         with pytest.raises(ConfigError, match=sentence):

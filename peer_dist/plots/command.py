@@ -23,7 +23,7 @@ from peer_dist.sweep.fit import Measure, differences, optima
 from peer_dist.sweep.results import RESULTS, Row, read_results
 from peer_dist.training.metrics import metrics_file, read_metrics
 
-KINDS = ("isoflop", "loss", "experts", "hk", "usage")
+KINDS = ("isoflop", "models", "loss", "experts", "hk", "usage")
 
 
 def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: str) -> list[Path]:
@@ -45,6 +45,7 @@ def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: st
     makers: list[tuple[str, str, Callable[[], Figure | None]]] = []  # kind, name of the file, figure
     if rows:
         makers.append(("isoflop", "isoflop", lambda: figures.isoflop(rows, measure)))
+        makers.append(("models", "models", lambda: figures.loss_by_model(rows)))
         makers.append(("experts", "experts", lambda: figures.usage_by_experts(rows)))
         makers.append(("hk", "hk", lambda: figures.loss_by_picks(rows)))
     if curves:
@@ -70,8 +71,8 @@ def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: st
 
 
 _NEEDS = (
-    "isoflop needs a sweep with budgets and three sizes, loss the folders of runs, experts and hk a sweep with two "
-    "numbers of them, usage an .npz file"
+    "isoflop needs a sweep with budgets and three sizes, models one with tokens and two models, experts and hk two "
+    "numbers of them, loss the folders of runs, usage an .npz file"
 )
 
 

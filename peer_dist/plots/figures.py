@@ -110,6 +110,28 @@ def isoflop(rows: Sequence[Row], measure: Measure) -> Figure | None:
     return figure
 
 
+def loss_by_model(rows: Sequence[Row]) -> Figure | None:
+    """Loss of every model and variant after equally many tokens: each seed, their mean and its interval, in rows of
+    the figure; None without two of one size.
+    """
+    rows = [row for row in grid_rows(rows) if row.budget is None]
+    labels = list(dict.fromkeys(f"{row.label} {row.size}".strip() for row in rows))
+    if len(labels) < 2:
+        return None
+    figure, (panel,) = _panels(1)
+    figure.set_figheight(0.9 + 0.26 * len(labels))
+    for place, (label, look) in enumerate(_looks(labels).items()):
+        losses = [_val_loss(row) for row in rows if f"{row.label} {row.size}".strip() == label]
+        mean = mean_interval(losses)
+        panel.plot(losses, [place] * len(losses), color=look["color"], marker=".", linestyle="none", alpha=0.5)
+        marks = {"color": look["color"], "marker": look["marker"], "capsize": 2, "elinewidth": 0.8}
+        panel.errorbar([mean.value], [place], xerr=_half_widths([mean]), **marks)
+    panel.set_yticks(range(len(labels)), labels)
+    panel.set_ylim(len(labels) - 0.5, -0.5)
+    panel.set_xlabel(_LOSS)
+    return figure
+
+
 def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
     """Loss against ``over`` (``seconds`` or ``tokens``); the curves of one label are seeds: their mean and band."""
     figure, (panel,) = _panels(1)
