@@ -3,7 +3,8 @@
     python benchmarks/steps.py configs/sweeps/routers.yaml [--json FILE]
 
 Of every model, variant and size the run of the first seed is built and takes whole steps (data, forward, backward,
-optimizer) on a rank alone. FLOPs per token are those of a training step, beside them as ratios too.
+optimizer) on a rank alone, without DeepSpeed, whose buckets of 2 GB would hide what models need. Beside them: FLOPs per
+token of a training step, and the most memory that a step takes beyond what is held between steps.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import device_name, seconds, show, write_json
+from measure import device_name, extra_bytes, seconds, show, write_json
 
+from peer_dist.sweep.runner import select
 from peer_dist.sweep.spec import load_sweep
 from peer_dist.training.trainer import Trainer
 from peer_dist.training.world import World
@@ -24,18 +26,22 @@ from peer_dist.training.world import World
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
+    parser.add_argument("--only", action="append", help="a run, model, size or variant, with * and ?; repeatable")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, World(0, 1, 0, 1).joined():
         sweep = load_sweep(options.sweep, folder)
-        runs = [run for run in sweep.runs if run.trial is None and run.seed == sweep.file.seeds[0]]
+        runs = [run for run in select(sweep, options.only or []) if run.trial is None]
+        runs = [run for run in runs if run.seed == sweep.file.seeds[0]]
         trainers: dict[str, Trainer] = {}
         for run in runs:
             for trainer in trainers.values():
                 trainer.parallel.destroy()  # Megatron's groups are one set a process; of one rank, all are alike
-            trainers[run.name] = Trainer(run.config)
+            zero = run.config.zero.model_copy(update={"stage": 0})
+            trainers[run.name] = Trainer(run.config.model_copy(update={"zero": zero}))
         device = next(iter(trainers.values())).parallel.device
+        extra = {name: extra_bytes(trainer.step, device) for name, trainer in trainers.items()}
         taken = seconds({name: trainer.step for name, trainer in trainers.items()}, device, options.rounds)
     first = runs[0]
     rows: list[dict[str, Any]] = [
@@ -44,6 +50,8 @@ def main() -> None:
             "ms_per_step": 1e3 * taken[run.name],
             "ratio": taken[run.name] / taken[first.name],
             "FLOPs_per_token": run.cost.train_flops_per_token,
+            "extra_MB": extra[run.name] / 1e6,
+            "extra_ratio": extra[run.name] / extra[first.name],
             "FLOPs_ratio": run.cost.train_flops_per_token / first.cost.train_flops_per_token,
             "parameters": run.cost.total.parameters,
         }

@@ -367,7 +367,10 @@ def test_optima_and_paired_differences(tmp_path):
     assert found["b", 1e12].loss.value == pytest.approx(1.9)
     assert [found["a", budget].where for budget in (1e12, 2e12)] == ["inside", "above"]
     told = {(each.budget, each.size): each for each in differences(rows)}
-    assert set(told) == {(budget, size) for budget in (1e12, 2e12) for size in (None, *(f"{s:g}" for s in SIZES))}
+    best = {1e12: "4e+06 / 4e+06", 2e12: "1.6e+07 / 1.6e+07"}
+    sizes = [None, *(f"{size:g}" for size in SIZES)]
+    assert set(told) == {(budget, size) for budget in best for size in [*sizes, best[budget]]}
+    assert told[2e12, best[2e12]].loss.value == pytest.approx(-0.2)
     assert {(each.label, each.baseline, each.pairs) for each in told.values()} == {("b", "a", 3)}
     assert told[1e12, "1e+06"].loss.value == pytest.approx(-0.1)
     assert told[1e12, "1e+06"].loss.half_width == pytest.approx(0, abs=1e-9)

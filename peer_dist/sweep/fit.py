@@ -70,7 +70,8 @@ class Optimum:
 class Difference:
     """Loss of ``label`` minus that of ``baseline``, over ``pairs`` of runs with one budget, size and seed.
 
-    With ``size`` None the sizes of a seed are averaged first, so that the pairs are seeds there too.
+    With ``size`` None the sizes of a seed are averaged first, so that the pairs are seeds there too. A ``size`` such as
+    ``a / b`` compares the best of the sizes tried: a, of the least mean loss of ``label``, with b, that of ``baseline``.
     """
 
     label: str
@@ -190,6 +191,14 @@ def differences(rows: Sequence[Row], baseline: str | None = None) -> list[Differ
         if common:
             means = [float(np.mean([pairs[seed] for pairs in by_size.values()])) for seed in sorted(common)]
             found.append(Difference(label, baseline, budget, None, mean_interval(means), len(means)))
+            seeds = sorted(common)
+            means_of = {
+                model: {size: float(np.mean([losses[model, budget, size, s] for s in seeds])) for size in by_size}
+                for model in (label, baseline)
+            }
+            own, other = (min(sizes, key=lambda size: sizes[size]) for sizes in means_of.values())
+            best = [losses[label, budget, own, s] - losses[baseline, budget, other, s] for s in seeds]
+            found.append(Difference(label, baseline, budget, f"{own} / {other}", mean_interval(best), len(best)))
     return found
 
 
