@@ -71,7 +71,7 @@ class Difference:
     """Loss of ``label`` minus that of ``baseline``, over ``pairs`` of runs with one budget, size and seed.
 
     With ``size`` None the sizes of a seed are averaged first, so that the pairs are seeds there too. A ``size`` such as
-    ``a / b`` compares the best of the sizes tried: a, of the least mean loss of ``label``, with b, that of ``baseline``.
+    ``a / b`` compares the best of the sizes tried: a has the least mean loss of ``label``, b that of ``baseline``.
     """
 
     label: str
