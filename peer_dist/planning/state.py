@@ -57,7 +57,8 @@ def dense_shapes(layout: Layout, stage: int, vocab_size: int) -> dict[str | int,
     found: dict[str | int, list[tuple[int, ...]]] = {}
     if stage == 0:
         found["embedding"] = [(vocab_size // tensor, d)]
-    attention = [(d,), (3 * d // tensor, d), (d, d // tensor), (d,)]
+    keys = d // config.model.num_attention_heads * config.model.query_groups  # wide, and so are values
+    attention = [(d,), ((d + 2 * keys) // tensor, d), (d, d // tensor), (d,)]
     each = {kind: [*attention, *_feed_forward(config, kind, tensor)] for kind, _ in layout.kinds(stage)}
     found |= {layer: each[config.model.mlp_kinds[layer]] for layers in chunks for layer in layers}
     if has_core(config):  # each chunk has a copy
