@@ -124,7 +124,7 @@ def loss_by_model(rows: Sequence[Row]) -> Figure | None:
         losses = [_val_loss(row) for row in rows if f"{row.label} {row.size}".strip() == label]
         mean = mean_interval(losses)
         panel.plot(losses, [place] * len(losses), color=look["color"], marker=".", linestyle="none", alpha=0.5)
-        marks = {"color": look["color"], "marker": look["marker"], "capsize": 2, "elinewidth": 0.8}
+        marks: dict[str, Any] = {"color": look["color"], "marker": look["marker"], "capsize": 2, "elinewidth": 0.8}
         panel.errorbar([mean.value], [place], xerr=_half_widths([mean]), **marks)
     panel.set_yticks(range(len(labels)), labels)
     panel.set_ylim(len(labels) - 0.5, -0.5)
@@ -169,6 +169,8 @@ def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
         for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
             points = _means(own, lambda row: float(row.num_experts or 0), attrgetter(field))
             _errorbar(panel, points, look, label=label)
+        # neither can be negative: with few seeds intervals would be most of the figure
+        panel.set_ylim(0, 1.1 * max(getattr(row, field) for own in lines.values() for row in own))
         _log_axis(panel, {_count(row.num_experts or 0): row.num_experts or 0 for row in rows})
         panel.set(xlabel="experts N", ylabel=name)
     _legend(figure, panels)
