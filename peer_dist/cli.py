@@ -200,7 +200,7 @@ def match(
 ) -> None:
     """Find the runs that cost the same as this one with other feed-forward layers, to compare it with."""
     from peer_dist.config import load_config
-    from peer_dist.planning.match import comparison, misses, write
+    from peer_dist.planning.match import comparison, misses, overruled, write
     from peer_dist.planning.match import match as run
 
     settings = load_config(config, overrides or [])
@@ -209,7 +209,7 @@ def match(
     partners = run(settings, vocab_size, kind or [], mode, reference_kind, tolerance)
     Console().print(comparison(partners))
     console = Console(stderr=True)
-    for sentence in misses(partners, tolerance):
+    for sentence in [*overruled(partners, overrides or []), *misses(partners, tolerance)]:
         console.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
     if folder is not None:
         for path in write(partners[1:], folder, config.stem, mode):
@@ -561,9 +561,13 @@ def doctor(
 
 
 def _vocab_size(config: Config) -> int:
+    from peer_dist.data.documents import DataError
     from peer_dist.data.stream import open_tokenizer
 
-    return open_tokenizer(config.data).padded_vocab_size
+    try:
+        return open_tokenizer(config.data).padded_vocab_size
+    except DataError as error:
+        raise DataError(f"{error}; or give the rows of the embedding with --vocab-size") from None
 
 
 def _steps(text: str, last: int) -> range:

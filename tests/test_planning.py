@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peer_dist.config import Config, ConfigError, load_config, parse_config
 from peer_dist.megatron import Parallel, build_model, token_losses
 from peer_dist.planning.counts import Counts, count, merged, total
-from peer_dist.planning.match import Partner, match, misses
+from peer_dist.planning.match import Partner, match, misses, overruled
 
 VOCAB, TOKENS = 128, (2, 16)
 
@@ -236,6 +236,10 @@ def test_equal_budgets_keep_sizes_and_stretch_the_run() -> None:
 def test_what_cannot_be_matched_is_said() -> None:
     few = make({**MIDDLE, "peer.top_k": 6})  # would take 12 of each head's 8 sub-keys
     partners = match(few, VOCAB, ["pkm", "moe"], "flops")
+    given, found = (run.config.moe.expert_hidden_size for run in (partners[0], partners[2]))
+    assert overruled(partners, [f"moe.expert_hidden_size={given}", "peer.top_k=6"]) == [
+        f"moe.expert_hidden_size: was given as {given}, and is {found} in the moe partner, to be equal"
+    ]
     (sentence,) = misses(partners, 0.1)
     assert sentence.startswith("pkm: the nearest sizes found (num_values 64, heads 2, top_k 8, key_dim 8) differ by -")
     assert not misses(partners, 0.5)

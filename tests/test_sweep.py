@@ -376,6 +376,15 @@ def test_optima_and_paired_differences(tmp_path):
     assert told[1e12, "1e+06"].loss.half_width == pytest.approx(0, abs=1e-9)
     assert told[2e12, None].loss.value == pytest.approx(-0.2)
     assert told[2e12, None].loss.half_width == pytest.approx(0.1 * 4.30265 / math.sqrt(3), rel=1e-5)
+    ablation = [
+        make_row(model=model, variant=variant, budget=None, size="", val_loss=loss)
+        for model, variant, loss in (("a", "few", 3.0), ("b", "few", 3.5), ("a", "many", 2.0), ("b", "many", 2.25))
+    ]
+    assert [(each.label, each.baseline, each.loss.value) for each in differences(ablation)] == [
+        ("b few", "a few", 0.5),
+        ("a many", "a few", -1.0),
+        ("b many", "a many", 0.25),
+    ]
     (tmp_path / "other.csv").write_text("run,loss\na,1\n")
     with pytest.raises(ConfigError, match="is no table of peer-dist sweep"):
         read_results(tmp_path / "other.csv")

@@ -137,6 +137,21 @@ def misses(partners: Sequence[Partner], tolerance: float) -> list[str]:
     ]
 
 
+def overruled(partners: Sequence[Partner], overrides: Sequence[str]) -> list[str]:
+    """A sentence for each override (``section.key=value``) that a partner does not have, because it was made equal."""
+    told = []
+    for override in overrides:
+        key = override.partition("=")[0]
+        section, _, name = key.partition(".")
+        given, *found = [getattr(getattr(partner.config, section, None), name, None) for partner in partners]
+        told += [
+            f"{key}: was given as {given}, and is {value} in the {partner.kind} partner, to be equal"
+            for partner, value in zip(partners[1:], found)
+            if value != given and name in (*partner.sizes, "steps", "warmup_steps", "decay_steps")
+        ]
+    return told
+
+
 def comparison(partners: Sequence[Partner]) -> Table:
     """A column for each of what :func:`match` returned; parameters and FLOPs of layers are sums over those compared."""
     own = partners[0]
@@ -207,7 +222,9 @@ def _replaced(own: Partner, kind: MLPKind) -> Config:
     checkpoints, logs = (
         str(Path(folder).parent / kind / Path(folder).name) for folder in (config.checkpoint.dir, config.logging.dir)
     )
-    changes = {"checkpoint.dir": checkpoints, "checkpoint.init_from": None, "logging.dir": logs}
+    changes: dict[str, Any] = {"checkpoint.dir": checkpoints, "checkpoint.init_from": None, "logging.dir": logs}
+    if set(mlp) == {"dense"}:  # nothing to share out: the ranks are replicas
+        changes |= {"parallel.expert": 1, "parallel.expert_tensor": 1}
     return _changed(config, {"model.mlp": mlp, **changes}, kind)
 
 

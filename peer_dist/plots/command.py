@@ -92,7 +92,7 @@ def results_of(inputs: Sequence[Path]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row], against: str) -> list[Table]:
-    """The fits in figures: optima by budget and model, and paired differences from the first model."""
+    """The fits in figures: optima by budget and model, and paired differences."""
     measure, made = _measure(against), []
     fits = optima(rows, measure)
     if fits:
@@ -115,14 +115,23 @@ def tables(rows: Sequence[Row], against: str) -> list[Table]:
         made.append(table)
     found = differences(rows)
     if found:
-        table = Table(title=f"Loss minus that of {found[0].baseline}, runs of one seed paired, 95% intervals", box=None)
-        for column in ("FLOPs", "model", "size", "difference", "pairs"):
-            table.add_column(column)
-        for each in found:
-            budget = "" if each.budget is None else f"{each.budget:.3g}"
-            table.add_row(
-                budget, each.label, "mean" if each.size is None else each.size, str(each.loss), str(each.pairs)
-            )
+        table = Table(title="Differences of loss, runs of one seed paired, 95% intervals", box=None)
+        rows_of = [
+            {
+                "FLOPs": "" if each.budget is None else f"{each.budget:.3g}",
+                "model": each.label,
+                "minus": each.baseline,
+                "size": "mean" if each.size is None else each.size,
+                "difference": str(each.loss),
+                "pairs": str(each.pairs),
+            }
+            for each in found
+        ]
+        columns = [name for name in rows_of[0] if any(cells[name] for cells in rows_of)]  # no budgets, no sizes
+        for name in columns:
+            table.add_column(name)
+        for cells in rows_of:
+            table.add_row(*(cells[name] for name in columns))
         made.append(table)
     return made
 

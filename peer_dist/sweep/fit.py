@@ -171,16 +171,23 @@ def optima(rows: Sequence[Row], measure: Measure = "train_flops_per_token") -> l
     return found
 
 
-def differences(rows: Sequence[Row], baseline: str | None = None) -> list[Difference]:
-    """Paired differences of every model (and variant) from ``baseline``, by default the first one of the rows."""
+def differences(rows: Sequence[Row]) -> list[Difference]:
+    """Paired differences: of a model from the first one with the same variant, of the first one from its first variant.
+
+    In an ablation of the models ``batch`` and ``none`` with variants ``n1k`` and ``n4k``, ``none n4k`` is compared
+    with ``batch n4k``, and ``batch n4k`` with ``batch n1k``.
+    """
     rows = grid_rows(rows)
-    labels = list(dict.fromkeys(row.label for row in rows))
+    labels = {row.label: row for row in rows}
     if not labels:
         return []
-    baseline = baseline or labels[0]
+    first = rows[0]
     losses = {(row.label, row.budget, row.size, row.seed): _loss(row) for row in rows}
     found = []
     for budget, label in itertools.product(dict.fromkeys(row.budget for row in rows), labels):
+        own_kind = labels[label].model == first.model
+        baseline = first.label if own_kind else f"{first.model} {labels[label].variant}".strip()
+        baseline = baseline if baseline in labels else first.label
         by_size: dict[str, dict[int, float]] = defaultdict(dict)
         for (own, at, size, seed), loss in losses.items():
             if own == label != baseline and at == budget and (baseline, at, size, seed) in losses:

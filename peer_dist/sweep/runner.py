@@ -263,12 +263,13 @@ def _check_unchanged(folder: Path, run: Run) -> None:
     if not path.is_file():
         return
     before, now = load_config(path).model_dump(mode="json"), run.config.model_dump(mode="json")
-    for section, keys in now.items():
+    for section, keys in sorted(now.items(), key=lambda item: item[0] != "train"):  # the steps before what follows them
         for key, value in keys.items():
             if key != "dir" and before[section][key] != value:
+                steps = " (by its budgets or tokens)" if (section, key) == ("train", "steps") else ""
                 raise ConfigError(
                     f"{folder}: was run with {section}.{key} {before[section][key]}, and the sweep's file gives "
-                    f"{value}; choose another --output, or delete that folder"
+                    f"{value}{steps}; choose another --output, or delete that folder"
                 )
 
 
