@@ -84,13 +84,13 @@ def run(rank: int, ranks: int, folder: str, name: str, steps: int) -> None:
     trainer.step()
     seconds = [trainer.step()["time/step"] for _ in range(steps)]
 
-    before, handed_out = trainer.engine.allocated(), Passes(trainer.engine)
+    before, handed_out = trainer.engine.memory().values(), Passes(trainer.engine)
     values = trainer.step()
     wanted = state(layout, layout.place(rank), vocab_size, itemsize)
     mine = {
         "held": {part: round(values[f"memory/{part}_gb"] * 1e9) for part in STATES},
         "planned": {part: round(getattr(wanted, part)) for part in STATES},
-        "peak": before.weights + before.gradients + before.optimizer + handed_out.most,
+        "peak": sum(each.weights + each.gradients + each.optimizer for each in before) + handed_out.most,
         "sent": values.get("exchange/bytes_per_token", 0.0) * trainer.config.train.global_batch_size
         * trainer.config.model.seq_length / ranks,
         "hits": values.get("exchange/row_shards_hit"),
@@ -109,16 +109,16 @@ class Passes:
     """The most that torch's allocator hands out from the beginning of a step's passes to their end, ``most`` bytes.
 
     Stands between a trainer and its engine for one step: :meth:`Engine.accumulate` begins the passes, and what is asked
-    when they have ended is :meth:`Engine.allocated`.
+    when they have ended is :meth:`Engine.memory`.
     """
 
     def __init__(self, engine: Any) -> None:
         self.most = 0
         # gradients of large tables have memory of their own, which the profiler would not see
         native.gradient_memory = lambda rows, dim, dtype: torch.empty(rows, dim, dtype=dtype)
-        self._begin, self._end = engine.accumulate, engine.allocated
+        self._begin, self._end = engine.accumulate, engine.memory
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        engine.accumulate, engine.allocated = self._start, self._stop
+        engine.accumulate, engine.memory = self._start, self._stop
 
     def _start(self) -> Any:
         self._profile.start()

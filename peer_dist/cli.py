@@ -240,12 +240,21 @@ def plan(
     file: Annotated[
         Path | None, typer.Option("--write", help="File for the config with the best layout.", show_default=False)
     ] = None,
+    construct: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANK",
+            help="Build the real model of this rank (or of the first and last rank of all stages: stages) without "
+            "memory and without the others, and show what it holds and sends.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object; with --search a list of them, best first.")
     ] = False,
 ) -> None:
     """What a run needs, before anything is rented: memory, bytes sent, time, cost. Exit code 1: it does not fit."""
-    from peer_dist.config import load_config, write_config
+    from peer_dist.config import ConfigError, load_config, write_config
     from peer_dist.planning.hardware import load_hardware
     from peer_dist.planning.plan import plan as run
     from peer_dist.planning.plan import unchecked
@@ -256,6 +265,21 @@ def plan(
     if vocab_size is None:
         vocab_size = _vocab_size(settings)
     per_node = gpus_per_node or hardware.gpus_per_node
+    if construct is not None:
+        from dataclasses import asdict
+
+        from peer_dist.planning.construct import built, construct_chosen
+
+        if search:
+            raise ConfigError("--construct: builds the layout of the config; --write the one found, and build that")
+        node = per_node if hardware.device == "cuda" else 0
+        made = construct_chosen(settings, construct, gpus or per_node, node, vocab_size)
+        if as_json:
+            typer.echo(json.dumps([asdict(each) for each in made], indent=1))
+        else:
+            for table in built(made):
+                _wide_console().print(table, highlight=False)
+        return
     budget = None if tokens is None else round(tokens)
     arguments = (settings, gpus or per_node, per_node, hardware, vocab_size, hits, budget, price)
     plans = find(unchecked(*arguments)) if search else [run(*arguments)]

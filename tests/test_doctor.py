@@ -323,7 +323,7 @@ def test_calibration_writes_the_rates_of_these_machines(hosts, tmp_path):
     assert entry["device"] == "cpu"
     assert entry["gpus_per_node"] == max(1, hosts.count("a"))
     assert 1e8 < entry["memory_bytes"] < 1e13
-    rates = [entry[f"{key}_bytes_per_s"] for key in ("hbm", "gather", "node_link", "network")]
+    rates = [entry[f"{key}_bytes_per_s"] for key in ("hbm", "gather", "node_link", "network", "activation")]
     assert all(1e4 < rate < 1e13 for rate in [*rates, *entry["flops_per_s"].values()]), entry
     assert list(entry["flops_per_s"]) == ["float32", "bfloat16"]
     assert 0 < entry["step_overhead_s"] < 30

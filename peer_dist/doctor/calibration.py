@@ -25,12 +25,15 @@ from peer_dist.config import Config, ConfigError
 from peer_dist.doctor.checks import finish, free_memory, sized, together
 from peer_dist.doctor.examination import Check, Finding, Here, Ranks, Report, examine
 from peer_dist.kernels import Picks, expert_mix
+from peer_dist.planning.hardware import Hardware
+from peer_dist.planning.plan import plan
 from peer_dist.sharding.cost import synthetic_picks
 from peer_dist.training.world import World
 
 _MESSAGE = 16 << 20  # bytes that a rank has for all others, of which bandwidth is measured
 _ROUNDS = 8  # of what all ranks do together
 _LAYERS = (2, 8)  # of the models whose difference tells a layer's overhead
+_WORDS = 128  # of their vocabulary
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class _Sizes:
         widths: of square matrices.
         copied: float32 numbers.
         experts, dim, tokens, picks, dtype: of the tables, and of what is read from them.
+        width, length: of the layers, and of their sequences, that tell what lies between matrix products.
     """
 
     widths: tuple[int, ...]
@@ -50,11 +54,13 @@ class _Sizes:
     tokens: int
     dtype: torch.dtype
     picks: int = 128
+    width: int = 256
+    length: int = 256
 
 
 _SIZES = {
     "cpu": _Sizes((256, 512, 1024), 1 << 25, 512**2, 256, 1024, torch.float32),
-    "cuda": _Sizes((2048, 4096, 8192), 1 << 28, 1024**2, 1024, 8192, torch.bfloat16),
+    "cuda": _Sizes((2048, 4096, 8192), 1 << 28, 1024**2, 1024, 8192, torch.bfloat16, width=2048, length=2048),
 }
 
 
@@ -115,6 +121,7 @@ def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, 
     """
     keys = (
         "name", "device", "memory_bytes", "hbm_bytes_per_s", "flops_per_s", "gather_bytes_per_s",
+        "activation_bytes_per_s",
         "node_link_bytes_per_s", "node_link_latency_s", "network_bytes_per_s", "network_latency_s",
         "layer_overhead_s", "step_overhead_s", "gpus_per_node", "price_per_hour",
     )  # fmt: skip
@@ -300,17 +307,18 @@ def _guess(rates: _Rates, key: str, instead: tuple[str, str] | None) -> None:
 
 
 def _overheads(here: Here) -> dict[str, float]:
-    """Seconds that a layer and a step take whatever their sizes: by training steps of two tiny models."""
-    few, many = (_step_seconds(here, layers) for layers in _LAYERS)
+    """Seconds that a layer and a step take whatever their sizes, by training steps of two tiny models; and those of a
+    step of one whose layers have sizes.
+    """
+    few, many = (_step_seconds(here, _model(layers)) for layers in _LAYERS)
     layer = max(0.0, (many - few) / (_LAYERS[1] - _LAYERS[0]))
-    return {"layer": layer, "step": max(0.0, few - _LAYERS[0] * layer)}
+    sizes = _SIZES[here.device.type]
+    real = _step_seconds(here, _dense_model(sizes, here.world_size))
+    return {"layer": layer, "step": max(0.0, few - _LAYERS[0] * layer), "dense": real}
 
 
-def _step_seconds(here: Here, layers: int) -> float:
-    from peer_dist.megatron import build_model, run_forward_backward, sparse_layers
-    from peer_dist.training.building import dtype_of, join_groups, make_engine
-
-    config = Config.model_validate(
+def _model(layers: int) -> Config:
+    return Config.model_validate(
         {
             "model": {
                 "num_layers": layers,
@@ -321,18 +329,41 @@ def _step_seconds(here: Here, layers: int) -> float:
             "peer": {"num_experts": 256, "heads": 1, "top_k": 4, "key_dim": 8, "query_norm": "rms"},
             "parallel": {"expert": "auto"},
             "data": {"prefix": "none"},
+            "train": {"micro_batch_size": 1},
         }
     )
+
+
+def _dense_model(sizes: _Sizes, ranks: int) -> Config:
+    return Config.model_validate(
+        {
+            "model": {
+                "num_layers": 2,
+                "hidden_size": sizes.width,
+                "num_attention_heads": max(1, sizes.width // 64),
+                "seq_length": sizes.length,
+                "mlp": "dense",
+            },
+            "data": {"prefix": "none"},
+            "train": {"micro_batch_size": 4, "global_batch_size": 4 * ranks},
+        }
+    )
+
+
+def _step_seconds(here: Here, config: Config) -> float:
+    from peer_dist.evaluation.perplexity import make_micro_batch
+    from peer_dist.megatron import build_model, run_forward_backward, sparse_layers
+    from peer_dist.training.building import dtype_of, join_groups, make_engine
+
     parallel = join_groups(config)
     try:
         dtype = dtype_of(config, here.device.type)
-        model = build_model(config, parallel, 128, dtype)
+        model = build_model(config, parallel, _WORDS, dtype)
         for layer in sparse_layers(model).values():
             layer.release_shards()
         engine = make_engine(config, model, parallel, dtype)
-        tokens = torch.zeros(1, config.model.seq_length, dtype=torch.int64, device=here.device)
-        mask = torch.ones(tokens.shape, device=here.device)
-        batch = {"tokens": tokens, "labels": tokens, "loss_mask": mask, "attention_mask": None}
+        shape = (config.train.micro_batch_size, config.model.seq_length + 1)
+        batch = make_micro_batch(torch.randint(1, _WORDS, shape), 0, here.device)
 
         def step() -> None:
             with engine.accumulate():
@@ -345,9 +376,20 @@ def _step_seconds(here: Here, layers: int) -> float:
 
 
 def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
-    layer, step = (max(value[name] for value in values.values()) for name in ("layer", "step"))
+    layer, step, dense = (max(value[name] for value in values.values()) for name in ("layer", "step", "dense"))
     rates.values |= {"layer_overhead_s": _rounded(layer), "step_overhead_s": _rounded(step)}
     told = f"{layer * 1e3:.2f} ms a layer, forward and backward, half of them PEER; {step * 1e3:.2f} ms a step beside"
+    device = rates.values["device"]
+    known = Hardware.model_validate({**rates.values, "activation_bytes_per_s": 1e30})
+    config = _dense_model(_SIZES[device], len(values))
+    planned = plan(config, len(values), known.gpus_per_node, known, _WORDS).work
+    between = max(dense - planned.times.total, 1e-9)  # what the plan has no other reason for
+    rate = min(planned.activation_bytes / between, known.hbm_bytes_per_s)
+    rates.values["activation_bytes_per_s"] = _rounded(rate)
+    told += (
+        f"; activations move at {rate / 1e9:.3g} GB/s: a step of dense layers takes {dense * 1e3:.0f} ms, of which "
+        f"products, gradients and the update explain {planned.times.total * 1e3:.0f}"
+    )
     return [Finding("overheads", "ok", told)]
 
 

@@ -12,7 +12,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
-from peer_dist.optim import MOMENTS, DenseAdam, Engine, Memory, StepResult, TableOptimizer
+from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
 from peer_dist.optim.engine import names_not_finite
 
 from .model import chunks_of
@@ -119,12 +119,6 @@ class ReplicatedEngine(Engine):
     @contextlib.contextmanager
     def whole_shapes(self) -> Iterator[None]:
         yield
-
-    def dense_memory(self) -> Memory:
-        buffers = [buffer.grad_data.nbytes for chunk in self._chunks for buffer in chunk.buffers]
-        masters = [self._main(name) for name in self.parameters]
-        states = [value for state in self._inner.state.values() for value in state.values()]
-        return Memory.of(self.parameters.values(), sum(buffers), masters + states)
 
     def _main(self, name: str) -> Tensor:
         """The float32 parameter that Adam steps."""

@@ -45,15 +45,6 @@ class StepResult:
     applied: bool
 
 
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes of one rank's weights, gradients and optimizer states (masters and moments; counts of steps left out)."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-
 class Engine(abc.ABC):
     """AdamW over a model's dense parameters, and optimizers of shards in step with it under one global norm.
 
@@ -97,23 +88,17 @@ class Engine(abc.ABC):
         All ranks call it. It takes time: for telling what went wrong.
         """
 
-    def allocated(self) -> StateBytes:
-        """What is held at the moment; memory that tensors share is counted once, for the first of the three."""
-        weights, gradients, optimizer = ([*tensors] for tensors in self._dense_tensors())
-        for each in self.shard_optimizers:
-            weights += each.tables.values()
-            gradients += [table.grad for table in each.tables.values() if table.grad is not None]
-            optimizer += [value for _, _, value in each.state()]
-        seen: set[int] = set()
-        return StateBytes(*(_bytes(tensors, seen) for tensors in (weights, gradients, optimizer)))
+    def memory(self) -> dict[str, Memory]:
+        """What this rank holds at the moment: ``dense``, ``tables`` and, where the model has them, ``experts``."""
+        shards = {name: each.memory() for name, each in zip(("tables", "experts"), self.shard_optimizers)}
+        return {"dense": Memory.of(*self._dense_tensors(), self._bucket_bytes), **shards}
+
+    _bucket_bytes = 0
+    """Of what gradients are reduced in."""
 
     @abc.abstractmethod
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:
         """All that holds weights, gradients and optimizer states of the dense part on this rank."""
-
-    @abc.abstractmethod
-    def dense_memory(self) -> Memory:
-        """What this rank holds of the dense parameters; of shards see :meth:`TableOptimizer.memory`."""
 
     def _set_shard_lr(self, lr: float, table_lr: float) -> None:
         self.tables.set_lr(table_lr)
@@ -178,12 +163,3 @@ class Engine(abc.ABC):
 def names_not_finite(grads: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     """The names of the gradients that hold a number that is not finite."""
     return [name for name, grad in grads if grad is not None and not bool(grad.isfinite().all())]
-
-
-def _bytes(tensors: Iterable[Tensor], seen: set[int]) -> int:
-    """Of the memory under tensors, but what was ``seen``; what is counted is added to that."""
-    dense = (part for each in tensors for part in ((each._indices(), each._values()) if each.is_sparse else (each,)))
-    memory = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in dense if each.dim()}
-    new = memory.keys() - seen
-    seen |= new
-    return sum(memory[place] for place in new)

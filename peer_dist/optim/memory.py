@@ -1,8 +1,8 @@
-"""What a rank's parameters and the states of their optimizer take."""
+"""What a rank's parameters, their gradients and the states of their optimizer take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,9 +14,9 @@ class Memory:
 
     Attributes:
         weights: of the parameters that the rank has, or of its part of them, padding included.
-        gradients: as they are when the last backward pass of a step ends; sparse ones, of lazy optimizers, left out.
-        optimizer: masters and moments that share no memory with the weights. With ``zero.offload`` those of the dense
-            part are in host memory.
+        gradients: as they are at the moment: the most in a step when its last backward pass has ended.
+        optimizer: masters and moments that share no memory with the weights; counts of steps are left out. With
+            ``zero.offload`` those of the dense part are in host memory.
         buckets: in which gradients are reduced; ZeRO-1 and 2 have them only while they do that.
     """
 
@@ -26,18 +26,29 @@ class Memory:
     buckets: int = 0
 
     @classmethod
-    def of(cls, weights: Iterable[Tensor], gradients: int, optimizer: Iterable[Tensor], buckets: int = 0) -> Memory:
-        """Whole storages are counted, each once."""
-        sizes = _storages(weights)
-        states = {storage: size for storage, size in _storages(optimizer).items() if storage not in sizes}
-        return cls(sum(sizes.values()), gradients, sum(states.values()), buckets)
+    def of(
+        cls, weights: Iterable[Tensor], gradients: Iterable[Tensor], optimizer: Iterable[Tensor], buckets: int = 0
+    ) -> Memory:
+        """Whole storages are counted, each once, for the first of the three that has it."""
+        seen: set[int] = set()
+        return cls(*(_storages(tensors, seen) for tensors in (weights, gradients, optimizer)), buckets)
+
+    @classmethod
+    def sum(cls, parts: Iterable[Memory]) -> Memory:
+        """Of parts that share nothing."""
+        columns: Sequence[tuple[int, ...]] = [(p.weights, p.gradients, p.optimizer, p.buckets) for p in parts]
+        return cls(*(sum(column) for column in zip(*columns)))
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 
-def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """The bytes of each storage under them, by what tells it apart (on meta it has no address)."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage._cdata: storage.nbytes() for storage in storages}
+def _storages(tensors: Iterable[Tensor], seen: set[int]) -> int:
+    """The bytes of storages that were not ``seen``, which they are added to."""
+    dense = (part for each in tensors for part in ((each._indices(), each._values()) if each.is_sparse else (each,)))
+    # told apart by what holds them: on meta they have no address
+    found = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in dense if each.dim()}
+    new = found.keys() - seen
+    seen |= new
+    return sum(found[storage] for storage in new)

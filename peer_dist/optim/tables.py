@@ -69,7 +69,7 @@ class TableOptimizer:
         self.tables = dict(tables)
         self._kind, self._lr, self._betas, self._eps, self._weight_decay = kind, lr, betas, eps, weight_decay
         self._dim, self._columns, self._copies, self._data_parallel_size = dim, columns, copies, data_parallel_size
-        self._lazy, self._rounding_seed, self._offsets = lazy, rounding_seed, offsets or {}
+        self.lazy, self._rounding_seed, self._offsets = lazy, rounding_seed, offsets or {}
         self._steps = 0
         self._masters = {
             name: table
@@ -110,11 +110,11 @@ class TableOptimizer:
     def _grad(self, table: Tensor) -> Tensor:
         """Its gradient, none touched or zero where it got none; one of a lazy optimizer is merged."""
         if table.grad is None:
-            if self._lazy:
+            if self.lazy:
                 none = torch.empty(0, dtype=torch.int64, device=table.device)
                 return row_gradient(none, table.new_empty(0, table.shape[1]), len(table))
             return torch.zeros_like(table, requires_grad=False)
-        return merge(table.grad) if self._lazy else table.grad
+        return merge(table.grad) if self.lazy else table.grad
 
     @torch.no_grad()
     def grad_norm(self, device: torch.device) -> Tensor:
@@ -127,12 +127,12 @@ class TableOptimizer:
         squares = torch.zeros((), dtype=torch.float32, device=device)
         for table in self.tables.values():
             grad = self._grad(table)
-            if copies > 1 and self._lazy:
+            if copies > 1 and self.lazy:
                 assert self._copies is not None
                 grad = sum_over_copies(grad, self._copies)
             elif copies > 1:
                 dist.all_reduce(grad, group=self._copies)
-            values = grad.values() if self._lazy else grad
+            values = grad.values() if self.lazy else grad
             values.div_(self._data_parallel_size)
             squares += torch.linalg.vector_norm(values, dtype=torch.float32).square()
             table.grad = grad
@@ -149,7 +149,7 @@ class TableOptimizer:
         for name, table in self.tables.items():
             grad = self._grad(table)
             table.grad = None
-            if self._lazy:
+            if self.lazy:
                 self._update(name, grad.indices()[0], grad.values(), grad_scale)
             else:
                 self._update(name, None, grad, grad_scale)
@@ -228,7 +228,7 @@ class TableOptimizer:
         correction, eps = 1 - second**self._steps, self._eps
         if mean is None:
             square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
-            eps /= math.sqrt(correction) if self._lazy else 1.0
+            eps /= math.sqrt(correction) if self.lazy else 1.0
         else:
             square = state["row_sq"].lerp_(mean, 1 - second)[:, None]
         root = (square / correction).sqrt_().add_(eps)
@@ -272,7 +272,7 @@ class TableOptimizer:
 
     def memory(self) -> Memory:
         """What this rank holds of the tables; the fused ``adam`` copies gradients to float32 in a step besides."""
-        gradients = 0 if self._lazy else sum(table.nbytes for table in self.tables.values())
+        gradients = (table.grad for table in self.tables.values() if table.grad is not None)
         return Memory.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
 
 

@@ -7,15 +7,17 @@ estimated here but what routing does to the exchange, whose picks are drawn.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.table import Table
 from torch.overrides import TorchFunctionMode
 
 from peer_dist.config import Config, ConfigError, check_world
@@ -100,6 +102,61 @@ def construct_stages(
     return _apart(config, world_size, ranks, gpus_per_node, vocab_size)
 
 
+def construct_chosen(
+    config: Config, chosen: str, world_size: int, gpus_per_node: int, vocab_size: int | None = None
+) -> list[RankModel]:
+    """As :func:`construct` of the rank whose number is ``chosen``, or as :func:`construct_stages` if it is ``stages``.
+
+    Raises:
+        ConfigError: it is neither, and see there.
+    """
+    if chosen == "stages":
+        return construct_stages(config, world_size, gpus_per_node, vocab_size)
+    if not chosen.isdecimal():
+        raise ConfigError(f"--construct {chosen}: must be a rank's number, or stages: the first and last rank of each")
+    return [construct(config, world_size, int(chosen), gpus_per_node, vocab_size)]
+
+
+def built(ranks: Sequence[RankModel]) -> list[Table]:
+    """For a terminal: what each rank holds, what it sends in a step, and whom it talks to."""
+    held = _table("built without its machines: what a rank holds", "rank", "stage", "layers", "part", "parameters")
+    for size in ("weights", "gradients", "optimizer", "buckets", "in all"):
+        held.add_column(f"{size}, GB", justify="right")
+    sent = _table("a step's tokens of a rank, forward and backward", "rank", "routing", "shards hit")
+    for link in ("inside a node", "between nodes"):
+        sent.add_column(f"{link}, GB", justify="right")
+    groups = _table("groups", "rank", *ranks[0].groups)
+    for each in ranks:
+        first = (str(each.rank), str(each.stage), _span(list(each.layers)))
+        for part, memory in each.memory.items():
+            sizes = (memory.weights, memory.gradients, memory.optimizer, memory.buckets, memory.total)
+            held.add_row(*first, part, f"{each.parameters[part]:,}", *(f"{size / 1e9:.3f}" for size in sizes))
+            first = ("", "", "")
+        number = str(each.rank)
+        for routing, moved in each.exchange.items():
+            sent.add_row(number, routing, f"{moved.hits:.2f}", f"{moved.inside / 1e9:.3f}", f"{moved.between / 1e9:.3f}")
+            number = ""
+        groups.add_row(str(each.rank), *(_span(members) for members in each.groups.values()))
+    return [held, sent, groups]
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """``0 to 56 by 8``; numbers that are not at equal distances one by one."""
+    if len(numbers) < 3:
+        return ", ".join(map(str, numbers))
+    step = numbers[1] - numbers[0]
+    if list(numbers) != list(range(numbers[0], numbers[-1] + 1, step)):
+        return ", ".join(map(str, numbers))
+    return f"{numbers[0]} to {numbers[-1]}" + (f" by {step}" if step > 1 else "")
+
+
 def _apart(
     config: Config, world_size: int, ranks: Sequence[int], gpus_per_node: int, vocab_size: int | None
 ) -> list[RankModel]:
@@ -150,10 +207,12 @@ def build_rank(config: Config, world_size: int, rank: int, gpus_per_node: int, v
     parameters = {"dense": sum(parameter.numel() for parameter in dense.values())}
     with _META, _OnMeta():
         engine = make_engine(config, model, parallel, dtype)
-    memory = {"dense": engine.dense_memory()}
+        with engine.whole_shapes():
+            eager = (each.tables.values() for each in engine.shard_optimizers if not each.lazy)
+            _give_gradients([*engine.parameters.values(), *itertools.chain(*eager)])
+        _gather_small(engine.parameters.values())
     for name, optimizer in zip(("tables", "experts"), engine.shard_optimizers):
         parameters[name] = sum(table.numel() for table in optimizer.tables.values())
-        memory[name] = optimizer.memory()
     groups = {
         "tensor": parallel.tensor_group,
         "pipeline": parallel.pipeline_group,
@@ -171,7 +230,24 @@ def build_rank(config: Config, world_size: int, rank: int, gpus_per_node: int, v
         name: _exchange(config, ranks, rank, dtype.itemsize, gpus_per_node, list(layers.values()), zipf)
         for name, zipf in ROUTINGS.items()
     }
+    memory = engine.memory()
     return RankModel(rank, parallel.pipeline_rank, layers, ranks, shapes, parameters, memory, exchange)
+
+
+def _give_gradients(parameters: Sequence[torch.Tensor]) -> None:
+    """Those that a step's last backward pass leaves. (Of lazy tables it depends on the text.)"""
+    for parameter in parameters:
+        if not hasattr(parameter, "main_grad"):
+            parameter.grad = torch.empty_like(parameter)
+
+
+def _gather_small(parameters: Iterable[Any]) -> None:
+    """As ZeRO-3's first pass does with the parameters that it then leaves whole on every rank."""
+    for parameter in parameters:
+        ranks = dist.get_world_size(parameter.ds_process_group) if getattr(parameter, "ds_persist", False) else 1
+        if ranks > 1:
+            padded = parameter.new_empty(ranks * parameter.ds_tensor.numel())
+            parameter.data = padded[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def _exchange(

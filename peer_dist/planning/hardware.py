@@ -42,6 +42,8 @@ class Hardware(_Section):
         device: what a run on it takes ``train.precision: auto`` and the sizes of its temporaries from.
         flops_per_s: of dense matrix products.
         gather_bytes_per_s: of expert rows read at random by the kernels.
+        activation_bytes_per_s: of what a layer keeps for its backward pass, written and read by all that are no matrix
+            products; None: as ``hbm_bytes_per_s``.
         node_link_latency_s, network_latency_s: of a collective.
         layer_overhead_s: of a layer's forward and backward pass, beyond what its work takes.
         step_overhead_s: of an optimizer step, likewise.
@@ -55,6 +57,7 @@ class Hardware(_Section):
     hbm_bytes_per_s: float = Field(gt=0)
     flops_per_s: Flops
     gather_bytes_per_s: float = Field(gt=0)
+    activation_bytes_per_s: float | None = Field(None, gt=0)
     node_link_bytes_per_s: float = Field(gt=0)
     node_link_latency_s: float = Field(0.0, ge=0)
     network_bytes_per_s: float = Field(gt=0)

@@ -26,7 +26,7 @@ from peer_dist.planning.state import (
 from peer_dist.planning.traffic import routes
 from peer_dist.sharding.cost import Routes
 
-BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket (its default)
+BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket, at most
 LIVE = 1_000_000_000  # elements up to which ZeRO-3 leaves parameters that it has gathered in place (likewise)
 _GPU_BLOCK = 1 << 24  # elements that a table's optimizer takes at a time on a GPU
 
@@ -101,8 +101,7 @@ def memory(
     elements = dense_elements(layout, place.stage, vocab_size)
     reduction, lasting = 0, 0
     if layout.config.zero.stage:
-        touched = BUCKET if device == "cuda" else min(BUCKET, elements)  # of a CPU's pages
-        reduction = touched * itemsize
+        reduction = min(BUCKET, elements) * itemsize
         lasting = reduction if layout.config.zero.stage == 3 else 0
     gathered = 0
     if layout.config.zero.stage == 3 and layout.data > 1:
@@ -178,6 +177,17 @@ def kept_parts(
         if chunk[-1] == config.model.num_layers - 1:
             parts.append(("head", _head(layout, vocab_size, itemsize, device)))
         yield parts
+
+
+def moved_activations(layout: Layout, stage: int, vocab_size: int, itemsize: int, device: str) -> float:
+    """Bytes that a pass writes and reads of activations: all that is kept is written and read forward; backward it is
+    read, and its gradient written and read. Recomputed layers go forward twice.
+    """
+    each = {kind: _layer(layout, kind, itemsize, device, None).activations for kind, _ in layout.kinds(stage)}
+    moved = sum(number * (2 * forwards + 3) * each[kind] for (kind, forwards), number in layout.kinds(stage).items())
+    if stage == layout.pipeline - 1:
+        moved += 5 * _head(layout, vocab_size, itemsize, device).activations
+    return moved
 
 
 def _carried(layout: Layout) -> int:

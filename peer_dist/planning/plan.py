@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def hbm_share(self) -> float:
-        """Bytes of expert rows and the optimizer over what the device could move in the time."""
+        """Bytes of :attr:`Work.hbm_bytes` over what the device could move in the time."""
         return self.work.hbm_bytes / self.times.total / self.hardware.hbm_bytes_per_s
 
     @property

@@ -2,11 +2,13 @@
 
 - Matrix products: FLOPs of :mod:`peer_dist.planning.counts` over the device's rate; backward twice, recomputed layers'
   forward once more.
+- Activations: what layers keep is written and read forward; backward it is read, and its gradient written and read.
 - Experts: the distinct rows that a pass picks are read once forward and once backward, and their gradients written; or
   their products, if those take longer.
 - Exchange: bytes by link. With ``peer.dispatch_chunks`` the shorter of exchange and experts hides behind the longer but
   for one part's share. All other communication is waited for, as it is in the code.
 - Pipeline: the slowest stage's pass, ``(stages - 1) / virtual stages`` times more often than it has passes.
+- Accumulation: from the second pass on, gradients are read twice and written once.
 - Optimizer: each byte of its states read and written once, of gradients read twice (norm and update), of weights
   written.
 """
@@ -20,7 +22,7 @@ from peer_dist.config.schema import MLPKind
 from peer_dist.planning.counts import Counts, total
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Layout, Place
-from peer_dist.planning.memory import Memory
+from peer_dist.planning.memory import Memory, moved_activations
 from peer_dist.planning.state import FLOAT, Block, retrieving, shards, touched
 from peer_dist.planning.traffic import exchange, routes, step_traffic
 
@@ -31,6 +33,7 @@ class StepTime:
 
     Attributes:
         matmul: matrix products.
+        activations: what lies between the products: norms, attention's softmax, activation functions, residual sums.
         experts: rows of tables read, gradients of theirs written.
         exchange: tokens to experts and back, what hides behind the experts left out.
         tensor: activations of tensor-parallel blocks and batch statistics.
@@ -38,11 +41,13 @@ class StepTime:
         bubble: stages waiting for the first and the last pass.
         gradients: the dense part's, reduced, and ZeRO's parameters gathered.
         tables: gradients of expert shards between their copies.
+        accumulation: the gradients of the passes after the first, added to those there are.
         optimizer: updates.
         overhead: fixed costs per layer and step.
     """
 
     matmul: float
+    activations: float
     experts: float
     exchange: float
     tensor: float
@@ -50,6 +55,7 @@ class StepTime:
     bubble: float
     gradients: float
     tables: float
+    accumulation: float
     optimizer: float
     overhead: float
 
@@ -72,13 +78,15 @@ class Work:
         times: of its step.
         wire_s: seconds of the exchange if nothing hid it.
         hbm_s: seconds of reading and writing expert rows.
-        hbm_bytes: of expert rows and the optimizer.
+        hbm_bytes: of activations, expert rows, gradients that are added and the optimizer.
+        activation_bytes: those of activations alone.
     """
 
     times: StepTime
     wire_s: float
     hbm_s: float
     hbm_bytes: float
+    activation_bytes: float
 
 
 def work(
@@ -95,6 +103,7 @@ def work(
     place = Place(stage)
     rate = hardware.flops(itemsize) * hardware.achievable.flops
     gather = hardware.gather_bytes_per_s * hardware.achievable.gather
+    stream = hardware.hbm_bytes_per_s * hardware.achievable.hbm
     matmul = experts = exposed = wire_s = hbm = 0.0
     for (kind, forwards), number in layout.kinds(stage).items():
         products, picked = _flops(layout, kind, counts)
@@ -114,11 +123,14 @@ def work(
     passes = layout.passes
     tensor = other["tensor"] + other["statistics"]
     overhead = sum(map(len, layout.layers(stage))) * passes * hardware.layer_overhead_s
-    whole = passes * (matmul + experts + exposed) + tensor + overhead
+    moved = moved_activations(layout, stage, vocab_size, itemsize, hardware.device)
+    touching = moved / (hardware.activation_bytes_per_s or stream)
+    whole = passes * (matmul + touching + experts + exposed) + tensor + overhead
     update = optimizer_bytes(layout, place, memory)
-    update_s = update / (hardware.hbm_bytes_per_s * hardware.achievable.hbm)
+    adding = 3 * (passes - 1) * memory.gradients
     step = StepTime(
         passes * matmul,
+        passes * touching,
         passes * experts,
         passes * exposed,
         tensor,
@@ -126,10 +138,11 @@ def work(
         whole / passes * (layout.pipeline - 1) / layout.virtual,
         other["gradients"],
         other["tables"],
-        update_s,
+        adding / stream,
+        update / stream,
         overhead + hardware.step_overhead_s,
     )
-    return Work(step, passes * wire_s, passes * hbm / gather, passes * hbm + update)
+    return Work(step, passes * wire_s, passes * hbm / gather, passes * (hbm + moved) + adding + update, passes * moved)
 
 
 def _flops(layout: Layout, kind: MLPKind, counts: Counts) -> tuple[float, float]:

@@ -33,7 +33,7 @@ from peer_dist.megatron import (
     shards_of,
     sparse_layers,
 )
-from peer_dist.optim import StepResult, learning_rate_factor
+from peer_dist.optim import Memory, StepResult, learning_rate_factor
 from peer_dist.tracing import StepTimes, listen, position, span
 from peer_dist.training.building import dtype_of, join_groups, make_engine
 from peer_dist.training.checkpoints import (
@@ -278,7 +278,7 @@ class Trainer:
         with self.engine.accumulate():
             # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
-            held = self.engine.allocated() if (step + 1) % config.logging.interval == 0 else None
+            held = Memory.sum(self.engine.memory().values()) if (step + 1) % config.logging.interval == 0 else None
         loss = float(parallel.total(losses.sum().double())) / tokens
         spike = self.guard.is_spike(loss)
         with span("optimizer"):

@@ -35,13 +35,16 @@ from deepspeed.utils import (
 )
 
 from peer_dist.layers.retrieval import ProductKeyLayer
-from peer_dist.optim import MOMENTS, DenseAdam, Engine, Memory, StepResult, TableOptimizer
+from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
 from peer_dist.optim.engine import names_not_finite
 
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
+
+BUCKET = 500_000_000
+"""Elements of the bucket that gradients are reduced in, at most: DeepSpeed's default."""
 
 
 class ZeroEngine(Engine):
@@ -75,12 +78,14 @@ class ZeroEngine(Engine):
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         inner = torch.optim.AdamW(groups, lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=True)
+        # it is allocated whole: one of DeepSpeed's default size would be most of what a small model needs
+        bucket = min(BUCKET, sum(parameter.numel() for parameter in parameters))
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # counted by us: the schedule runs all micro-batches
             "gradient_accumulation_steps": 1,
             "gradient_clipping": adam.grad_clip,
             "steps_per_print": 2**60,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
         }
         if offload:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -176,18 +181,9 @@ class ZeroEngine(Engine):
             )
         return zero.bit16_groups_flat, gradients, [*zero.single_partition_of_fp32_groups, *moments]
 
-    def dense_memory(self) -> Memory:
-        parameters = list(self.parameters.values())
-        weights = [parameter.data for parameter in parameters]
-        gradients = sum(parameter.nbytes for parameter in parameters)
-        if self._stage == 3:  # the whole parameters are there between passes only where they are small
-            partitions: list[Any] = [parameter.ds_tensor for parameter in parameters]  # type: ignore[attr-defined]
-            weights += partitions
-            whole = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)  # type: ignore[attr-defined]
-            gradients = whole + self._zero.grad_partitions_flat_buffer.nbytes
-        states = [value for state in self._zero.optimizer.state.values() for value in state.values()]
-        bucket = self._zero.reduce_bucket_size * parameters[0].element_size()
-        return Memory.of(weights, gradients, self._masters() + states, bucket)
+    @property
+    def _bucket_bytes(self) -> int:  # type: ignore[override]
+        return self._zero.reduce_bucket_size * next(iter(self.parameters.values())).element_size()
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
 
