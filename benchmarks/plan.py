@@ -1,10 +1,11 @@
 """What `peer-dist plan` predicts against what CPU ranks of this machine do, layout by layout.
 
-    python benchmarks/plan.py [--hardware FILE] [--ranks N] [--only TEXT] [--steps N] [--json FILE]
+    python benchmarks/plan.py [--hardware FILE] [--ranks N] [--only TEXT] [--steps N] [--rounds N] [--json FILE]
 
 Weights, gradients and optimizer states must be equal, byte for byte (of lazy tables the gradients: near). Bytes of the
 exchange are planned from the measured mean of row shards that a token hits. The peak of the passes is what was there
-and the most that torch's allocator handed out beside it, by its profiler. Time is the median of some steps. The
+and the most that torch's allocator handed out beside it, by its profiler. Time is the median of some steps, in the
+round of all layouts where it is the least: a machine's speed drifts. The
 hardware file is one of `peer-dist doctor --calibrate FILE`, by default the package's placeholder `cpu`, whose times are
 worth nothing. Ranks have one thread each: take no more of them than there are cores.
 """
@@ -132,7 +133,7 @@ class Passes:
         return self._end()
 
 
-def compare(name: str, folder: str, ranks: int, hardware: Hardware) -> dict[str, Any]:
+def compare(name: str, folder: str, ranks: int, hardware: Hardware, seconds: float) -> dict[str, Any]:
     """One layout, predicted and measured; memory is that of the rank with the highest peak."""
     measured = json.loads(Path(folder, f"{name}.json").read_text())
     one = measured[0]
@@ -149,9 +150,9 @@ def compare(name: str, folder: str, ranks: int, hardware: Hardware) -> dict[str,
         "peak_MB": worst["peak"] / 1e6,
         "peak_MB_planned": predicted.memory.passes_peak / 1e6,
         "peak_ratio": predicted.memory.passes_peak / worst["peak"],
-        "step_ms": 1e3 * one["seconds"],
+        "step_ms": 1e3 * seconds,
         "step_ms_planned": 1e3 * predicted.times.total,
-        "step_ratio": predicted.times.total / one["seconds"],
+        "step_ratio": predicted.times.total / seconds,
         "planned_ms": {part: 1e3 * seconds for part, seconds in asdict(predicted.times).items()},
     }
 
@@ -167,7 +168,8 @@ def main() -> None:
     parser.add_argument("--hardware", default="cpu")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--only", default="", help="layouts whose names have this in them")
-    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     hardware = load_hardware(arguments.hardware)
@@ -175,9 +177,14 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         prepare(None, Path(folder, "text"))
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(arguments.rounds):
+            for name in names:
+                multiprocessing.spawn(run, (arguments.ranks, folder, name, arguments.steps), arguments.ranks)
+                seconds[name].append(json.loads(Path(folder, f"{name}.json").read_text())[0]["seconds"])
+                Path(folder, f"store-{name}").unlink(missing_ok=True)
         for name in names:
-            multiprocessing.spawn(run, (arguments.ranks, folder, name, arguments.steps), arguments.ranks)
-            rows.append(compare(name, folder, arguments.ranks, hardware))
+            rows.append(compare(name, folder, arguments.ranks, hardware, min(seconds[name])))
             show(name, [{key: value for key, value in rows[-1].items() if key != "planned_ms"}])
     summary: dict[str, Any] = {
         "states_equal": all(row[f"{part}_equal"] for row in rows for part in STATES if "lazy" not in row["layout"]),

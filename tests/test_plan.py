@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from tests.layouts import BATCH, IMPROVED, LAZY, RECURRENT, RMS, SHARED, SIGMA, 
 from tests.layouts import Layout as Case
 from tests.ranks import run_ranks
 from tests.test_planning import CASES, make
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def held_and_planned(rank: int, world_size: int, tree: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:
@@ -240,3 +243,29 @@ def test_the_command_finds_a_layout_that_fits(tmp_path, capsys) -> None:
     assert load_config(best).train.global_batch_size == 1024
     with pytest.raises(ConfigError, match=r"--search: no layout of this model divides 7 device"):
         app([*options[:3], "--gpus", "7", "--vocab-size", "32768", "--search"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.plan.txt")), ids=lambda path: path.name)
+def test_plans_that_lie_beside_configs(path, capsys) -> None:
+    """By the command in their first line."""
+    command, *lines = path.read_text().splitlines()
+    name = f"{path.name.removesuffix('.plan.txt')}.yaml"
+    options = [str(CONFIGS / name) if word == f"configs/{name}" else word for word in command.split()[2:]]
+    assert not app(options, standalone_mode=False)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == lines
+
+
+def test_the_command_builds_a_rank(tmp_path, capsys) -> None:
+    """And what is planned of a rank is what is built."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(make(SIZES | {"parallel.expert": 2}).model_dump(mode="json", exclude_defaults=True)))
+    options = ["plan", "-c", str(path), "--gpus", "8", "--vocab-size", "32768", "--json"]
+    with pytest.raises(ConfigError, match="--construct x: must be a rank's number, or stages"):
+        app([*options, "--construct", "x"], standalone_mode=False)
+    assert not app([*options, "--construct", "3"], standalone_mode=False)
+    (made,) = json.loads(capsys.readouterr().out)
+    app(options, standalone_mode=False)
+    planned = json.loads(capsys.readouterr().out)["memory"]
+    assert made["rank"] == 3
+    for part in ("weights", "gradients", "optimizer"):
+        assert planned[part] == sum(memory[part] for memory in made["memory"].values()) > 0

@@ -31,6 +31,7 @@ from peer_dist.sharding.cost import synthetic_picks
 from peer_dist.training.world import World
 
 _MESSAGE = 16 << 20  # bytes that a rank has for all others, of which bandwidth is measured
+_TURNS = 3  # of all checks: what slows a machine down lasts for seconds
 _ROUNDS = 8  # of what all ranks do together
 _LAYERS = (2, 8)  # of the models whose difference tells a layer's overhead
 _WORDS = 128  # of their vocabulary
@@ -70,6 +71,13 @@ class _Rates:
 
     values: dict[str, Any] = field(default_factory=dict)
     guessed: dict[str, str] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    """By check, what each rank measured, of all turns the best: what is worse is other programs' doing."""
+
+    def add(self, check: str, values: dict[int, Any]) -> dict[int, Any]:
+        """A turn's values; all turns'."""
+        self.best[check] = _better(self.best.get(check, values), values, min if check == "overheads" else max)
+        return self.best[check]
 
 
 def calibrate(world: World, path: Path, seconds: float = 30.0) -> Report:
@@ -104,7 +112,10 @@ def calibrate(world: World, path: Path, seconds: float = 30.0) -> Report:
             collective=True,
         ),
     ]
-    report = examine(world, None, seconds, checks)
+    for _ in range(_TURNS):
+        report = examine(world, None, seconds / _TURNS, checks)
+        if not report.ok:
+            break
     if world.rank == 0 and report.ok:
         write_hardware(path, rates.values, rates.guessed, report.ranks)
     return report
@@ -151,8 +162,9 @@ def _times(here: Here, run: Callable[[], Any], rounds: int = 0) -> list[float]:
     return times
 
 
-def _typical(here: Here, run: Callable[[], Any], rounds: int = 0) -> float:
-    return statistics.median(_times(here, run, rounds))
+def _least(here: Here, run: Callable[[], Any], rounds: int = 0) -> float:
+    """What comes on top is other programs'."""
+    return min(_times(here, run, rounds))
 
 
 def _device(here: Here) -> dict[str, Any]:
@@ -188,7 +200,7 @@ def _products(here: Here) -> dict[str, dict[str, float]]:
         for width in _SIZES[here.device.type].widths:
             a = torch.ones(width, width, dtype=getattr(torch, name), device=here.device)
             out = torch.empty_like(a)
-            taken = _typical(here, functools.partial(torch.mm, a, a, out=out))
+            taken = _least(here, functools.partial(torch.mm, a, a, out=out))
             found.setdefault(name, {})[str(width)] = 2 * width**3 / taken
     return found
 
@@ -196,6 +208,7 @@ def _products(here: Here) -> dict[str, dict[str, float]]:
 def _judge_products(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
     told = []
     rates.values["flops_per_s"] = {}
+    values = rates.add("products", values)
     for name, by_width in values[min(values)].items():
         slowest = {width: min(value[name][width] for value in values.values()) for width in by_width}
         rates.values["flops_per_s"][name] = _rounded(statistics.median(slowest.values()))
@@ -213,17 +226,18 @@ def _memory(here: Here) -> dict[str, float]:
     drawn = synthetic_picks(sizes.experts, sizes.tokens, sizes.picks, device=here.device)
     gate = torch.ones(drawn.numel(), device=here.device)
     with torch.no_grad():
-        taken = _typical(here, lambda: expert_mix(x, Picks.even(drawn), gate, down, up, "gelu"))
+        taken = _least(here, lambda: expert_mix(x, Picks.even(drawn), gate, down, up, "gelu"))
     return {"copy": copied, "gather": 2 * drawn.numel() * sizes.dim * dtype.itemsize / taken}
 
 
 def _copied(here: Here, count: int) -> float:
     source = torch.ones(count, device=here.device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _typical(here, lambda: target.copy_(source))
+    return 2 * source.nbytes / _least(here, lambda: target.copy_(source))
 
 
 def _judge_memory(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    values = rates.add("memory", values)
     copied, gathered = (min(value[name] for value in values.values()) for name in ("copy", "gather"))
     rates.values |= {"hbm_bytes_per_s": _rounded(copied), "gather_bytes_per_s": _rounded(gathered)}
     told = f"a copy moves {copied / 1e9:.3g} GB/s, experts are gathered at {gathered / 1e9:.3g} GB/s"
@@ -265,7 +279,7 @@ def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, list[float]]:
                 if name == "all-to-all"
                 else functools.partial(dist.all_reduce, sent, group=group)
             )
-            seconds.append(_typical(here, run, _ROUNDS))
+            seconds.append(_least(here, run, _ROUNDS))
         found[name] = [seconds[0], moved * sent.nbytes / max(seconds[1] - seconds[0], 1e-9)]
     return found
 
@@ -273,6 +287,10 @@ def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, list[float]]:
 def _judge_links(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
     told = []
     keys = {"node": "node_link", "network": "network"}
+    values = rates.add("links", values)
+    for key in rates.guessed:
+        del rates.values[key]
+    rates.guessed.clear()
     for kind, key in keys.items():
         measured = [value[kind] for value in values.values() if kind in value]
         if not measured:
@@ -307,14 +325,12 @@ def _guess(rates: _Rates, key: str, instead: tuple[str, str] | None) -> None:
 
 
 def _overheads(here: Here) -> dict[str, float]:
-    """Seconds that a layer and a step take whatever their sizes, by training steps of two tiny models; and those of a
-    step of one whose layers have sizes.
+    """Seconds of training steps: of two tiny models, which tell what a layer and a step take whatever their sizes, and
+    of one whose layers have sizes.
     """
     few, many = (_step_seconds(here, _model(layers)) for layers in _LAYERS)
-    layer = max(0.0, (many - few) / (_LAYERS[1] - _LAYERS[0]))
     sizes = _SIZES[here.device.type]
-    real = _step_seconds(here, _dense_model(sizes, here.world_size))
-    return {"layer": layer, "step": max(0.0, few - _LAYERS[0] * layer), "dense": real}
+    return {"few": few, "many": many, "dense": _step_seconds(here, _dense_model(sizes, here.world_size))}
 
 
 def _model(layers: int) -> Config:
@@ -370,13 +386,16 @@ def _step_seconds(here: Here, config: Config) -> float:
                 run_forward_backward(model, [batch])
             engine.step(0.0, 0.0)
 
-        return min(_times(here, step, _ROUNDS))  # what comes on top is other programs'
+        return _least(here, step, _ROUNDS)
     finally:
         parallel.destroy()
 
 
 def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
-    layer, step, dense = (max(value[name] for value in values.values()) for name in ("layer", "step", "dense"))
+    values = rates.add("overheads", values)
+    few, many, dense = (max(value[name] for value in values.values()) for name in ("few", "many", "dense"))
+    layer = max(0.0, (many - few) / (_LAYERS[1] - _LAYERS[0]))
+    step = max(0.0, few - _LAYERS[0] * layer)
     rates.values |= {"layer_overhead_s": _rounded(layer), "step_overhead_s": _rounded(step)}
     told = f"{layer * 1e3:.2f} ms a layer, forward and backward, half of them PEER; {step * 1e3:.2f} ms a step beside"
     device = rates.values["device"]
@@ -391,6 +410,15 @@ def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> lis
         f"products, gradients and the update explain {planned.times.total * 1e3:.0f}"
     )
     return [Finding("overheads", "ok", told)]
+
+
+def _better(one: Any, other: Any, of: Callable[[Any, Any], Any]) -> Any:
+    """Of two measurements alike; a pair is one of seconds and of a rate."""
+    if isinstance(one, dict):
+        return {key: _better(one[key], other[key], of) for key in one}
+    if isinstance(one, list):
+        return [min(one[0], other[0]), max(one[1], other[1])]
+    return of(one, other)
 
 
 def _rounded(value: float) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
@@ -31,13 +31,13 @@ class Memory:
     ) -> Memory:
         """Whole storages are counted, each once, for the first of the three that has it."""
         seen: set[int] = set()
-        return cls(*(_storages(tensors, seen) for tensors in (weights, gradients, optimizer)), buckets)
+        return cls(_storages(weights, seen), _storages(gradients, seen), _storages(optimizer, seen), buckets)
 
     @classmethod
     def sum(cls, parts: Iterable[Memory]) -> Memory:
         """Of parts that share nothing."""
-        columns: Sequence[tuple[int, ...]] = [(p.weights, p.gradients, p.optimizer, p.buckets) for p in parts]
-        return cls(*(sum(column) for column in zip(*columns)))
+        weights, gradients, optimizer, buckets = zip(*map(astuple, parts))
+        return cls(sum(weights), sum(gradients), sum(optimizer), sum(buckets))
 
     @property
     def total(self) -> int:

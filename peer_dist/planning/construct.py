@@ -134,7 +134,9 @@ def built(ranks: Sequence[RankModel]) -> list[Table]:
             first = ("", "", "")
         number = str(each.rank)
         for routing, moved in each.exchange.items():
-            sent.add_row(number, routing, f"{moved.hits:.2f}", f"{moved.inside / 1e9:.3f}", f"{moved.between / 1e9:.3f}")
+            sent.add_row(
+                number, routing, f"{moved.hits:.2f}", f"{moved.inside / 1e9:.3f}", f"{moved.between / 1e9:.3f}"
+            )
             number = ""
         groups.add_row(str(each.rank), *(_span(members) for members in each.groups.values()))
     return [held, sent, groups]
