@@ -1,6 +1,8 @@
 """Weights of other models that runs start from: Llama folders and checkpoints with dense layers."""
 
 import json
+import multiprocessing
+import pickle
 
 import pytest
 import torch
@@ -292,3 +294,86 @@ def test_llama_is_that_of_transformers(tree, tmp_path):
     with torch.no_grad():
         want = model(TOKENS).logits.double()
     assert_close(run_ranks(logits_of, 1, tree), want)
+
+
+FUSED = {  # as TransformerEngine's layers call them
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def write_megatron(rank, world_size, folder, changes, names=()):
+    """A random model of Megatron-core's own specification, saved by it; its logits."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    from peer_dist.megatron import Parallel
+
+    Parallel.initialize(tensor=world_size, seed=1)
+    sizes = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2}
+    options = {"normalization": "RMSNorm", "layernorm_epsilon": 1e-6, "gated_linear_unit": True, "init_method_std": 0.2}
+    options |= {"add_bias_linear": False, "tensor_model_parallel_size": world_size, "params_dtype": torch.float32}
+    options |= {"attention_dropout": 0.0, "hidden_dropout": 0.0, "activation_func": F.silu, **(changes or {})}
+    config = TransformerConfig(**sizes, ffn_hidden_size=48, use_cpu_initialization=True, **options)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    torch.manual_seed(5)
+    rotary = {"position_embedding_type": "rope", "rotary_base": 500000}
+    model = GPTModel(config, spec, 384, 64, share_embeddings_and_output_weights=False, **rotary).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # alike on all ranks
+            parameter.data += torch.linspace(-0.2, 0.2, len(parameter))
+    newest = folder / "iter_0000007"
+    if rank == 0:
+        newest.mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text("7")
+    dist.barrier()
+    multiprocessing.current_process()._config["daemon"] = False  # its writer has a process
+    state = model.sharded_state_dict()
+    for tensor in nested_values(state):
+        for name in names:
+            tensor.key = tensor.key.replace(name, FUSED[name])
+    dist_checkpointing.save({"model": state, "iteration": 7}, str(newest))
+    mask = torch.ones(24, 24, dtype=torch.bool).triu(1)[None, None]
+    with torch.no_grad():
+        logits = model(TOKENS, torch.arange(24).expand(2, -1), mask, runtime_gather_output=True)
+    return logits.double().numpy()
+
+
+def test_a_checkpoint_of_megatron_is_itself(tree, tmp_path):
+    """All logits, of what two tensor-parallel ranks saved; shapes that differ from the config's are told."""
+    want = torch.from_numpy(run_ranks(write_megatron, 2, tmp_path / "llama", None)[0])
+    assert_close(run_ranks(logits_of, 1, tree), want)
+    run_ranks(write_megatron, 2, tmp_path / "fused", None, list(FUSED))
+    fused = with_keys(tree, checkpoint={"init_from": str(tmp_path / "fused")}, parallel={"pipeline": 2})
+    assert_close(run_ranks(logits_of, 2, fused), want)
+    direct = with_keys(tree, checkpoint={"init_from": str(tmp_path / "llama" / "iter_0000007")})
+    changed = [{"num_layers": 3}, {"num_attention_heads": 8}, {"ffn_hidden_size": 40}, {"tied_embeddings": True}]
+    told = ("num_layers = 4", "num_query_groups = 4", "ffn_hidden_size = 48", "tied_embeddings = False")
+    trees = [with_keys(direct, model={**MODEL, **changes}) for changes in changed]
+    for sentence, part in zip(run_ranks(refusals, 1, trees)[0], told, strict=True):
+        assert f"iter_0000007 has model.{part}, but the config says" in sentence
+
+
+class Touch:
+    """Unpickled freely, makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_other_models_of_megatron_are_refused(tree, tmp_path):
+    run_ranks(write_megatron, 1, tmp_path / "llama", {"add_bias_linear": True})
+    (said,) = run_ranks(refusals, 1, [tree])[0]
+    assert "bias, which models of this package have not" in said
+    for content in (b"cut", pickle.dumps(Touch(str(tmp_path / "touched")))):
+        (tmp_path / "llama" / "iter_0000007" / ".metadata").write_bytes(content)
+        (said,) = run_ranks(refusals, 1, [tree])[0]
+        assert "iter_0000007: cannot be read as a checkpoint of Megatron-core" in said
+    assert not (tmp_path / "touched").exists()

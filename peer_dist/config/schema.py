@@ -488,8 +488,9 @@ class CheckpointConfig(Section):
     )
     init_from: str | None = Field(
         None,
-        description="a checkpoint, or a Llama model's folder (Hugging Face), whose weights start a new run (fresh "
-        "optimizers, step 0); PEER layers in the place of its dense ones begin with an output of 0",
+        description="a checkpoint, a Llama model's folder (Hugging Face) or a checkpoint of Megatron-core, whose "
+        "weights start a new run (fresh optimizers, step 0); PEER layers in the place of its dense ones begin with an "
+        "output of 0",
     )
 
 

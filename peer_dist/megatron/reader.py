@@ -17,7 +17,7 @@ import enum
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, ClassVar
@@ -57,6 +57,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
         forms.Metadata,
         forms.MetadataIndex,
         forms.TensorStorageMetadata,
+        forms.BytesStorageMetadata,
         forms.ChunkStorageMetadata,
         forms.TensorProperties,
         forms.StorageMeta,
@@ -78,8 +79,23 @@ _CLASSES |= {
 _DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 
+class _Ignored:
+    """Stands for whatever else Megatron keeps in ``.metadata`` (its plans of the save): takes all, and does nothing."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+
 class _MetadataUnpickler(pickle._Unpickler):
     """Builds a ``.metadata`` file's objects from an allow-list of classes.
+
+    Args:
+        others: what is of no other class is :class:`_Ignored` instead of refused.
 
     Python's own unpickler and not the one in C, whose BUILD would let a pickle set attributes of the classes.
     """
@@ -87,32 +103,44 @@ class _MetadataUnpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
 
+    def __init__(self, stream: BinaryIO, others: bool) -> None:
+        super().__init__(stream)
+        self._others = others
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _CLASSES[module, name]
         except KeyError:
+            if self._others:
+                return _Ignored
             raise UntrustedError(f"it asks for {module}.{name}, which is no part of a checkpoint") from None
 
     def load_build(self) -> None:
         owner = self.stack[-2]
-        if type(owner) not in _CLASSES.values() or isinstance(owner, enum.Enum):
+        if type(owner) not in {*_CLASSES.values(), _Ignored} or isinstance(owner, enum.Enum):
             raise UntrustedError(f"it changes {owner!r}, which is not an object of its own")
         pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
 
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def read_metadata(stream: BinaryIO) -> forms.Metadata:
+def read_metadata(stream: BinaryIO, others: bool = False) -> forms.Metadata:
     """What ``.metadata`` says of a checkpoint's tensors, and nothing run.
+
+    Args:
+        others: entries that are no tensors may be there, for a reader who leaves them alone, and objects that are no
+            part of our checkpoints, of which nothing is built.
 
     Raises:
         UntrustedError: it holds something else.
     """
-    metadata = _MetadataUnpickler(stream).load()
+    metadata = _MetadataUnpickler(stream, others).load()
     if not isinstance(metadata, forms.Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise UntrustedError("it does not describe a checkpoint")
     for key, value in metadata.state_dict_metadata.items():
-        if not isinstance(value, forms.TensorStorageMetadata):  # BytesStorageMetadata: torch would unpickle its bytes
+        if (
+            not isinstance(value, forms.TensorStorageMetadata) and not others
+        ):  # BytesStorageMetadata: torch would unpickle its bytes
             raise UntrustedError(f"its {key} is no tensor")
     for info in (metadata.storage_data or {}).values():
         if not isinstance(info, _StorageInfo) or not _DATA_FILE.fullmatch(str(info.relative_path)):
@@ -127,10 +155,14 @@ class MetadataReader(dcp.FileSystemReader):
 
     _metadata: forms.Metadata | None = None
 
+    def __init__(self, folder: str | Path, others: bool = False) -> None:
+        super().__init__(folder)
+        self._others = others
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> forms.Metadata:
         if self._metadata is None:
             with (Path(self.path) / ".metadata").open("rb") as stream:
-                self._metadata = read_metadata(stream)
+                self._metadata = read_metadata(stream, self._others)
             if self._metadata.storage_meta is None:
                 self._metadata.storage_meta = forms.StorageMeta()
             self._metadata.storage_meta.load_id = self.load_id
@@ -159,14 +191,17 @@ class _Block:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint, read some rows at a time, in one process, with no process group.
+    """The tensors of a checkpoint, read in parts, in one process, with no process group.
+
+    Args:
+        others: see :func:`read_metadata`.
 
     Attributes:
         shapes: of every tensor, by key.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self._reader = MetadataReader(folder)
+    def __init__(self, folder: str | Path, others: bool = False) -> None:
+        self._reader = MetadataReader(folder, others)
         metadata = self._reader.read_metadata()
         self.shapes = {
             key: tuple(value.size)
@@ -175,7 +210,8 @@ class StoredTensors:
         }
         self._stored: dict[str, list[tuple[tuple[int, ...], _StorageInfo]]] = {}
         for index, info in metadata.storage_data.items():
-            self._stored.setdefault(index.fqn, []).append((tuple(index.offset), info))
+            if index.fqn in self.shapes:
+                self._stored.setdefault(index.fqn, []).append((tuple(index.offset), info))
 
     def rows(self, key: str, elements: int) -> Iterator[torch.Tensor]:
         """The tensor ``key`` from its first row to its last, as many rows at a time as ``elements`` numbers hold.
@@ -183,17 +219,22 @@ class StoredTensors:
         Raises:
             UntrustedError: what is stored is not what the checkpoint says of it.
         """
-        shape, parts = self.shapes[key], [self._block(offset, info) for offset, info in self._stored[key]]
+        shape, parts = self.shapes[key], self._blocks(key)
         step = max(1, elements // math.prod(shape[1:]))
         for begin in range(0, shape[0], step):
             end = min(begin + step, shape[0])
-            rows = torch.empty(end - begin, *shape[1:], dtype=parts[0].dtype)
-            for part in parts:
-                first, last = max(begin, part.offset[0]), min(end, part.offset[0] + part.shape[0])
-                if first < last:
-                    place = (slice(first - begin, last - begin), *map(_span, part.offset[1:], part.shape[1:]))
-                    rows[place] = part.rows(first - part.offset[0], last - part.offset[0])
-            yield rows
+            yield _gathered(parts, (slice(begin, end), *(slice(0, size) for size in shape[1:])))
+
+    def part(self, key: str, where: Sequence[slice]) -> torch.Tensor:
+        """A block of the tensor ``key``.
+
+        Raises:
+            UntrustedError: as :meth:`rows`.
+        """
+        return _gathered(self._blocks(key), where)
+
+    def _blocks(self, key: str) -> list[_Block]:
+        return [self._block(offset, info) for offset, info in self._stored[key]]
 
     def _block(self, offset: tuple[int, ...], info: _StorageInfo) -> _Block:
         path = Path(self._reader.path) / info.relative_path
@@ -205,8 +246,20 @@ class StoredTensors:
         return _Block(path, info.offset + storage._checkpoint_offset, offset, tuple(form.shape), form.dtype)
 
 
-def _span(begin: int, length: int) -> slice:
-    return slice(begin, begin + length)
+def _gathered(blocks: Sequence[_Block], where: Sequence[slice]) -> torch.Tensor:
+    """What the blocks of a tensor have of a part of it, which they cover; only rows that are needed are read."""
+    made = torch.empty([each.stop - each.start for each in where], dtype=blocks[0].dtype)
+    for block in blocks:
+        common = [
+            slice(max(wanted.start, begin), min(wanted.stop, begin + size))
+            for wanted, begin, size in zip(where, block.offset, block.shape)
+        ]
+        if all(each.start < each.stop for each in common):
+            rows, *others = (slice(c.start - begin, c.stop - begin) for c, begin in zip(common, block.offset))
+            place = tuple(slice(c.start - wanted.start, c.stop - wanted.start) for c, wanted in zip(common, where))
+            whole = (slice(None), *others)
+            made[place] = block.rows(rows.start, rows.stop)[whole]
+    return made
 
 
 class LoadTensors(TorchDistLoadShardedStrategy):

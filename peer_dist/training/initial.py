@@ -1,4 +1,4 @@
-"""Where a new run's weights come from: a checkpoint, or a Llama model in Hugging Face's format.
+"""Where a new run's weights come from: a checkpoint, a Llama model in Hugging Face's format, or Megatron's own.
 
 Where the source has a dense feed-forward and the run a PEER layer, that layer is new and its output begins at 0: the
 model begins as the source without those feed-forwards.
@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.config.schema import ROUTED_KINDS, ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import Parallel, peer_layers
+from peer_dist.megatron.checkpoint import dense_blocks
 from peer_dist.training.checkpoints import find_checkpoint, read_manifest, restore_weights, verify_checkpoint
 from peer_dist.training.llama import LlamaFolder
+from peer_dist.training.megatron_folder import MegatronFolder
 
 # what two models must have in common beside their layers' kinds
 _ALWAYS = (
@@ -30,12 +33,13 @@ class Source:
     """A model whose weights fit the run's.
 
     Attributes:
+        foreign: None for a checkpoint of this package.
         fresh: layers (from 1) that have no weights there.
         routed: whether there are weights of what routers share.
     """
 
     path: Path
-    llama: LlamaFolder | None
+    foreign: LlamaFolder | MegatronFolder | None
     fresh: tuple[int, ...]
     routed: bool
 
@@ -48,8 +52,8 @@ class Source:
         skip = [f"decoder.layers.{number - 1}.mlp." for number in self.fresh]
         skip += [f"tables.layer{number}." for number in self.fresh]
         skip += [] if self.routed else ["router_core."]
-        if self.llama is not None:
-            self.llama.restore(model, tuple(skip))
+        if self.foreign is not None:
+            _copy(self.foreign, model, tuple(skip))
         else:
             verify_checkpoint(self.path)
             restore_weights(self.path, model, parallel, tuple(skip))
@@ -62,20 +66,36 @@ def open_source(config: Config, tokenizer: TextTokenizer) -> Source:
     """What ``checkpoint.init_from`` names, found to fit; no tensor is read.
 
     Raises:
-        CheckpointError: it is neither a checkpoint nor a Llama model, or not complete.
+        CheckpointError: it is neither a checkpoint, of this package or Megatron's, nor a Llama model, or not complete.
         ConfigError: its architecture is not the run's.
     """
     path = Path(str(config.checkpoint.init_from))
-    llama = LlamaFolder(path) if LlamaFolder.is_one(path) else None
-    if llama is not None:
-        theirs, names = llama.model, llama.names
-        llama.check_vocabulary(tokenizer)
+    foreign: LlamaFolder | MegatronFolder | None = None
+    if LlamaFolder.is_one(path):
+        foreign = LlamaFolder(path)
+    elif MegatronFolder.is_one(path):
+        foreign = MegatronFolder(path, config.model)
+    if foreign is not None:
+        theirs, names = foreign.model, foreign.names
+        foreign.check_vocabulary(tokenizer)
     else:
         path = find_checkpoint(path)
         theirs, names = parse_config(read_manifest(path)["config"], str(path)).model, {}
     _check_architecture(path, theirs, config.model, names)
     fresh = _fresh_layers(path, theirs, config)
-    return Source(path, llama, fresh, bool(set(ROUTED_KINDS) & set(theirs.mlp_kinds)))
+    return Source(path, foreign, fresh, bool(set(ROUTED_KINDS) & set(theirs.mlp_kinds)))
+
+
+@torch.no_grad()
+def _copy(source: LlamaFolder | MegatronFolder, model: nn.ModuleList, skip: tuple[str, ...]) -> None:
+    """What this rank has of the model, but for keys that begin with one of ``skip``.
+
+    Rows of the padded vocabulary that the source does not have stay as they were drawn.
+    """
+    for key, where, memory in dense_blocks(model):
+        if not key.startswith(skip):
+            value = source.block(key, where)
+            memory[: len(value)].copy_(value)
 
 
 def _check_architecture(path: Path, theirs: ModelConfig, ours: ModelConfig, names: dict[str, str]) -> None:

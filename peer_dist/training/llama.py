@@ -11,14 +11,13 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from peer_dist.config import ConfigError
 from peer_dist.config.load import sentence
 from peer_dist.config.schema import ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import CheckpointError
-from peer_dist.megatron.checkpoint import dense_blocks
 
 # our key to theirs, and what it is where config.json does not say
 _KEYS: dict[str, tuple[str, Any]] = {
@@ -109,20 +108,8 @@ class LlamaFolder:
                     f"data's tokenizer {tokenizer.name}; prepare the data with the model's tokenizer"
                 )
 
-    @torch.no_grad()
-    def restore(self, model: nn.ModuleList, skip: tuple[str, ...]) -> None:
-        """Copy into the model what this rank has of it, but for keys that begin with one of ``skip``.
-
-        Rows of the padded vocabulary that the model does not have stay as they were drawn.
-
-        """
-        for key, where, memory in dense_blocks(model):
-            if not key.startswith(skip):
-                value = self._block(key, where)
-                memory[: len(value)].copy_(value)
-
-    def _block(self, key: str, where: tuple[slice, ...]) -> Tensor:
-        """A part of what Megatron calls ``key``."""
+    def block(self, key: str, where: tuple[slice, ...]) -> Tensor:
+        """A part of what Megatron calls ``key``; of rows beyond the vocabulary nothing."""
         if key in _OUTSIDE:
             return self._read(_OUTSIDE[key], where)
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", key)
