@@ -286,7 +286,7 @@ def test_mistakes_leave_nothing(folder, tmp_path):
     new = str(tmp_path / "new")
     cases = [
         ({"output": tmp_path / "there"}, "is there already, and nothing is replaced"),
-        ({"output": tmp_path / "no" / "new"}, "there is no folder"),
+        ({"output": good / "manifest.json" / "new"}, "new: cannot be written (Not a directory)"),
         ({"dtype": "float16"}, "--dtype float16: must be one of float32, bfloat16"),
         ({"shard_size": "5 apples"}, "--shard-size 5 apples: must be a number of KB, MB or GB"),
         ({"checkpoint": str(tmp_path / "there")}, "holds no complete checkpoint"),
@@ -304,14 +304,14 @@ def test_mistakes_leave_nothing(folder, tmp_path):
 
 def test_the_command(folder, tmp_path):
     """In bfloat16, all but statistics; a second time it does not replace what is there."""
-    options = ["export", "--checkpoint", str(folder.parent / "checkpoints"), "-o", str(tmp_path / "half")]
+    options = ["export", "--checkpoint", str(folder.parent / "checkpoints"), "-o", str(tmp_path / "made" / "half")]
     with Command(1, [*options, "--dtype", "bfloat16"], tmp_path / "said") as command:
         assert command.codes(60) == [0]
         assert re.search(r"half: \d+ tensors, 0\.\d MB, of .*step-00000002 \(step 2\)", command.words(0))
     with Command(1, options, tmp_path / "said") as command:
         assert command.codes(60) == [2]
         assert "is there already" in command.words(0)
-    model, wanted = LanguageModel.load(tmp_path / "half"), torch.load(f"{folder}.wanted")
+    model, wanted = LanguageModel.load(tmp_path / "made" / "half"), torch.load(f"{folder}.wanted")
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     assert {value.dtype for value in model.buffers()} == {torch.float32}
     with torch.no_grad():

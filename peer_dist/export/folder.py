@@ -77,8 +77,6 @@ def export(
         raise DataError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
     if output.exists():
         raise DataError(f"--output {output}: is there already, and nothing is replaced; name a new folder")
-    if not output.parent.is_dir():
-        raise DataError(f"--output {output}: there is no folder {output.parent}; make it first")
     path = find_checkpoint(checkpoint)
     verify_checkpoint(path)
     manifest = read_manifest(path)
@@ -93,7 +91,7 @@ def export(
     entries = _entries(path, settings)
     unfinished = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
-        unfinished.mkdir()
+        unfinished.mkdir(parents=True)
         written = write_shards(unfinished, entries, limit)
         _write_settings(unfinished, settings)
         _write_tokenizer(unfinished, path, settings)
