@@ -153,7 +153,7 @@ def compare(name: str, folder: str, ranks: int, hardware: Hardware, seconds: flo
         "step_ms": 1e3 * seconds,
         "step_ms_planned": 1e3 * predicted.times.total,
         "step_ratio": predicted.times.total / seconds,
-        "planned_ms": {part: 1e3 * seconds for part, seconds in asdict(predicted.times).items()},
+        "planned_ms": {part: 1e3 * value for part, value in asdict(predicted.times).items()},
     }
 
 

@@ -270,10 +270,11 @@ def plan(
 
         from peer_dist.planning.construct import built, construct_chosen
 
-        if search:
-            raise ConfigError("--construct: builds the layout of the config; --write the one found, and build that")
-        node = per_node if hardware.device == "cuda" else 0
-        made = construct_chosen(settings, construct, gpus or per_node, node, vocab_size)
+        if search or file or tokens or price or hits:
+            raise ConfigError(
+                "--construct: only builds the config's layout; leave out --search, --write, --tokens, --price, --hits"
+            )
+        made = construct_chosen(settings, construct, gpus or per_node, per_node, vocab_size, hardware.device)
         if as_json:
             typer.echo(json.dumps([asdict(each) for each in made], indent=1))
         else:

@@ -182,7 +182,7 @@ def test_what_has_no_place_in_the_world_is_refused(small):
 
 
 WORLDS = {  # ranks, GPUs of a node, GB
-    "laptop": (4, 0, 0.5),
+    "laptop": (4, 4, 0.5),
     "one-gpu": (1, 1, 40),
     "one-node": (8, 8, 40),
     "8-nodes": (64, 8, 40),
@@ -194,7 +194,9 @@ SMALLER = list(WORLDS)[:-1]
 def sizes_case(rank, world_size, name):
     dist.destroy_process_group()
     ranks, gpus_per_node, _ = WORLDS[name]
-    return build_rank(load_config(CONFIGS / f"{name}.yaml"), ranks, 0, gpus_per_node, 32000)
+    return build_rank(
+        load_config(CONFIGS / f"{name}.yaml"), ranks, 0, gpus_per_node, 32000, "cpu" if name == "laptop" else "cuda"
+    )
 
 
 @pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in SMALLER), "64-nodes"])

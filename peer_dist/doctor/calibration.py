@@ -76,7 +76,9 @@ class _Rates:
 
     def add(self, check: str, values: dict[int, Any]) -> dict[int, Any]:
         """A turn's values; all turns'."""
-        self.best[check] = _better(self.best.get(check, values), values, min if check == "overheads" else max)
+        self.best[check] = _better(
+            self.best.get(check, values), values, max if check in ("products", "memory") else min
+        )
         return self.best[check]
 
 
@@ -85,7 +87,7 @@ def calibrate(world: World, path: Path, seconds: float = 30.0) -> Report:
 
     Args:
         path: the YAML file, written by rank 0 unless a check failed.
-        seconds: what a check may take.
+        seconds: what a check may take in each turn.
 
     Raises:
         ConfigError: on rank 0, where the file cannot be written.
@@ -113,7 +115,7 @@ def calibrate(world: World, path: Path, seconds: float = 30.0) -> Report:
         ),
     ]
     for _ in range(_TURNS):
-        report = examine(world, None, seconds / _TURNS, checks)
+        report = examine(world, None, seconds, checks)
         if not report.ok:
             break
     if world.rank == 0 and report.ok:
@@ -244,8 +246,9 @@ def _judge_memory(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[F
     return [Finding("memory", "ok", told)]
 
 
-def _links(here: Here) -> dict[str, dict[str, list[float]]]:
-    """By kind of link: for each collective, seconds of a tiny message and bytes per second that a rank sends.
+def _links(here: Here) -> dict[str, dict[str, dict[str, float]]]:
+    """By kind of link: for each collective, seconds of a tiny message and of a large one, and the bytes that a rank
+    sends in that.
 
     Inside a node all of its ranks take part; between nodes the ranks of one place in each node do, all at once, so that
     they share its network as they will.
@@ -254,7 +257,7 @@ def _links(here: Here) -> dict[str, dict[str, list[float]]]:
     dist.all_gather_object(hosts, socket.gethostname())
     inside = [[rank for rank, host in enumerate(hosts) if host == each] for each in dict.fromkeys(hosts)]
     between = [[node[place] for node in inside] for place in range(min(map(len, inside)))]
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for kind, groups in (("node", inside), ("network", between)):
         several = [ranks for ranks in groups if len(ranks) > 1]
         made = [dist.new_group(ranks) for ranks in several]  # all ranks make all of them
@@ -266,7 +269,7 @@ def _links(here: Here) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, list[float]]:
+def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, dict[str, float]]:
     ranks = group.size()
     found = {}
     for name, moved in (("all-to-all", (ranks - 1) / ranks), ("all-reduce", 2 * (ranks - 1) / ranks)):
@@ -280,11 +283,13 @@ def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, list[float]]:
                 else functools.partial(dist.all_reduce, sent, group=group)
             )
             seconds.append(_least(here, run, _ROUNDS))
-        found[name] = [seconds[0], moved * sent.nbytes / max(seconds[1] - seconds[0], 1e-9)]
+        found[name] = {"tiny": seconds[0], "large": seconds[1], "bytes": moved * sent.nbytes}
     return found
 
 
 def _judge_links(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    if "hbm_bytes_per_s" not in rates.values:
+        return [Finding("links", "warn", "not judged without what memory does", "see the check of memory")]
     told = []
     keys = {"node": "node_link", "network": "network"}
     values = rates.add("links", values)
@@ -296,7 +301,8 @@ def _judge_links(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Fi
         if not measured:
             continue
         for name in measured[0]:
-            latency, bandwidth = max(each[name][0] for each in measured), min(each[name][1] for each in measured)
+            latency, large, size = (max(each[name][key] for each in measured) for key in ("tiny", "large", "bytes"))
+            bandwidth = size / max(large - latency, large / 10)  # of a noisy pair no more than ten times what it took
             told.append(f"{kind}: {name} {bandwidth / 1e9:.3g} GB/s after {latency * 1e6:.0f} µs")
             if name == "all-to-all":  # what experts need
                 rates.values |= {f"{key}_bytes_per_s": _rounded(bandwidth), f"{key}_latency_s": _rounded(latency)}
@@ -392,6 +398,8 @@ def _step_seconds(here: Here, config: Config) -> float:
 
 
 def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    if "network_bytes_per_s" not in rates.values or "flops_per_s" not in rates.values:
+        return [Finding("overheads", "warn", "not judged without the other rates", "see the checks before it")]
     values = rates.add("overheads", values)
     few, many, dense = (max(value[name] for value in values.values()) for name in ("few", "many", "dense"))
     layer = max(0.0, (many - few) / (_LAYERS[1] - _LAYERS[0]))
@@ -413,12 +421,8 @@ def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> lis
 
 
 def _better(one: Any, other: Any, of: Callable[[Any, Any], Any]) -> Any:
-    """Of two measurements alike; a pair is one of seconds and of a rate."""
-    if isinstance(one, dict):
-        return {key: _better(one[key], other[key], of) for key in one}
-    if isinstance(one, list):
-        return [min(one[0], other[0]), max(one[1], other[1])]
-    return of(one, other)
+    """Of two measurements alike, number by number."""
+    return {key: _better(one[key], other[key], of) for key in one} if isinstance(one, dict) else of(one, other)
 
 
 def _rounded(value: float) -> float:

@@ -7,6 +7,9 @@ from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
+BUCKET = 500_000_000
+"""Elements of the bucket that ZeRO reduces gradients in, at most: DeepSpeed's default."""
+
 
 @dataclass(frozen=True)
 class Memory:

@@ -17,7 +17,7 @@ KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
 
 # Elements of a block of rows, which bound a step's temporaries: on a CPU they stay in its cache, and a GPU
 # gets enough to do for each launch.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
+BLOCKS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 class TableOptimizer:
@@ -174,7 +174,7 @@ class TableOptimizer:
             values: ``[touched, columns]``, their gradients; written to.
         """
         table, master, moments = self.tables[name], self._masters[name], self._moments[name]
-        size = max(1, (_GPU_BLOCK if table.is_cuda else _CPU_BLOCK) // table.shape[1])
+        size = max(1, BLOCKS["cuda" if table.is_cuda else "cpu"] // table.shape[1])
         blocks = [slice(first, min(first + size, len(values))) for first in range(0, len(values), size)]
         mean = self._row_mean(values, blocks, grad_scale) if "row_sq" in moments else None
         for block in blocks:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from peer_dist.config import Config, ConfigError, check_world
 from peer_dist.config.schema import MLPKind
 from peer_dist.optim import Memory
+from peer_dist.planning.layout import check_vocabulary
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs, synthetic_picks
 
 ROUTINGS = {"uniform": 0.0, "zipf": 1.0}
@@ -76,34 +77,35 @@ class RankModel:
 
 
 def construct(
-    config: Config, world_size: int, rank: int, gpus_per_node: int, vocab_size: int | None = None
+    config: Config, world_size: int, rank: int, gpus_per_node: int, vocab_size: int | None = None, device: str = "cuda"
 ) -> RankModel:
     """One rank of a world. It is built in a process of its own, which sets up torch.distributed for it.
 
     Args:
-        gpus_per_node: ranks of a node; 0 for CPU ranks, all on one.
+        gpus_per_node: ranks of a node.
         vocab_size: rows of the embedding; by default those of the data's tokenizer, padded.
+        device: of the ranks, ``cuda`` or ``cpu``.
 
     Raises:
         ConfigError: the config does not fit the world, or has no such rank.
         DataError: without ``vocab_size``, where the data set cannot be read.
     """
-    return _apart(config, world_size, [rank], gpus_per_node, vocab_size)[0]
+    return _apart(config, world_size, [rank], gpus_per_node, vocab_size, device)[0]
 
 
 def construct_stages(
-    config: Config, world_size: int, gpus_per_node: int, vocab_size: int | None = None
+    config: Config, world_size: int, gpus_per_node: int, vocab_size: int | None = None, device: str = "cuda"
 ) -> list[RankModel]:
     """As :func:`construct`, of each pipeline stage the first and the last rank: those with its smallest and its largest
     shards, where sizes do not divide.
     """
     size = max(1, world_size // config.parallel.pipeline)
     ranks = sorted({each for first in range(0, world_size, size) for each in (first, first + size - 1)})
-    return _apart(config, world_size, ranks, gpus_per_node, vocab_size)
+    return _apart(config, world_size, ranks, gpus_per_node, vocab_size, device)
 
 
 def construct_chosen(
-    config: Config, chosen: str, world_size: int, gpus_per_node: int, vocab_size: int | None = None
+    config: Config, chosen: str, world_size: int, gpus_per_node: int, vocab_size: int | None, device: str
 ) -> list[RankModel]:
     """As :func:`construct` of the rank whose number is ``chosen``, or as :func:`construct_stages` if it is ``stages``.
 
@@ -111,10 +113,10 @@ def construct_chosen(
         ConfigError: it is neither, and see there.
     """
     if chosen == "stages":
-        return construct_stages(config, world_size, gpus_per_node, vocab_size)
+        return construct_stages(config, world_size, gpus_per_node, vocab_size, device)
     if not chosen.isdecimal():
         raise ConfigError(f"--construct {chosen}: must be a rank's number, or stages: the first and last rank of each")
-    return [construct(config, world_size, int(chosen), gpus_per_node, vocab_size)]
+    return [construct(config, world_size, int(chosen), gpus_per_node, vocab_size, device)]
 
 
 def built(ranks: Sequence[RankModel]) -> list[Table]:
@@ -160,7 +162,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _apart(
-    config: Config, world_size: int, ranks: Sequence[int], gpus_per_node: int, vocab_size: int | None
+    config: Config, world_size: int, ranks: Sequence[int], gpus_per_node: int, vocab_size: int | None, device: str
 ) -> list[RankModel]:
     check_world(config, world_size)
     for rank in ranks:
@@ -170,12 +172,13 @@ def _apart(
         from peer_dist.data.stream import open_tokenizer
 
         vocab_size = open_tokenizer(config.data).padded_vocab_size
+    check_vocabulary(config, vocab_size)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(build_ranks, config, world_size, ranks, gpus_per_node, vocab_size).result()
+        return pool.submit(build_ranks, config, world_size, ranks, gpus_per_node, vocab_size, device).result()
 
 
 def build_ranks(
-    config: Config, world_size: int, ranks: Sequence[int], gpus_per_node: int, vocab_size: int
+    config: Config, world_size: int, ranks: Sequence[int], gpus_per_node: int, vocab_size: int, device: str
 ) -> list[RankModel]:
     """The ranks one after the other, each in a fork of this process, which has imported what takes long."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is to be allocated on this machine's
@@ -184,11 +187,13 @@ def build_ranks(
     made = []
     for rank in ranks:
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            made.append(pool.submit(build_rank, config, world_size, rank, gpus_per_node, vocab_size).result())
+            made.append(pool.submit(build_rank, config, world_size, rank, gpus_per_node, vocab_size, device).result())
     return made
 
 
-def build_rank(config: Config, world_size: int, rank: int, gpus_per_node: int, vocab_size: int) -> RankModel:
+def build_rank(
+    config: Config, world_size: int, rank: int, gpus_per_node: int, vocab_size: int, device: str = "cuda"
+) -> RankModel:
     """In this process, which is of no other use afterwards."""
     import torch.distributed._tools.fake_collectives  # noqa: F401  (makes collectives take tensors on meta)
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -199,7 +204,7 @@ def build_rank(config: Config, world_size: int, rank: int, gpus_per_node: int, v
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     dist.all_gather_object = _same_everywhere  # type: ignore[assignment]
     parallel = join_groups(config, _META)
-    dtype = dtype_of(config, "cuda" if gpus_per_node else "cpu")
+    dtype = dtype_of(config, device)
     model = build_model(config, parallel, vocab_size, dtype)
     shards = {name: shard.parameter for name, shard in shards_of(model).items()}
     for layer in sparse_layers(model).values():
@@ -262,7 +267,7 @@ def _exchange(
     zipf: float,
 ) -> Exchange:
     domain, columns = groups["experts"], len(groups["expert columns"])
-    node = torch.tensor([each // (gpus_per_node or dist.get_world_size()) for each in domain])
+    node = torch.tensor([each // gpus_per_node for each in domain])
     near = node[:, None] == node
     sequences = config.train.global_batch_size // len(groups["data"])
     tokens = sequences * config.model.seq_length // len(groups["tensor"])

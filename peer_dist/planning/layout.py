@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from peer_dist.config import Config
+from peer_dist.config import Config, ConfigError
 from peer_dist.config.schema import MLPKind
 
 
@@ -158,3 +158,16 @@ class Layout:
     def next_stage(self) -> Group:
         """A rank and its partner of the next stage."""
         return self.group(2, self.stage_ranks)
+
+
+def check_vocabulary(config: Config, vocab_size: int) -> None:
+    """Refuse rows of the embedding that tensor ranks cannot share.
+
+    Raises:
+        ConfigError: they do not divide.
+    """
+    if vocab_size % config.parallel.tensor:
+        raise ConfigError(
+            f"--vocab-size {vocab_size}: parallel.tensor = {config.parallel.tensor} does not divide it; give the rows "
+            "of the embedding, padding included (a multiple of 128, as a run has them)"
+        )

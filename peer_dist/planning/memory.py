@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from peer_dist.optim.memory import BUCKET
+from peer_dist.optim.tables import BLOCKS
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.state import (
     FLOAT,
@@ -18,6 +20,7 @@ from peer_dist.planning.state import (
     dense_elements,
     dense_shapes,
     expert_sizes,
+    gradient_bytes,
     has_core,
     retrieving,
     shards,
@@ -26,9 +29,7 @@ from peer_dist.planning.state import (
 from peer_dist.planning.traffic import routes
 from peer_dist.sharding.cost import Routes
 
-BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket, at most
 LIVE = 1_000_000_000  # elements up to which ZeRO-3 leaves parameters that it has gathered in place (likewise)
-_GPU_BLOCK = 1 << 24  # elements that a table's optimizer takes at a time on a GPU
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Memory:
         exchange: tokens, picks and gates that experts' owners keep, and what is on its way.
         temporaries: of one step of the passes: gradients not yet added, copies in another dtype, ZeRO-3's parameters.
         reduction: DeepSpeed's bucket, between the passes and the step.
+        step: what the optimizers work in.
         peak: at the worst moment; less than the sum, because not all are there at once.
         passes_peak: until the last backward pass has ended, without the reduction and the step.
         host: of ZeRO's offload, in host memory.
@@ -52,6 +54,7 @@ class Memory:
     exchange: float
     temporaries: float
     reduction: float
+    step: float
     peak: float
     passes_peak: float
     host: int
@@ -117,6 +120,7 @@ def memory(
         worst.exchange,
         worst.working + gathered,
         reduction,
+        step,
         base + max(worst.total + gathered, held.gradients + max(reduction - lasting, step)),
         base - lasting + worst.total + gathered,
         held.host,
@@ -131,7 +135,7 @@ def _step(layout: Layout, blocks: list[Block], elements: int, itemsize: int, dev
     if table.name == "adam" and not table.lazy and not table.stochastic_rounding:
         return max(dense, sum(wide) * FLOAT)  # all at once
     largest = max((block.size for block in blocks), default=0)
-    return max(dense, 4 * FLOAT * min(largest, _GPU_BLOCK if device == "cuda" else largest))
+    return max(dense, 4 * FLOAT * min(largest, BLOCKS[device]))
 
 
 def _moments(
@@ -152,7 +156,9 @@ def _moments(
         gradients = 0.0 if growing else held.gradients
         for part, kept in reversed(parts):
             sizes = [math.prod(shape) * itemsize for shape in shapes.get(part, [])]
-            tables = [block.size * (block.itemsize or itemsize) for block in owned.get(part, [])]
+            tables = [
+                gradient_bytes(layout, block, block.itemsize or itemsize, passes=1) for block in owned.get(part, [])
+            ]
             new = max([sum(tables), *sizes])
             yield _Moment(activations, exchange, kept.working + new, gradients)
             activations, exchange = activations - kept.activations, exchange - kept.exchange

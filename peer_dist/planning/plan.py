@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from peer_dist.config import Config, check_world
+from peer_dist.config import Config, ConfigError, check_world
 from peer_dist.planning.counts import Cost, Counts, count, short
 from peer_dist.planning.hardware import Hardware
-from peer_dist.planning.layout import Layout, Place
+from peer_dist.planning.layout import Layout, Place, check_vocabulary
 from peer_dist.planning.memory import Memory, memory
 from peer_dist.planning.timing import StepTime, Work, work
 from peer_dist.planning.traffic import Wire, step_traffic
@@ -183,7 +183,7 @@ class Plan:
             ("training FLOPs per token", short(self.counts.train_flops_per_token)),
         )
         held = self.memory
-        parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries", "reduction")
+        parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries", "reduction", "step")
         used = _table(
             f"memory of a rank, GB (stage {self.place.stage})",
             *((part, f"{getattr(held, part) / 1e9:.2f}") for part in parts),
@@ -239,9 +239,13 @@ def plan(
         price_per_hour: of a device; None: the hardware's.
 
     Raises:
-        ConfigError: the layout does not divide the world.
+        ConfigError: the layout does not divide the world, or has not so many row shards to be hit.
     """
     check_world(config, world_size)
+    check_vocabulary(config, vocab_size)
+    rows = config.parallel.expert_rows(world_size)
+    if hits is not None and hits > rows:
+        raise ConfigError(f"--hits {hits:g}: the tables have {rows} row shard(s), of which a token hits 1 to {rows}")
     return unchecked(config, world_size, gpus_per_node, hardware, vocab_size, hits, tokens, price_per_hour)
 
 

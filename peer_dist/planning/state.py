@@ -167,10 +167,17 @@ def _part(size: int, shard: int, shards: int) -> int:
     return first_of(size, shard + 1, shards) - first_of(size, shard, shards)
 
 
-def touched(layout: Layout, block: Block) -> float:
-    """The share of a table's rows that a copy's tokens are expected to pick in a step."""
-    tokens = layout.passes * layout.own_tokens * layout.rows * layout.columns
+def touched(layout: Layout, block: Block, passes: int | None = None) -> float:
+    """The share of a table's rows that a copy's tokens are expected to pick in so many passes; None: in a step."""
+    tokens = (passes or layout.passes) * layout.own_tokens * layout.rows * layout.columns
     return -math.expm1(-tokens * block.picks / block.table_rows)
+
+
+def gradient_bytes(layout: Layout, block: Block, itemsize: int, passes: int | None = None) -> float:
+    """Of a shard, after so many passes (None: a step's); of a lazy table values and a number of each row touched."""
+    if block.table_rows and layout.config.table_optimizer.lazy:
+        return touched(layout, block, passes) * block.rows * (block.columns * itemsize + 8)
+    return block.size * itemsize
 
 
 def state(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> State:
@@ -219,9 +226,6 @@ def _shard_state(layout: Layout, blocks: list[Block], itemsize: int) -> State:
         master = each < FLOAT and not (block.table_rows and table.stochastic_rounding)
         moments = {"adam": 2 * block.size, "rowwise_adam": block.size + block.rows, "rowwise_adagrad": block.rows}
         weights += block.size * each
-        if block.table_rows and table.lazy:  # values and a row number of the rows touched
-            gradients += touched(layout, block) * block.rows * (block.columns * each + 8)
-        else:
-            gradients += block.size * each
+        gradients += gradient_bytes(layout, block, each)
         optimizer += (moments[kind] + master * block.size) * FLOAT
     return State(weights, gradients, optimizer)

@@ -70,6 +70,7 @@ def _ring(group: Group, size: float, ways: float = 2, calls: float = 1) -> Wire:
 def routes(layout: Layout, kind: str, hits: float | None) -> Routes:
     """Where the tokens of a rank go in one pass of a PEER layer or a memory, were picks uniform."""
     section, rows = retrieving(layout.config, kind)
+    hits = None if hits is None else min(hits, layout.rows)  # of another layout, in a search
     return Routes.uniform(layout.own_tokens, rows, section.heads, section.top_k, layout.rows, hits)
 
 

@@ -303,7 +303,7 @@ class Trainer:
 
         values = self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
         if held is not None:
-            values |= {f"memory/{part}_gb": size / 1e9 for part, size in asdict(held).items()}
+            values |= {f"memory/{part}_gb": getattr(held, part) / 1e9 for part in ("weights", "gradients", "optimizer")}
         return values | revived
 
     def _observer(self, number: int) -> RouteObserver:

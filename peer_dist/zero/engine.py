@@ -37,14 +37,12 @@ from deepspeed.utils import (
 from peer_dist.layers.retrieval import ProductKeyLayer
 from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
 from peer_dist.optim.engine import names_not_finite
+from peer_dist.optim.memory import BUCKET
 
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
-
-BUCKET = 500_000_000
-"""Elements of the bucket that gradients are reduced in, at most: DeepSpeed's default."""
 
 
 class ZeroEngine(Engine):
