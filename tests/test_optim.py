@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peer_dist.optim import TableOptimizer
 from peer_dist.optim.rounding import random_bits, round_stochastically, stream_key
 from peer_dist.optim.sparse import merge, sum_over_copies
-from peer_dist.optim.tables import KINDS
+from peer_dist.optim.tables import BLOCKS, KINDS
 from tests.ranks import run_ranks
 
 LR, BETAS, EPS, DECAY, STEPS = 0.02, (0.8, 0.9), 1e-4, 0.1, 6
@@ -99,7 +99,7 @@ def train(kind, columns=slice(None), group=None, scale=1.0, dtype=torch.float32,
 @pytest.mark.parametrize("block", [1, 20, 1 << 18])
 def test_equal_to_plain_lines(kind, lazy, block, monkeypatch):
     """Lazily: gradients from several micro-batches, a step that touches nothing and a row that no step touches."""
-    monkeypatch.setattr("peer_dist.optim.tables._CPU_BLOCK", block)
+    monkeypatch.setitem(BLOCKS, "cpu", block)
     for scale in (1.0, 0.25):
         table, state = train(kind, scale=scale, lazy=lazy)
         torch.testing.assert_close(table.double(), plain(kind, lazy), rtol=1e-5, atol=1e-6)
