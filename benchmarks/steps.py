@@ -3,8 +3,8 @@
     python benchmarks/steps.py configs/sweeps/routers.yaml [--json FILE]
 
 Of every model, variant and size the run of the first seed is built and takes whole steps (data, forward, backward,
-optimizer) on a rank alone, without DeepSpeed, whose buckets of 2 GB would hide what models need. Beside them: FLOPs per
-token of a training step, and the most memory that a step takes beyond what is held between steps.
+optimizer) on a rank alone, by ZeRO-0, whose step has no buckets and partitions beside what models need. Beside them:
+FLOPs per token of a training step, and the most memory that a step takes beyond what is held between steps.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -266,8 +267,6 @@ def plan(
         vocab_size = _vocab_size(settings)
     per_node = gpus_per_node or hardware.gpus_per_node
     if construct is not None:
-        from dataclasses import asdict
-
         from peer_dist.planning.construct import built, construct_chosen
 
         if search or file or tokens or price or hits:

@@ -55,7 +55,8 @@ def left_out(rank, world_size, tree):
 
     def weights():
         masters = [value for _, part, value in trainer.engine.dense_state() if part == "master"]
-        return [p.detach().clone() for p in [*masters, *tables]]
+        own = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]  # under ZeRO-3 a part
+        return [p.detach().clone() for p in [*masters, *own, *tables]]
 
     is_spike, trainer.guard.is_spike = trainer.guard.is_spike, lambda loss: True
     before = weights()

@@ -1,4 +1,4 @@
-"""Weights of other models that runs start from: Llama folders and checkpoints with dense layers."""
+"""Weights of other models that runs start from: Llama folders, Megatron's checkpoints, our own with dense layers."""
 
 import json
 import multiprocessing

@@ -405,7 +405,8 @@ def poisoned(rank, world_size, tree, table):
 
     def weights():
         masters = [value for _, part, value in trainer.engine.dense_state() if part == "master"]
-        return [p.detach().clone() for p in [*masters, *tables]]
+        own = [getattr(p, "ds_tensor", p) for p in trainer.model.parameters()]  # under ZeRO-3 a part
+        return [p.detach().clone() for p in [*masters, *own, *tables]]
 
     handle = victim.register_hook(lambda grad: grad * (math.nan if rank == world_size - 1 else 1.0))
     before = weights()

@@ -61,6 +61,8 @@ class Engine(abc.ABC):
     """
 
     grad_clip: float
+    _bucket_bytes = 0
+    """Of what gradients are reduced in."""
 
     def __init__(
         self, model: nn.Module, tables: TableOptimizer, experts: TableOptimizer | None, adam: DenseAdam
@@ -92,9 +94,6 @@ class Engine(abc.ABC):
         """What this rank holds at the moment: ``dense``, ``tables`` and, where the model has them, ``experts``."""
         shards = {name: each.memory() for name, each in zip(("tables", "experts"), self.shard_optimizers)}
         return {"dense": Memory.of(*self._dense_tensors(), self._bucket_bytes), **shards}
-
-    _bucket_bytes = 0
-    """Of what gradients are reduced in."""
 
     @abc.abstractmethod
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:

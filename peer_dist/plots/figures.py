@@ -114,14 +114,16 @@ def loss_by_model(rows: Sequence[Row]) -> Figure | None:
     """Loss of every model and variant after equally many tokens: each seed, their mean and its interval, in rows of
     the figure; None without two of one size.
     """
-    rows = [row for row in grid_rows(rows) if row.budget is None]
-    labels = list(dict.fromkeys(f"{row.label} {row.size}".strip() for row in rows))
-    if len(labels) < 2:
+    found: dict[str, list[float]] = {}
+    for row in grid_rows(rows):
+        if row.budget is None:
+            found.setdefault(f"{row.label} {row.size}".strip(), []).append(_val_loss(row))
+    if len(found) < 2:
         return None
+    labels = list(found)
     figure, (panel,) = _panels(1)
     figure.set_figheight(0.9 + 0.26 * len(labels))
-    for place, (label, look) in enumerate(_looks(labels).items()):
-        losses = [_val_loss(row) for row in rows if f"{row.label} {row.size}".strip() == label]
+    for place, (losses, look) in enumerate(zip(found.values(), _looks(labels).values())):
         mean = mean_interval(losses)
         panel.plot(losses, [place] * len(losses), color=look["color"], marker=".", linestyle="none", alpha=0.5)
         marks: dict[str, Any] = {"color": look["color"], "marker": look["marker"], "capsize": 2, "elinewidth": 0.8}

@@ -78,6 +78,7 @@ class ZeroEngine(Engine):
         inner = torch.optim.AdamW(groups, lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=True)
         # it is allocated whole: one of DeepSpeed's default size would be most of what a small model needs
         bucket = min(BUCKET, sum(parameter.numel() for parameter in parameters))
+        self._bucket_bytes = bucket * parameters[0].element_size()
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # counted by us: the schedule runs all micro-batches
             "gradient_accumulation_steps": 1,
@@ -178,10 +179,6 @@ class ZeroEngine(Engine):
                 [*zero.fp32_partitioned_groups_flat, *moments],
             )
         return zero.bit16_groups_flat, gradients, [*zero.single_partition_of_fp32_groups, *moments]
-
-    @property
-    def _bucket_bytes(self) -> int:  # type: ignore[override]
-        return self._zero.reduce_bucket_size * next(iter(self.parameters.values())).element_size()
 
     # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
 
