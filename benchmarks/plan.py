@@ -6,8 +6,8 @@ Weights, gradients and optimizer states must be equal, byte for byte (of lazy ta
 exchange are planned from the measured mean of row shards that a token hits. The peak of the passes is what was there
 and the most that torch's allocator handed out beside it, by its profiler. Time is the median of some steps, in the
 round of all layouts where it is the least: a machine's speed drifts. The hardware file is one of `peer-dist doctor
---calibrate FILE`, by default the package's placeholder `cpu`, whose times are worth nothing. Ranks have one thread each:
-take no more of them than there are cores.
+--calibrate FILE`, by default the package's placeholder `cpu`, whose times are worth nothing. Ranks have one thread
+each: take no more of them than there are cores.
 """
 
 from __future__ import annotations
