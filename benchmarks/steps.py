@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from measure import device_name, extra_bytes, seconds, show, write_json
 
+from peer_dist.ranks.world import World
 from peer_dist.sweep.runner import select
 from peer_dist.sweep.spec import load_sweep
 from peer_dist.training.trainer import Trainer
-from peer_dist.training.world import World
 
 
 def main() -> None:

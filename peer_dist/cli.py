@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from peer_dist.training.exits import MISTAKE
+from peer_dist.ranks.exit_codes import MISTAKE
 
 if TYPE_CHECKING:
     from peer_dist.config import Config
@@ -438,8 +438,8 @@ def generate(
     from peer_dist.evaluation.generate import generate as run
     from peer_dist.evaluation.generate import read_prompts, write_texts
     from peer_dist.evaluation.loading import load_model
+    from peer_dist.ranks.world import World
     from peer_dist.training.checkpoints import find_checkpoint
-    from peer_dist.training.world import World
 
     prompts = read_prompts(prompt or [], prompt_file)
     find_checkpoint(checkpoint)
@@ -462,7 +462,7 @@ def export(
     """Write a trained model as safetensors, with code that runs it without this package, or with transformers."""
     from peer_dist.data.documents import DataError
     from peer_dist.export.folder import export as run
-    from peer_dist.training.world import World
+    from peer_dist.ranks.world import World
 
     world = World.from_environment()
     if world.world_size > 1:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import yaml
 
 from peer_dist.config.schema import Config
-from peer_dist.doctor import calibration, checks, examine
-from peer_dist.doctor.examination import Check, Finding, Ranks, Report
-from peer_dist.training.world import World
+from peer_dist.doctor import calibration, checks
+from peer_dist.ranks.examination import Check, Finding, Ranks, Report, examine
+from peer_dist.ranks.world import World
 from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
 
@@ -35,7 +35,7 @@ def _examined(rank, world_size, trouble=None, folder=None, seconds=20.0):
         values["train"]["global_batch_size"] = 12  # fits 1, 2 and 3 ranks
         config = Config(**values)
     start = time.monotonic()
-    report = examine(World(rank, world_size, rank, world_size), config, seconds, ours)
+    report = examine(World(rank, world_size, rank, world_size), ours, config, seconds)
     return report.json(), time.monotonic() - start
 
 

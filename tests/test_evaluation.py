@@ -361,7 +361,7 @@ def test_commands(run, tmp_path):
 def mistakes(rank, world_size, tree, folder):
     """The commands' own entry point, in a process that belongs to no group; then a world of one."""
     from peer_dist import cli
-    from peer_dist.training.world import World
+    from peer_dist.ranks.world import World
 
     dist.destroy_process_group()
     join, World.join = World.join, lambda self: pytest.fail("nothing may be started")

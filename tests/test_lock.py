@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from peer_dist.training import lock as lock_module
-from peer_dist.training.lock import Holder, LockError, RunLock, run_lock
+from peer_dist.ranks import lock as lock_module
+from peer_dist.ranks.lock import Holder, LockError, RunLock, run_lock
 from tests.ranks import run_ranks
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from peer_dist.config import parse_config
-from peer_dist.training import exits
-from peer_dist.training.lock import LockError, RunLock
-from peer_dist.training.signals import StopRequest
+from peer_dist.ranks import exit_codes
+from peer_dist.ranks.lock import LockError, RunLock
+from peer_dist.ranks.signals import StopRequest
 from peer_dist.training.startup import Startup
 from tests.ranks import run_ranks
 from tests.test_training import make_trainer, metrics_of, scalars_of, with_keys
@@ -36,7 +36,7 @@ def coded_run(rank, world_size, tree, stop_at=None, elastic=False):
 
 def test_exit_codes(small):
     """75 asks for another start; torchrun would start again at once whatever is not 0."""
-    assert (exits.DONE, exits.MISTAKE, exits.STOPPED) == (0, 2, 75)
+    assert (exit_codes.DONE, exit_codes.MISTAKE, exit_codes.STOPPED) == (0, 2, 75)
     small = with_keys(small, parallel={"expert": 2}, train={"steps": 6})
     assert run_ranks(coded_run, 2, small, 1) == [75, 75]
     assert run_ranks(coded_run, 2, small, 3, True) == [0, 0]

@@ -17,13 +17,13 @@ import yaml
 from rich.console import Console
 
 from peer_dist.config import ConfigError
+from peer_dist.ranks import exit_codes
 from peer_dist.sweep.array import submit_array
 from peer_dist.sweep.fit import differences, fit_parabola, mean_interval, optima, student_t
 from peer_dist.sweep.results import Row, read_results, write_results
 from peer_dist.sweep.runner import run_sweep, runs_table, select
 from peer_dist.sweep.spec import load_sweep
 from peer_dist.sweep.tuning import choose_rates
-from peer_dist.training import exits
 from peer_dist.training.metrics import read_metrics
 
 
@@ -178,14 +178,14 @@ def test_a_failing_run_is_told_and_is_alone(swept):
 
 
 def test_a_stopped_sweep_goes_on_from_checkpoints(swept):
-    assert swept["at once"] == exits.STOPPED
-    assert swept["stopped"] == exits.STOPPED
+    assert swept["at once"] == exit_codes.STOPPED
+    assert swept["stopped"] == exit_codes.STOPPED
     assert "the same command goes on" in swept["words"]
     (step,) = swept["checkpoint"]
     stopped_at = int(step.removeprefix("step-"))
     assert 2 <= stopped_at < swept["sweep"].runs[0].config.train.steps
     assert f"going on from step {stopped_at}" in (swept["out"] / "dense-h16-1e10-s1" / "log.txt").read_text()
-    assert swept["resumed"] == exits.DONE
+    assert swept["resumed"] == exit_codes.DONE
 
 
 def test_results_are_the_runs_own_numbers(swept):
@@ -211,7 +211,7 @@ def test_a_finished_sweep_does_nothing(swept, sweep_tree, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
     (out / "results.csv").unlink()
     sweep = load_sweep(written(sweep_tree, tmp_path), out)
-    assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet()) == exits.DONE
+    assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet()) == exit_codes.DONE
     assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == before
     assert len(read_results(out / "results.csv")) == 4
     other = {**sweep_tree, "models": {**sweep_tree["models"], "dense": {"optimizer.weight_decay": 0.2}}}
@@ -236,7 +236,7 @@ def test_tuned_runs_use_the_best_trial_and_the_loss_is_the_whole_splits(sweep_tr
     tree = {**sweep_tree, "models": {"peer": sweep_tree["models"]["peer"]}, "keep_checkpoints": True}
     tree["tune"] = {"size": "h32", "learning_rates": {"peer": [[1e-6, 1e-6], [3e-3, 3e-3]]}}
     sweep = load_sweep(written(tree, tmp_path), tmp_path / "out")
-    assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet()) == exits.DONE
+    assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet()) == exit_codes.DONE
     rows = {row.run: row for row in read_results(tmp_path / "out" / "results.csv")}
     assert rows["peer-h16-1e10-s1"].lr == rows["peer-h16-1e10-s1"].table_lr == 3e-3
     assert rows["peer-h32-1e10-s1"].val_loss == rows["peer-h32-1e10-s1-trial1"].val_loss, "the same run"

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config import parse_config
+from peer_dist.ranks.signals import StopRequest
 from peer_dist.training.metrics import read_metrics
-from peer_dist.training.signals import StopRequest
 from tests.ranks import run_ranks
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peer_dist.training.exits import DIVERGED, DONE, PEER_LOST
+from peer_dist.ranks.exit_codes import DIVERGED, DONE, PEER_LOST
 from tests.ranks import Command
 from tests.test_training import losses_of, with_keys
 

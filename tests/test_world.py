@@ -9,7 +9,8 @@ import types
 
 import pytest
 
-from peer_dist.training.world import World, WorldError, discover, expand_hosts, tasks_per_node
+from peer_dist.ranks.launchers import Launch, WorldError, discover, expand_hosts, tasks_per_node
+from peer_dist.ranks.world import World
 
 TORCHRUN = {
     "RANK": "3",
@@ -38,12 +39,12 @@ SRUN = {
     "SLURM_STEP_NODELIST": "localhost,node2",
     "SLURM_STEP_TASKS_PER_NODE": "2,1",
 }
-ALONE = World(0, 1, 0, 1, "single process")
+ALONE = Launch(0, 1, 0, 1, "single process")
 
 
 def test_torchrun():
     world = discover(TORCHRUN)
-    assert world == World(3, 4, 1, 2, "torchrun", "127.0.0.1", 29500)
+    assert world == Launch(3, 4, 1, 2, "torchrun", "127.0.0.1", 29500)
     assert discover({**SRUN, **TORCHRUN}) == world, "the ranks are those of torchrun, not of the srun around it"
     assert discover({"OMPI_COMM_WORLD_SIZE": "2", **TORCHRUN}) == world
 
@@ -124,7 +125,7 @@ class StandIn:
 def test_mpi(monkeypatch):
     mpi = StandIn(size=4, rank=3)
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi))
-    assert discover({"PMI_SIZE": "4"}) == World(3, 4, 1, 2, "MPICH/PMI", "10.0.0.1", 4321)
+    assert discover({"PMI_SIZE": "4"}) == Launch(3, 4, 1, 2, "MPICH/PMI", "10.0.0.1", 4321)
     assert mpi.finalized
     with pytest.raises(WorldError, match=r"Open MPI started 2 processes, but mpi4py loads MPICH Version: .* sees 4"):
         discover({"OMPI_COMM_WORLD_SIZE": "2"})
@@ -212,7 +213,7 @@ def _joins(
         probe.bind(("127.0.0.1", 0))
         port = port or probe.getsockname()[1]
     program = (
-        "import sys; from peer_dist.training.world import World; rank, size, port = map(int, sys.argv[1:4])\n"
+        "import sys; from peer_dist.ranks.world import World; rank, size, port = map(int, sys.argv[1:4])\n"
         "world = World(rank, size, 0, 2, sys.argv[5], '127.0.0.1', port, tuple('abcde'))\n"
         "try: world.join(float(sys.argv[4])); print('joined')\n"
         "except RuntimeError as error: print(type(error).__name__, error)"

@@ -22,13 +22,14 @@ import torch.distributed as dist
 import yaml
 
 from peer_dist.config import Config, ConfigError
-from peer_dist.doctor.checks import finish, free_memory, sized, together
-from peer_dist.doctor.examination import Check, Finding, Here, Ranks, Report, examine
 from peer_dist.kernels import Picks, expert_mix
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.plan import plan
+from peer_dist.ranks.environment import free_memory
+from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Report, examine
+from peer_dist.ranks.world import World
 from peer_dist.sharding.cost import synthetic_picks
-from peer_dist.training.world import World
+from peer_dist.units import sized
 
 _MESSAGE = 16 << 20  # bytes that a rank has for all others, of which bandwidth is measured
 _TURNS = 3  # of all checks: what slows a machine down lasts for seconds
@@ -115,7 +116,7 @@ def calibrate(world: World, path: Path, seconds: float = 30.0) -> Report:
         ),
     ]
     for _ in range(_TURNS):
-        report = examine(world, None, seconds, checks)
+        report = examine(world, checks, seconds=seconds)
         if not report.ok:
             break
     if world.rank == 0 and report.ok:
@@ -153,13 +154,13 @@ def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, 
 def _times(here: Here, run: Callable[[], Any], rounds: int = 0) -> list[float]:
     """Seconds of each call after one that warms up: of so many, or of as many as a third of a second has."""
     run()
-    finish(here)
+    here.finish()
     times: list[float] = []
     begin = time.perf_counter()
     while len(times) < (rounds or 5) or (not rounds and time.perf_counter() - begin < 0.3):
         start = time.perf_counter()
         run()
-        finish(here)
+        here.finish()
         times.append(time.perf_counter() - start)
     return times
 
@@ -262,10 +263,10 @@ def _links(here: Here) -> dict[str, dict[str, dict[str, float]]]:
         several = [ranks for ranks in groups if len(ranks) > 1]
         made = [dist.new_group(ranks) for ranks in several]  # all ranks make all of them
         mine = [group for group, ranks in zip(made, several) if here.rank in ranks]
-        together(here)
+        here.together()
         if mine:
             found[kind] = _exchanged(here, mine[0])
-        together(here)
+        here.together()
     return found
 
 

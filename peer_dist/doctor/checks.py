@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config import ConfigError, check_world
-from peer_dist.doctor.examination import Check, Finding, Here, Ranks, Verdict
-from peer_dist.training.environment import PACKAGES, versions
+from peer_dist.ranks.environment import PACKAGES, free_memory, versions
+from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Verdict
+from peer_dist.units import sized
 
 _MAY_DIFFER = {"driver", "kernel"}  # a run works all the same: worth a warning
 
@@ -146,18 +147,6 @@ def _room(here: Here) -> dict[str, Any]:
             if path.exists()
         },
     }
-
-
-def free_memory() -> int:
-    """What this machine, or the container's limit, leaves."""
-    free = []
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
-    folder = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup of version 2: no limit
-        free.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
-    return min(free, default=0)
 
 
 def _judge_room(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
@@ -311,7 +300,7 @@ def _clock(here: Here) -> float:
     """Seconds by which this rank's clock is ahead of rank 0's, as seen when both leave a collective together."""
     ahead = []
     for _ in range(9):
-        together(here)
+        here.together()
         mine = torch.tensor([time.time()], dtype=torch.float64, device=here.device)
         reference = mine.clone()
         dist.broadcast(reference, 0)
@@ -350,10 +339,10 @@ def _collectives(here: Here) -> dict[str, Any]:
             times = []
             for _ in range(4):  # the first makes connections
                 out.copy_(mine)
-                together(here)
+                here.together()
                 start = time.perf_counter()
                 run()
-                finish(here)
+                here.finish()
                 times.append(time.perf_counter() - start)
                 if not torch.equal(out, wanted[name]):
                     wrong.append(f"{name} of {sized(size)}")
@@ -410,7 +399,7 @@ def _speed(here: Here) -> dict[str, float]:
         for name, run in (("product", lambda: a @ a), ("copy", lambda: target.copy_(source))):
             start = time.perf_counter()
             run()
-            finish(here)
+            here.finish()
             best[name] = min(best[name], time.perf_counter() - start)
     return best
 
@@ -431,17 +420,6 @@ def _judge_speed(values: dict[int, dict[str, float]], ranks: Ranks) -> list[Find
     return findings or [Finding("speed of ranks", "ok", f"{', '.join(told)}; no rank over {_SLOW} times that")]
 
 
-def together(here: Here) -> None:
-    """A barrier."""
-    dist.all_reduce(torch.zeros(1, device=here.device))
-    finish(here)
-
-
-def finish(here: Here) -> None:
-    if here.device.type == "cuda":
-        torch.cuda.synchronize(here.device)
-
-
 def _existing(path: Path) -> Path:
     """The folder, or the nearest above it that exists: nothing is created before a run."""
     path = path.absolute()
@@ -455,14 +433,6 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(f"nothing can be written to {folder} ({error.strerror})") from None
-
-
-def sized(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} TB"
 
 
 CHECKS: tuple[Check, ...] = (

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from peer_dist.config.schema import Config
 from peer_dist.doctor.calibration import calibrate, check_writable
-from peer_dist.doctor.examination import Finding, Report, examine
-from peer_dist.training.world import JoinError, World, WorldError
+from peer_dist.doctor.checks import CHECKS
+from peer_dist.ranks.examination import Finding, Report, examine
+from peer_dist.ranks.world import JoinError, World, WorldError
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -35,7 +36,7 @@ def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path 
     report = _joined(world, seconds)
     if report is None and hardware is not None:
         report = calibrate(world, hardware, seconds)
-    report = report or examine(world, config, seconds)
+    report = report or examine(world, CHECKS, config, seconds)
     if world.rank == 0 or report.ranks == 0:
         if as_json:
             typer.echo(report.json())

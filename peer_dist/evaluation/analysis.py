@@ -20,8 +20,8 @@ from peer_dist.evaluation.perplexity import held_out_loss
 from peer_dist.evaluation.usage import UsageSummary, shared_picks, summarize, unevenness
 from peer_dist.layers.routing import SparseLayer
 from peer_dist.megatron import sparse_layers
+from peer_dist.ranks.world import World
 from peer_dist.training.checkpoints import find_checkpoint
-from peer_dist.training.world import World
 
 FEW_PICKS = 64  # per expert: with fewer, chance alone adds more than 1 / 128 to the unevenness
 

@@ -3,7 +3,7 @@
 import lm_eval
 from peer_dist.evaluation.harness import HarnessModel
 from peer_dist.evaluation.loading import load_model
-from peer_dist.training.world import World
+from peer_dist.ranks.world import World
 
 world = World.from_environment()
 with world.joined():

@@ -15,8 +15,8 @@ from peer_dist.evaluation.loading import check_text, load_model, open_text
 from peer_dist.evaluation.perplexity import held_out_loss, perplexity_of, unigram_loss
 from peer_dist.evaluation.usage import ExpertUsage, WindowSummary
 from peer_dist.megatron import sparse_layers
+from peer_dist.ranks.world import World
 from peer_dist.training.checkpoints import find_checkpoint
-from peer_dist.training.world import World
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from peer_dist.evaluation.datasets import Document, EvaluationSet, parse_sets
 from peer_dist.evaluation.loading import LoadedModel, load_model
 from peer_dist.evaluation.perplexity import perplexity_of
 from peer_dist.evaluation.scoring import Request, score
+from peer_dist.ranks.world import World
 from peer_dist.training.checkpoints import find_checkpoint, read_manifest
-from peer_dist.training.world import World
 
 _ROUND = 1 << 24  # characters tokenized and scored at a time
 UNITS = {

@@ -34,6 +34,12 @@ from peer_dist.megatron import (
     sparse_layers,
 )
 from peer_dist.optim import Memory, StepResult, learning_rate_factor
+from peer_dist.ranks.environment import environment
+from peer_dist.ranks.exit_codes import DIVERGED, DONE, stopped_code
+from peer_dist.ranks.lock import LockError, RunLock, run_lock
+from peer_dist.ranks.signals import StopRequest
+from peer_dist.ranks.watchdog import Watchdog, record_nccl
+from peer_dist.ranks.world import World
 from peer_dist.tracing import StepTimes, listen, position, span
 from peer_dist.training.building import dtype_of, join_groups, make_engine
 from peer_dist.training.checkpoints import (
@@ -44,20 +50,14 @@ from peer_dist.training.checkpoints import (
     restore_run,
     run_state,
 )
-from peer_dist.training.environment import environment
-from peer_dist.training.exits import DIVERGED, DONE, stopped_code
 from peer_dist.training.guard import Diverged, Guard
 from peer_dist.training.initial import open_source
-from peer_dist.training.lock import LockError, RunLock, run_lock
 from peer_dist.training.metrics import Metrics, read_metrics
 from peer_dist.training.profiling import Profile
 from peer_dist.training.progress import Progress
 from peer_dist.training.revival import Revival
-from peer_dist.training.signals import StopRequest
 from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
-from peer_dist.training.watchdog import Watchdog, record_nccl
-from peer_dist.training.world import World
 
 Value = TypeVar("Value")
 _NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # of a checkpoint older than the guard
@@ -65,7 +65,8 @@ _SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
 
 
 def train(config: Config, profile: range | None = None) -> int:
-    """Train as the config says, from the newest checkpoint if there is one; the process's exit code (see ``exits``).
+    """Train as the config says, from the newest checkpoint if there is one; the process's exit code (of
+    :mod:`peer_dist.ranks.exit_codes`).
 
     Args:
         profile: the steps, counted from 1, to trace (see :class:`~peer_dist.training.profiling.Profile`).

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from peer_dist.training.exits import DONE, PEER_LOST
+from peer_dist.ranks.exit_codes import DONE, PEER_LOST
 from tests.ranks import Command
 from tests.test_training import metrics_of, with_keys
 from tests.test_watchdog import command

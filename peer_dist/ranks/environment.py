@@ -66,3 +66,15 @@ def _device_name(device: torch.device) -> str:
         if name:
             return f"{name[1]}, {torch.get_num_threads()} threads"
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def free_memory() -> int:
+    """Bytes of memory that this machine, or the container's limit, leaves."""
+    free = []
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
+    folder = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup of version 2: no limit
+        free.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+    return min(free, default=0)

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config.schema import Config
-from peer_dist.training.world import World, named
+from peer_dist.ranks.world import World, named
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -82,6 +82,16 @@ class Here:
             return {"working folder": Path.cwd()}
         return {"checkpoint.dir": Path(self.config.checkpoint.dir), "logging.dir": Path(self.config.logging.dir)}
 
+    def finish(self) -> None:
+        """Wait until this rank's device has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def together(self) -> None:
+        """A barrier of all ranks."""
+        dist.all_reduce(torch.zeros(1, device=self.device))
+        self.finish()
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -115,18 +125,13 @@ class Check:
     collective: bool = False
 
 
-def examine(
-    world: World, config: Config | None = None, seconds: float = 30.0, checks: Sequence[Check] | None = None
-) -> Report:
+def examine(world: World, checks: Sequence[Check], config: Config | None = None, seconds: float = 30.0) -> Report:
     """Run all checks on all ranks; every rank of the process group calls it, and all get the same report.
 
     Args:
+        config: of the run that the checks are for, if there is one.
         seconds: what a check may take; a rank that takes longer is reported, not waited for.
     """
-    if checks is None:
-        from peer_dist.doctor.checks import CHECKS  # here, because it imports this module
-
-        checks = CHECKS
     store = dist.PrefixStore(f"doctor/{next(_visits)}", dist.distributed_c10d._get_default_store())
     if world.rank == 0:
         store.set("visit", secrets.token_hex(4))

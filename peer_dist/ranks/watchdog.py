@@ -17,7 +17,7 @@ its answers for ``seconds``, means that rank 0 is the one. Time is counted in tu
 that was itself asleep blames nobody.
 
 A process whose main thread is stuck in a collective can only be ended from outside of it: all leave by ``os._exit``
-with :data:`~peer_dist.training.exits.PEER_LOST`. Checkpoints are complete or absent at any moment, so nothing is lost.
+with :data:`~peer_dist.ranks.exit_codes.PEER_LOST`. Checkpoints are complete or absent at any moment: nothing is lost.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from peer_dist.ranks.exit_codes import PEER_LOST
+from peer_dist.ranks.world import named
 from peer_dist.tracing import position
-from peer_dist.training.exits import PEER_LOST
-from peer_dist.training.world import named
 
 _LONG_PHASES, _LONGER = ("start", "first step", "validation", "save"), 10
 _LOSS = re.compile(r"gloo[/:]|Connection closed by peer|Connection reset by peer|NCCL error|ncclRemoteError|NCCL comm")

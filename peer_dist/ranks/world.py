@@ -1,0 +1,189 @@
+"""This process among those that one launcher started: its rank, its device, and how it joins the others."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from peer_dist.ranks.exit_codes import PEER_LOST
+from peer_dist.ranks.launchers import Launch, WorldError, discover
+
+
+class JoinError(WorldError):
+    """Not all of the ranks came together in time; the message names those that are missing."""
+
+    exit_code = PEER_LOST
+
+
+def named(ranks: Iterable[int], hosts: Mapping[int, str], most: int = 8) -> str:
+    """E.g. ``rank 3 (node2)``, or ``ranks 0 (a), 1 (a) and 14 more``; hosts where they are known."""
+    listed = sorted(ranks)
+    words = [f"{rank} ({hosts[rank]})" if rank in hosts else str(rank) for rank in listed[:most]]
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ("rank " if len(listed) == 1 else "ranks ") + ", ".join(words) + more
+
+
+class World(Launch):
+    """This process among those that were started together, and where they meet."""
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """As the launcher says, in the environment too: torch.distributed, DeepSpeed and Megatron look there.
+
+        With MPI a collective call: all processes that were started together make it.
+
+        Raises:
+            WorldError: what the launcher says is incomplete, or its processes cannot find each other.
+        """
+        world = cls(**vars(discover(os.environ)))
+        if world.master_port:
+            os.environ.update(
+                RANK=str(world.rank),
+                WORLD_SIZE=str(world.world_size),
+                LOCAL_RANK=str(world.local_rank),
+                LOCAL_WORLD_SIZE=str(world.local_world_size),
+                MASTER_ADDR=world.master_address,
+                MASTER_PORT=str(world.master_port),
+            )
+        return world
+
+    def join(self, seconds: float = 600) -> None:
+        """Choose the device and start torch.distributed: nccl with a GPU per rank, gloo without GPUs.
+
+        Args:
+            seconds: how long to wait for ranks that are not there; rank 0 names them meanwhile on stderr.
+
+        Raises:
+            WorldError: fewer GPUs than ranks on this machine.
+            JoinError: on every rank that is there, when time is up.
+        """
+        # without it Megatron's sums over tensor ranks do not overlap its products; read when CUDA starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(self._gpu(torch.cuda.device_count()))
+            backend = "nccl"
+        else:
+            backend = "gloo"
+            self._share_cores()
+        if not self.master_port:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(
+                backend,
+                store=self._roll_call(seconds),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(minutes=30),  # for rank 0 to index a large data set while the others wait
+            )
+
+    def _roll_call(self, seconds: float) -> dist.Store:
+        """The store where the ranks meet, once all have been there."""
+        end = time.monotonic() + seconds
+        # torchrun's agent may have made one, for all its attempts
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = self.rank == 0 and not agent
+        if serves:
+            self._check_port()
+        try:
+            server: dist.Store = dist.TCPStore(
+                self.master_address,
+                self.master_port,
+                is_master=serves,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=seconds),
+            )
+        except RuntimeError as error:
+            if serves:
+                why = str(error).splitlines()[0]
+                raise JoinError(f"rank 0 cannot listen on port {self.master_port} of its node: {why}") from None
+            raise JoinError(
+                f"rank {self.rank} ({socket.gethostname()}) did not reach rank 0 at {self.master_address}:"
+                f"{self.master_port} within {seconds:.0f} s: see whether rank 0 started, and whether this node reaches "
+                "that address"
+            ) from None
+        # nodes differ in how often they restarted, so attempts are told apart only where they would meet
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if agent else 0
+        store = dist.PrefixStore(f"peer_dist/{attempt}", server)
+        store.set(f"here/{self.rank}", "")
+        if self.rank == 0:
+            missing = self._missing(store, end)
+            store.set("missing", missing)
+            time.sleep(1 if missing else 0)  # the store ends with this process: let the others read it
+        else:
+            try:
+                store.wait(["missing"], timedelta(seconds=seconds + 60))  # until rank 0 has given up
+                missing = store.get("missing").decode()
+            except RuntimeError:
+                raise JoinError(f"rank {self.rank}: rank 0 left before all were there; its log says why") from None
+        if missing:
+            raise JoinError(
+                f"{missing} of {self.world_size} did not come within {seconds:.0f} s: see in their logs, or those of "
+                "the launcher on their nodes, why they did not start"
+            )
+        store.set_timeout(timedelta(minutes=30))
+        return store
+
+    def _check_port(self) -> None:
+        """Before torch tries, which would tell of a port in use at length."""
+        try:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's
+                probe.bind(("", self.master_port))
+        except OSError as error:
+            what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
+            advice = "start again" if self.launcher == "torchrun" else "set MASTER_PORT to a free one"
+            raise JoinError(f"port {self.master_port} {what} on {socket.gethostname()}; {advice}") from None
+
+    def _missing(self, store: dist.Store, end: float) -> str:
+        """Wait for all ranks; the names of those that have not come at the time ``end``, '' if all have."""
+        names = [f"here/{rank}" for rank in range(self.world_size)]
+        while True:
+            left = end - time.monotonic()
+            try:
+                store.wait(names, timedelta(seconds=max(0.1, min(30.0, left))))
+                return ""
+            except RuntimeError:
+                absent = [rank for rank, name in enumerate(names) if not store.check([name])]
+            text = named(absent, dict(enumerate(self.hosts)))
+            if absent and left <= 30:
+                return text
+            if absent:
+                wait = f"for {end - time.monotonic():.0f} s more at most"
+                print(f"waiting for {text} of {self.world_size}, {wait}", file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """:meth:`join`, and leave at the end."""
+        self.join()
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def _gpu(self, gpus: int) -> int:
+        if gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
+            os.environ["LOCAL_RANK"] = "0"  # Slurm shows each task its own GPU only; DeepSpeed reads the variable
+            return 0
+        if self.local_rank >= gpus:
+            raise WorldError(
+                f"rank {self.rank}: {self.local_world_size} ranks were started on a machine with {gpus} GPU(s); "
+                "start one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
+            )
+        return self.local_rank
+
+    def _share_cores(self) -> None:
+        """Divide the cores among this node's ranks, unless OMP_NUM_THREADS or the launcher's binding has done so."""
+        if self.local_world_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+            return  # torchrun sets 1, whatever the machine has
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.launcher == "torchrun" or cores == os.cpu_count():
+            torch.set_num_threads(max(1, cores // self.local_world_size))

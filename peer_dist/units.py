@@ -1,0 +1,12 @@
+"""Large numbers in few characters, for people."""
+
+from __future__ import annotations
+
+
+def sized(count: float) -> str:
+    """Bytes in three digits and a unit of 1024: 1.5 GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TB"
