@@ -78,10 +78,11 @@ def resident(key: str) -> int:
 
 
 def run(rank: int, options: argparse.Namespace, folder: str) -> None:
+    from peer_dist.checkpoints.state import restore_run
+    from peer_dist.checkpoints.store import read_manifest, verify_checkpoint
     from peer_dist.config import parse_config
     from peer_dist.data.prepare import prepare
     from peer_dist.training import Trainer
-    from peer_dist.training.checkpoints import read_manifest, restore_run, verify_checkpoint
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)

@@ -435,11 +435,11 @@ def generate(
     pipeline: Annotated[int, typer.Option(min=1, help="Stages that the layers are cut into.")] = 1,
 ) -> None:
     """Continue texts with a trained model, on any number of ranks; several are told apart by lines of their numbers."""
+    from peer_dist.checkpoints.store import find_checkpoint
     from peer_dist.evaluation.generate import generate as run
     from peer_dist.evaluation.generate import read_prompts, write_texts
     from peer_dist.evaluation.loading import load_model
     from peer_dist.ranks.world import World
-    from peer_dist.training.checkpoints import find_checkpoint
 
     prompts = read_prompts(prompt or [], prompt_file)
     find_checkpoint(checkpoint)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from peer_dist.data.prepare import read_prepared
 from peer_dist.evaluation.analysis import HeadUsage
-from peer_dist.evaluation.perplexity import unigram_loss
-from peer_dist.evaluation.usage import ExpertUsage, share_histogram, uniform_unevenness
+from peer_dist.measures.held_out import unigram_loss
+from peer_dist.measures.usage import ExpertUsage, share_histogram, uniform_unevenness
 from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
 from tests.test_training import metrics_of, run_to_the_end, with_keys
@@ -205,7 +205,7 @@ def evaluated(rank, world_size, tree):
     from peer_dist.data.stream import open_data
     from peer_dist.evaluation.generate import generate
     from peer_dist.evaluation.loading import load_model
-    from peer_dist.evaluation.perplexity import held_out_loss
+    from peer_dist.measures.held_out import held_out_loss
 
     loaded = load_model(tree["checkpoint"]["dir"], world_size)
     stream = open_data(loaded.config.data, 32, loaded.config.train.seed).validation
@@ -217,7 +217,7 @@ def evaluated(rank, world_size, tree):
 
 def counted_once(rank, world_size, tree, layout):
     """Picks per expert and layer over 13 held-out sequences, which no layout divides."""
-    from peer_dist.evaluation.perplexity import held_out_loss
+    from peer_dist.measures.held_out import held_out_loss
     from tests.test_training import make_trainer
 
     trainer = make_trainer(with_keys(tree, parallel=layout, checkpoint={"dir": f"{tree['checkpoint']['dir']}-none"}))

@@ -333,10 +333,11 @@ finally:
 
 def large(rank, world_size, tree):
     """A checkpoint of weights that were not trained; some rows of a table."""
+    from peer_dist.checkpoints.state import weights_state
+    from peer_dist.checkpoints.store import CheckpointStore
     from peer_dist.config import parse_config
     from peer_dist.data.tokenizer import load_tokenizer
     from peer_dist.megatron import Parallel, build_model, shards_of
-    from peer_dist.training.checkpoints import CheckpointStore, weights_state
 
     config, tokenizer = parse_config(tree, "test"), load_tokenizer("byte")
     parallel = Parallel.initialize(seed=1)

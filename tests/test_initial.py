@@ -211,9 +211,9 @@ def test_training_goes_on_from_a_dense_model(tree, tmp_path):
 
 
 def refusals(rank, world_size, trees):
+    from peer_dist.checkpoints.sources import open_source
     from peer_dist.data.stream import open_tokenizer
     from peer_dist.megatron import CheckpointError
-    from peer_dist.training.initial import open_source
 
     said = []
     for tree in trees:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from peer_dist.config import Config
-from peer_dist.evaluation.perplexity import make_micro_batch
+from peer_dist.measures.held_out import make_micro_batch
 from peer_dist.megatron import (
     CheckpointError,
     Parallel,

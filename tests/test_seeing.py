@@ -18,10 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from peer_dist.config import ConfigError, parse_config
-from peer_dist.evaluation.usage_map import usage_map
+from peer_dist.measures.metrics import read_metrics
+from peer_dist.measures.usage_map import usage_map
 from peer_dist.ranks.signals import StopRequest
 from peer_dist.report.page import write_report
-from peer_dist.training.metrics import read_metrics
 from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
 from tests.test_training import losses_of, metrics_of, with_keys

@@ -64,7 +64,7 @@ def saved(rank: int, world_size: int, folder: str, buffer: int) -> int:
     grown: list[int] = []
     with resident(grown):
         written = checkpoint.save(state, folder)
-    from peer_dist.training.checkpoints import _checksum
+    from peer_dist.checkpoints.store import _checksum
 
     assert written.checksums == {f"__{rank}_0.distcp": _checksum(Path(folder) / f"__{rank}_0.distcp")}
     return grown[0]
@@ -103,9 +103,9 @@ def in_shares(rank: int, world_size: int, tree: dict[str, Any], resume: bool) ->
     from it, grew this rank; the next step's loss.
     """
     import peer_dist.training.trainer as module
+    from peer_dist.checkpoints.state import run_state
     from peer_dist.config import parse_config
     from peer_dist.megatron import checkpoint
-    from peer_dist.training.checkpoints import run_state
 
     checkpoint.BUFFER_BYTES = BUFFER
     restore, grown = module.restore_run, []

@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from peer_dist.config import ConfigError
+from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks import exit_codes
 from peer_dist.sweep.array import submit_array
 from peer_dist.sweep.fit import differences, fit_parabola, mean_interval, optima, student_t
@@ -24,7 +25,6 @@ from peer_dist.sweep.results import Row, read_results, write_results
 from peer_dist.sweep.runner import run_sweep, runs_table, select
 from peer_dist.sweep.spec import load_sweep
 from peer_dist.sweep.tuning import choose_rates
-from peer_dist.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

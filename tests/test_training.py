@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config import parse_config
+from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks.signals import StopRequest
-from peer_dist.training.metrics import read_metrics
 from tests.ranks import run_ranks
 
 
@@ -194,7 +194,8 @@ def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype, parallel, z
 
 def written_later(rank, world_size, tree):
     """A run whose checkpoints are written only when the step after them is done; the steps in which one was."""
-    from peer_dist.training import Trainer, checkpoints
+    from peer_dist.checkpoints import store as checkpoints
+    from peer_dist.training import Trainer
 
     done, waited = threading.Event(), []
 
@@ -243,7 +244,7 @@ def test_asynchronous_saving(small, tmp_path):
 
 
 def full_disk(rank, world_size, tree):
-    from peer_dist.training import checkpoints
+    from peer_dist.checkpoints import store as checkpoints
 
     class Full(checkpoints._Writer):
         def run(self):
@@ -343,8 +344,8 @@ def test_the_tables_may_have_a_schedule_of_their_own(small):
 
 
 def test_a_checkpoint_older_than_a_key_is_resumed_at_its_default(small):
+    from peer_dist.checkpoints.store import check_resumable
     from peer_dist.megatron import CheckpointError
-    from peer_dist.training.checkpoints import check_resumable
 
     config = parse_config(small, "test")
     manifest = {"config": config.model_dump(mode="json"), "data": []}
@@ -356,7 +357,7 @@ def test_a_checkpoint_older_than_a_key_is_resumed_at_its_default(small):
 
 
 def test_the_parts_in_which_tokens_travel_may_change_on_resume(small):
-    from peer_dist.training.checkpoints import check_resumable
+    from peer_dist.checkpoints.store import check_resumable
 
     manifest = {"config": parse_config(small, "test").model_dump(mode="json"), "data": []}
     check_resumable(Path("run"), parse_config(with_keys(small, peer={"dispatch_chunks": 4}), "test"), [], manifest)

@@ -23,8 +23,9 @@ def command(tree, folder, before=None, ranks=2):
 
 def misbehave(rank, who, at, where, how, *more):
     """Make rank ``who`` do something in a phase of step ``at``."""
+    from peer_dist.checkpoints import store as checkpoints
     from peer_dist.tracing import position
-    from peer_dist.training import Trainer, checkpoints, trainer
+    from peer_dist.training import Trainer, trainer
 
     if rank != who:
         return

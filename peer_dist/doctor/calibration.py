@@ -93,7 +93,7 @@ def calibrate(world: World, path: Path, seconds: float = 30.0) -> Report:
     Raises:
         ConfigError: on rank 0, where the file cannot be written.
     """
-    from peer_dist.training import building  # noqa: F401  (seconds that are no check's)
+    from peer_dist.engines import building  # noqa: F401  (seconds that are no check's)
 
     rates = _Rates()
     checks = [
@@ -374,9 +374,9 @@ def _dense_model(sizes: _Sizes, ranks: int) -> Config:
 
 
 def _step_seconds(here: Here, config: Config) -> float:
-    from peer_dist.evaluation.perplexity import make_micro_batch
+    from peer_dist.engines.building import dtype_of, join_groups, make_engine
+    from peer_dist.measures.held_out import make_micro_batch
     from peer_dist.megatron import build_model, run_forward_backward, sparse_layers
-    from peer_dist.training.building import dtype_of, join_groups, make_engine
 
     parallel = join_groups(config)
     try:

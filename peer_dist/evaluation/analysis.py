@@ -14,14 +14,14 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 
+from peer_dist.checkpoints.store import find_checkpoint
 from peer_dist.data.documents import DataError
 from peer_dist.evaluation.loading import check_text, load_model, open_text
-from peer_dist.evaluation.perplexity import held_out_loss
-from peer_dist.evaluation.usage import UsageSummary, shared_picks, summarize, unevenness
 from peer_dist.layers.routing import SparseLayer
+from peer_dist.measures.held_out import held_out_loss
+from peer_dist.measures.usage import UsageSummary, shared_picks, summarize, unevenness
 from peer_dist.megatron import sparse_layers
 from peer_dist.ranks.world import World
-from peer_dist.training.checkpoints import find_checkpoint
 
 FEW_PICKS = 64  # per expert: with fewer, chance alone adds more than 1 / 128 to the unevenness
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from peer_dist.checkpoints.state import restore_weights
+from peer_dist.checkpoints.store import find_checkpoint, read_manifest, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import HeldOutStream, SplitStreams, open_data
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
 from peer_dist.megatron import CheckpointError, Parallel, build_model
-from peer_dist.training.checkpoints import find_checkpoint, read_manifest, restore_weights, verify_checkpoint
 
 SPLITS = ("validation", "test", "all")
 

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.table import Table
 
+from peer_dist.checkpoints.store import find_checkpoint
 from peer_dist.data.stream import SplitStreams
 from peer_dist.evaluation.loading import check_text, load_model, open_text
-from peer_dist.evaluation.perplexity import held_out_loss, perplexity_of, unigram_loss
-from peer_dist.evaluation.usage import ExpertUsage, WindowSummary
+from peer_dist.measures.held_out import held_out_loss, perplexity_of, unigram_loss
+from peer_dist.measures.usage import ExpertUsage, WindowSummary
 from peer_dist.megatron import sparse_layers
 from peer_dist.ranks.world import World
-from peer_dist.training.checkpoints import find_checkpoint
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from peer_dist.evaluation.loading import LoadedModel
-from peer_dist.evaluation.perplexity import make_micro_batch
+from peer_dist.measures.held_out import make_micro_batch
 from peer_dist.megatron import forward_logits
 
 

@@ -12,14 +12,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from peer_dist.checkpoints.store import find_checkpoint, read_manifest
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import tokenized
 from peer_dist.evaluation.datasets import Document, EvaluationSet, parse_sets
 from peer_dist.evaluation.loading import LoadedModel, load_model
-from peer_dist.evaluation.perplexity import perplexity_of
 from peer_dist.evaluation.scoring import Request, score
+from peer_dist.measures.held_out import perplexity_of
 from peer_dist.ranks.world import World
-from peer_dist.training.checkpoints import find_checkpoint, read_manifest
 
 _ROUND = 1 << 24  # characters tokenized and scored at a time
 UNITS = {

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from peer_dist.checkpoints.store import find_checkpoint, read_manifest, sync, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.config.schema import ROUTED_KINDS
 from peer_dist.data.documents import DataError
@@ -25,7 +26,6 @@ from peer_dist.export.shards import DTYPES, Entry, parse_size, write_shards
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.checkpoint import check_tensors
 from peer_dist.megatron.reader import StoredTensors
-from peer_dist.training.checkpoints import find_checkpoint, read_manifest, sync, verify_checkpoint
 
 _BLOCK = 1 << 22  # numbers read at a time
 _SHIPPED = ("peer_model.py", "modeling_peer.py")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointError
+    from .data_parallel import clip_grad_by_total_norm_fp32, wrap_data_parallel
     from .decoding import Decoder
-    from .engine import ReplicatedEngine
     from .feed_forward import dense_output_std
     from .model import (
         build_model,
@@ -34,8 +34,8 @@ _HOMES = {
     "MegatronMPU": "parallel",
     "MicroBatch": "schedule",
     "Parallel": "parallel",
-    "ReplicatedEngine": "engine",
     "build_model": "model",
+    "clip_grad_by_total_norm_fp32": "data_parallel",
     "count_parameters": "model",
     "dense_output_std": "feed_forward",
     "forward_logits": "model",
@@ -46,6 +46,7 @@ _HOMES = {
     "shards_of": "model",
     "sparse_layers": "model",
     "token_losses": "model",
+    "wrap_data_parallel": "data_parallel",
 }
 
 __all__ = [
@@ -54,8 +55,8 @@ __all__ = [
     "MegatronMPU",
     "MicroBatch",
     "Parallel",
-    "ReplicatedEngine",
     "build_model",
+    "clip_grad_by_total_norm_fp32",
     "count_parameters",
     "dense_output_std",
     "forward_logits",
@@ -66,6 +67,7 @@ __all__ = [
     "shards_of",
     "sparse_layers",
     "token_losses",
+    "wrap_data_parallel",
 ]
 
 

@@ -182,7 +182,7 @@ def build_ranks(
 ) -> list[RankModel]:
     """The ranks one after the other, each in a fork of this process, which has imported what takes long."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is to be allocated on this machine's
-    import peer_dist.training.building  # noqa: F401
+    import peer_dist.engines.building  # noqa: F401
 
     made = []
     for rank in ranks:
@@ -198,8 +198,8 @@ def build_rank(
     import torch.distributed._tools.fake_collectives  # noqa: F401  (makes collectives take tensors on meta)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from peer_dist.engines.building import dtype_of, join_groups, make_engine
     from peer_dist.megatron import build_model, shards_of, sparse_layers
-    from peer_dist.training.building import dtype_of, join_groups, make_engine
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     dist.all_gather_object = _same_everywhere  # type: ignore[assignment]

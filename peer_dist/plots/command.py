@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from peer_dist.config import ConfigError
+from peer_dist.measures.metrics import metrics_file, read_metrics
 from peer_dist.plots import figures
 from peer_dist.sweep.fit import Measure, differences, optima
 from peer_dist.sweep.results import RESULTS, Row, read_results
-from peer_dist.training.metrics import metrics_file, read_metrics
 
 KINDS = ("isoflop", "models", "loss", "experts", "hk", "usage")
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from peer_dist.config import ConfigError
-from peer_dist.training.metrics import EVENTS, IMAGES, metrics_file, read_metrics
+from peer_dist.measures.metrics import EVENTS, IMAGES, metrics_file, read_metrics
 
 
 @dataclass(frozen=True)

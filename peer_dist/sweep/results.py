@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peer_dist.config import Config, ConfigError
-from peer_dist.evaluation.perplexity import perplexity_of
+from peer_dist.measures.held_out import perplexity_of
 from peer_dist.sweep.spec import Run
 
 RESULTS = "results.csv"

@@ -19,12 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from peer_dist.config import ConfigError, check_world, load_config
+from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, STOPPED
 from peer_dist.ranks.signals import StopRequest
 from peer_dist.sweep.results import RESULTS, Row, row_of, write_results
 from peer_dist.sweep.spec import Run, Sweep
 from peer_dist.sweep.tuning import choose_rates
-from peer_dist.training.metrics import read_metrics
 
 FAILED = 1
 _RESULT = "result.json"

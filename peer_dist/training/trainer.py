@@ -18,22 +18,22 @@ import torch.distributed as dist
 from rich.console import Console
 
 from peer_dist import __version__
+from peer_dist.checkpoints.sources import open_source
+from peer_dist.checkpoints.state import restore_run, run_state
+from peer_dist.checkpoints.store import CheckpointStore, check_resumable, data_identity, read_manifest
 from peer_dist.config import Config, check_folders, check_world
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import open_data, open_tokenizer
-from peer_dist.evaluation.perplexity import held_out_loss, make_micro_batch, perplexity_of
-from peer_dist.evaluation.usage import ExpertUsage, share_histogram
-from peer_dist.evaluation.usage_map import usage_map
+from peer_dist.engines import StepResult
+from peer_dist.engines.building import dtype_of, join_groups, make_engine
+from peer_dist.engines.revival import Revival
 from peer_dist.layers.routing import RouteObserver
-from peer_dist.megatron import (
-    build_model,
-    count_parameters,
-    routers,
-    run_forward_backward,
-    shards_of,
-    sparse_layers,
-)
-from peer_dist.optim import Memory, StepResult, learning_rate_factor
+from peer_dist.measures.held_out import held_out_loss, make_micro_batch, perplexity_of
+from peer_dist.measures.metrics import Metrics, read_metrics
+from peer_dist.measures.usage import ExpertUsage, share_histogram
+from peer_dist.measures.usage_map import usage_map
+from peer_dist.megatron import build_model, count_parameters, routers, run_forward_backward, shards_of, sparse_layers
+from peer_dist.optim import Memory, learning_rate_factor
 from peer_dist.ranks.environment import environment
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, stopped_code
 from peer_dist.ranks.lock import LockError, RunLock, run_lock
@@ -41,21 +41,9 @@ from peer_dist.ranks.signals import StopRequest
 from peer_dist.ranks.watchdog import Watchdog, record_nccl
 from peer_dist.ranks.world import World
 from peer_dist.tracing import StepTimes, listen, position, span
-from peer_dist.training.building import dtype_of, join_groups, make_engine
-from peer_dist.training.checkpoints import (
-    CheckpointStore,
-    check_resumable,
-    data_identity,
-    read_manifest,
-    restore_run,
-    run_state,
-)
 from peer_dist.training.guard import Diverged, Guard
-from peer_dist.training.initial import open_source
-from peer_dist.training.metrics import Metrics, read_metrics
 from peer_dist.training.profiling import Profile
 from peer_dist.training.progress import Progress
-from peer_dist.training.revival import Revival
 from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
 

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from torch.distributed import TCPStore
 
-from peer_dist.training.metrics import read_metrics
+from peer_dist.measures.metrics import read_metrics
 from tests.conftest import small_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]

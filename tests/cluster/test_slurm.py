@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from peer_dist.training.metrics import read_metrics
+from peer_dist.measures.metrics import read_metrics
 from tests.cluster.slurm import Lab, missing, wait_until
 from tests.conftest import small_config
 from tests.ranks import run_ranks

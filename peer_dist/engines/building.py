@@ -7,9 +7,11 @@ import torch.distributed as dist
 from torch import nn
 
 from peer_dist.config import Config
-from peer_dist.megatron import Parallel, ReplicatedEngine, shards_of
-from peer_dist.optim import DenseAdam, Engine, TableOptimizer
-from peer_dist.zero import ZeroEngine
+from peer_dist.engines import DenseAdam, Engine
+from peer_dist.engines.replicated import ReplicatedEngine
+from peer_dist.engines.zero import ZeroEngine
+from peer_dist.megatron import Parallel, shards_of
+from peer_dist.optim import TableOptimizer
 
 
 def join_groups(config: Config, device: torch.device | None = None) -> Parallel:

@@ -7,23 +7,18 @@ import math
 from collections.abc import Container, Iterable, Iterator
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor, nn
 
-from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
-from peer_dist.optim.engine import names_not_finite
-
-from .model import chunks_of
-from .parallel import Parallel
+from peer_dist.engines.engine import MOMENTS, DenseAdam, Engine, StepResult, names_not_finite
+from peer_dist.megatron import Parallel, clip_grad_by_total_norm_fp32, wrap_data_parallel
+from peer_dist.optim import TableOptimizer
 
 
 class ReplicatedEngine(Engine):
-    """See :class:`peer_dist.optim.Engine`. Gradients add up and are reduced in float32.
+    """See :class:`peer_dist.engines.Engine`. Gradients add up and are reduced in float32.
 
     Args:
-        model: from :func:`build_model`, without its shards (released).
+        model: from :func:`peer_dist.megatron.build_model`, without its shards (released).
     """
 
     def __init__(
@@ -36,23 +31,8 @@ class ReplicatedEngine(Engine):
     ) -> None:
         super().__init__(model, tables, experts, adam)
         self._data_parallel_size = parallel.data_parallel_size
-        megatron = chunks_of(model)[0].config
-        config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-        self._chunks = [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks_of(model)]
-        self._optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=adam.lr,
-                adam_beta1=adam.betas[0],
-                adam_beta2=adam.betas[1],
-                adam_eps=adam.eps,
-                weight_decay=adam.weight_decay,
-                clip_grad=adam.grad_clip,
-                bf16=megatron.bf16,
-                params_dtype=megatron.params_dtype,
-            ),
-            self._chunks,
-            use_gloo_process_groups=False,
+        self._chunks, self._optimizer = wrap_data_parallel(
+            model, adam.lr, adam.betas, adam.eps, adam.weight_decay, adam.grad_clip
         )
         self._inner = self._optimizer.optimizer
         for group in self._inner.param_groups:

@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from peer_dist.checkpoints.llama import LlamaFolder
+from peer_dist.checkpoints.megatron_folder import MegatronFolder
+from peer_dist.checkpoints.state import restore_weights
+from peer_dist.checkpoints.store import find_checkpoint, read_manifest, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.config.schema import ROUTED_KINDS, ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import Parallel, peer_layers
 from peer_dist.megatron.checkpoint import dense_blocks
-from peer_dist.training.checkpoints import find_checkpoint, read_manifest, restore_weights, verify_checkpoint
-from peer_dist.training.llama import LlamaFolder
-from peer_dist.training.megatron_folder import MegatronFolder
 
 # what two models must have in common beside their layers' kinds
 _ALWAYS = (

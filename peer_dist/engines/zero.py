@@ -1,5 +1,7 @@
 """DeepSpeed ZeRO for the dense part, and the expert tables stepped beside it under one global norm.
 
+No other module imports deepspeed.
+
 The tables are no parameters of the module that DeepSpeed sees: it would broadcast and average what is
 already sharded. What ties the two together is the gradient norm: the tables' part enters DeepSpeed's own
 norm, so that clipping, and skipping a step with non-finite gradients, happen to both alike.
@@ -34,9 +36,9 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
+from peer_dist.engines.engine import MOMENTS, DenseAdam, Engine, StepResult, names_not_finite
 from peer_dist.layers.retrieval import ProductKeyLayer
-from peer_dist.optim import MOMENTS, DenseAdam, Engine, StepResult, TableOptimizer
-from peer_dist.optim.engine import names_not_finite
+from peer_dist.optim import TableOptimizer
 from peer_dist.optim.memory import BUCKET
 
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
@@ -46,7 +48,7 @@ warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", 
 
 
 class ZeroEngine(Engine):
-    """See :class:`peer_dist.optim.Engine`: DeepSpeed ZeRO-1, 2 or 3.
+    """See :class:`peer_dist.engines.Engine`: DeepSpeed ZeRO-1, 2 or 3.
 
     Args:
         model: the stage's chunks of the model, without their shards (released).

@@ -22,7 +22,7 @@ def usage_map(shares: Tensor) -> np.ndarray:
     unused experts are black. Of more than 256 rows several experts share a pixel, which shows their mean.
 
     Args:
-        shares: ``[num_experts]``, 1 being even; see :meth:`peer_dist.evaluation.usage.ExpertUsage.shares`.
+        shares: ``[num_experts]``, 1 being even; see :meth:`peer_dist.measures.usage.ExpertUsage.shares`.
     """
     rows = next(side for side in range(math.isqrt(len(shares)), 0, -1) if len(shares) % side == 0)
     grid = shares.cpu().numpy().reshape(rows, -1)

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from peer_dist.engines import Engine
 from peer_dist.megatron import Parallel, peer_layers
-from peer_dist.optim import Engine
 from peer_dist.optim.rounding import stream_key
 
 STARVED = 16

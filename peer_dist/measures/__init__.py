@@ -1,0 +1,1 @@
+"""What is measured of a model and a run: held-out loss, usage of experts, and the files of numbers."""
