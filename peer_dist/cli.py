@@ -201,8 +201,8 @@ def match(
 ) -> None:
     """Find the runs that cost the same as this one with other feed-forward layers, to compare it with."""
     from peer_dist.config import load_config
-    from peer_dist.planning.match import comparison, misses, overruled, write
-    from peer_dist.planning.match import match as run
+    from peer_dist.sweep.match import comparison, misses, overruled, write
+    from peer_dist.sweep.match import match as run
 
     settings = load_config(config, overrides or [])
     if vocab_size is None:
@@ -367,8 +367,8 @@ def evaluate(
         raise DataError("--stride: is for --dataset; prepared data are cut into sequences")
     if dataset and (prefix is not None or split != "validation"):
         raise DataError("--dataset: goes without --data and --split (of enwik8: --dataset enwik8:validation=FILE)")
-    from peer_dist.evaluation.report import Report
-    from peer_dist.evaluation.report import evaluate as run
+    from peer_dist.evaluation.evaluate import Report
+    from peer_dist.evaluation.evaluate import evaluate as run
     from peer_dist.evaluation.suite import Suite, evaluate_sets
 
     result: Report | Suite | None
@@ -402,7 +402,7 @@ def usage(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Which experts a checkpoint uses on held-out text, how evenly, and what its heads have in common."""
-    from peer_dist.evaluation.analysis import analyze_usage, usage_tables
+    from peer_dist.evaluation.usage_report import analyze_usage, usage_tables
 
     report = analyze_usage(checkpoint, prefix, split, batch_size, output)
     if report is None:  # another rank prints

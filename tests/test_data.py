@@ -21,7 +21,7 @@ from peer_dist.data.documents import DataError, cut, read_documents
 from peer_dist.data.prepare import PreparedSet, prepare, read_prepared
 from peer_dist.data.stream import HeldOutStream, TokenStream, open_data
 from peer_dist.data.tokenizer import load_tokenizer, train_bpe
-from peer_dist.megatron.datasets import SplitDataset
+from peer_dist.megatron.indexed_data import SplitDataset
 from tests.ranks import run_ranks
 
 ODD = "naïve 日本語 🙂‍🙂 \0 \u2028 \r\n\t <|endoftext|> \ufeff end"

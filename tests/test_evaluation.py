@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.data.prepare import read_prepared
-from peer_dist.evaluation.analysis import HeadUsage
+from peer_dist.evaluation.usage_report import HeadUsage
 from peer_dist.measures.held_out import unigram_loss
 from peer_dist.measures.usage import ExpertUsage, share_histogram, uniform_unevenness
 from tests.conftest import small_config

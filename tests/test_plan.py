@@ -17,7 +17,7 @@ from peer_dist.megatron import Parallel, build_model, segment_mask, token_losses
 from peer_dist.planning.counts import count
 from peer_dist.planning.hardware import load_hardware
 from peer_dist.planning.layout import Layout, Place
-from peer_dist.planning.memory import kept_parts
+from peer_dist.planning.peak_memory import kept_parts
 from peer_dist.planning.plan import plan
 from peer_dist.planning.state import dense_shapes, shards, state
 from peer_dist.planning.traffic import exchange

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from peer_dist.config import Config, ConfigError, load_config, parse_config
 from peer_dist.megatron import Parallel, build_model, token_losses
 from peer_dist.planning.counts import Counts, count, merged, total
-from peer_dist.planning.match import Partner, match, misses, overruled
+from peer_dist.sweep.match import Partner, match, misses, overruled
 
 VOCAB, TOKENS = 128, (2, 16)
 

@@ -104,7 +104,7 @@ def lame_run(rank, world_size, tree, lame):
                 time.sleep(0.02)
         return forward(*args, **kwargs)
 
-    import peer_dist.sharding.routed as routed
+    import peer_dist.sharding.dispatch as routed
     from peer_dist.training import trainer
 
     routed.expert_mix_forward = slow

@@ -41,7 +41,7 @@ def block(rank: int, world_size: int, columns: bool) -> tuple[slice, slice]:
 
 
 def state_of(rank: int, world_size: int, columns: bool, fill: float | None = None) -> tuple[dict[str, Any], Any]:
-    from peer_dist.megatron.checkpoint import table_shard
+    from peer_dist.megatron.dist_checkpoint import table_shard
 
     rows, part = block(rank, world_size, columns)
     table = torch.empty(rows.stop - rows.start, part.stop - part.start)

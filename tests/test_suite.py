@@ -189,14 +189,14 @@ def test_every_number_of_every_set(run, tmp_path, world_size, stride):
 
 
 def documents_of(spec):
-    from peer_dist.evaluation.datasets import parse_sets
+    from peer_dist.evaluation.evaluation_sets import parse_sets
 
     (found,) = parse_sets([spec])
     return list(found.documents())
 
 
 def test_enwik8_of_full_size_is_split_at_its_customary_bytes(tmp_path):
-    from peer_dist.evaluation.datasets import parse_sets
+    from peer_dist.evaluation.evaluation_sets import parse_sets
 
     path = tmp_path / "enwik8"
     with open(path, "wb") as file:  # zeros, with a mark where each part begins
@@ -265,7 +265,7 @@ MISTAKES = [
 
 def test_mistakes_in_one_sentence(tmp_path, monkeypatch):
     from peer_dist.data.documents import DataError
-    from peer_dist.evaluation.datasets import parse_sets
+    from peer_dist.evaluation.evaluation_sets import parse_sets
 
     monkeypatch.chdir(tmp_path)
     for name, content in {
@@ -313,7 +313,7 @@ def test_hub_rows_become_documents(tmp_path, monkeypatch):
     rows = [line + "\n" if line.strip() else "" for line in WIKI.split("\n")[:-1]]  # as the hub has them
     (tmp_path / "owner/wiki/test.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     from peer_dist.data.documents import DataError
-    from peer_dist.evaluation.datasets import parse_sets
+    from peer_dist.evaluation.evaluation_sets import parse_sets
 
     plain, detokenized = parse_sets(["wikitext103=hf:owner/wiki:test"])
     assert "".join(document.text for document in plain.documents()) == WIKI

@@ -20,7 +20,7 @@ from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.config.schema import ROUTED_KINDS, ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import Parallel, peer_layers
-from peer_dist.megatron.checkpoint import dense_blocks
+from peer_dist.megatron.dist_checkpoint import dense_blocks
 
 # what two models must have in common beside their layers' kinds
 _ALWAYS = (

@@ -11,7 +11,7 @@ import torch
 from peer_dist.engines import PARTS, Engine
 from peer_dist.engines.revival import Revival
 from peer_dist.megatron import Parallel, shards_of
-from peer_dist.megatron.checkpoint import (
+from peer_dist.megatron.dist_checkpoint import (
     Reading,
     Sharded,
     State,

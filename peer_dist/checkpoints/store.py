@@ -29,7 +29,7 @@ from peer_dist.config import Config
 from peer_dist.config.schema import MLP_SECTIONS
 from peer_dist.data.prepare import read_prepared
 from peer_dist.megatron import CheckpointError
-from peer_dist.megatron.checkpoint import State, Written, save
+from peer_dist.megatron.dist_checkpoint import State, Written, save
 
 MANIFEST = "manifest.json"
 Result = TypeVar("Result")

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from peer_dist.data.documents import MAX_DOCUMENT, DataError, cut, input_files, read_documents
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
 from peer_dist.data.tokenizer import train_bpe as learn_bpe
-from peer_dist.megatron.datasets import IndexedWriter
+from peer_dist.megatron.indexed_data import IndexedWriter
 
 _BATCH = 1 << 18  # characters given to the tokenizer at a time, which takes some hundred bytes for each
 _ENDINGS = (".bin", ".idx", ".tokenizer.json", ".json")

@@ -21,7 +21,7 @@ from peer_dist.config.schema import DataConfig
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import PreparedSet, read_prepared
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
-from peer_dist.megatron.datasets import (
+from peer_dist.megatron.indexed_data import (
     CacheError,
     SplitDataset,
     blend_indices,

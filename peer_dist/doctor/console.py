@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from peer_dist.config.schema import Config
-from peer_dist.doctor.calibration import calibrate, check_writable
 from peer_dist.doctor.checks import CHECKS
+from peer_dist.planning.calibration import calibrate, check_writable
 from peer_dist.ranks.examination import Finding, Report, examine
 from peer_dist.ranks.world import JoinError, World, WorldError
 

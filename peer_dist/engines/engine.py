@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peer_dist.optim.memory import Memory
+from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.tables import TableOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -90,10 +90,10 @@ class Engine(abc.ABC):
         All ranks call it. It takes time: for telling what went wrong.
         """
 
-    def memory(self) -> dict[str, Memory]:
+    def memory(self) -> dict[str, HeldBytes]:
         """What this rank holds at the moment: ``dense``, ``tables`` and, where the model has them, ``experts``."""
         shards = {name: each.memory() for name, each in zip(("tables", "experts"), self.shard_optimizers)}
-        return {"dense": Memory.of(*self._dense_tensors(), self._bucket_bytes), **shards}
+        return {"dense": HeldBytes.of(*self._dense_tensors(), self._bucket_bytes), **shards}
 
     @abc.abstractmethod
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:

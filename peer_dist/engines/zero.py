@@ -37,9 +37,9 @@ from deepspeed.utils import (
 )
 
 from peer_dist.engines.engine import MOMENTS, DenseAdam, Engine, StepResult, names_not_finite
-from peer_dist.layers.retrieval import ProductKeyLayer
+from peer_dist.layers.product_key_layer import ProductKeyLayer
 from peer_dist.optim import TableOptimizer
-from peer_dist.optim.memory import BUCKET
+from peer_dist.optim.held_bytes import BUCKET
 
 # A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

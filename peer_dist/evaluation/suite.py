@@ -15,7 +15,7 @@ from rich.table import Table
 from peer_dist.checkpoints.store import find_checkpoint, read_manifest
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import tokenized
-from peer_dist.evaluation.datasets import Document, EvaluationSet, parse_sets
+from peer_dist.evaluation.evaluation_sets import Document, EvaluationSet, parse_sets
 from peer_dist.evaluation.loading import LoadedModel, load_model
 from peer_dist.evaluation.scoring import Request, score
 from peer_dist.measures.held_out import perplexity_of
@@ -111,7 +111,7 @@ def evaluate_sets(checkpoint: str, specs: Sequence[str], stride: int | None, bat
     """Evaluate on every rank; rank 0 has the results, the others None.
 
     Args:
-        specs: as for :func:`peer_dist.evaluation.datasets.parse_sets`.
+        specs: as for :func:`peer_dist.evaluation.evaluation_sets.parse_sets`.
         stride: tokens scored per window; None is half of the model's ``seq_length``.
         batch_size: windows per rank and forward pass.
 

@@ -24,7 +24,7 @@ from peer_dist.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokeni
 from peer_dist.export.peer_model import PREFIX, LanguageModel
 from peer_dist.export.shards import DTYPES, Entry, parse_size, write_shards
 from peer_dist.megatron import CheckpointError
-from peer_dist.megatron.checkpoint import check_tensors
+from peer_dist.megatron.dist_checkpoint import check_tensors
 from peer_dist.megatron.reader import StoredTensors
 
 _BLOCK = 1 << 22  # numbers read at a time

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import mkl, native, reference
-from peer_dist.kernels.memory import huge_pages
+from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed
 from peer_dist.tracing import span

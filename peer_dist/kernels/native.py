@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peer_dist.kernels.memory import gradient_memory
+from peer_dist.kernels.allocation import gradient_memory
 from peer_dist.kernels.picks import Picks
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_dist.kernels import ACTIVATIONS, huge_pages
+from peer_dist.layers.product_key_layer import GATES, ProductKeyLayer, check_choices
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.query_norm import KEY_NORMS, KeyNorm
-from peer_dist.layers.retrieval import GATES, ProductKeyLayer, check_choices
 from peer_dist.sharding import ExpertGroups, GridLayout, Shard, release, routed_experts
 from peer_dist.tracing import span
 

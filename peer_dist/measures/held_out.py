@@ -10,7 +10,7 @@ import torch
 
 from peer_dist.data.stream import HeldOutStream
 from peer_dist.data.tokenizer import TextTokenizer
-from peer_dist.layers.routing import RouteObserver
+from peer_dist.layers.sparse_layer import RouteObserver
 from peer_dist.megatron import MicroBatch, Parallel, run_forward_backward, segment_mask, sparse_layers
 
 

@@ -10,9 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import CheckpointError
     from .data_parallel import clip_grad_by_total_norm_fp32, wrap_data_parallel
     from .decoding import Decoder
+    from .dist_checkpoint import CheckpointError
     from .feed_forward import dense_output_std
     from .model import (
         build_model,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .schedule import MicroBatch, run_forward_backward
 
 _HOMES = {
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "dist_checkpoint",
     "Decoder": "decoding",
     "MegatronMPU": "parallel",
     "MicroBatch": "schedule",

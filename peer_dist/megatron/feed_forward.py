@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,41 +18,16 @@ from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerCon
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
-from peer_dist.config import Config
 from peer_dist.config.schema import ModelConfig
-from peer_dist.layers.memory import ProductKeyMemory
 from peer_dist.layers.peer import PEER, activation_second_moment
-from peer_dist.layers.recurrence import RouterCore, RouterState
-from peer_dist.layers.routing import SparseLayer
+from peer_dist.layers.product_key_memory import ProductKeyMemory
+from peer_dist.layers.recurrence import RouterState
+from peer_dist.layers.sparse_layer import SparseLayer
 
+from .build_context import BuildContext
 from .moe import CoarseMoE, moe, sigma_moe
-from .parallel import Parallel
 
 INIT_STD = 0.02  # of every dense matrix; those that write to the residual stream have 1/sqrt(2 layers) of it
-
-
-@dataclass
-class Chunk:
-    """What the layers of one model chunk are built from, and share.
-
-    Attributes:
-        core: of the layers' routers, where ``router.kind`` has one.
-        pools: pool number to the layer that owns its tables, of all of this rank's chunks.
-    """
-
-    config: Config
-    parallel: Parallel
-    dtype: torch.dtype
-    core: RouterCore | None
-    pools: dict[int, PEER] = field(default_factory=dict)
-
-    def seed(self, number: int) -> int:
-        return layer_seed(self.config, number)
-
-
-def layer_seed(config: Config, number: int) -> int:
-    """Each layer's own, so that no other layer moves its weights."""
-    return config.train.seed + 1_000_003 * number
 
 
 class SparseMLP(MegatronModule):
@@ -67,14 +41,14 @@ class SparseMLP(MegatronModule):
     layer: SparseLayer
     """The layer, also a sub-module of this under the name of its kind."""
 
-    def __init__(self, config: TransformerConfig, chunk: Chunk, routed: bool) -> None:
+    def __init__(self, config: TransformerConfig, context: BuildContext, routed: bool) -> None:
         super().__init__(config=config)
         self.layer_number = 0
         self.state: Tensor | None = None
         self.router_state = None
-        if routed and chunk.core is not None:
-            self.router_state = RouterState(chunk.core, config.hidden_size, chunk.config.router.passing)
-            self.router_state.to(chunk.dtype)
+        if routed and context.core is not None:
+            self.router_state = RouterState(context.core, config.hidden_size, context.config.router.passing)
+            self.router_state.to(context.dtype)
         self.splits_tokens = config.tensor_model_parallel_size > 1 and not config.sequence_parallel
 
     def on_own_tokens(self, layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -113,11 +87,13 @@ class SparseMLP(MegatronModule):
 
 
 class PEERMLP(SparseMLP):
-    """A PEER layer; the first of a pool puts itself into the chunk's ``pools``, and later ones share its tables."""
+    """A PEER layer; the first of a pool puts itself into the context's ``pools``, and later ones share its tables."""
 
-    def __init__(self, config: TransformerConfig, submodules: Any = None, *, chunk: Chunk, number: int) -> None:
-        super().__init__(config, chunk, routed=True)
-        run, parallel = chunk.config, chunk.parallel
+    def __init__(
+        self, config: TransformerConfig, submodules: Any = None, *, context: BuildContext, number: int
+    ) -> None:
+        super().__init__(config, context, routed=True)
+        run, parallel = context.config, context.parallel
         (pool,) = (index for index, layers in enumerate(run.peer_pools) if number - 1 in layers)
         self.peer = PEER(
             dim=run.model.hidden_size,
@@ -127,13 +103,13 @@ class PEERMLP(SparseMLP):
             output_std=dense_output_std(run.model),
             table_dtype=getattr(torch, run.peer.table_dtype),
             sparse_grad=run.table_optimizer.lazy,
-            tables_of=chunk.pools.get(pool),
-            state_size=0 if chunk.core is None else chunk.core.state_size,
-            seed=chunk.seed(number),
+            tables_of=context.pools.get(pool),
+            state_size=0 if context.core is None else context.core.state_size,
+            seed=context.seed(number),
             device=parallel.device,
-            dtype=chunk.dtype,
+            dtype=context.dtype,
         )
-        chunk.pools.setdefault(pool, self.peer)
+        context.pools.setdefault(pool, self.peer)
         self.layer = self.peer
         self.mark_replicated()
 
@@ -145,9 +121,11 @@ class PEERMLP(SparseMLP):
 class PKMMLP(SparseMLP):
     """A product-key memory layer."""
 
-    def __init__(self, config: TransformerConfig, submodules: Any = None, *, chunk: Chunk, number: int) -> None:
-        super().__init__(config, chunk, routed=False)
-        run, parallel = chunk.config, chunk.parallel
+    def __init__(
+        self, config: TransformerConfig, submodules: Any = None, *, context: BuildContext, number: int
+    ) -> None:
+        super().__init__(config, context, routed=False)
+        run, parallel = context.config, context.parallel
         self.pkm = ProductKeyMemory(
             dim=run.model.hidden_size,
             **run.pkm.model_dump(exclude={"table_dtype"}),
@@ -156,9 +134,9 @@ class PKMMLP(SparseMLP):
             data_group=parallel.token_group,
             table_dtype=getattr(torch, run.pkm.table_dtype),
             sparse_grad=run.table_optimizer.lazy,
-            seed=chunk.seed(number),
+            seed=context.seed(number),
             device=parallel.device,
-            dtype=chunk.dtype,
+            dtype=context.dtype,
         )
         self.layer = self.pkm
         self.mark_replicated()
@@ -180,12 +158,12 @@ class CoarseMLP(SparseMLP):
         config: TransformerConfig,
         submodules: Any = None,
         *,
-        chunk: Chunk,
+        context: BuildContext,
         number: int,
-        build: Callable[[TransformerConfig, Chunk, int], CoarseMoE],
+        build: Callable[[TransformerConfig, BuildContext, int], CoarseMoE],
     ) -> None:
-        super().__init__(config, chunk, routed=True)
-        self.moe = build(config, chunk, chunk.seed(number))
+        super().__init__(config, context, routed=True)
+        self.moe = build(config, context, context.seed(number))
         self.layer = self.moe
         self.mark_replicated()
 
@@ -230,14 +208,14 @@ _SPARSE: dict[str, tuple[type[SparseMLP], dict[str, Any]]] = {
 }
 
 
-def feed_forward(chunk: Chunk, number: int) -> ModuleSpec:
+def feed_forward(context: BuildContext, number: int) -> ModuleSpec:
     """The spec of the feed-forward part of layer ``number``, from 1."""
-    kind, top_k = chunk.config.model.mlp_kinds[number - 1], chunk.config.model.ffn_top_k
+    kind, top_k = context.config.model.mlp_kinds[number - 1], context.config.model.ffn_top_k
     if kind == "dense":
         second = ModuleSpec(module=TopKRowParallelLinear, params={"top_k": top_k}) if top_k else RowParallelLinear
         return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=second))
     module, more = _SPARSE[kind]
-    return ModuleSpec(module=module, params={"chunk": chunk, "number": number, **more})
+    return ModuleSpec(module=module, params={"context": context, "number": number, **more})
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:

@@ -28,11 +28,12 @@ from peer_dist.config.schema import ROUTED_KINDS
 from peer_dist.layers.peer import PEER
 from peer_dist.layers.recurrence import RouterCore
 from peer_dist.layers.router import Router
-from peer_dist.layers.routing import SparseLayer
+from peer_dist.layers.sparse_layer import SparseLayer
 from peer_dist.sharding import Shard
 
 from .attention import SDPAttention
-from .feed_forward import INIT_STD, Chunk, SparseMLP, feed_forward, layer_seed, sparse_mlps
+from .build_context import BuildContext, layer_seed
+from .feed_forward import INIT_STD, SparseMLP, feed_forward, sparse_mlps
 from .gradients import finalize_gradients
 from .moe import CoarseMoE
 from .norm import RMSNorm
@@ -118,12 +119,12 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
     )
 
 
-def _layer_spec(chunk: Chunk, number: int) -> ModuleSpec:
+def _layer_spec(context: BuildContext, number: int) -> ModuleSpec:
     return ModuleSpec(
         module=_Layer,
         params={
-            "seed": chunk.seed(number) + 500_000,  # sparse layers take some of the first
-            "state_size": 0 if chunk.core is None else chunk.core.state_size,
+            "seed": context.seed(number) + 500_000,  # sparse layers take some of the first
+            "state_size": 0 if context.core is None else context.core.state_size,
         },
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
@@ -138,7 +139,7 @@ def _layer_spec(chunk: Chunk, number: int) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=feed_forward(chunk, number),
+            mlp=feed_forward(context, number),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -163,22 +164,22 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
     made_on = parallel.device if parallel.device.type == "meta" else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), made_on:
         for number in range(parallel.virtual_pipeline_size):
-            chunk = Chunk(config, parallel, dtype, _router_core(config, parallel, number, dtype), pools)
-            chunks.append(_build_chunk(megatron, chunk, number, vocab_size))
+            context = BuildContext(config, parallel, dtype, _router_core(config, parallel, number, dtype), pools)
+            chunks.append(_build_chunk(megatron, context, number, vocab_size))
     return nn.ModuleList(chunks).to(parallel.device)
 
 
-def _build_chunk(megatron: TransformerConfig, chunk: Chunk, number: int, vocab_size: int) -> GPTModel:
-    run, parallel = chunk.config, chunk.parallel
+def _build_chunk(megatron: TransformerConfig, context: BuildContext, number: int, vocab_size: int) -> GPTModel:
+    run, parallel = context.config, context.parallel
     virtual = number if parallel.virtual_pipeline_size > 1 else None
     first = get_transformer_layer_offset(megatron, virtual, parallel.pipeline_rank) + 1
     layers = get_num_layers_to_build(megatron, virtual, parallel.pipeline_rank)
-    specs = [_layer_spec(chunk, each) for each in range(first, first + layers)]
+    specs = [_layer_spec(context, each) for each in range(first, first + layers)]
     torch.default_generator.manual_seed(run.train.seed)
     model = GPTModel(
         config=megatron,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=specs, layer_norm=RMSNorm if chunk.core is None else _FinalNorm
+            layer_specs=specs, layer_norm=RMSNorm if context.core is None else _FinalNorm
         ),
         vocab_size=vocab_size,
         max_sequence_length=run.model.seq_length,
@@ -189,10 +190,10 @@ def _build_chunk(megatron: TransformerConfig, chunk: Chunk, number: int, vocab_s
         rotary_base=run.model.rope_base,
         vp_stage=virtual,
     )
-    if chunk.core is not None:
-        model.router_core = chunk.core
+    if context.core is not None:
+        model.router_core = context.core
         model.config = copy.copy(megatron)  # whose hidden_size is what the schedule sends between stages
-        model.config.hidden_size += chunk.core.state_size
+        model.config.hidden_size += context.core.state_size
     return model
 
 

@@ -23,7 +23,7 @@ from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
 from peer_dist.sharding import Shard, Traffic, release
 
 if TYPE_CHECKING:
-    from .feed_forward import Chunk
+    from .build_context import BuildContext
 
 
 class CoarseMoE(MoELayer):
@@ -101,7 +101,7 @@ class CoarseMoE(MoELayer):
 
 
 def _experts_config(
-    config: TransformerConfig, chunk: Chunk, num_experts: int, hidden: int, top_k: int, **changes: Any
+    config: TransformerConfig, context: BuildContext, num_experts: int, hidden: int, top_k: int, **changes: Any
 ) -> TransformerConfig:
     """The model's config as Megatron's MoELayer wants it; the model's own knows nothing of experts."""
     return dataclasses.replace(
@@ -109,7 +109,7 @@ def _experts_config(
         num_moe_experts=num_experts,
         ffn_hidden_size=hidden,
         moe_ffn_hidden_size=hidden,
-        expert_model_parallel_size=chunk.parallel.expert_size,
+        expert_model_parallel_size=context.parallel.expert_size,
         expert_tensor_parallel_size=1,
         moe_token_dispatcher_type="alltoall",
         moe_router_topk=top_k,
@@ -121,21 +121,23 @@ def _experts_config(
     )
 
 
-def _router(chunk: Chunk, num_experts: int, rule: Rule, std: Callable[[int], float]) -> Router:
+def _router(context: BuildContext, num_experts: int, rule: Rule, std: Callable[[int], float]) -> Router:
     """Args: ``std``: of linear logits' weights, by the width of the router's input."""
-    width, router = chunk.config.model.hidden_size, chunk.config.router
+    width, router = context.config.model.hidden_size, context.config.router
     logits: nn.Module
     if router.kind == "cosine":
         logits = CosineLogits(width, num_experts, router.state_size)
     else:
-        width = width if chunk.core is None else chunk.core.state_size
+        width = width if context.core is None else context.core.state_size
         logits = LinearLogits(width, num_experts, std(width))
-    return Router(logits.to(chunk.dtype), num_experts, rule, chunk.parallel.token_group, chunk.parallel.tensor_group)
+    return Router(
+        logits.to(context.dtype), num_experts, rule, context.parallel.token_group, context.parallel.tensor_group
+    )
 
 
-def moe(config: TransformerConfig, chunk: Chunk, seed: int) -> CoarseMoE:
+def moe(config: TransformerConfig, context: BuildContext, seed: int) -> CoarseMoE:
     """Experts of the dense feed-forward's form and initialisation."""
-    section = chunk.config.moe
+    section = context.config.moe
     chosen_by_experts = section.routing == "expert_choice"
     rule = Rule(
         section.top_k,
@@ -146,16 +148,16 @@ def moe(config: TransformerConfig, chunk: Chunk, seed: int) -> CoarseMoE:
         z_loss=section.z_loss,
         bias_rate=section.expert_bias_rate if section.expert_bias else 0.0,
     )
-    hidden = section.expert_hidden_size or chunk.config.model.ffn_hidden_size
+    hidden = section.expert_hidden_size or context.config.model.ffn_hidden_size
     # a capacity has Megatron count the tokens sent, which are not top_k of each token
     changes = {"moe_expert_capacity_factor": 1.0} if chosen_by_experts else {}
-    experts = _experts_config(config, chunk, section.num_experts, hidden, section.top_k, **changes)
-    return CoarseMoE(experts, _router(chunk, section.num_experts, rule, lambda width: config.init_method_std), seed)
+    experts = _experts_config(config, context, section.num_experts, hidden, section.top_k, **changes)
+    return CoarseMoE(experts, _router(context, section.num_experts, rule, lambda width: config.init_method_std), seed)
 
 
-def sigma_moe(config: TransformerConfig, chunk: Chunk, seed: int) -> CoarseMoE:
+def sigma_moe(config: TransformerConfig, context: BuildContext, seed: int) -> CoarseMoE:
     """ReLU experts under sigmoid scores (Csordas 2023), initialised as one dense layer as wide as all of them."""
-    section, model = chunk.config.sigma_moe, chunk.config.model
+    section, model = context.config.sigma_moe, context.config.model
     rule = Rule(
         section.top_k,
         "sigmoid",
@@ -169,7 +171,7 @@ def sigma_moe(config: TransformerConfig, chunk: Chunk, seed: int) -> CoarseMoE:
 
     experts = _experts_config(
         config,
-        chunk,
+        context,
         section.num_experts,
         section.expert_hidden_size,
         section.top_k,
@@ -178,7 +180,7 @@ def sigma_moe(config: TransformerConfig, chunk: Chunk, seed: int) -> CoarseMoE:
         init_method=init_method_normal(std(model.hidden_size)),
         output_layer_init_method=init_method_normal(std(section.num_experts * section.expert_hidden_size)),
     )
-    router = _router(chunk, section.num_experts, rule, std)
+    router = _router(context, section.num_experts, rule, std)
     if isinstance(router.logits, LinearLogits):
         router.logits.equalize()
     return CoarseMoE(experts, router, seed)

@@ -1,7 +1,7 @@
 """Optimizers of tables and experts, and the learning rate over a run."""
 
-from peer_dist.optim.memory import Memory
-from peer_dist.optim.schedule import learning_rate_factor
+from peer_dist.optim.held_bytes import HeldBytes
+from peer_dist.optim.learning_rate import learning_rate_factor
 from peer_dist.optim.tables import TableOptimizer
 
-__all__ = ["Memory", "TableOptimizer", "learning_rate_factor"]
+__all__ = ["HeldBytes", "TableOptimizer", "learning_rate_factor"]

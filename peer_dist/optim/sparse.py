@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peer_dist.sharding.layout import first_of
+from peer_dist.sharding.grid import first_of
 
 
 def row_gradient(rows: Tensor, values: Tensor, size: int) -> Tensor:

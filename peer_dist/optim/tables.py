@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peer_dist.optim.memory import Memory
+from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.rounding import random_bits, round_stochastically, stream_key
 from peer_dist.optim.sparse import merge, row_gradient, sum_over_copies
 
@@ -270,10 +270,10 @@ class TableOptimizer:
             if master is not table:
                 yield name, "master", master.detach()
 
-    def memory(self) -> Memory:
+    def memory(self) -> HeldBytes:
         """What this rank holds of the tables; the fused ``adam`` copies gradients to float32 in a step besides."""
         gradients = (table.grad for table in self.tables.values() if table.grad is not None)
-        return Memory.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
+        return HeldBytes.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
 
 
 def _merge_grad(table: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from peer_dist.config import Config, ConfigError, check_world
 from peer_dist.config.schema import MLPKind
-from peer_dist.optim import Memory
+from peer_dist.optim import HeldBytes
 from peer_dist.planning.layout import check_vocabulary
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs, synthetic_picks
 
@@ -67,7 +67,7 @@ class RankModel:
     groups: dict[str, list[int]]
     shapes: dict[str, tuple[int, ...]]
     parameters: dict[str, int]
-    memory: dict[str, Memory]
+    memory: dict[str, HeldBytes]
     exchange: dict[str, Exchange]
 
     @property

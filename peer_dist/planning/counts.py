@@ -93,14 +93,6 @@ def total(parts: Parts) -> Cost:
     return sum(parts.values(), Cost())
 
 
-def short(number: int) -> str:
-    """Four digits and a unit: 4.194M."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g}{unit}"
-    return str(number)
-
-
 def count(config: Config, vocab_size: int) -> Counts:
     """Parameters and FLOPs of the model that ``build_model`` makes, all ranks together.
 

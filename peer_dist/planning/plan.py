@@ -10,12 +10,13 @@ from typing import Any
 from rich.table import Table
 
 from peer_dist.config import Config, ConfigError, check_world
-from peer_dist.planning.counts import Cost, Counts, count, short
+from peer_dist.planning.counts import Cost, Counts, count
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Layout, Place, check_vocabulary
-from peer_dist.planning.memory import Memory, memory
+from peer_dist.planning.peak_memory import PeakMemory, memory
 from peer_dist.planning.timing import StepTime, Work, work
 from peer_dist.planning.traffic import Wire, step_traffic
+from peer_dist.units import short
 
 _TABLES = ("experts", "values")
 
@@ -50,7 +51,7 @@ class Plan:
         return 2 if precision == "bf16" else 4
 
     @cached_property
-    def _held(self) -> dict[Place, Memory]:
+    def _held(self) -> dict[Place, PeakMemory]:
         """Of ranks with the largest shards (the last ones), of all stages that are not like one before them."""
         config, stages = self.layout.config, dict[Any, int]()
         firsts = {pool[0] for pool in config.peer_pools}
@@ -67,7 +68,7 @@ class Plan:
         return max(self._held, key=lambda place: self._held[place].peak)
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> PeakMemory:
         """Of that rank."""
         return self._held[self.place]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from peer_dist.config import Config
 from peer_dist.config.schema import ROUTED_KINDS, PEERSection, PKMSection, RouterSection
 from peer_dist.planning.layout import Layout, Place
-from peer_dist.sharding.layout import first_of
+from peer_dist.sharding.grid import first_of
 
 FLOAT = 4
 PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter whole on every rank (DeepSpeed's default)

@@ -22,7 +22,7 @@ from peer_dist.config.schema import MLPKind
 from peer_dist.planning.counts import Counts, total
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Layout, Place
-from peer_dist.planning.memory import Memory, moved_activations
+from peer_dist.planning.peak_memory import PeakMemory, moved_activations
 from peer_dist.planning.state import FLOAT, Block, retrieving, shards, touched
 from peer_dist.planning.traffic import exchange, routes, step_traffic
 
@@ -92,14 +92,14 @@ class Work:
 def work(
     layout: Layout,
     stage: int,
-    memory: Memory,
+    memory: PeakMemory,
     counts: Counts,
     vocab_size: int,
     itemsize: int,
     hardware: Hardware,
     hits: float | None = None,
 ) -> Work:
-    """Of a stage's rank; arguments as in :func:`peer_dist.planning.memory.memory`."""
+    """Of a stage's rank; arguments as in :func:`peer_dist.planning.peak_memory.memory`."""
     place = Place(stage)
     rate = hardware.flops(itemsize) * hardware.achievable.flops
     gather = hardware.gather_bytes_per_s * hardware.achievable.gather
@@ -183,7 +183,7 @@ def _hidden(layout: Layout, kind: str, sent: float, busy: float) -> float:
     return min(sent, busy) * (1 - 1 / parts)
 
 
-def optimizer_bytes(layout: Layout, place: Place, memory: Memory) -> float:
+def optimizer_bytes(layout: Layout, place: Place, memory: PeakMemory) -> float:
     """Read and written by a step; the dense part's weights are counted with the tables'."""
     everything = 2 * (memory.optimizer + memory.host) + 2 * memory.gradients + memory.weights
     if not layout.config.table_optimizer.lazy:

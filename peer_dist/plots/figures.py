@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from peer_dist.sweep.fit import Interval, Measure, grid_rows, mean_interval, optima
 from peer_dist.sweep.results import Row
+from peer_dist.units import short
 
 # Okabe and Ito's, told apart by colour-blind readers; markers say the same again
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -312,14 +313,6 @@ def _log_axis(panel: Axes, ticks: Mapping[str, int] | None = None) -> None:
     if high < 30 * low:  # less than a decade or so: powers of ten alone would leave the axis bare
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-
-
-def short(value: float) -> str:
-    """1500000 as 1.5M."""
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit:
-            return f"{value / unit:g}{name}"
-    return f"{value:g}"
 
 
 def _count(experts: int) -> str:

@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader
 
 from peer_dist import __version__
 from peer_dist.config import ConfigError
-from peer_dist.report import charts
-from peer_dist.report.record import RunRecord, read_run
+from peer_dist.measures.record import RunRecord, read_run
+from peer_dist.plots import charts
 
 _EVENTS = 100  # shown of a run, the newest
 

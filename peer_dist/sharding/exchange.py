@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peer_dist.kernels import Picks
-from peer_dist.sharding.layout import ExpertGroups, GridLayout
+from peer_dist.sharding.grid import ExpertGroups, GridLayout
 
 
 @dataclass

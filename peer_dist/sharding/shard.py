@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peer_dist.sharding.layout import GridLayout
+from peer_dist.sharding.grid import GridLayout
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.engines import StepResult
 from peer_dist.engines.building import dtype_of, join_groups, make_engine
 from peer_dist.engines.revival import Revival
-from peer_dist.layers.routing import RouteObserver
+from peer_dist.layers.sparse_layer import RouteObserver
 from peer_dist.measures.held_out import held_out_loss, make_micro_batch, perplexity_of
 from peer_dist.measures.metrics import Metrics, read_metrics
 from peer_dist.measures.usage import ExpertUsage, share_histogram
 from peer_dist.measures.usage_map import usage_map
 from peer_dist.megatron import build_model, count_parameters, routers, run_forward_backward, shards_of, sparse_layers
-from peer_dist.optim import Memory, learning_rate_factor
+from peer_dist.optim import HeldBytes, learning_rate_factor
 from peer_dist.ranks.environment import environment
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, stopped_code
 from peer_dist.ranks.lock import LockError, RunLock, run_lock
@@ -267,7 +267,7 @@ class Trainer:
         with self.engine.accumulate():
             # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
-            held = Memory.sum(self.engine.memory().values()) if (step + 1) % config.logging.interval == 0 else None
+            held = HeldBytes.sum(self.engine.memory().values()) if (step + 1) % config.logging.interval == 0 else None
         loss = float(parallel.total(losses.sum().double())) / tokens
         spike = self.guard.is_spike(loss)
         with span("optimizer"):

@@ -12,7 +12,7 @@ BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
-class Memory:
+class HeldBytes:
     """Bytes on one rank.
 
     Attributes:
@@ -31,13 +31,13 @@ class Memory:
     @classmethod
     def of(
         cls, weights: Iterable[Tensor], gradients: Iterable[Tensor], optimizer: Iterable[Tensor], buckets: int = 0
-    ) -> Memory:
+    ) -> HeldBytes:
         """Whole storages are counted, each once, for the first of the three that has it."""
         seen: set[int] = set()
         return cls(_storages(weights, seen), _storages(gradients, seen), _storages(optimizer, seen), buckets)
 
     @classmethod
-    def sum(cls, parts: Iterable[Memory]) -> Memory:
+    def sum(cls, parts: Iterable[HeldBytes]) -> HeldBytes:
         """Of parts that share nothing."""
         weights, gradients, optimizer, buckets = zip(*map(astuple, parts))
         return cls(sum(weights), sum(gradients), sum(optimizer), sum(buckets))

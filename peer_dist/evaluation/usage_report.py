@@ -17,7 +17,7 @@ from torch import Tensor
 from peer_dist.checkpoints.store import find_checkpoint
 from peer_dist.data.documents import DataError
 from peer_dist.evaluation.loading import check_text, load_model, open_text
-from peer_dist.layers.routing import SparseLayer
+from peer_dist.layers.sparse_layer import SparseLayer
 from peer_dist.measures.held_out import held_out_loss
 from peer_dist.measures.usage import UsageSummary, shared_picks, summarize, unevenness
 from peer_dist.megatron import sparse_layers
@@ -171,7 +171,7 @@ def analyze_usage(
     """Count on every rank; rank 0 has the report and writes ``usage.npz`` into the folder ``output``.
 
     Args:
-        prefix, split: as in :func:`peer_dist.evaluation.report.evaluate`.
+        prefix, split: as in :func:`peer_dist.evaluation.evaluate.evaluate`.
 
     Raises:
         DataError: the data set cannot be read, has another tokenizer, or has no such split; the model has no experts;

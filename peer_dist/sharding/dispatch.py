@@ -35,7 +35,7 @@ from peer_dist.kernels import (
     value_table_grad,
 )
 from peer_dist.sharding.exchange import Arrival, ExchangePlan, Traffic, merge_picks, plan_exchange
-from peer_dist.sharding.layout import GridLayout
+from peer_dist.sharding.grid import GridLayout
 from peer_dist.tracing import span
 
 Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]

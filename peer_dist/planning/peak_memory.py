@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peer_dist.optim.memory import BUCKET
+from peer_dist.optim.held_bytes import BUCKET
 from peer_dist.optim.tables import BLOCKS
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.state import (
@@ -33,7 +33,7 @@ LIVE = 1_000_000_000  # elements up to which ZeRO-3 leaves parameters that it ha
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Bytes of one rank.
 
     Attributes:
@@ -88,7 +88,7 @@ class _Moment:
 
 def memory(
     layout: Layout, place: Place, vocab_size: int, itemsize: int, device: str, hits: float | None = None
-) -> Memory:
+) -> PeakMemory:
     """Of a rank.
 
     Args:
@@ -112,7 +112,7 @@ def memory(
     base = held.weights + held.optimizer + inputs + lasting
     blocks = [block for owned in shards(layout, place).values() for block in owned]
     step = _step(layout, blocks, elements, itemsize, device)
-    return Memory(
+    return PeakMemory(
         held.weights,
         held.gradients,
         held.optimizer,

@@ -17,8 +17,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from peer_dist.plots.figures import short, style
-from peer_dist.report.record import RunRecord, Series
+from peer_dist.measures.record import RunRecord, Series
+from peer_dist.plots.figures import style
+from peer_dist.units import short
 
 COLORS = 6  # of the page's series: --c0 to --c5
 SPLIT = ("retrieve", "dispatch", "experts", "combine", "optimizer", "other")  # of a step's time

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peer_dist.kernels import huge_pages
-from peer_dist.layers.retrieval import ProductKeyLayer, check_choices
+from peer_dist.layers.product_key_layer import ProductKeyLayer, check_choices
 from peer_dist.sharding import ExpertGroups, Shard, release, routed_values
 from peer_dist.tracing import span
 

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from peer_dist.config import Config, ConfigError, parse_config, write_config
 from peer_dist.config.schema import MLPKind
-from peer_dist.planning.counts import Counts, Parts, count, merged, short, total
+from peer_dist.planning.counts import Counts, Parts, count, merged, total
+from peer_dist.units import short
 
 Mode = Literal["budget", "flops", "params"]
 
