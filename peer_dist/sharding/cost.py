@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peer_dist.sharding.exchange import merge_picks
-from peer_dist.sharding.layout import first_of
+from peer_dist.sharding.grid import first_of
 
 COUNT = 4  # bytes of a row number, and of a token's number of picks
 PARTIAL = 4  # bytes of a partial dot product
