@@ -13,7 +13,8 @@ import torch.distributed as dist
 import yaml
 
 from peer_dist.config.schema import Config
-from peer_dist.doctor import calibration, checks
+from peer_dist.doctor import checks
+from peer_dist.planning import calibration
 from peer_dist.ranks.examination import Check, Finding, Ranks, Report, examine
 from peer_dist.ranks.world import World
 from tests.conftest import small_config

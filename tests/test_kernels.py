@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from peer_dist.kernels import (
     Picks,
+    allocation,
     expert_mix,
-    memory,
     mix,
     mkl,
     native,
@@ -233,29 +233,29 @@ def test_values_and_their_gradients(backend, sparse, tokens, dim, rows, most, ta
 
 def test_large_gradients_use_their_memory_again():
     """Only once nothing refers to it, a view neither; memory of another size is given back."""
-    rows, dim = memory._LARGE // 256, 128
-    first = memory.gradient_memory(rows, dim, torch.float32)
+    rows, dim = allocation._LARGE // 256, 128
+    first = allocation.gradient_memory(rows, dim, torch.float32)
     place = first.data_ptr()
     view = first.view(-1)[7:]
-    second = memory.gradient_memory(rows, dim, torch.float32)
+    second = allocation.gradient_memory(rows, dim, torch.float32)
     assert second.data_ptr() != place
     first.fill_(1)
     second.fill_(2)
     assert (first == 1).all()
     del first
-    third = memory.gradient_memory(rows, dim, torch.float32)
+    third = allocation.gradient_memory(rows, dim, torch.float32)
     assert third.data_ptr() != place
     assert view[0] == 1
     del view
-    fourth = memory.gradient_memory(rows - 3, dim, torch.float32)
+    fourth = allocation.gradient_memory(rows - 3, dim, torch.float32)
     assert fourth.data_ptr() == place
     assert fourth.shape == (rows - 3, dim)
     del second, third, fourth
-    assert len(memory._idle) >= 3
-    large = memory.gradient_memory(8 * rows, dim, torch.bfloat16)
-    assert memory._idle == []
+    assert len(allocation._idle) >= 3
+    large = allocation.gradient_memory(8 * rows, dim, torch.bfloat16)
+    assert allocation._idle == []
     assert large.is_contiguous()
-    assert memory.gradient_memory(3, dim, torch.bfloat16).untyped_storage().nbytes() == 6 * dim
+    assert allocation.gradient_memory(3, dim, torch.bfloat16).untyped_storage().nbytes() == 6 * dim
 
 
 def strided(tokens, each, rows):

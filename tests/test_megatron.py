@@ -20,9 +20,9 @@ from peer_dist.megatron import (
     CheckpointError,
     Parallel,
     build_model,
-    checkpoint,
     cpu,
     dense_output_std,
+    dist_checkpoint,
     forward_logits,
     peer_layers,
     run_forward_backward,
@@ -402,10 +402,10 @@ def test_groups_of_two_experts_by_two_copies() -> None:
 
 def make_state(model: Any, groups: Parallel) -> dict[str, Any]:
     """Parameters, buffers, tables, a moment of each, and plain values."""
-    dense = checkpoint.dense_sharded_state(model)
+    dense = dist_checkpoint.dense_sharded_state(model)
     parameters = dict(model.named_parameters())
     moments = {
-        name: checkpoint.like(dense[name], parameters[name].detach() * 2, f"moment.{name}")
+        name: dist_checkpoint.like(dense[name], parameters[name].detach() * 2, f"moment.{name}")
         for name in dense
         if name in parameters
     }
@@ -415,7 +415,7 @@ def make_state(model: Any, groups: Parallel) -> dict[str, Any]:
             data = getattr(layer, table).detach()
             for key, value in ((table, data), (f"moment.{table}", data * 3)):
                 key = f"tables.{number}.{key}"
-                tables[key] = checkpoint.table_shard(
+                tables[key] = dist_checkpoint.table_shard(
                     key, value, layer.layout.offset, layer.layout.shape, groups.expert_data_rank
                 )
     return {"dense": dense, "moments": moments, "tables": tables, "step": 7, "notes": {"a": [1, None, "x"]}}
@@ -425,7 +425,7 @@ def save_state(rank: int, world_size: int, folder: str) -> None:
     groups = Parallel.initialize(expert=world_size)
     model = build_model(make_config(), groups, VOCAB, torch.float32)
     run_forward_backward(model, [make_batch(rank)])  # moves BatchNorm's running statistics
-    checkpoint.save(make_state(model, groups), folder)
+    dist_checkpoint.save(make_state(model, groups), folder)
 
 
 def load_state(rank: int, world_size: int, folder: str, expert: int) -> tuple[int, torch.Tensor]:
@@ -435,7 +435,7 @@ def load_state(rank: int, world_size: int, folder: str, expert: int) -> tuple[in
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
-    state = checkpoint.load(make_state(model, groups), folder)
+    state = dist_checkpoint.load(make_state(model, groups), folder)
     assert (state["step"], state["notes"]) == (7, {"a": [1, None, "x"]})
     layer = peer_layers(model)[2]
     for name, tensor in model.named_parameters():
@@ -464,36 +464,36 @@ def test_checkpoint_fits_other_numbers_of_ranks_and_shards(tmp_path: Path) -> No
 def saved(parallel: Parallel, tmp_path: Path) -> tuple[dict[str, Any], Path]:
     """A state and the folder it was saved in."""
     state = make_state(build_model(make_config(), parallel, VOCAB, torch.float32), parallel)
-    checkpoint.save(state, tmp_path / "saved")
+    dist_checkpoint.save(state, tmp_path / "saved")
     return state, tmp_path / "saved"
 
 
 def test_dense_state_leaves_the_tables_out(parallel: Parallel) -> None:
     model = build_model(make_config(), parallel, VOCAB, torch.float32)
-    registered = set(checkpoint.dense_sharded_state(model))
+    registered = set(dist_checkpoint.dense_sharded_state(model))
     for layer in peer_layers(model).values():
         layer.release_shards()
     names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    assert registered == set(checkpoint.dense_sharded_state(model)) == names
+    assert registered == set(dist_checkpoint.dense_sharded_state(model)) == names
     assert not [name for name in names if name.endswith((".down", ".up"))]
 
 
 def test_missing_and_extra_keys_are_named(saved: tuple[dict[str, Any], Path]) -> None:
     state, folder = saved
     norm = "decoder.final_layernorm.weight"
-    more = {**state, "new": checkpoint.like(state["dense"][f"0.{norm}"], torch.zeros(32), "invented")}
+    more = {**state, "new": dist_checkpoint.like(state["dense"][f"0.{norm}"], torch.zeros(32), "invented")}
     with pytest.raises(CheckpointError, match=r"^invented is missing from the checkpoint"):
-        checkpoint.load(more, folder)
+        dist_checkpoint.load(more, folder)
     fewer = {**state, "dense": {name: value for name, value in state["dense"].items() if name != f"0.{norm}"}}
     with pytest.raises(CheckpointError, match=f"^{norm} is in the checkpoint .* but not in the model"):
-        checkpoint.load(fewer, folder)
-    assert f"0.{norm}" not in checkpoint.load(fewer, folder, partial=True)["dense"]
+        dist_checkpoint.load(fewer, folder)
+    assert f"0.{norm}" not in dist_checkpoint.load(fewer, folder, partial=True)["dense"]
     other = {
         **state,
-        "dense": {**state["dense"], f"0.{norm}": checkpoint.table_shard(norm, torch.zeros(7), (0,), (7,), 0)},
+        "dense": {**state["dense"], f"0.{norm}": dist_checkpoint.table_shard(norm, torch.zeros(7), (0,), (7,), 0)},
     }
     with pytest.raises(CheckpointError, match=rf"^{norm} has shape \(32,\) in the checkpoint .* and \(7,\)"):
-        checkpoint.load(other, folder)
+        dist_checkpoint.load(other, folder)
 
 
 @pytest.mark.parametrize(
@@ -512,20 +512,20 @@ def test_damaged_files_are_named(saved: tuple[dict[str, Any], Path], name: str, 
     file = folder / name
     file.unlink() if size is None else os.truncate(file, size)
     with pytest.raises(CheckpointError, match=message) as error:
-        checkpoint.load(state, folder)
+        dist_checkpoint.load(state, folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_shards_must_cover_the_table(parallel: Parallel, tmp_path: Path) -> None:
     def shard(rows: int, first_row: int, replica: int = 0) -> Any:
-        return checkpoint.table_shard("table", torch.zeros(rows, 2), (first_row, 0), (4, 2), replica)
+        return dist_checkpoint.table_shard("table", torch.zeros(rows, 2), (first_row, 0), (4, 2), replica)
 
-    checkpoint.save({"a": shard(3, 0), "b": shard(1, 3)}, tmp_path / "whole")
+    dist_checkpoint.save({"a": shard(3, 0), "b": shard(1, 3)}, tmp_path / "whole")
     for name, state, message in (
         ("gap", {"a": shard(3, 0)}, "^table is incomplete in the checkpoint"),
         ("overlap", {"a": shard(3, 0), "b": shard(2, 2)}, "^cannot save the checkpoint .*table"),
         ("copy", {"a": shard(4, 0, replica=1)}, "^table is missing from the checkpoint"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            checkpoint.save(state, tmp_path / name)
+            dist_checkpoint.save(state, tmp_path / name)

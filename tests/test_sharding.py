@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from peer_dist import PEER
-from peer_dist.sharding import ExpertGroups, GridLayout, routed, routed_experts
+from peer_dist.sharding import ExpertGroups, GridLayout, dispatch, routed_experts
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
 from peer_dist.sharding.exchange import Traffic, merge_picks
 from tests.ranks import run_ranks
@@ -344,9 +344,9 @@ def record(layer, before=lambda event: None, after=lambda event: None):
         return lambda *arguments: happens(f"{name} {next(count)}", lambda: function(*arguments))
 
     dist.all_to_all_single = start
-    routed.expert_mix_forward = computed("experts", routed.expert_mix_forward)
-    routed.expert_mix_backward = computed("experts backward", routed.expert_mix_backward)
-    routed.expert_table_grads = computed("tables", routed.expert_table_grads)
+    dispatch.expert_mix_forward = computed("experts", dispatch.expert_mix_forward)
+    dispatch.expert_mix_backward = computed("experts backward", dispatch.expert_mix_backward)
+    dispatch.expert_table_grads = computed("tables", dispatch.expert_table_grads)
     if layer.dense_hidden:
         for name in ("dense_in", "dense_out"):
             linear = getattr(layer, name)

@@ -57,13 +57,13 @@ def state_of(rank: int, world_size: int, columns: bool, fill: float | None = Non
 
 
 def saved(rank: int, world_size: int, folder: str, buffer: int) -> int:
-    from peer_dist.megatron import checkpoint
+    from peer_dist.megatron import dist_checkpoint
 
-    checkpoint.BUFFER_BYTES = buffer
+    dist_checkpoint.BUFFER_BYTES = buffer
     state, _ = state_of(rank, world_size, columns=False)
     grown: list[int] = []
     with resident(grown):
-        written = checkpoint.save(state, folder)
+        written = dist_checkpoint.save(state, folder)
     from peer_dist.checkpoints.store import _checksum
 
     assert written.checksums == {f"__{rank}_0.distcp": _checksum(Path(folder) / f"__{rank}_0.distcp")}
@@ -71,12 +71,12 @@ def saved(rank: int, world_size: int, folder: str, buffer: int) -> int:
 
 
 def loaded(rank: int, world_size: int, folder: str, columns: bool) -> int:
-    from peer_dist.megatron import checkpoint
+    from peer_dist.megatron import dist_checkpoint
 
     state, table = state_of(rank, world_size, columns, fill=-1.0)
     grown: list[int] = []
     with resident(grown):
-        got = checkpoint.load(state, folder)
+        got = dist_checkpoint.load(state, folder)
     assert got["table"].data_ptr() == table.data_ptr()
     wanted, _ = state_of(rank, world_size, columns)
     assert torch.equal(table, wanted["table"].data)
@@ -105,9 +105,9 @@ def in_shares(rank: int, world_size: int, tree: dict[str, Any], resume: bool) ->
     import peer_dist.training.trainer as module
     from peer_dist.checkpoints.state import run_state
     from peer_dist.config import parse_config
-    from peer_dist.megatron import checkpoint
+    from peer_dist.megatron import dist_checkpoint
 
-    checkpoint.BUFFER_BYTES = BUFFER
+    dist_checkpoint.BUFFER_BYTES = BUFFER
     restore, grown = module.restore_run, []
 
     def measured(*args: Any) -> None:

@@ -50,9 +50,9 @@ def misbehave(rank, who, at, where, how, *more):
     if where == "step":
         wrap(Trainer, "_micro_batches")
     elif where == "experts":
-        from peer_dist.sharding import routed
+        from peer_dist.sharding import dispatch
 
-        wrap(routed, "expert_mix_forward")
+        wrap(dispatch, "expert_mix_forward")
     elif where == "save":
         wrap(checkpoints, "_checksums")
     elif where == "validation":
