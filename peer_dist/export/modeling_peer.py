@@ -18,6 +18,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .peer_model import LanguageModel
 
+# transformers calls the cache so in its newest versions, and past_key_values before
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class PeerConfig(PretrainedConfig):
     """What ``config.json`` says, an attribute per key."""
@@ -47,6 +50,7 @@ class PeerForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -55,7 +59,7 @@ class PeerForCausalLM(PreTrainedModel, GenerationMixin):
         """Args:
         input_ids: int64 ``[batch, length]``.
         attention_mask: ``[batch, earlier + length]``, 0 where a text is padded.
-        past_key_values: a ``DynamicCache`` of the earlier tokens.
+        past_key_values, cache: a ``DynamicCache`` of the earlier tokens, by the name that transformers gives it.
         labels: as in every causal language model of transformers: ``input_ids``, -100 where nothing counts.
         logits_to_keep: of how many last tokens logits are wanted; 0: of all.
 
@@ -64,19 +68,20 @@ class PeerForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if kwargs.get("inputs_embeds") is not None:
             raise ValueError("inputs_embeds: this model takes input_ids")
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
-            raise ValueError(f"past_key_values: this model takes a DynamicCache, not {type(past_key_values).__name__}")
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(f"{_CACHE}: this model takes a DynamicCache, not {type(cache).__name__}")
         mask = None
         if attention_mask is not None and not bool(attention_mask.all()):
             mask = _visible(attention_mask.bool(), input_ids.shape[1])
-        hidden = self.model.hidden(input_ids, past_key_values, mask)
+        hidden = self.model.hidden(input_ids, cache, mask)
         logits = self.model.logits(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
 
 
 def _visible(kept: Tensor, length: int) -> Tensor:
