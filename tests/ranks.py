@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import select
 import socket
 import tempfile
 import time
@@ -46,8 +47,11 @@ def _rank(
         result = (False, traceback.format_exc())
     try:
         pipe.send_bytes(pickle.dumps(result))  # by value: torch's own pickling would share this process's memory
+        if result[0]:  # a rank that leaves at once would break groups that others are still connecting
+            reader = select.poll()
+            reader.register(pipe.fileno(), 0)  # an error once the other end is closed
+            reader.poll(60_000)
     finally:
-        pipe.close()
         os._exit(0)  # no teardown: gloo's threads of a failed peer would hang it
 
 
@@ -90,6 +94,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                         raise AssertionError(f"rank {rank} of {world_size} raised:\n{value}")
                     results[rank] = value
         finally:
+            for pipe in pipes:
+                pipe.close()
             for process in processes:
                 process.join(timeout=1 if len(results) == world_size else 0)
                 if process.is_alive():
