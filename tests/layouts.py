@@ -1,6 +1,6 @@
 """The table of parallel layouts, each of which must train as one process does.
 
-python -m tests.layouts      trains them all and prints the table of docs/parallelism.md
+python -m tests.layouts      trains them all and prints the table of docs/layouts.md
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes what is generated in docs/: the keys of the configuration and the command line.
+"""Writes what is generated in docs/: the keys of the configuration, the command line, and the law of imports.
 
 python docs/site/reference.py
 """
@@ -6,6 +6,7 @@ python docs/site/reference.py
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,16 +18,28 @@ from peer_dist.config.reference import key_tables
 
 DOCS = Path(__file__).parents[1]
 KEYS_MARK = "\n<!-- keys -->\n"
+LAW_MARKS = "\n<!-- law -->\n", "\n<!-- /law -->\n"
 VALUES = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
 def generated() -> dict[Path, str]:
     """The generated pages with their text as it should be."""
-    configuration = DOCS / "configuration.md"
+    configuration, architecture = DOCS / "configuration.md", DOCS / "architecture.md"
+    begin, end = LAW_MARKS
+    before, _, rest = architecture.read_text(encoding="utf-8").partition(begin)
     return {
+        architecture: before + begin + _law() + end + rest.partition(end)[2],
         configuration: configuration.read_text(encoding="utf-8").split(KEYS_MARK)[0] + KEYS_MARK + "".join(_keys()),
         DOCS / "commands.md": "".join(_commands()),
     }
+
+
+def _law() -> str:
+    """The layers of the import-linter contract in pyproject.toml, the highest first."""
+    settings = (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"^layers = \[\n(.*?)^\]", settings, re.DOTALL | re.MULTILINE)
+    assert listed is not None, "pyproject.toml: has no contract with layers"
+    return "\n```text\n" + "\n".join(re.findall(r'"(.+?)"', listed[1])) + "\n```\n"
 
 
 def _keys() -> Iterator[str]:
