@@ -37,6 +37,7 @@ from peer_dist.optim import HeldBytes, learning_rate_factor
 from peer_dist.ranks.environment import environment
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, stopped_code
 from peer_dist.ranks.lock import LockError, RunLock, run_lock
+from peer_dist.ranks.rank_zero import from_every_rank
 from peer_dist.ranks.signals import StopRequest
 from peer_dist.ranks.watchdog import Watchdog, record_nccl
 from peer_dist.ranks.world import World
@@ -309,9 +310,7 @@ class Trainer:
 
     def _not_finite(self) -> list[str]:
         """The tensors whose gradients are not finite on any rank."""
-        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, self.engine.not_finite())
-        return [name for names in everyone for name in names]
+        return [name for names in from_every_rank(self.engine.not_finite()) for name in names]
 
     def _give_up(self, metrics: Metrics | None) -> NoReturn:
         """Leave a report and the checkpoints as they are."""
@@ -387,8 +386,7 @@ class Trainer:
 
     def _of_all_stages(self, values: dict[str, Value]) -> dict[str, Value]:
         """What the ranks of a pipeline know, on each of them."""
-        stages: list[dict[str, Value]] = [{} for _ in range(self.parallel.pipeline_size)]
-        dist.all_gather_object(stages, values, group=self.parallel.pipeline_group)
+        stages = from_every_rank(values, self.parallel.pipeline_group)
         return {name: value for stage in stages for name, value in stage.items()}
 
     def _validate(self, metrics: Metrics | None = None) -> dict[str, float]:
