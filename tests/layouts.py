@@ -283,7 +283,7 @@ def trained(
     check_world(config, world_size)
     trainer = Trainer(config)
     values = [trainer.step() for _ in range(steps)]
-    held_out = [trainer._validate()["val/loss"]]
+    held_out = [trainer.validate()["val/loss"]]
     return [v["train/loss"] for v in values], [v["optimizer/grad_norm"] for v in values], held_out
 
 

@@ -183,7 +183,7 @@ def silenced(rank, world_size, tree):
             if "layers.2.mlp.linear_fc2" in name:
                 parameter.zero_()
     trainer.save()
-    return trainer._validate()["val/loss"]
+    return trainer.validate()["val/loss"]
 
 
 def test_training_goes_on_from_a_dense_model(tree, tmp_path):

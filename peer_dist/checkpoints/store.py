@@ -30,6 +30,7 @@ from peer_dist.config.schema import MLP_SECTIONS
 from peer_dist.data.prepare import read_prepared
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.dist_checkpoint import State, Written, save
+from peer_dist.ranks.rank_zero import first_problem, from_every_rank, on_rank_zero
 
 MANIFEST = "manifest.json"
 Result = TypeVar("Result")
@@ -198,12 +199,10 @@ class _Writer(threading.Thread):
             CheckpointError: on every rank, if one could not write.
         """
         self.join()
-        everyone: list[tuple[dict[str, list[int]], str | None]] = [({}, None)] * dist.get_world_size()
-        dist.all_gather_object(everyone, (self._checksums, self._problem))
-        for _, problem in everyone:
-            if problem is not None:
-                raise CheckpointError(f"{problem}; nothing complete was touched")
-        return {name: value for files, _ in everyone for name, value in files.items()}
+        problem = first_problem(self._problem)
+        if problem is not None:
+            raise CheckpointError(f"{problem}; nothing complete was touched")
+        return {name: value for files in from_every_rank(self._checksums) for name, value in files.items()}
 
 
 @dataclass(frozen=True)
@@ -222,17 +221,15 @@ def _from_rank_zero(action: Callable[[], Result]) -> Result:
     Raises:
         CheckpointError: on every rank, where it failed: one that left alone would keep the others waiting.
     """
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+
+    def act() -> Result:
         try:
-            told = [action(), None]
+            return action()
         except OSError as error:
-            told = [None, f"{error.filename or 'checkpoint'}: {error.strerror or error}; nothing complete was touched"]
-    dist.broadcast_object_list(told)
-    result, problem = told
-    if problem is not None:
-        raise CheckpointError(problem)
-    return result
+            where, why = error.filename or "checkpoint", error.strerror or error
+            raise CheckpointError(f"{where}: {why}; nothing complete was touched") from error
+
+    return on_rank_zero(act, raises=CheckpointError)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -298,9 +295,7 @@ def _damage(path: Path) -> str | None:
         for name in sorted(expected)[dist.get_rank() :: dist.get_world_size()]
         if not (path / name).is_file() or _checksum(path / name) != expected[name]
     ]
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, problems)
-    return min((problem for rank in everyone for problem in rank), default=None)
+    return min((problem for found in from_every_rank(problems) for problem in found), default=None)
 
 
 def data_identity(config: Config) -> list[list[Any]]:
@@ -361,9 +356,7 @@ def _checksums(folder: Path, known: dict[str, list[int]]) -> dict[str, list[int]
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
         mine[name] = _checksum(folder / name)
-    everyone: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    return {**known, **{name: value for rank in everyone for name, value in rank.items()}}
+    return {**known, **{name: value for files in from_every_rank(mine) for name, value in files.items()}}
 
 
 def _manifest_checksum(manifest: dict[str, Any]) -> int:

@@ -38,6 +38,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from peer_dist.ranks.rank_zero import from_every_rank, on_rank_zero
+
 from .model import chunks_of, shards_of
 from .reader import LoadPlainValues, LoadTensors, MetadataReader, UntrustedError, read_plain_values
 
@@ -381,9 +383,7 @@ class Reading:
                 room = BUFFER_BYTES
             groups[-1][key] = shard
             room -= shard.data.nbytes
-        counts: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(counts, len(groups))
-        for number in range(max(counts)):
+        for number in range(max(from_every_rank(len(groups)))):
             yield from self._group(groups[number] if number < len(groups) else {}, device)
 
     def _group(self, group: Mapping[Key, Sharded], device: torch.device) -> Iterator[tuple[Key, torch.Tensor]]:
@@ -421,12 +421,13 @@ def _verify(template: State, folder: Path, partial: bool, written: bool = True) 
     shapes: list[Any] = [None] * dist.get_world_size()
     wanted = {shard.key: (shard.global_shape, shard.allow_shape_mismatch) for shard in _sharded(template)}
     dist.gather_object(wanted, shapes if dist.get_rank() == 0 else None)
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        problem = [_problem({key: value for rank in shapes for key, value in rank.items()}, folder, partial, written)]
-    dist.broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise CheckpointError(problem[0])
+
+    def check() -> None:
+        problem = _problem({key: value for rank in shapes for key, value in rank.items()}, folder, partial, written)
+        if problem is not None:
+            raise CheckpointError(problem)
+
+    on_rank_zero(check, raises=CheckpointError)
 
 
 def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, partial: bool, written: bool) -> str | None:

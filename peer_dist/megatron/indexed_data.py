@@ -22,6 +22,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from peer_dist.ranks.rank_zero import on_rank_zero
+
 
 class CacheError(RuntimeError):
     """Megatron's index of a data set cannot be built or read. Raised by every rank of the process group."""
@@ -144,28 +146,23 @@ def build_split_datasets(
     def ensure() -> None:
         if cache.is_dir():
             return
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
         try:
-            _as_rank_zero(build, partial)
-            partial.chmod(0o755)
-            partial.rename(cache)
-        except OSError:
-            if not cache.is_dir():  # else another run was faster
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
+            try:
+                _as_rank_zero(build, partial)
+                partial.chmod(0o755)
+                partial.rename(cache)
+            except OSError:
+                if not cache.is_dir():  # else another run was faster
+                    raise
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        except (OSError, ValueError) as error:
+            raise CacheError(f"{cache.parent}: Megatron's index cannot be written there ({error})") from None
 
-    grouped = dist.is_available() and dist.is_initialized()
-    problem = None
-    if not grouped or dist.get_rank() == 0:
-        problem = _problem(ensure, cache)
-    if grouped:
-        told = [problem]
-        dist.broadcast_object_list(told, src=0)
-        problem = told[0] or _problem(ensure, cache)
-    if problem is not None:
-        raise CacheError(problem)
+    on_rank_zero(ensure, raises=CacheError)
+    ensure()  # where a rank does not see rank 0's file system
     try:
         datasets = build(cache)
     except (OSError, ValueError, EOFError) as error:
@@ -201,14 +198,6 @@ class _Described:
     eod: int
     unique_identifiers: dict[str, str]
     pad: int = field(default=-1, init=False)
-
-
-def _problem(action: Any, cache: Path) -> str | None:
-    try:
-        action()
-    except (OSError, ValueError) as error:
-        return f"{cache.parent}: Megatron's index cannot be written there ({error})"
-    return None
 
 
 def _as_rank_zero(build: Any, folder: Path) -> None:

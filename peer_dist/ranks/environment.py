@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
+
+from peer_dist.ranks.rank_zero import from_every_rank
 
 if TYPE_CHECKING:  # the doctor needs no Megatron
     from peer_dist.megatron import Parallel
@@ -24,11 +25,10 @@ def environment(parallel: Parallel) -> dict[str, Any]:
     """Plain values for the record of a run: ``hosts`` (device to ranks, by host), ``layout`` (the sizes of groups) and
     ``versions``. A collective call.
     """
-    everyone: list[str] = [""] * parallel.world_size
-    dist.all_gather_object(everyone, f"{socket.gethostname()}: {_device_name(parallel.device)}")
+    devices = from_every_rank(f"{socket.gethostname()}: {_device_name(parallel.device)}")
     rows, domain = parallel.expert_size, parallel.experts.domain.size()
     return {
-        "hosts": dict(Counter(everyone)),
+        "hosts": dict(Counter(devices)),
         "layout": {
             "ranks": parallel.world_size,
             "tensor": parallel.tensor_size,

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-import torch.distributed as dist
+from peer_dist.ranks.rank_zero import on_rank_zero
 
 NAME = "run.lock"
 HEARTBEAT_SECONDS = 20.0
@@ -37,18 +37,17 @@ def run_lock(folder: str | os.PathLike[str], rank: int) -> Iterator[RunLock | No
     Raises:
         LockError: on every rank, where another run holds it.
     """
-    told: list[str | None] = [None]
+    lock = RunLock(folder)
     with contextlib.ExitStack() as stack:
-        lock = RunLock(folder) if rank == 0 else None
-        if lock is not None:
+
+        def take() -> None:
             try:
                 stack.enter_context(lock)
-            except (LockError, OSError) as error:
-                told = [str(error)]
-        dist.broadcast_object_list(told)
-        if told[0] is not None:
-            raise LockError(told[0])
-        yield lock
+            except OSError as error:
+                raise LockError(str(error)) from error
+
+        on_rank_zero(take, raises=LockError)
+        yield lock if rank == 0 else None
 
 
 class LockError(RuntimeError):

@@ -41,6 +41,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from peer_dist.ranks.exit_codes import PEER_LOST
+from peer_dist.ranks.rank_zero import on_rank_zero
 from peer_dist.ranks.world import named
 from peer_dist.tracing import position
 
@@ -96,20 +97,18 @@ class Watchdog:
     def _meet(self) -> dist.TCPStore:
         """A store on rank 0 with a connection of each rank, and a first word of all in it."""
         patience = max(30.0, self._seconds)
-        address: list[Any] = [None]
-        if self._rank == 0:
+
+        def serve() -> tuple[str, int]:
             host = os.environ.get("MASTER_ADDR", "127.0.0.1")
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience))
-            address = [(host, store.port)]
-        dist.broadcast_object_list(address)
-        self._address: tuple[str, int] = address[0]
-        if self._rank > 0:
-            store = self._connect(patience)
-        store.set(f"beat/{self._rank}", json.dumps(self._beat(0, 0.0)))
-        if self._rank == 0:
             store.set("verdict", "")
             # the server is to outlive this object: others may look once more when this rank is done
             _kept.append(store)
+            return host, store.port
+
+        self._address = on_rank_zero(serve, raises=RuntimeError)
+        store = _kept[-1] if self._rank == 0 else self._connect(patience)
+        store.set(f"beat/{self._rank}", json.dumps(self._beat(0, 0.0)))
         dist.barrier()
         return store
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.megatron import Parallel
+from peer_dist.ranks.rank_zero import from_every_rank
 
 SLOW = 1.5  # times the median
 _OWN = ("experts", "attention")  # spans without a collective call inside
@@ -26,8 +27,7 @@ class Stragglers:
         self._device = parallel.device
         # Slices of columns add up their dot products in the middle of the experts' work.
         self._own = _OWN[1:] if columns else _OWN
-        self._peers: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
-        dist.all_gather_object(self._peers, (socket.gethostname(), parallel.pipeline_rank))
+        self._peers = from_every_rank((socket.gethostname(), parallel.pipeline_rank))
         self._steps: list[float] = []
         self._slow: set[int] = set()  # in the last window
         self._named: set[int] = set()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,21 +29,21 @@ from peer_dist.engines.building import dtype_of, join_groups, make_engine
 from peer_dist.engines.revival import Revival
 from peer_dist.layers.sparse_layer import RouteObserver
 from peer_dist.measures.held_out import held_out_loss, make_micro_batch, perplexity_of
-from peer_dist.measures.metrics import Metrics, read_metrics
+from peer_dist.measures.metrics import Metrics
 from peer_dist.measures.usage import ExpertUsage, share_histogram
 from peer_dist.measures.usage_map import usage_map
 from peer_dist.megatron import build_model, count_parameters, routers, run_forward_backward, shards_of, sparse_layers
 from peer_dist.optim import HeldBytes, learning_rate_factor
-from peer_dist.ranks.environment import environment
-from peer_dist.ranks.exit_codes import DIVERGED, DONE, stopped_code
-from peer_dist.ranks.lock import LockError, RunLock, run_lock
+from peer_dist.ranks.exit_codes import DIVERGED
+from peer_dist.ranks.lock import RunLock, run_lock
+from peer_dist.ranks.rank_zero import from_every_rank
 from peer_dist.ranks.signals import StopRequest
 from peer_dist.ranks.watchdog import Watchdog, record_nccl
 from peer_dist.ranks.world import World
 from peer_dist.tracing import StepTimes, listen, position, span
 from peer_dist.training.guard import Diverged, Guard
 from peer_dist.training.profiling import Profile
-from peer_dist.training.progress import Progress
+from peer_dist.training.run import Run
 from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
 
@@ -159,93 +159,20 @@ class Trainer:
             lock: of the run's folder, on rank 0.
 
         Raises:
-            LockError: another run has taken the folder over; nothing more was written.
+            LockError, CheckpointError, Diverged: see :meth:`Run.after_step`.
         """
-        config, start = self.config, self.steps_done
-        lead = self.parallel.rank == 0
-        console = Console(stderr=True, quiet=not lead)
-        if lock is not None and lock.note:
-            console.print(lock.note, highlight=False, soft_wrap=True)
-        self._introduce(console, start)
-        if start >= config.train.steps:
-            console.print(f"nothing to do: train.steps is {config.train.steps}; raise it to go on")
-            return DONE
-        metrics = Metrics(Path(config.logging.dir), start if self.resumed else None) if lead else None
-        self._tell_start(metrics)
-        if not self.resumed:
-            self._record(metrics, self._validate(metrics))
-            self.startup.ended("validation")
-        stopped = False
-        with Progress(console, start, config.train.steps) as progress:
-            while self.steps_done < config.train.steps and not stopped:
-                position.at("first step" if self.steps_done == start else "step", self.steps_done + 1)
+        run = Run(self, stop, lock)
+        run.introduce()
+        if run.over:
+            return run.nothing_to_do()
+        first = self.steps_done
+        with run.begin():
+            while not run.over:
+                position.at("first step" if self.steps_done == first else "step", self.steps_done + 1)
                 with self.profile.step(self.steps_done + 1) if self.profile else nullcontext():
-                    values = self.last_save | self.step()
-                self.last_save = {}
-                if self.steps_done == start + 1:
-                    values |= self._started(console)
-                lost = lock is not None and lock.lost
-                stopped, writing, lost = self._any_rank(stop.received is not None, self.store.writing, lost)
-                if lost:
-                    raise LockError(f"{config.checkpoint.dir}: another run has taken it over; this one wrote no more")
-                if self.store.unfinished and not writing:
-                    self.store.finish()
-                last = self.steps_done == config.train.steps or stopped
-                if self.steps_done % config.logging.interval == 0 or last:
-                    values |= self._usage_values()
-                    values |= self._slow_ranks(console, metrics)
-                if self.steps_done % config.evaluation.interval == 0 or self.steps_done == config.train.steps:
-                    values |= self._validate(metrics)
-                self._record(metrics, values)
-                progress.update(self.steps_done, values)
-                if self.guard.given_up:
-                    self._give_up(metrics)
-                # while steps are left out, the checkpoints from before are the better ones
-                if last or (self.steps_done % config.checkpoint.interval == 0 and not self.guard.in_a_row):
-                    progress.say("saving a checkpoint")
-                    begin = time.perf_counter()
-                    self.save()
-                    if metrics is not None:  # the seconds for which training waited
-                        metrics.event("checkpoint", self.steps_done, seconds=time.perf_counter() - begin)
-        position.at("save", self.steps_done)
-        self.store.finish()
-        if metrics is not None:
-            metrics.event("stopped by a signal" if stopped else "done", self.steps_done)
-            metrics.close()
-        if self.profile is not None:
-            self.profile.conclude(console)
-        if stopped:
-            console.print(f"stopped at step {self.steps_done} by a signal; the same command goes on from there")
-        self._conclude(console)
-        return DONE if self.steps_done == config.train.steps else stopped_code()
-
-    def _tell_start(self, metrics: Metrics | None) -> None:
-        """The beginning of the run's record: what is trained, where and how. A collective call."""
-        found = environment(self.parallel)
-        if metrics is None:
-            return
-        config = self.config.model_dump(mode="json")
-        if not self.resumed:
-            metrics.config(config)
-        sizes = {"parameters": self.parameters, "expert_parameters": self.expert_parameters}
-        dtype = str(self.dtype).removeprefix("torch.")
-        metrics.event(
-            "start", self.steps_done, resumed=self.resumed, **sizes, dtype=dtype, environment=found, config=config
-        )
-
-    def _started(self, console: Console) -> dict[str, float]:
-        """Say once how long everything before the first step took, and that one."""
-        self.startup.ended("first step")
-        console.print(str(self.startup), highlight=False, soft_wrap=True)
-        return {f"startup/{phase.replace(' ', '_')}": seconds for phase, seconds in self.startup.seconds.items()}
-
-    def _slow_ranks(self, console: Console, metrics: Metrics | None) -> dict[str, float]:
-        ratio, lines = self.stragglers.report()
-        for line in lines:
-            console.print(line, highlight=False, soft_wrap=True)
-            if metrics is not None:
-                metrics.event("slow rank", self.steps_done, told=line.removeprefix("slow rank: "))
-        return {"speed/slowest_rank_ratio": ratio}
+                    values = self.step()
+                run.after_step(values)
+        return run.end()
 
     def step(self) -> dict[str, float]:
         """One optimizer step over a global batch; its numbers, the same on every rank."""
@@ -309,21 +236,7 @@ class Trainer:
 
     def _not_finite(self) -> list[str]:
         """The tensors whose gradients are not finite on any rank."""
-        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, self.engine.not_finite())
-        return [name for names in everyone for name in names]
-
-    def _give_up(self, metrics: Metrics | None) -> NoReturn:
-        """Leave a report and the checkpoints as they are."""
-        self.store.finish()
-        steps = self.store.agreed_steps()
-        text = self.guard.explain(self.store.path(steps[-1]) if steps else None)
-        if metrics is not None:  # rank 0
-            report = self.guard.write_report(Path(self.config.logging.dir), text)
-            text += f" The report is {report}."
-            metrics.event("diverged", self.steps_done, told=text)
-            metrics.close()
-        raise Diverged(text)
+        return [name for names in from_every_rank(self.engine.not_finite()) for name in names]
 
     def _micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor | None]]:
         """This rank's sequences: micro-step by micro-step, each shared by the data parallel ranks in order."""
@@ -369,7 +282,7 @@ class Trainer:
         values["memory/peak_gib"] = _peak_memory(self.parallel.device) / 2**30
         return values
 
-    def _usage_values(self) -> dict[str, float]:
+    def usage_values(self) -> dict[str, float]:
         """Expert usage since the last call, and the routers' losses in the last forward pass, per layer."""
         values: dict[str, float] = {}
         for number, usage in self.usage.items():
@@ -387,11 +300,10 @@ class Trainer:
 
     def _of_all_stages(self, values: dict[str, Value]) -> dict[str, Value]:
         """What the ranks of a pipeline know, on each of them."""
-        stages: list[dict[str, Value]] = [{} for _ in range(self.parallel.pipeline_size)]
-        dist.all_gather_object(stages, values, group=self.parallel.pipeline_group)
+        stages = from_every_rank(values, self.parallel.pipeline_group)
         return {name: value for stage in stages for name, value in stage.items()}
 
-    def _validate(self, metrics: Metrics | None = None) -> dict[str, float]:
+    def validate(self, metrics: Metrics | None = None) -> dict[str, float]:
         """Held-out loss; beside it histograms and pictures of how the gates' mass lies over experts."""
         if self.data.validation is None:
             return {}
@@ -443,48 +355,11 @@ class Trainer:
             self.last_save["checkpoint/gb_per_second"] = size / 1e9 / self.last_save["checkpoint/seconds"]
         return path
 
-    def _record(self, metrics: Metrics | None, values: dict[str, float]) -> None:
-        if metrics is not None and values:
-            metrics.write(self.steps_done, values)
-
     def _sums(self, *values: float) -> list[float]:
         """Each over all ranks."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.parallel.device)
         dist.all_reduce(totals)
         return totals.tolist()
-
-    def _any_rank(self, *flags: bool) -> list[bool]:
-        """Which flags are set on any rank: signals, for one, reach some ranks a step earlier than others."""
-        told = torch.tensor(flags, dtype=torch.float32, device=self.parallel.device)
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in told.tolist()]
-
-    def _introduce(self, console: Console, start: int) -> None:
-        where = f"{self.parallel.world_size} x {self.parallel.device.type}, {str(self.dtype).removeprefix('torch.')}"
-        console.print(
-            f"[bold]peer_dist[/] {self.parameters / 1e6:.1f}M parameters, "
-            f"{self.expert_parameters / 1e6:.1f}M of them in experts; {where}; "
-            + (f"going on from step {start}" if start else "starting at step 0"),
-            highlight=False,
-            soft_wrap=True,
-        )
-        if "moe" in self.config.model.mlp_kinds and self.config.moe.routing == "expert_choice":
-            console.print(
-                "moe.routing expert_choice is not causal: its losses are no language model's", highlight=False
-            )
-
-    def _conclude(self, console: Console) -> None:
-        """The run in a few lines: what it reached and where everything is."""
-        if self.parallel.rank != 0:
-            return
-        folder = Path(self.config.logging.dir)
-        losses = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("val/perplexity") is not None]
-        if losses:
-            ends = losses[:1] if len(losses) == 1 else [losses[0], losses[-1]]
-            shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {int(line['step'])})" for line in ends)
-            console.print(f"held-out perplexity  {shown}", highlight=False)
-        console.print(f"checkpoint           {self.store.path(self.steps_done)}", highlight=False, soft_wrap=True)
-        console.print(f"watch it with        tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
 
 
 def _peak_memory(device: torch.device) -> int:

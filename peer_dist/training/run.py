@@ -1,0 +1,245 @@
+"""What surrounds the steps of a run: what is said and recorded of it and, in a fixed order, what follows each step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from peer_dist.measures.metrics import Metrics, read_metrics
+from peer_dist.ranks.environment import environment
+from peer_dist.ranks.exit_codes import DONE, stopped_code
+from peer_dist.ranks.lock import LockError, RunLock
+from peer_dist.ranks.signals import StopRequest
+from peer_dist.tracing import position
+from peer_dist.training.guard import Diverged
+from peer_dist.training.progress import Progress
+
+if TYPE_CHECKING:
+    from peer_dist.training.trainer import Trainer
+
+
+class Run:
+    """One call of :meth:`Trainer.run`. All ranks make it and call its methods together.
+
+    Args:
+        trainer: its steps are the run's.
+        stop: whether a signal asks this process to save and leave.
+        lock: the lock of the run's folder, on rank 0.
+    """
+
+    def __init__(self, trainer: Trainer, stop: StopRequest, lock: RunLock | None) -> None:
+        self._trainer, self._config = trainer, trainer.config
+        self._stop, self._lock = stop, lock
+        self._first = trainer.steps_done + 1
+        self._console = Console(stderr=True, quiet=trainer.parallel.rank != 0)
+        self._metrics: Metrics | None = None  # on rank 0, from the beginning on
+        self._values: dict[str, float] = {}  # the numbers of the step that has just ended
+        self._saved: dict[str, float] = {}  # those of a save, which the next step's line has
+        self._stopped = False  # by a signal, which some rank has heard
+        self._writing = False  # whether a rank still writes the save that is under way
+
+    @property
+    def over(self) -> bool:
+        """Whether no step follows: ``train.steps`` are done, or a signal came. The same on every rank."""
+        return self._trainer.steps_done >= self._config.train.steps or self._stopped
+
+    def introduce(self) -> None:
+        """Say what is trained, and from where on."""
+        trainer = self._trainer
+        if self._lock is not None and self._lock.note:
+            self._say(self._lock.note)
+        dtype = str(trainer.dtype).removeprefix("torch.")
+        self._say(
+            f"[bold]peer_dist[/] {trainer.parameters / 1e6:.1f}M parameters, "
+            f"{trainer.expert_parameters / 1e6:.1f}M of them in experts; "
+            f"{trainer.parallel.world_size} x {trainer.parallel.device.type}, {dtype}; "
+            + (f"going on from step {trainer.steps_done}" if trainer.steps_done else "starting at step 0")
+        )
+        if "moe" in self._config.model.mlp_kinds and self._config.moe.routing == "expert_choice":
+            self._say("moe.routing expert_choice is not causal: its losses are no language model's")
+
+    def begin(self) -> Progress:
+        """Open the record and, in a new run, measure the untrained model; the progress to be shown meanwhile."""
+        trainer, config = self._trainer, self._config
+        hosts = environment(trainer.parallel)
+        if trainer.parallel.rank == 0:
+            self._metrics = Metrics(Path(config.logging.dir), trainer.steps_done if trainer.resumed else None)
+            tree = config.model_dump(mode="json")
+            if not trainer.resumed:
+                self._metrics.config(tree)
+            self._event(
+                "start",
+                resumed=trainer.resumed,
+                parameters=trainer.parameters,
+                expert_parameters=trainer.expert_parameters,
+                dtype=str(trainer.dtype).removeprefix("torch."),
+                environment=hosts,
+                config=tree,
+            )
+        if not trainer.resumed:
+            self._values = trainer.validate(self._metrics)
+            self._record()
+            trainer.startup.ended("validation")
+        self._progress = Progress(self._console, trainer.steps_done, config.train.steps)
+        return self._progress
+
+    def after_step(self, values: dict[str, float]) -> None:
+        """All that follows a step. The order matters: each line says why it has its place.
+
+        Args:
+            values: the step's numbers, from :meth:`Trainer.step`.
+
+        Raises:
+            LockError: another run has taken the folder over; nothing more was written.
+            CheckpointError: a checkpoint could not be written.
+            Diverged: too many steps in a row were left out.
+        """
+        self._values, self._saved = self._saved | values, {}
+        in_order: tuple[Callable[[], None], ...] = (
+            self._tell_startup,  # first of all: the time to the first step has none of what follows in it
+            self._hear_ranks,  # before anything is written: a run that lost its folder writes no more; and all of
+            # what follows asks whether this step is the last
+            self._finish_save,  # when it has been heard that no rank writes; before a new save, which would wait
+            self._add_usage,  # before a validation: the routers' losses are those of the last forward pass
+            self._compare_ranks,  # together with usage: both are of the steps since logging.interval
+            self._validate,  # before the record and the progress, which show its perplexity
+            self._record,  # with all numbers; before a save: a run that goes on from it finds this step recorded
+            self._show,
+            self._give_up,  # when the step is recorded; before a save: the checkpoints from before are better ones
+            self._save,  # last: a checkpoint is of a step of which nothing is left to do
+        )
+        for act in in_order:
+            act()
+
+    def end(self) -> int:
+        """Finish what is still written, and say what the run has come to; the process's exit code."""
+        trainer = self._trainer
+        position.at("save", trainer.steps_done)
+        trainer.store.finish()
+        self._event("stopped by a signal" if self._stopped else "done")
+        if self._metrics is not None:
+            self._metrics.close()
+        if trainer.profile is not None:
+            trainer.profile.conclude(self._console)
+        if self._stopped:
+            self._say(f"stopped at step {trainer.steps_done} by a signal; the same command goes on from there")
+        self._conclude()
+        return DONE if trainer.steps_done == self._config.train.steps else stopped_code()
+
+    def nothing_to_do(self) -> int:
+        """Say that all steps were done before; the process's exit code."""
+        self._say(f"nothing to do: train.steps is {self._config.train.steps}; raise it to go on")
+        return DONE
+
+    # What follows a step, in the order of `after_step`.
+
+    def _tell_startup(self) -> None:
+        """Say once how long everything before the first step took, and that one."""
+        startup = self._trainer.startup
+        if self._trainer.steps_done != self._first:
+            return
+        startup.ended("first step")
+        self._say(str(startup))
+        self._values |= {f"startup/{phase.replace(' ', '_')}": seconds for phase, seconds in startup.seconds.items()}
+
+    def _hear_ranks(self) -> None:
+        """Whether any rank has a signal, writes, or has lost the lock: signals reach some ranks a step earlier."""
+        lost = self._lock is not None and self._lock.lost
+        flags = [self._stop.received is not None, self._trainer.store.writing, lost]
+        on_any = torch.tensor(flags, dtype=torch.float32, device=self._trainer.parallel.device)
+        dist.all_reduce(on_any, op=dist.ReduceOp.MAX)
+        self._stopped, self._writing, lost = (bool(flag) for flag in on_any.tolist())
+        if lost:
+            folder = self._config.checkpoint.dir
+            raise LockError(f"{folder}: another run has taken it over; this one wrote no more")
+
+    def _finish_save(self) -> None:
+        store = self._trainer.store
+        if store.unfinished and not self._writing:
+            store.finish()
+
+    @property
+    def _logged(self) -> bool:
+        """Whether the windows of ``logging.interval`` steps end here."""
+        return self._trainer.steps_done % self._config.logging.interval == 0 or self.over
+
+    def _add_usage(self) -> None:
+        if self._logged:
+            self._values |= self._trainer.usage_values()
+
+    def _compare_ranks(self) -> None:
+        if not self._logged:
+            return
+        ratio, lines = self._trainer.stragglers.report()
+        for line in lines:
+            self._say(line)
+            self._event("slow rank", told=line.removeprefix("slow rank: "))
+        self._values["speed/slowest_rank_ratio"] = ratio
+
+    def _validate(self) -> None:
+        done = self._trainer.steps_done
+        if done % self._config.evaluation.interval == 0 or done == self._config.train.steps:
+            self._values |= self._trainer.validate(self._metrics)
+
+    def _record(self) -> None:
+        if self._metrics is not None and self._values:
+            self._metrics.write(self._trainer.steps_done, self._values)
+
+    def _show(self) -> None:
+        self._progress.update(self._trainer.steps_done, self._values)
+
+    def _give_up(self) -> None:
+        """If too many steps in a row were left out, leave a report, and the checkpoints as they are."""
+        trainer = self._trainer
+        if not trainer.guard.given_up:
+            return
+        trainer.store.finish()
+        steps = trainer.store.agreed_steps()
+        text = trainer.guard.explain(trainer.store.path(steps[-1]) if steps else None)
+        if self._metrics is not None:  # rank 0
+            report = trainer.guard.write_report(Path(self._config.logging.dir), text)
+            text += f" The report is {report}."
+            self._event("diverged", told=text)
+            self._metrics.close()
+        raise Diverged(text)
+
+    def _save(self) -> None:
+        """Save at the end and at each ``checkpoint.interval``, but not while steps are left out."""
+        trainer = self._trainer
+        due = trainer.steps_done % self._config.checkpoint.interval == 0 and not trainer.guard.in_a_row
+        if not (self.over or due):
+            return
+        self._progress.say("saving a checkpoint")
+        begin = time.perf_counter()
+        trainer.save()
+        self._saved = trainer.last_save
+        self._event("checkpoint", seconds=time.perf_counter() - begin)  # for which training waited
+
+    # What is said and recorded.
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _event(self, name: str, **about: object) -> None:
+        if self._metrics is not None:
+            self._metrics.event(name, self._trainer.steps_done, **about)
+
+    def _conclude(self) -> None:
+        """Say in a few lines what the run reached and where everything is."""
+        trainer = self._trainer
+        if trainer.parallel.rank != 0:
+            return
+        folder = Path(self._config.logging.dir)
+        losses = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("val/perplexity") is not None]
+        if losses:
+            ends = losses[:1] if len(losses) == 1 else [losses[0], losses[-1]]
+            shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {int(line['step'])})" for line in ends)
+            self._say(f"held-out perplexity  {shown}")
+        self._say(f"checkpoint           {trainer.store.path(trainer.steps_done)}")
+        self._say(f"watch it with        tensorboard --logdir {folder}")
