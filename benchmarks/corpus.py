@@ -1,7 +1,7 @@
 """A larger real text from what is installed here: the sources and documentation of Python and its packages.
 
     python benchmarks/corpus.py --output data/corpus.jsonl --megabytes 40
-    peer-dist prepare --input data/corpus.jsonl --output data/corpus --train-bpe 1024
+    peer-dist prepare data/corpus.jsonl --output data/corpus --train-bpe 1024
 
 One document per file. Equal files are taken once. Held-out files (1 in 20, by a hash of their name) come last; those
 whose longer lines are known from training files for more than a fifth are left out. What is installed differs between

@@ -304,9 +304,8 @@ def prepare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the files to write.")],
     inputs: Annotated[
         list[Path] | None,
-        typer.Option("--input", "-i", help="A .txt or .jsonl file, also .gz; repeatable. Default: the text shipped."),
+        typer.Argument(metavar="FILE", help=".txt or .jsonl files, also .gz. Default: the text shipped."),
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="More input files.")] = None,
     tokenizer: Annotated[str, typer.Option(help="'byte', or a tokenizer.json of Hugging Face.")] = "byte",
     train_bpe: Annotated[
         int | None,
@@ -321,8 +320,7 @@ def prepare(
     from peer_dist.data.prepare import prepare as run
 
     console = Console(stderr=True)
-    files = [*(inputs or []), *(more or [])]
-    made = run(files or None, output, tokenizer, train_bpe, max_document, force=force, console=console)
+    made = run(inputs or None, output, tokenizer, train_bpe, max_document, force=force, console=console)
     console.print(
         f"{output}: {made.documents:,} documents, {made.tokens:,} tokens, vocabulary {made.vocab_size:,}",
         highlight=False,
@@ -347,10 +345,7 @@ def evaluate(
         typer.Option(help="With --dataset: tokens scored per window. Default: half of seq_length.", show_default=False),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")] = 8,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, or write it to FILE.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Argument(metavar="[--json FILE]", help="Where --json writes to.", show_default=False)
-    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity of a checkpoint on held-out text, with expert usage and the unigram line beside it.
 
@@ -358,11 +353,6 @@ def evaluate(
     """
     from peer_dist.data.documents import DataError
 
-    if json_file is not None:
-        if not as_json:
-            raise DataError(f"{json_file}: a file is only taken after --json")
-        if json_file.is_dir() or not os.access(json_file if json_file.exists() else json_file.parent, os.W_OK):
-            raise DataError(f"--json {json_file}: cannot be written; name a file in a folder that is there")
     if stride is not None and not dataset:
         raise DataError("--stride: is for --dataset; prepared data are cut into sequences")
     if dataset and (prefix is not None or split != "validation"):
@@ -378,11 +368,9 @@ def evaluate(
         result = run(checkpoint, prefix, split, batch_size)
     if result is None:  # another rank prints
         return
-    if as_json and json_file is None:
+    if as_json:
         typer.echo(result.json())
         return
-    if json_file is not None:
-        json_file.write_text(result.json() + "\n", encoding="utf-8")
     console = Console()
     if not console.is_terminal:
         console.width = 200

@@ -74,7 +74,7 @@ def load(tmp_path, text, *overrides):
         (
             "parallel: {context: 2}",
             [],
-            "run.yaml: parallel: context must be 1 (got 2): splitting a sequence's",
+            "run.yaml: parallel.context: unknown key; known: tensor, pipeline, virtual_pipeline",
         ),
         ("parallel: {sequence: true}", [], "run.yaml: parallel: sequence must be false: it splits the tensor-parallel"),
         ("parallel: {virtual_pipeline: 2}", [], "run.yaml: parallel: virtual_pipeline must be 1 (got 2): there is one"),

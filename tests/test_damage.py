@@ -130,6 +130,25 @@ def seal(checkpoint):
     path.write_text(json.dumps({**manifest, "checksum": checksum}))
 
 
+def test_a_checkpoint_of_a_version_with_more_keys_is_read(copied, tmp_path):
+    """``parallel.context`` accepted only 1, and is gone."""
+    for checkpoint in (tmp_path / "checkpoints").glob("step-*"):
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest["config"]["parallel"]["context"] = 1
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+        seal(checkpoint)
+    assert run_ranks(what_is_said, 2, [copied]) == [[""], [""]]
+    assert run_ranks(stored_configs, 1, str(tmp_path / "checkpoints")) == [2]
+
+
+def stored_configs(rank, world_size, folder):
+    """How many configs of the folder's checkpoints are those of this version."""
+    from peer_dist.checkpoints.store import read_manifest
+    from peer_dist.config import parse_config
+
+    return len([parse_config(read_manifest(path)["config"], "stored") for path in Path(folder).glob("step-*")])
+
+
 def poison_metadata(checkpoint, trap):
     (checkpoint / ".metadata").write_bytes(pickle.dumps(trap))
 

@@ -333,7 +333,7 @@ def test_commands(run, tmp_path):
     generate = command(
         "generate", "--checkpoint", run["checkpoint"]["dir"], "--prompt", "ROMEO:", "--tokens", "9", "--seed", "1"
     )
-    _, said = output(command("prepare", "-o", str(tmp_path / "set"), "-i", str(tmp_path / "in.txt")))
+    _, said = output(command("prepare", "-o", str(tmp_path / "set"), str(tmp_path / "in.txt")))
     tokens = read_prepared(str(tmp_path / "set")).tokens
     assert f"{tokens:,} tokens" in " ".join(said.split())
     evaluate = command(
@@ -373,7 +373,7 @@ def mistakes(rank, world_size, tree, folder):
     good = ["--checkpoint", tree["checkpoint"]["dir"]]
     said = []
     for arguments in (
-        ["prepare", "-o", f"{folder}/set", "-i", f"{folder}/nowhere.txt"],
+        ["prepare", "-o", f"{folder}/set", f"{folder}/nowhere.txt"],
         ["evaluate", "--checkpoint", f"{folder}/nowhere"],
         ["evaluate", *good, "--split", "some"],
         ["evaluate", *good, "--data", f"{folder}/nowhere"],

@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 Result = TypeVar("Result")
 # of a manifest written before it had a checksum of its own
 _BEFORE_CHECKSUMS = {"step", "updates", "sequences", "config", "data", "dtype", "versions", "files"}
+_FORMER_KEYS = (("parallel", "context"),)  # of the config in manifests of earlier versions; it had one value, 1
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -243,10 +244,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         known = manifest.pop("checksum", None)
         if known != _manifest_checksum(manifest) and (known is not None or manifest.keys() != _BEFORE_CHECKSUMS):
             raise ValueError("its checksum is not its own")
+        for section, key in _FORMER_KEYS:
+            manifest["config"].get(section, {}).pop(key, None)
         return {"step": int(manifest["step"]), **manifest}
     except FileNotFoundError:
         raise DamagedError(f"{path / MANIFEST}: is missing; without it {path} is no complete checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path / MANIFEST}: is damaged ({error})") from None
 
 

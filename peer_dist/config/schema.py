@@ -280,7 +280,6 @@ class ParallelConfig(Section):
     pipeline: int = Field(1, ge=1, description="pipeline stages")
     virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; above 1: interleaved schedule")
     sequence: bool = Field(False, description="sequence parallelism within the tensor group")
-    context: int = Field(1, ge=1, description="context-parallel ranks; only 1, the rest needs TransformerEngine")
     expert: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         1,
         description="row shards of each expert table (all-to-all between them); auto: the ranks of a pipeline stage "
@@ -293,11 +292,6 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        if self.context != 1:
-            raise ValueError(
-                f"context must be 1 (got {self.context}): splitting a sequence's attention over ranks needs "
-                "TransformerEngine, whose attention has no mask between documents; use tensor and sequence"
-            )
         if VOCAB_MULTIPLE % self.tensor:
             raise ValueError(
                 f"tensor must be a power of two up to {VOCAB_MULTIPLE} (got {self.tensor}): it divides the "

@@ -20,7 +20,7 @@ def join_groups(config: Config, device: torch.device | None = None) -> Parallel:
     Args:
         device: see :meth:`peer_dist.megatron.Parallel.initialize`.
     """
-    layout = config.parallel.model_dump(exclude={"sequence", "context", "batch_p2p"})
+    layout = config.parallel.model_dump(exclude={"sequence", "batch_p2p"})
     layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
     return Parallel.initialize(**layout, seed=config.train.seed, device=device)
 
