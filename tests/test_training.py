@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -587,3 +588,34 @@ def groups_case(rank, world_size, tree):
 
 def test_ranks_left_over_replicate_the_tables(small):
     assert run_ranks(groups_case, 4, with_keys(small, parallel={"expert": 2})) == [(2, 2)] * 4
+
+
+def masks_alive(rank, world_size, tree):
+    """Micro-batches made in a step and in a validation, and how many masks there were at most when one was made."""
+    from peer_dist.measures import held_out
+
+    make, masks, most, made = held_out.make_micro_batch, [], 0, 0
+
+    def counted(sequences, eod, device):
+        nonlocal most, made
+        most, made = max(most, sum(mask() is not None for mask in masks)), made + 1
+        batch = make(sequences, int(sequences[0, 5]), device)  # between documents
+        masks.append(weakref.ref(batch["attention_mask"]))
+        return batch
+
+    held_out.make_micro_batch = counted
+    trainer = make_trainer(tree)
+    trainer.step()
+    passes = made
+    trainer.validate()
+    return passes, made - passes, most
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "most"),
+    [(1, {}, 0), (2, {"pipeline": 2}, 0), (2, {"pipeline": 2, "virtual_pipeline": 2}, 1)],
+)
+def test_micro_batches_are_there_one_at_a_time(small, world_size, parallel, most):
+    """But for those that a stage's second chunk has yet to see."""
+    small = with_keys(small, parallel=parallel, model={"num_layers": 4, "mlp": ["dense", "peer", "peer", "dense"]})
+    assert run_ranks(masks_alive, world_size, small) == [(8, 16, most)] * world_size

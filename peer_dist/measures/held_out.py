@@ -1,14 +1,14 @@
-"""Held-out loss."""
+"""Micro-batches of sequences, and the loss over held-out ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from peer_dist.data.stream import HeldOutStream
+from peer_dist.data.stream import HeldOutStream, Stream
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.layers.sparse_layer import RouteObserver
 from peer_dist.megatron import MicroBatch, Parallel, run_forward_backward, segment_mask, sparse_layers
@@ -21,13 +21,19 @@ def perplexity_of(loss: float) -> float:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Attributes: ``loss`` in nats per token; ``tokens`` it is the mean of."""
+    """A mean loss.
+
+    Attributes:
+        loss: in nats per token.
+        tokens: how many tokens it is the mean of.
+    """
 
     loss: float
     tokens: int
 
     @property
     def perplexity(self) -> float:
+        """``exp(loss)``."""
         return perplexity_of(self.loss)
 
 
@@ -41,6 +47,34 @@ def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) ->
         "loss_mask": torch.ones(labels.shape, device=device),
         "attention_mask": None if mask is None else mask.to(device, non_blocking=True),
     }
+
+
+class MicroBatches:
+    """Micro-batches of a stream's sequences, each made and moved to the device when its turn comes.
+
+    Args:
+        positions: where in the stream the sequences of each micro-batch are.
+        eod: the id of the end-of-document token.
+        end: sequences from this position on have no weight in the loss; None: all have.
+    """
+
+    def __init__(
+        self, stream: Stream, positions: Sequence[range], eod: int, device: torch.device, end: int | None = None
+    ) -> None:
+        self._stream, self._positions, self._eod, self._device, self._end = stream, positions, eod, device, end
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return map(self._make, self._positions)
+
+    def _make(self, positions: range) -> MicroBatch:
+        micro_batch = make_micro_batch(self._stream.batch(positions), self._eod, self._device)
+        weights = micro_batch["loss_mask"]
+        if self._end is not None and weights is not None:
+            weights[max(0, self._end - positions.start) :] = 0
+        return micro_batch
 
 
 def held_out_loss(
@@ -61,35 +95,29 @@ def held_out_loss(
     """
     layers = sparse_layers(model) if observers else {}
     wanted = min(len(stream), sequences if sequences is not None else len(stream))
-    total = torch.zeros(2, dtype=torch.float64, device=parallel.device)
+    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     was_training = model.training
     model.eval()
     try:
         per_pass = micro_batch_size * parallel.data_parallel_size
         for begin in range(0, wanted, per_pass * parallel.pipeline_size):
-            batches: list[MicroBatch] = []
-            reals: list[torch.Tensor] = []
-            for number in range(parallel.pipeline_size):  # enough to fill the pipeline
-                first = begin + number * per_pass + parallel.data_parallel_rank * micro_batch_size
-                positions = range(first, first + micro_batch_size)
-                batch = make_micro_batch(stream.batch(positions), tokenizer.eod, parallel.device)
-                # every rank takes part in every pass; what lies beyond the end has no weight
-                real = torch.tensor([p < wanted for p in positions])
-                mask = batch["loss_mask"]
-                assert mask is not None
-                mask.mul_(real[:, None].to(parallel.device))
-                total[1] += mask.sum()
-                batches.append(batch)
-                reals.append(real)
+            own = begin + parallel.data_parallel_rank * micro_batch_size
+            # Enough to fill the pipeline. Every rank takes part in every pass; what lies beyond the end has no weight.
+            positions = [
+                range(own + number * per_pass, own + number * per_pass + micro_batch_size)
+                for number in range(parallel.pipeline_size)
+            ]
+            reals = [torch.tensor([position < wanted for position in part]) for part in positions]
             for number, observer in (observers or {}).items():
                 layers[number].on_route = _only_real(observer, iter(reals))
-            total[0] += run_forward_backward(model, batches, forward_only=True).sum()
+            batches = MicroBatches(stream, positions, tokenizer.eod, parallel.device, end=wanted)
+            total += run_forward_backward(model, batches, forward_only=True).sum()
     finally:
         model.train(was_training)
         for layer in layers.values():
             layer.on_route = None
-    parallel.total(total)
-    return HeldOutLoss(float(total[0] / total[1]), int(total[1]))
+    tokens = wanted * (len(stream.sample(0)) - 1)
+    return HeldOutLoss(float(parallel.total(total)) / tokens, tokens)
 
 
 def _only_real(observer: RouteObserver, reals: Iterator[torch.Tensor]) -> RouteObserver:

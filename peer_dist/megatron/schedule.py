@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -17,9 +18,17 @@ from .model import routers
 MicroBatch = Mapping[str, torch.Tensor | None]
 
 
+class MicroBatches(Protocol):
+    """A number of micro-batches: a list of them, or what makes each when its turn comes."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[MicroBatch]: ...
+
+
 def run_forward_backward(
     model: nn.ModuleList,
-    micro_batches: Sequence[MicroBatch],
+    micro_batches: MicroBatches,
     scale: float | torch.Tensor = 1.0,
     forward_only: bool = False,
 ) -> torch.Tensor:
@@ -32,7 +41,8 @@ def run_forward_backward(
     Args:
         model: from :func:`build_model`.
         micro_batches: at least one, on the model's device; all of one shape, the same on all tensor and pipeline
-            ranks; under the interleaved schedule a multiple of the number of stages.
+            ranks; under the interleaved schedule a multiple of the number of stages. Each is taken when its first pass
+            begins, and not held longer than its passes need it.
         scale: float, or a 0-dim tensor on the model's device.
         forward_only: no gradients. Dropout and BatchNorm follow ``model.training``.
 
@@ -57,19 +67,43 @@ def run_forward_backward(
 
         return losses, weigh
 
-    tokens = micro_batches[0]["tokens"]
-    assert tokens is not None
+    shape, micro_batches_of = _hand_out(iter(micro_batches), len(model))
     for router in routers(model).values():
         # a part per rank, which add up, and gradients are averaged over data-parallel ranks
         router.loss_scale = parallel_state.get_data_parallel_world_size() / len(micro_batches)
     with torch.set_grad_enabled(not forward_only):
         sums = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in model],
+            data_iterator=micro_batches_of,
             model=list(model),
             num_microbatches=len(micro_batches),
-            seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0],
+            seq_length=shape[1],
+            micro_batch_size=shape[0],
             forward_only=forward_only,
         )
-    return torch.stack(sums) if sums else tokens.new_empty(0, dtype=torch.float32)
+    device = next(model.parameters()).device
+    return torch.stack(sums) if sums else torch.empty(0, dtype=torch.float32, device=device)
+
+
+def _hand_out(micro_batches: Iterator[MicroBatch], chunks: int) -> tuple[torch.Size, list[Iterator[MicroBatch]]]:
+    """The shape ``[b, s]`` of the micro-batches, and all of them for each chunk of the model.
+
+    Each is made once, when the first chunk asks for it, and dropped when the last one has it.
+    """
+    queues: list[deque[MicroBatch]] = [deque() for _ in range(chunks)]
+
+    def make() -> bool:
+        micro_batch = next(micro_batches, None)
+        if micro_batch is not None:
+            for queue in queues:
+                queue.append(micro_batch)
+        return micro_batch is not None
+
+    def hand_out(queue: deque[MicroBatch]) -> Iterator[MicroBatch]:
+        while queue or make():
+            yield queue.popleft()
+
+    make()
+    tokens = queues[0][0]["tokens"]
+    assert tokens is not None
+    return tokens.shape, [hand_out(queue) for queue in queues]

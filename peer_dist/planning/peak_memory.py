@@ -98,8 +98,8 @@ def memory(
         hits: row shards that a token hits; None: those of uniform picks.
     """
     held = state(layout, place, vocab_size, itemsize)
-    # ids, labels, weights and, between documents, masks: of all passes at once
-    inputs = layout.passes * layout.tokens * (20 + layout.config.model.seq_length)
+    # ids, labels, weights and, between documents, masks: of the passes in flight
+    inputs = layout.in_flight(place.stage) * layout.tokens * (20 + layout.config.model.seq_length)
     worst = max(_moments(layout, place, vocab_size, itemsize, device, hits, held), key=lambda moment: moment.total)
     elements = dense_elements(layout, place.stage, vocab_size)
     reduction, lasting = 0, 0

@@ -7,7 +7,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from peer_dist.engines import StepResult
 from peer_dist.engines.building import dtype_of, join_groups, make_engine
 from peer_dist.engines.revival import Revival
 from peer_dist.layers.sparse_layer import RouteObserver
-from peer_dist.measures.held_out import held_out_loss, make_micro_batch, perplexity_of
+from peer_dist.measures.held_out import MicroBatches, held_out_loss, perplexity_of
 from peer_dist.measures.metrics import Metrics
 from peer_dist.measures.usage import ExpertUsage, share_histogram
 from peer_dist.measures.usage_map import usage_map
@@ -179,7 +178,7 @@ class Trainer:
         begin = time.perf_counter()
         config, parallel, step = self.config, self.parallel, self.steps_done
         parallel.seed_step(config.train.seed, step)
-        micro_batches = list(self._micro_batches(step))
+        micro_batches = self._micro_batches(step)
         factor = learning_rate_factor(
             step, config.optimizer.warmup_steps, config.optimizer.decay_steps, config.optimizer.min_lr_ratio
         )
@@ -238,14 +237,16 @@ class Trainer:
         """The tensors whose gradients are not finite on any rank."""
         return [name for names in from_every_rank(self.engine.not_finite()) for name in names]
 
-    def _micro_batches(self, step: int) -> Iterator[dict[str, torch.Tensor | None]]:
+    def _micro_batches(self, step: int) -> MicroBatches:
         """This rank's sequences: micro-step by micro-step, each shared by the data parallel ranks in order."""
         train, parallel = self.config.train, self.parallel
         per_pass = train.micro_batch_size * parallel.data_parallel_size
         first = step * train.global_batch_size + parallel.data_parallel_rank * train.micro_batch_size
-        for begin in range(first, first + train.global_batch_size, per_pass):
-            sequences = self.data.train.batch(range(begin, begin + train.micro_batch_size))
-            yield make_micro_batch(sequences, self.data.tokenizer.eod, parallel.device)
+        positions = [
+            range(begin, begin + train.micro_batch_size)
+            for begin in range(first, first + train.global_batch_size, per_pass)
+        ]
+        return MicroBatches(self.data.train, positions, self.data.tokenizer.eod, parallel.device)
 
     def _step_values(
         self, loss: float, result: StepResult, lr: float, table_lr: float, tokens: int, seconds: float
