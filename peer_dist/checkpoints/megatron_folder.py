@@ -129,7 +129,7 @@ class MegatronFolder:
                 raise CheckpointError(f"{self.path}: the tensor {key} is missing")
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Of the first layer's."""
+        """Shape of the tensor of this name in the first layer."""
         stored, place = self._find(f"decoder.layers.0.{name}")
         return self._shapes[stored][len(place) :]
 

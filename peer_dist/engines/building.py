@@ -26,7 +26,7 @@ def join_groups(config: Config, device: torch.device | None = None) -> Parallel:
 
 
 def dtype_of(config: Config, device_type: str) -> torch.dtype:
-    """Of the dense parameters and the activations, on a device of this type."""
+    """The dtype of dense parameters and activations on a device of this type."""
     if config.train.precision == "auto":
         return torch.bfloat16 if device_type == "cuda" else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision]

@@ -62,7 +62,7 @@ class Engine(abc.ABC):
 
     grad_clip: float
     _bucket_bytes = 0
-    """Of what gradients are reduced in."""
+    """Bytes of the buffer in which gradients are reduced."""
 
     def __init__(
         self, model: nn.Module, tables: TableOptimizer, experts: TableOptimizer | None, adam: DenseAdam

@@ -26,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the scored tokens of a request, in their order.
+    """What the model makes of the scored tokens of a request, in their order.
 
     Attributes:
         nats: minus the log-probability of each, float32 [n - start].

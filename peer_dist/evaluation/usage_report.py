@@ -28,7 +28,7 @@ FEW_PICKS = 64  # per expert: with fewer, chance alone adds more than 1 / 128 to
 
 @dataclass(frozen=True)
 class SubkeyUsage:
-    """Of all sub-keys in the same place of a product key.
+    """Use of all sub-keys in the same place of a product key.
 
     Attributes:
         half: 0 or 1.
@@ -58,7 +58,7 @@ class LayerUsage:
     subkeys: list[SubkeyUsage]
 
     def warning(self) -> str | None:
-        """Of too little text."""
+        """A sentence if there was too little text to judge by, else None."""
         if self.together.picks_per_expert >= FEW_PICKS:
             return None
         return (

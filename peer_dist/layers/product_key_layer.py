@@ -92,7 +92,7 @@ class ProductKeyLayer(nn.Module):
 
     @property
     def shard_shape(self) -> tuple[int, int]:
-        """Of this rank's block of a table."""
+        """Rows and columns of this rank's block of a table."""
         return len(self.layout.rows), len(self.layout.columns)
 
     def _pick(self, tokens: Tensor, weight: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:

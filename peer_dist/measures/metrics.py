@@ -82,7 +82,7 @@ class Metrics:
             self._board.add_scalar(name, value, step)
 
     def histogram(self, name: str, step: int, counts: list[float], limits: list[float]) -> None:
-        """Of values in ``len(counts)`` buckets with the upper ``limits``, for TensorBoard alone."""
+        """Write a histogram to TensorBoard alone: ``len(counts)`` buckets with the upper ``limits``."""
         middles = [(low + high) / 2 for low, high in zip([2 * limits[0] - limits[1], *limits], limits)]
         total, square = (sum(n * x**power for n, x in zip(counts, middles)) for power in (1, 2))
         self._board.add_histogram_raw(

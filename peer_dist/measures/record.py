@@ -60,7 +60,7 @@ class RunRecord:
         return Series(np.array([line["step"] for line in lines], np.int64), value.reshape(-1, len(names)))
 
     def names(self, start: str) -> list[str]:
-        """Of the series that begin with it, in the order of their first appearance."""
+        """Names of the series that begin with ``start``, in the order of their first appearance."""
         return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith(start)))
 
     @cached_property
@@ -87,7 +87,7 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Of a run's folder, or its logs' folder.
+    """The record of the run in a folder, or in its logs' folder.
 
     Raises:
         ConfigError: there is no run, or nothing in its metrics.
@@ -119,7 +119,7 @@ def _layer(path: Path) -> str:
 
 
 def _checkpoints(folders: list[Path]) -> dict[int, int]:
-    """Of the first folder that is there; without the libraries that would load one."""
+    """Checkpoints of the first folder that is there, read without the libraries that would load one."""
     folder = next((folder for folder in folders if folder.is_dir()), None)
     manifests = sorted(folder.glob("step-*/manifest.json")) if folder is not None else []
     told = [json.loads(path.read_text(encoding="utf-8")) for path in manifests]

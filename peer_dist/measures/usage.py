@@ -167,7 +167,7 @@ class ExpertUsage:
             tensor.zero_()
 
     def shares(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Of the gates, 1 being an even share: float64 ``[num_experts]``. A collective call."""
+        """Each expert's share of the gates, 1 being even: float64 ``[num_experts]``. A collective call."""
         mass = _sum(self._mass, group)
         return mass * (mass.numel() / max(float(mass.sum()), 1e-300))  # nothing but closed gates: all 0
 

@@ -44,7 +44,7 @@ from .model import chunks_of, shards_of
 from .reader import LoadPlainValues, LoadTensors, MetadataReader, UntrustedError, read_plain_values
 
 BUFFER_BYTES = 1 << 26
-"""Of two blocks, the one that is written or read and the next; a single row may be larger."""
+"""Bytes of two blocks, the one that is written or read and the next; a single row may be larger."""
 
 Key = TypeVar("Key")
 State = dict[str, Any]

@@ -228,7 +228,7 @@ def peer_layers(model: nn.ModuleList) -> dict[int, PEER]:
 
 
 def routers(model: nn.ModuleList) -> dict[int, Router]:
-    """Of those of :func:`sparse_layers` that have coarse experts."""
+    """The routers of those of :func:`sparse_layers` that have coarse experts."""
     return {number: layer.router for number, layer in sparse_layers(model).items() if isinstance(layer, CoarseMoE)}
 
 

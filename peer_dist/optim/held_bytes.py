@@ -38,7 +38,7 @@ class HeldBytes:
 
     @classmethod
     def sum(cls, parts: Iterable[HeldBytes]) -> HeldBytes:
-        """Of parts that share nothing."""
+        """The bytes of several parts that share no memory."""
         weights, gradients, optimizer, buckets = zip(*map(astuple, parts))
         return cls(sum(weights), sum(gradients), sum(optimizer), sum(buckets))
 

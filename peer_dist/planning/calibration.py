@@ -422,7 +422,7 @@ def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> lis
 
 
 def _better(one: Any, other: Any, of: Callable[[Any, Any], Any]) -> Any:
-    """Of two measurements alike, number by number."""
+    """The better of two measurements of the same shape, number by number."""
     return {key: _better(one[key], other[key], of) for key in one} if isinstance(one, dict) else of(one, other)
 
 

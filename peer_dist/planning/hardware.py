@@ -74,7 +74,7 @@ class Hardware(_Section):
         return self.memory_bytes * self.achievable.memory
 
     def flops(self, itemsize: int) -> float:
-        """Of the dtype of so many bytes, a second."""
+        """FLOPs per second in the dtype of so many bytes."""
         return self.flops_per_s.float32 if itemsize == 4 else self.flops_per_s.bfloat16
 
     def dump(self, path: Path) -> None:

@@ -90,17 +90,17 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Of a pass, shared by the tensor ranks."""
+        """Tokens of one pass, which the tensor ranks share."""
         return self.config.train.micro_batch_size * self.config.model.seq_length
 
     @property
     def own_tokens(self) -> int:
-        """Of a pass, that this rank takes to the experts."""
+        """Tokens of one pass that this rank takes to the experts."""
         return self.tokens // self.tensor
 
     @property
     def split_tokens(self) -> int:
-        """Of a pass, whose activations between the tensor-parallel blocks are on a rank."""
+        """Tokens of one pass whose activations, between the tensor-parallel blocks, are on one rank."""
         return self.own_tokens if self.config.parallel.sequence else self.tokens
 
     def place(self, rank: int) -> Place:

@@ -89,7 +89,7 @@ class _Moment:
 def memory(
     layout: Layout, place: Place, vocab_size: int, itemsize: int, device: str, hits: float | None = None
 ) -> PeakMemory:
-    """Of a rank.
+    """The most bytes that one rank holds at once, and what they are made of.
 
     Args:
         vocab_size: rows of the embedding, padding included.
@@ -169,7 +169,7 @@ def _moments(
 def kept_parts(
     layout: Layout, stage: int, vocab_size: int, itemsize: int, device: str, hits: float | None = None
 ) -> Iterator[list[tuple[str | int, Kept]]]:
-    """Of each of a stage's chunks, what its layers (from 0) and the ``head`` keep in one pass, in their order."""
+    """For each chunk of a stage: what its layers (from 0) and the ``head`` keep in one pass, in their order."""
     config = layout.config
     each = {kind: _layer(layout, kind, itemsize, device, hits) for kind, _ in layout.kinds(stage)}
     for chunk in layout.layers(stage):
@@ -203,7 +203,7 @@ def _carried(layout: Layout) -> int:
 
 
 def _norm(d: int, itemsize: int, device: str) -> float:
-    """Of a token: the input in float32, its inverse root and, on a CPU, the normed one; the output, which goes on."""
+    """Bytes per token: the input in float32, its inverse root, on a CPU the normed one, and the output."""
     return d * (FLOAT + itemsize + (FLOAT if device == "cpu" else 0)) + FLOAT
 
 
@@ -229,7 +229,7 @@ def _dense(layout: Layout, kind: str, itemsize: int, device: str, hits: float | 
 
 
 def _retrieval(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[float, float]:
-    """Of a token: what choosing rows keeps, and what its backward pass works in."""
+    """Bytes per token that choosing rows keeps, and that its backward pass works in."""
     config = layout.config
     section, _ = retrieving(config, kind)
     picks = section.heads * section.top_k

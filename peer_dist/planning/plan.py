@@ -52,7 +52,7 @@ class Plan:
 
     @cached_property
     def _held(self) -> dict[Place, PeakMemory]:
-        """Of ranks with the largest shards (the last ones), of all stages that are not like one before them."""
+        """Memory of the ranks with the largest shards (the last ones), one for each different kind of stage."""
         config, stages = self.layout.config, dict[Any, int]()
         firsts = {pool[0] for pool in config.peer_pools}
         for stage in range(self.layout.pipeline):
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def memory(self) -> PeakMemory:
-        """Of that rank."""
+        """Memory of the rank that needs the most."""
         return self._held[self.place]
 
     @cached_property
@@ -79,7 +79,7 @@ class Plan:
 
     @cached_property
     def work(self) -> Work:
-        """Of the stage that the others wait for."""
+        """Work of the stage that the others wait for."""
         done = (
             work(self.layout, p.stage, held, self.counts, self.vocab_size, self.itemsize, self.hardware, self.hits)
             for p, held in self._held.items()

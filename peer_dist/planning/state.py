@@ -29,9 +29,9 @@ class Block:
     itemsize: int = 0
     """Bytes of a table's element; a coarse expert's are those of the dense part."""
     table_rows: int = 0
-    """Of the whole table; 0 for a coarse expert."""
+    """Rows of the whole table; 0 for a coarse expert."""
     picks: int = 0
-    """Of a token in all layers that share the table."""
+    """Picks of one token in all layers that share the table."""
 
     @property
     def size(self) -> int:
@@ -174,14 +174,14 @@ def touched(layout: Layout, block: Block, passes: int | None = None) -> float:
 
 
 def gradient_bytes(layout: Layout, block: Block, itemsize: int, passes: int | None = None) -> float:
-    """Of a shard, after so many passes (None: a step's); of a lazy table values and a number of each row touched."""
+    """Bytes of a shard's gradient after so many passes (None: a step's); lazy tables hold touched rows only."""
     if block.table_rows and layout.config.table_optimizer.lazy:
         return touched(layout, block, passes) * block.rows * (block.columns * itemsize + 8)
     return block.size * itemsize
 
 
 def state(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> State:
-    """Of a rank.
+    """Bytes of weights, gradients and optimizer states on one rank.
 
     Args:
         vocab_size: rows of the embedding, padding included.

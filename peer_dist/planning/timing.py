@@ -72,7 +72,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one rank in a step.
+    """What one rank does in a step.
 
     Attributes:
         times: of its step.
@@ -99,7 +99,7 @@ def work(
     hardware: Hardware,
     hits: float | None = None,
 ) -> Work:
-    """Of a stage's rank; arguments as in :func:`peer_dist.planning.peak_memory.memory`."""
+    """The work of one rank of a stage; arguments as in :func:`peer_dist.planning.peak_memory.memory`."""
     place = Place(stage)
     rate = hardware.flops(itemsize) * hardware.achievable.flops
     gather = hardware.gather_bytes_per_s * hardware.achievable.gather
@@ -146,7 +146,7 @@ def work(
 
 
 def _flops(layout: Layout, kind: MLPKind, counts: Counts) -> tuple[float, float]:
-    """Of a rank's forward pass through a layer of this kind: matrix products, and those of tables' rows."""
+    """FLOPs of one rank's forward pass through a layer: matrix products, and those of tables' rows."""
     parts = next(layer for layer in counts.layers if layer.kind == kind)
     rows = {name: parts.feed_forward[name].flops for name in ("experts", "values") if name in parts.feed_forward}
     picked = 0 if kind in ("moe", "sigma_moe") else sum(rows.values())

@@ -77,7 +77,7 @@ def routes(layout: Layout, kind: str, hits: float | None) -> Routes:
 def exchange(
     layout: Layout, kind: str, itemsize: int, hits: float | None = None, sent: ExchangeBytes | None = None
 ) -> tuple[Wire, Wire]:
-    """Of the routed experts or values of a layer of this kind in one pass of a rank, forward and backward.
+    """Bytes that one rank's routed experts or values send in one pass through a layer of this kind, both ways.
 
     Args:
         itemsize: bytes of an activation.
@@ -110,7 +110,7 @@ def exchange(
 def step_traffic(
     layout: Layout, place: Place, vocab_size: int, itemsize: int, hits: float | None = None
 ) -> Mapping[str, Wire]:
-    """Of a rank in a step, by purpose.
+    """Bytes that one rank sends in a step, by purpose.
 
     ``exchange``: tokens to experts and back; ``statistics``: sums of query BatchNorm; ``tensor``: activations of
     tensor-parallel blocks; ``pipeline``: activations between stages; ``gradients``: of the dense part, and ZeRO's

@@ -112,7 +112,7 @@ def memory(runs: Sequence[RunRecord]) -> Chart:
 
 
 def exchange(runs: Sequence[RunRecord]) -> Chart | None:
-    """Of all ranks together."""
+    """A chart of the bytes per token that ranks exchange; None if they exchange none."""
     if not any(run.series("exchange/bytes_per_token").value.any() for run in runs):
         return None
     note = "Sent to other ranks by all layers, forward and backward."

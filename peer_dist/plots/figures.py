@@ -262,7 +262,7 @@ def _val_loss(row: Row) -> float:
 
 
 def _means(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], float]) -> list[tuple[float, Interval]]:
-    """Of every x and variant the mean of y over the seeds, in order of x."""
+    """The mean of y over the seeds, for every x and variant, in order of x."""
     values: dict[tuple[float, str], list[float]] = defaultdict(list)
     for row in rows:
         values[x(row), row.variant].append(y(row))

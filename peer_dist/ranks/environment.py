@@ -43,7 +43,7 @@ def environment(parallel: Parallel) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of all that can change what a run does, by name."""
+    """Versions of all that can change what a run does, by name."""
     found = {"python": platform.python_version(), "kernel": platform.release()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

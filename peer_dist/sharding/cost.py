@@ -66,7 +66,7 @@ class Routes:
 
     @classmethod
     def of(cls, indices: Tensor, num_experts: int, row_shards: int, row: int) -> Routes:
-        """Of ``indices: [tokens, picks]``, global expert numbers of all heads, at a home in row shard ``row``."""
+        """The routes of ``indices: [tokens, picks]``, global expert numbers of all heads, from row shard ``row``."""
         tokens, picks = (counts.tolist() for counts in _hits(indices, num_experts, row_shards))
         return cls(len(indices), sum(tokens), tokens[row], sum(picks), picks[row])
 

@@ -169,7 +169,7 @@ class ExchangePlan:
         return _start(y.flatten(), owner, home, self.groups.domain, self.traffic, what)
 
     def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Of all parts, in order: the sum over row shards of what the owners sent, ``[tokens, dim]``."""
+        """The sum over row shards of what the owners sent, part by part in order, ``[tokens, dim]``."""
         wide = torch.promote_types(dtype, torch.float32)
         out = torch.zeros(self.tokens, self.layout.dim, dtype=wide, device=device)
         for part, arrival in zip(self.parts, arrivals):

@@ -118,7 +118,7 @@ class GridLayout:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the whole tables."""
+        """Rows and columns of the whole tables."""
         return self.num_experts, self.dim
 
     @property

@@ -57,7 +57,7 @@ class Optimum:
 
     @property
     def size_interval(self) -> tuple[float, float]:
-        """Of 95%, in sizes: not symmetric, because it is in their logarithm."""
+        """The 95% interval in sizes: not symmetric, because it is in their logarithm."""
         low, high = (self.log_size.value + sign * self.log_size.half_width for sign in (-1, 1))
         return math.exp(low), math.exp(min(high, 700.0))
 

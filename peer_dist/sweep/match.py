@@ -42,13 +42,13 @@ class Partner:
     """A run, and what it costs."""
 
     kind: MLPKind
-    """Of the layers compared."""
+    """The kind of the layers compared."""
     layers: tuple[int, ...]
     """The layers compared, from 0."""
     config: Config
     counts: Counts
     deviation: float
-    """Of what was made equal, as a fraction: 0.01 is 1% more than the reference. ``budget``: training FLOPs of the run.
+    """How far apart what was made equal is, as a fraction: 0.01 is 1% more. ``budget``: training FLOPs of the run.
     ``flops``, ``params``: what all feed-forward layers differ by, as a fraction of the reference's compared layers.
     """
 
@@ -60,7 +60,7 @@ class Partner:
 
     @property
     def parts(self) -> Parts:
-        """Of the compared layers' feed-forwards, added up."""
+        """Cost of the compared layers' feed-forwards, added up."""
         return merged(self.counts.layers[number].feed_forward for number in self.layers)
 
     @property

@@ -48,7 +48,7 @@ class TuneSection(Section):
     )
 
     def trials(self, model: str) -> list[Rates]:
-        """Of ``model``, in the file's order."""
+        """The learning rates to try for ``model``, in the file's order."""
         return [rate if isinstance(rate, tuple) else (rate, None) for rate in self.learning_rates[model]]
 
 

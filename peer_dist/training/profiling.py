@@ -37,7 +37,7 @@ _COLLECTIVES = (
 
 @dataclass
 class _Sum:
-    """Of one collective in one group, over the steps.
+    """Sums over the steps for one collective in one group.
 
     Attributes:
         nbytes: of what this rank put in (of what it got, for ``recv``).
