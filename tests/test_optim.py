@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peer_dist.optim import TableOptimizer
+from peer_dist.optim import TableOptimizer, TableRule
 from peer_dist.optim.rounding import random_bits, round_stochastically, stream_key
 from peer_dist.optim.sparse import merge, sum_over_copies
 from peer_dist.optim.tables import BLOCKS, KINDS
@@ -79,8 +79,9 @@ def plain(kind, lazy=False, decay=DECAY):
 def train(kind, columns=slice(None), group=None, scale=1.0, dtype=torch.float32, lazy=False, **options):
     table, grads = problem()
     table = table[:, columns].contiguous().to(dtype).requires_grad_()
-    options = {"weight_decay": DECAY, "dim": 10, "columns": group, "lazy": lazy, **options}
-    optimizer = TableOptimizer({"t": table}, kind, 1.0, BETAS, EPS, **options)
+    seed, decay = options.pop("rounding_seed", None), options.pop("weight_decay", DECAY)
+    rule = TableRule(kind, 1.0, BETAS, EPS, decay, lazy, seed)
+    optimizer = TableOptimizer({"t": table}, rule, 10, columns=group, **options)
     optimizer.set_lr(LR)
     for grad, touched in zip(grads, TOUCHED):
         grad = grad[:, columns].to(dtype) / scale
@@ -142,7 +143,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize(("dtype", "seed"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 1)])
 def test_a_lazy_step_makes_nothing_larger_than_the_touched_rows(kind, dtype, seed):
     table = torch.ones(1000, 8, dtype=dtype).requires_grad_()
-    optimizer = TableOptimizer({"t": table}, kind, LR, BETAS, EPS, DECAY, 8, lazy=True, rounding_seed=seed)
+    optimizer = TableOptimizer({"t": table}, TableRule(kind, LR, BETAS, EPS, DECAY, True, seed), 8)
     table.grad = next(pieces(range(5), torch.ones(5, 8, dtype=dtype), 1000))
     with Largest(table, *(value for *_, value in optimizer.state())) as largest:
         optimizer.step(0.5)
@@ -179,7 +180,7 @@ def test_column_shards_step_like_the_whole(kind, lazy):
 def norms(rank, world_size, lazy):
     """Of no gradient, of one that is not finite, and what is left of either."""
     table = torch.ones(5, 3).requires_grad_()
-    optimizer = TableOptimizer({"t": table}, "adam", LR, BETAS, EPS, DECAY, 3, copies=dist.group.WORLD, lazy=lazy)
+    optimizer = TableOptimizer({"t": table}, TableRule("adam", LR, BETAS, EPS, DECAY, lazy), 3, copies=dist.group.WORLD)
     found = [float(optimizer.grad_norm(table.device))]
     optimizer.zero_grad()
     for bad in (float("nan"), float("inf")):
@@ -225,7 +226,11 @@ def reduced(rank, world_size, dtype):
         assert got.is_coalesced()
         table = torch.zeros(11, 5, dtype=dtype, requires_grad=True)
         optimizer = TableOptimizer(
-            {"t": table}, "adam", LR, BETAS, EPS, 0.0, 5, None, dist.group.WORLD, world_size, lazy=True
+            {"t": table},
+            TableRule("adam", LR, BETAS, EPS, 0.0, lazy=True),
+            5,
+            copies=dist.group.WORLD,
+            data_parallel_size=world_size,
         )
         table.grad = grad
         norm = optimizer.grad_norm(table.device)
@@ -261,8 +266,7 @@ def test_state_goes_on_as_if_nothing_had_happened(kind, lazy, rounding_seed):
 
     def make(table):
         table = table.bfloat16().requires_grad_()
-        options = {"lazy": lazy, "rounding_seed": rounding_seed}
-        return table, TableOptimizer({"t": table}, kind, LR, BETAS, EPS, DECAY, 10, **options)
+        return table, TableOptimizer({"t": table}, TableRule(kind, LR, BETAS, EPS, DECAY, lazy, rounding_seed), 10)
 
     def advance(table, optimizer, steps):
         for step in steps:
@@ -363,8 +367,8 @@ def test_row_shards_round_as_the_whole(lazy):
     def stepped(part):
         table = whole[part.start : part.stop].clone().requires_grad_()
         offsets = {"t": (part.start, 0)}
-        options = {"lazy": lazy, "rounding_seed": 7, "offsets": offsets}
-        optimizer = TableOptimizer({"t": table}, "rowwise_adam", LR, BETAS, EPS, DECAY, 10, **options)
+        rule = TableRule("rowwise_adam", LR, BETAS, EPS, DECAY, lazy, 7)
+        optimizer = TableOptimizer({"t": table}, rule, 10, offsets=offsets)
         mine = rows[(rows >= part.start) & (rows < part.stop)] - part.start
         full = grad[part.start : part.stop].clone()
         table.grad = next(pieces(mine.tolist(), full, len(part))) if lazy else full

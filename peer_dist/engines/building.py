@@ -11,7 +11,7 @@ from peer_dist.engines import DenseAdam, Engine
 from peer_dist.engines.replicated import ReplicatedEngine
 from peer_dist.engines.zero import ZeroEngine
 from peer_dist.megatron import Parallel, shards_of
-from peer_dist.optim import TableOptimizer
+from peer_dist.optim import TableOptimizer, TableRule
 
 
 def join_groups(config: Config, device: torch.device | None = None) -> Parallel:
@@ -43,28 +43,26 @@ def make_engine(config: Config, model: nn.ModuleList, parallel: Parallel, dtype:
     copies, data_parallel = parallel.expert_data_group, parallel.data_parallel_size
     tables = TableOptimizer(
         {name: shard.parameter for name, shard in shards.items() if shard.table},
-        table.name,
-        table.lr,
-        table.betas,
-        table.eps,
-        table.weight_decay,
+        TableRule(
+            table.name,
+            table.lr,
+            table.betas,
+            table.eps,
+            table.weight_decay,
+            table.lazy,
+            config.train.seed if table.stochastic_rounding else None,
+        ),
         config.model.hidden_size,
-        parallel.experts.columns,
-        copies,
-        data_parallel,
-        lazy=table.lazy,
-        rounding_seed=config.train.seed if table.stochastic_rounding else None,
+        columns=parallel.experts.columns,
+        copies=copies,
+        data_parallel_size=data_parallel,
         offsets={name: shard.offset for name, shard in shards.items()},
     )
     experts = None
     if {"moe", "sigma_moe"} & set(config.model.mlp_kinds):
         experts = TableOptimizer(
             {name: shard.parameter for name, shard in shards.items() if not shard.table},
-            "adam",
-            dense.lr,
-            dense.betas,
-            dense.eps,
-            dense.weight_decay,
+            TableRule("adam", dense.lr, dense.betas, dense.eps, dense.weight_decay),
             config.model.hidden_size,
             copies=copies,
             data_parallel_size=data_parallel,

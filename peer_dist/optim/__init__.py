@@ -2,6 +2,6 @@
 
 from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.learning_rate import learning_rate_factor
-from peer_dist.optim.tables import TableOptimizer
+from peer_dist.optim.tables import TableOptimizer, TableRule
 
-__all__ = ["HeldBytes", "TableOptimizer", "learning_rate_factor"]
+__all__ = ["HeldBytes", "TableOptimizer", "TableRule", "learning_rate_factor"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,29 @@ KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
 # Elements of a block of rows, which bound a step's temporaries: on a CPU they stay in its cache, and a GPU
 # gets enough to do for each launch.
 BLOCKS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+@dataclass(frozen=True)
+class TableRule:
+    """How a table is updated.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        lr: learning rate of the first step (:meth:`TableOptimizer.set_lr` changes it).
+        betas: decay of the first and the second moment; ``rowwise_adagrad`` has none.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay.
+        lazy: gradients are sparse, and only rows that were touched are updated.
+        rounding_seed: of stochastic rounding; None rounds a master to the nearest.
+    """
+
+    kind: str
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    lazy: bool = False
+    rounding_seed: int | None = None
 
 
 class TableOptimizer:
@@ -38,14 +62,12 @@ class TableOptimizer:
 
     Args:
         tables: name to parameter, ``[rows, columns]`` each.
-        kind: one of :data:`KINDS`.
+        rule: how they are updated.
         dim: columns of the whole tables, which a row's mean is over.
         columns: ranks that hold the other columns of these rows; None if there are none. The same rows must be
             touched on all of them.
         copies: ranks that hold copies of these shards; None if there are none. Each may touch rows of its own.
         data_parallel_size: what gradients are averaged over.
-        lazy: gradients are sparse.
-        rounding_seed: of stochastic rounding; None rounds a master to the nearest.
         offsets: name to the row and column at which the shard begins in the whole table: with them the same bits
             round a place in every layout. (0, 0) by default.
     """
@@ -53,49 +75,53 @@ class TableOptimizer:
     def __init__(
         self,
         tables: Mapping[str, Tensor],
-        kind: str,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
+        rule: TableRule,
         dim: int,
+        *,
         columns: dist.ProcessGroup | None = None,
         copies: dist.ProcessGroup | None = None,
         data_parallel_size: int = 1,
-        lazy: bool = False,
-        rounding_seed: int | None = None,
         offsets: Mapping[str, tuple[int, int]] | None = None,
     ) -> None:
         self.tables = dict(tables)
-        self._kind, self._lr, self._betas, self._eps, self._weight_decay = kind, lr, betas, eps, weight_decay
+        self._rule, self._lr, self._offsets = rule, rule.lr, offsets or {}
         self._dim, self._columns, self._copies, self._data_parallel_size = dim, columns, copies, data_parallel_size
-        self.lazy, self._rounding_seed, self._offsets = lazy, rounding_seed, offsets or {}
         self._steps = 0
         self._masters = {
             name: table
-            if table.dtype == torch.float32 or rounding_seed is not None
+            if table.dtype == torch.float32 or rule.rounding_seed is not None
             else table.detach().float().requires_grad_()
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
         self._adamw: torch.optim.AdamW | None = None
-        if kind == "adam" and not lazy and rounding_seed is None and self.tables:
+        if rule.kind == "adam" and not rule.lazy and rule.rounding_seed is None and self.tables:
             # fused: one pass over weight, gradient and both moments
             self._adamw = torch.optim.AdamW(
-                self._masters.values(), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+                self._masters.values(),
+                lr=rule.lr,
+                betas=rule.betas,
+                eps=rule.eps,
+                weight_decay=rule.weight_decay,
+                fused=True,
             )
             for name, master in self._masters.items():
                 step = torch.zeros((), dtype=torch.float32, device=master.device)
                 self._adamw.state[master] = {"step": step, **self._moments[name]}
-        if lazy:
+        if rule.lazy:
             for table in self.tables.values():
                 table.register_post_accumulate_grad_hook(_merge_grad)
 
+    @property
+    def lazy(self) -> bool:
+        """Whether gradients are sparse, and only rows that were touched are updated."""
+        return self._rule.lazy
+
     def _new_moments(self, table: Tensor) -> dict[str, Tensor]:
         moments = {}
-        if self._kind != "rowwise_adagrad":
+        if self._rule.kind != "rowwise_adagrad":
             moments["exp_avg"] = torch.zeros_like(table, dtype=torch.float32, requires_grad=False)
-        if self._kind == "adam":
+        if self._rule.kind == "adam":
             moments["exp_avg_sq"] = torch.zeros_like(table, dtype=torch.float32, requires_grad=False)
         else:
             moments["row_sq"] = torch.zeros(len(table), device=table.device)
@@ -195,7 +221,7 @@ class TableOptimizer:
                     master.index_copy_(0, touched, weight)
             if table.dtype == torch.float32:
                 continue
-            if self._rounding_seed is None:
+            if self._rule.rounding_seed is None:
                 rounded = weight.to(table.dtype)
             else:
                 numbers = torch.arange(block.start, block.stop, device=table.device) if rows is None else touched
@@ -217,15 +243,15 @@ class TableOptimizer:
 
     def _apply(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], mean: Tensor | None) -> None:
         """Step some rows in place: ``[n, columns]`` float32, a number a row ``[n]``."""
-        weight.mul_(1 - self._lr * self._weight_decay)
-        if self._kind == "rowwise_adagrad":
+        weight.mul_(1 - self._lr * self._rule.weight_decay)
+        if self._rule.kind == "rowwise_adagrad":
             assert mean is not None
-            root = state["row_sq"].add_(mean).sqrt().add_(self._eps)
+            root = state["row_sq"].add_(mean).sqrt().add_(self._rule.eps)
             weight.addcdiv_(grad, root[:, None], value=-self._lr)
             return
-        first, second = self._betas
+        first, second = self._rule.betas
         moment = state["exp_avg"].lerp_(grad, 1 - first)
-        correction, eps = 1 - second**self._steps, self._eps
+        correction, eps = 1 - second**self._steps, self._rule.eps
         if mean is None:
             square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
             eps /= math.sqrt(correction) if self.lazy else 1.0
@@ -236,9 +262,9 @@ class TableOptimizer:
 
     def _round(self, name: str, rows: Tensor, weight: Tensor) -> Tensor:
         """``weight [n, columns]`` of the shard's ``rows [n]`` in bfloat16."""
-        assert self._rounding_seed is not None
+        assert self._rule.rounding_seed is not None
         row, column = self._offsets.get(name, (0, 0))
-        key = stream_key(self._rounding_seed, name, self._steps)
+        key = stream_key(self._rule.rounding_seed, name, self._steps)
         return round_stochastically(weight, random_bits(key, rows + row, range(column, column + weight.shape[1])))
 
     def zero_grad(self) -> None:
