@@ -23,18 +23,16 @@ with :data:`~peer_dist.ranks.exit_codes.PEER_LOST`. Checkpoints are complete or 
 from __future__ import annotations
 
 import contextlib
-import json
 import linecache
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,10 +40,9 @@ from torch.distributed import distributed_c10d
 
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.rank_zero import on_rank_zero
-from peer_dist.ranks.world import named
+from peer_dist.ranks.verdict import Beat, is_gone, judge, limit
 from peer_dist.tracing import position
 
-_LONG_PHASES, _LONGER = ("start", "first step", "validation", "save"), 10
 _LOSS = re.compile(r"gloo[/:]|Connection closed by peer|Connection reset by peer|NCCL error|ncclRemoteError|NCCL comm")
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _TORCH = str(Path(dist.__file__).parent) + os.sep
@@ -66,9 +63,9 @@ class Watchdog:
         self._interval = min(1.0, max(0.05, seconds / 20))
         self._main = threading.get_ident()
         self._ending, self._left = threading.Event(), threading.Lock()
-        self._note: dict[str, Any] = {}  # joins what this rank tells: that it lost a peer, or failed
+        self._lost, self._failed = False, ""  # what this rank tells of its own end
         self._answered, self._torn = 0.0, 0.0
-        self._beats: dict[int, dict[str, Any]] = {}
+        self._beats: dict[int, Beat] = {}
         self._silent = dict.fromkeys(range(self._ranks), 0.0)
 
     def __enter__(self) -> Watchdog:
@@ -90,7 +87,7 @@ class Watchdog:
         if not watching:
             return
         if error is not None:
-            self._note = {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+            self._failed = _in_a_line(error)
             time.sleep(2 * self._interval)  # until the others know
         self._ending.set()
 
@@ -108,27 +105,28 @@ class Watchdog:
 
         self._address = on_rank_zero(serve, raises=RuntimeError)
         store = _kept[-1] if self._rank == 0 else self._connect(patience)
-        store.set(f"beat/{self._rank}", json.dumps(self._beat(0, 0.0)))
+        store.set(f"beat/{self._rank}", self._beat(0, 0.0).json())
         dist.barrier()
         return store
 
     # What each rank tells.
 
-    def _beat(self, number: int, idle: float) -> dict[str, Any]:
+    def _beat(self, number: int, idle: float) -> Beat:
         where, waits = "", False
         with contextlib.suppress(Exception):  # the frames belong to a thread that goes on meanwhile
             where, waits = self._where()
-        return {
-            "number": number,
-            "step": position.step,
-            "phase": position.phase,
-            "span": position.span,
-            "collectives": _collectives(),
-            "idle": idle,
-            "where": where,
-            "waits": waits,
-            **self._note,
-        }
+        return Beat(
+            number=number,
+            step=position.step,
+            phase=position.phase,
+            span=position.span,
+            collectives=_collectives(),
+            idle=idle,
+            where=where,
+            waits=waits,
+            lost=self._lost,
+            failed=self._failed,
+        )
 
     def _where(self) -> tuple[str, bool]:
         """The line at which the main thread is, and whether it waits there for other ranks."""
@@ -157,10 +155,10 @@ class Watchdog:
             try:
                 self._turn(self._beat(number, idle), passed)
             except Exception as error:
-                self._reconnect(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+                self._reconnect(_in_a_line(error, 200))
 
-    def _turn(self, beat: dict[str, Any], passed: float) -> None:
-        self._store.set(f"beat/{self._rank}", json.dumps(beat))
+    def _turn(self, beat: Beat, passed: float) -> None:
+        self._store.set(f"beat/{self._rank}", beat.json())
         verdict = self._store.get("verdict").decode()
         if verdict:
             self._store.set(f"known/{self._rank}", "")
@@ -169,8 +167,8 @@ class Watchdog:
         self._answered = time.monotonic()
         if self._rank == 0:
             self._judge()
-        elif self._silent[0] > self._limit([self._beats[0]]):
-            self._leave(f"{_names([0])} gone: no sign of life for {self._silent[0]:.1f} s{self._last_of(0)}")
+        elif self._silent[0] > limit(self._seconds, [self._beats[0]]):
+            self._leave(is_gone([0], f"no sign of life for {self._silent[0]:.1f} s", self._beats))
 
     def _reconnect(self, reason: str) -> None:
         """After the store failed, which may be the end of the run, of rank 0, or of nothing but a connection."""
@@ -181,16 +179,16 @@ class Watchdog:
             try:
                 self._store = self._connect(patience)
             except Exception:
-                self._leave(f"{_names([0])} gone: its connection broke ({reason}){self._last_of(0)}")
+                self._leave(is_gone([0], f"its connection broke ({reason})", self._beats))
 
     def _connect(self, patience: float) -> dist.TCPStore:
         host, port = self._address
         return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
 
-    def _hear(self, ranks: Any, passed: float) -> None:
-        for rank, told in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks])):
-            beat = json.loads(told)
-            same = rank in self._beats and self._beats[rank]["number"] == beat["number"]
+    def _hear(self, ranks: Sequence[int], passed: float) -> None:
+        for rank, text in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks])):
+            beat = Beat.parse(text)
+            same = rank in self._beats and self._beats[rank].number == beat.number
             self._silent[rank] = self._silent[rank] + passed if same else 0.0
             self._beats[rank] = beat
 
@@ -201,74 +199,32 @@ class Watchdog:
             unanswered = unanswered + self._interval if self._answered == before else 0.0
             before = self._answered
             if unanswered > self._seconds and self._rank > 0:
-                self._leave(f"{_names([0])} gone: no answer for {unanswered:.1f} s{self._last_of(0)}")
+                self._leave(is_gone([0], f"no answer for {unanswered:.1f} s", self._beats))
 
     # What rank 0 makes of it.
 
     def _judge(self) -> None:
-        """Find who is gone or hangs, tell all, and leave when they know."""
-        beats = self._beats
-        lost = [rank for rank, beat in beats.items() if "lost" in beat]
-        failed = {rank: beat["failed"] for rank, beat in beats.items() if "failed" in beat}
-        self._torn += self._interval if lost else 0.0
-        soon = min(max(1.0, 4 * self._interval), self._seconds)
-        gone = [rank for rank, beat in beats.items() if self._silent[rank] > (soon if lost else self._limit([beat]))]
-        verdict = ""
-        if gone:
-            known = [rank for rank in gone if rank in failed]
-            if known:
-                verdict = f"{_names(known)} gone: it failed with {failed[known[0]]}{self._last_of(known[0])}"
-            else:
-                silent = max(self._silent[rank] for rank in gone)
-                verdict = f"{_names(gone)} gone: no sign of life for {silent:.1f} s{self._last_of(gone[0])}"
-        elif self._torn > max(10.0, 10 * self._interval):
-            verdict = f"{_names(lost)} lost a connection, but every rank is alive: look at the network"
-        else:
-            verdict = self._hanging()
-        if verdict:
-            self._store.set("verdict", verdict)
-            others = [f"known/{rank}" for rank in beats if rank > 0 and rank not in gone]
-            deadline = time.monotonic() + 5 + 3 * self._interval
-            while others and not self._store.check(others) and time.monotonic() < deadline:
-                time.sleep(self._interval / 4)
-            self._leave(verdict)
-
-    def _hanging(self) -> str:
-        beats = self._beats
-        idle = min(beat["idle"] for beat in beats.values())
-        if idle <= self._limit(beats.values()):
-            return ""
-        culprits = [rank for rank, beat in beats.items() if not beat["waits"]]
-        if not culprits:
-            behind = min((beat["step"], beat["collectives"]) for beat in beats.values())
-            culprits = [rank for rank, beat in beats.items() if (beat["step"], beat["collectives"]) == behind]
-        if len(culprits) == len(beats):
-            return f"all {len(beats)} ranks hang: nothing for {idle:.1f} s{self._last_of(0)}"
-        waiting = min(beats.keys() - culprits)
-        return (
-            f"{_names(culprits, 'hangs', 'hang')}: nothing for {idle:.1f} s{self._last_of(culprits[0])}; "
-            f"the others wait{self._last_of(waiting)} (rank {waiting})"
-        )
-
-    def _limit(self, beats: Iterable[dict[str, Any]]) -> float:
-        return self._seconds * (_LONGER if any(beat["phase"] in _LONG_PHASES for beat in beats) else 1)
-
-    def _last_of(self, rank: int) -> str:
-        """Where a rank last was, as the end of a sentence."""
-        beat = self._beats.get(rank)
-        if beat is None:
-            return ""
-        phase = beat["phase"] + (f" {beat['step']}" if beat["phase"] == "step" else "")
-        return f", last in {phase}" + "".join(f", {beat[key]}" for key in ("span", "where") if beat[key])
+        """Ask for the verdict; if there is one, tell all, and leave when they know."""
+        if any(beat.lost for beat in self._beats.values()):
+            self._torn += self._interval
+        verdict = judge(self._beats, self._silent, self._torn, self._seconds, self._interval)
+        if verdict is None:
+            return
+        self._store.set("verdict", verdict.text)
+        others = [f"known/{rank}" for rank in self._beats if rank > 0 and rank not in verdict.gone]
+        deadline = time.monotonic() + 5 + 3 * self._interval
+        while others and not self._store.check(others) and time.monotonic() < deadline:
+            time.sleep(self._interval / 4)
+        self._leave(verdict.text)
 
     # Leaving.
 
     def _await_verdict(self, error: BaseException, watching: bool) -> None:
         """A connection broke under the main thread: the watchdog knows in a moment who is gone."""
         if watching:
-            self._note = {"lost": True}
+            self._lost = True
             time.sleep(30 + 20 * self._interval)  # another thread leaves meanwhile
-        self._leave(f"another rank is gone: {(str(error).splitlines() or [''])[0][:200]}")
+        self._leave(f"another rank is gone: {_first_line(error)[:200]}")
 
     def _leave(self, verdict: str) -> None:
         """End this process, whatever its main thread does."""
@@ -314,8 +270,12 @@ def is_peer_loss(error: BaseException) -> bool:
     return False
 
 
-def _names(ranks: list[int], one: str = "is", many: str = "are") -> str:
-    return f"{named(ranks, {})} {one if len(ranks) == 1 else many}"
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _in_a_line(error: BaseException, most: int | None = None) -> str:
+    return f"{type(error).__name__}: {_first_line(error)[:most]}"
 
 
 def _collectives() -> int:
