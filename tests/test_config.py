@@ -36,7 +36,7 @@ def load(tmp_path, text, *overrides):
         (
             "model: {mlp: mixture}",
             [],
-            "run.yaml: model.mlp: input should be 'dense', 'peer', 'moe', 'pkm' or 'sigma_moe'",
+            "run.yaml: model.mlp: 'mixture' is no kind of layer; known: dense, peer, moe, pkm, sigma_moe",
         ),
         ("model: {num_query_groups: 3}", [], "model: num_query_groups (3) must divide num_attention_heads (4)"),
         ("model: {ffn_top_k: 600}", [], "run.yaml: model: ffn_top_k (600) must be at most ffn_hidden_size (512)"),

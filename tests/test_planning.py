@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from peer_dist.config import Config, ConfigError, load_config, parse_config
+from peer_dist.kinds.cost import merged, total
 from peer_dist.megatron import Parallel, build_model, token_losses
-from peer_dist.planning.counts import Counts, count, merged, total
+from peer_dist.planning.counts import Counts, count
 from peer_dist.sweep.match import Partner, match, misses, overruled
 
 VOCAB, TOKENS = 128, (2, 16)

@@ -73,7 +73,7 @@ class LlamaFolder:
         self._refuse_what_differs(tree)
         values = {ours: tree.get(theirs, default) for ours, (theirs, default) in _KEYS.items()}
         try:
-            self.model = ModelConfig.model_validate({**values, "ffn_activation": "swiglu", "mlp": "dense"})
+            self.model = ModelConfig.model_validate({**values, "ffn_activation": "swiglu"})
         except ValidationError as error:
             raise ConfigError(sentence(error, str(path / "config.json"), {}, ModelConfig)) from None
         self._vocab_size: int = tree["vocab_size"]

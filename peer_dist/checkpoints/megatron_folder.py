@@ -152,7 +152,6 @@ class MegatronFolder:
                 "ffn_hidden_size": hidden,
                 "ffn_activation": "swiglu" if gated else "gelu",
                 "tied_embeddings": _HEAD not in self._shapes,
-                "mlp": "dense",
             }
         )
 

@@ -17,9 +17,11 @@ from peer_dist.checkpoints.megatron_folder import MegatronFolder
 from peer_dist.checkpoints.state import restore_weights
 from peer_dist.checkpoints.store import find_checkpoint, read_manifest, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
-from peer_dist.config.schema import ROUTED_KINDS, ModelConfig
+from peer_dist.config.schema import ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
-from peer_dist.megatron import Parallel, peer_layers
+from peer_dist.kinds import DENSE, KINDS
+from peer_dist.layers.sparse_layer import BeginsAtZero
+from peer_dist.megatron import Parallel, sparse_layers
 from peer_dist.megatron.dist_checkpoint import dense_blocks
 
 # what two models must have in common beside their layers' kinds
@@ -58,8 +60,8 @@ class Source:
         else:
             verify_checkpoint(self.path)
             restore_weights(self.path, model, parallel, tuple(skip))
-        for number, layer in peer_layers(model).items():
-            if number in self.fresh:
+        for number, layer in sparse_layers(model).items():
+            if number in self.fresh and isinstance(layer, BeginsAtZero):
                 layer.zero_output()
 
 
@@ -84,7 +86,7 @@ def open_source(config: Config, tokenizer: TextTokenizer) -> Source:
         theirs, names = parse_config(read_manifest(path)["config"], str(path)).model, {}
     _check_architecture(path, theirs, config.model, names)
     fresh = _fresh_layers(path, theirs, config)
-    return Source(path, foreign, fresh, bool(set(ROUTED_KINDS) & set(theirs.mlp_kinds)))
+    return Source(path, foreign, fresh, any(KINDS[kind].routed for kind in theirs.mlp_kinds))
 
 
 @torch.no_grad()
@@ -100,7 +102,7 @@ def _copy(source: LlamaFolder | MegatronFolder, model: nn.ModuleList, skip: tupl
 
 
 def _check_architecture(path: Path, theirs: ModelConfig, ours: ModelConfig, names: dict[str, str]) -> None:
-    dense = any(kinds == ("dense", "dense") for kinds in zip(theirs.mlp_kinds, ours.mlp_kinds))
+    dense = any(kinds == (DENSE.name, DENSE.name) for kinds in zip(theirs.mlp_kinds, ours.mlp_kinds))
     for key in (*_ALWAYS, *(_DENSE if dense else ())):
         attribute = "query_groups" if key == "num_query_groups" else key
         there, here = getattr(theirs, attribute), getattr(ours, attribute)
@@ -114,16 +116,17 @@ def _check_architecture(path: Path, theirs: ModelConfig, ours: ModelConfig, name
 def _fresh_layers(path: Path, theirs: ModelConfig, config: Config) -> tuple[int, ...]:
     kinds = list(enumerate(zip(theirs.mlp_kinds, config.model.mlp_kinds), 1))
     for number, (there, here) in kinds:
-        if there != here and (there, here) != ("dense", "peer"):
+        if there != here and not (there == DENSE.name and KINDS[here].begins_at_zero):
+            new = " or ".join(kind.name for kind in KINDS.values() if kind.begins_at_zero)
             raise ConfigError(
                 f"checkpoint.init_from: {path} has a {there} feed-forward in layer {number}, but model.mlp says "
-                f"{here}; set it to the same, or to peer in the place of a dense one"
+                f"{here}; set it to the same, or to {new} in the place of a dense one"
             )
     fresh = tuple(number for number, (there, here) in kinds if there != here)
-    for pool in config.peer_pools:
+    for pool in config.pools:
         if len({layer + 1 in fresh for layer in pool}) > 1:
             raise ConfigError(
                 f"checkpoint.init_from: {path} has only some of the layers {[layer + 1 for layer in pool]}, which "
-                "share tables by peer.layers_per_pool; lower it"
+                f"share tables by {KINDS[config.model.mlp_kinds[pool[0]]].key('layers_per_pool')}; lower it"
             )
     return fresh

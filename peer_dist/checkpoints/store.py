@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from peer_dist.config import Config
-from peer_dist.config.schema import MLP_SECTIONS
 from peer_dist.data.prepare import read_prepared
+from peer_dist.kinds import KINDS
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.dist_checkpoint import State, Written, save
 from peer_dist.ranks.rank_zero import first_problem, from_every_rank, on_rank_zero
@@ -316,8 +316,10 @@ def check_resumable(path: Path, config: Config, identity: list[list[Any]], manif
         CheckpointError: naming the first key that differs.
     """
     saved, wanted = manifest["config"], config.model_dump(mode="json")
-    keys = [(section, key) for section in ("model", *MLP_SECTIONS) for key in wanted[section]]
-    keys.remove(("peer", "dispatch_chunks"))  # when things travel, not what is computed
+    keys = [(section, key) for section in ("model", "router") for key in wanted[section]]
+    for kind in KINDS.values():
+        if kind.section is not None:
+            keys += [(kind.name, key) for key in wanted[kind.name] if key not in kind.resumable]
     keys += [("data", "split"), ("table_optimizer", "name"), ("table_optimizer", "stochastic_rounding")]
     keys += [("train", "seed"), ("train", "global_batch_size")]
     for section, key in keys:

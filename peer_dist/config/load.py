@@ -99,14 +99,15 @@ def check_world(config: Config, world_size: int) -> None:
                 f"parallel.{' x '.join(sizes)}: {' x '.join(map(str, sizes.values()))} does not divide the "
                 f"{world_size} rank(s) that were started; start a multiple of {product} ranks or lower it"
             )
-    for kind, size, what in (("peer", config.peer.num_experts, "experts"), ("pkm", config.pkm.num_values, "values")):
-        if kind in config.model.mlp_kinds and rows > size:
-            raise ConfigError(f"parallel.expert: {rows} shards for {size} {what}")
-    for kind, experts in (("moe", config.moe.num_experts), ("sigma_moe", config.sigma_moe.num_experts)):
-        if kind in config.model.mlp_kinds and experts % rows:
+    for kind in config.kinds:
+        tables, experts = kind.tables(config), kind.experts(config)
+        if tables and rows > tables.rows:
+            what = "experts" if tables.tokens_travel else "values"
+            raise ConfigError(f"parallel.expert: {rows} shards for {tables.rows} {what}")
+        if experts and experts.number % rows:
             raise ConfigError(
-                f"parallel.expert: {rows} shards do not divide the {experts} experts of {kind}.num_experts; set it to "
-                "a divisor of both the experts and the ranks of a pipeline stage"
+                f"parallel.expert: {rows} shards do not divide the {experts.number} experts of "
+                f"{kind.key('num_experts')}; set it to a divisor of both the experts and the ranks of a pipeline stage"
             )
     if columns > config.model.hidden_size:
         raise ConfigError(f"parallel.expert_tensor: {columns} shards for {config.model.hidden_size} columns")

@@ -6,24 +6,17 @@ this file's descriptions.
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
-MLPKind = Literal["dense", "peer", "moe", "pkm", "sigma_moe"]
-
-MLP_SECTIONS = ("peer", "moe", "sigma_moe", "pkm", "router")  # what describes the layers, beside model
-
-ROUTED_KINDS = ("peer", "moe", "sigma_moe")  # those of model.mlp that router.kind changes
+from peer_dist.kinds import DENSE, KINDS, Kind, NotCausal
+from peer_dist.kinds.routing import RouterSection
+from peer_dist.kinds.section import Section
 
 VOCAB_MULTIPLE = 128  # what the vocabulary is padded to a multiple of, in every layout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -47,10 +40,9 @@ class ModelConfig(Section):
         description="hidden units of a dense feed-forward kept per token, the largest; 0: all (sigma-MoE paper)",
     )
     seq_length: int = Field(128, ge=2, description="tokens per sequence")
-    mlp: MLPKind | list[MLPKind] = Field(
-        "dense",
-        description="feed-forward kind, one for all layers or a list with one per layer: dense | peer | moe | pkm | "
-        "sigma_moe",
+    mlp: str | list[str] = Field(
+        DENSE.name,
+        description=f"feed-forward kind, one for all layers or a list with one per layer: {' | '.join(KINDS)}",
     )
     tied_embeddings: bool = Field(True, description="input and output embeddings share one matrix")
     dropout: float = Field(
@@ -66,9 +58,17 @@ class ModelConfig(Section):
         return self.num_query_groups or self.num_attention_heads
 
     @property
-    def mlp_kinds(self) -> list[MLPKind]:
-        """The feed-forward kind of each layer, ``num_layers`` long."""
+    def mlp_kinds(self) -> list[str]:
+        """The name of each layer's feed-forward kind, ``num_layers`` long."""
         return list(self.mlp) if isinstance(self.mlp, list) else [self.mlp] * self.num_layers
+
+    @field_validator("mlp")
+    @classmethod
+    def _known(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            if name not in KINDS:
+                raise ValueError(f"{name!r} is no kind of layer; known: {', '.join(KINDS)}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -92,185 +92,6 @@ class ModelConfig(Section):
         if isinstance(self.mlp, list) and len(self.mlp) != self.num_layers:
             raise ValueError(f"mlp lists {len(self.mlp)} kinds for {self.num_layers} layers (num_layers)")
         return self
-
-
-def _square(value: int) -> int:
-    root = math.isqrt(value)
-    if root * root != value:
-        raise ValueError(
-            f"must be the square of a whole number; {value} is not, {root**2} and {(root + 1) ** 2} are the nearest"
-        )
-    return value
-
-
-def _even(value: int) -> int:
-    if value % 2:
-        raise ValueError(f"must be even (two sub-keys of half the width); {value} is odd")
-    return value
-
-
-class PEERSection(Section):
-    """The PEER layers (model.mlp: peer): product-key retrieval of single-neuron experts."""
-
-    num_experts: int = Field(65536, ge=1, description="experts N per layer; the square of a whole number")
-    heads: int = Field(8, ge=1, description="query heads h; each retrieves top_k experts")
-    top_k: int = Field(16, ge=1, description="experts k per head; at most sqrt(num_experts)")
-    key_dim: int = Field(128, ge=2, description="width of a query and of a product key; even")
-    query_norm: Literal["batch", "layer", "rms", "none"] = Field("batch", description="query normalisation")
-    gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="router score to gate")
-    activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="the experts' activation")
-    shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
-    key_norm: Literal["none", "layer", "rms"] = Field("none", description="normalisation of the sub-keys (UltraMem)")
-    output_gate: bool = Field(False, description="y becomes (y * silu(x W1)) W2 (Memory+)")
-    dense_hidden: int = Field(0, ge=0, description="hidden width of a dense block beside the experts; 0: none")
-    dispatch_chunks: int = Field(
-        1, ge=1, description="parts in which tokens travel, so that exchange and experts overlap; may change on resume"
-    )
-    layers_per_pool: int = Field(
-        1, ge=1, description="PEER layers, counted from the first, that share one pair of tables; on one pipeline stage"
-    )
-    revive_interval: int = Field(
-        0,
-        ge=0,
-        description="steps after which sub-keys that were hardly picked become near copies of well-used ones, so "
-        "that their experts are picked; 0: never",
-    )
-    table_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them, unless "
-        "table_optimizer.stochastic_rounding",
-    )
-
-    _square = field_validator("num_experts")(_square)
-    _even = field_validator("key_dim")(_even)
-
-    @model_validator(mode="after")
-    def _check(self) -> PEERSection:
-        root = math.isqrt(self.num_experts)
-        if self.top_k > root:
-            raise ValueError(f"top_k ({self.top_k}) must be at most sqrt(num_experts) ({root})")
-        return self
-
-
-def _check_top_k(top_k: int, num_experts: int) -> None:
-    if top_k > num_experts:
-        raise ValueError(f"top_k ({top_k}) must be at most num_experts ({num_experts})")
-
-
-class MoESection(Section):
-    """Coarse mixture-of-experts layers (model.mlp: moe): Megatron-core's MoELayer, without dropped tokens."""
-
-    num_experts: int = Field(8, ge=2, description="experts, each a feed-forward of its own")
-    expert_hidden_size: int | None = Field(None, ge=1, description="hidden width; null: model.ffn_hidden_size")
-    top_k: int = Field(2, ge=1, description="experts per token (expert_choice: on average)")
-    routing: Literal["token_choice", "expert_choice"] = Field(
-        "token_choice",
-        description="who chooses whom; expert_choice (per sequence) lets later tokens change earlier ones: it is not "
-        "causal, and its losses are no language model's",
-    )
-    score: Literal["softmax", "sigmoid"] = Field("softmax", description="router logit to score")
-    normalize: bool = Field(
-        True,
-        description="gates add up to 1 over the experts chosen; false: the scores as they are (Switch, with top_k 1)",
-    )
-    balance_loss: float = Field(
-        0.01, ge=0, description="coefficient of the load-balance loss, over a forward pass of all ranks"
-    )
-    z_loss: float = Field(0.0, ge=0, description="coefficient of the router's z-loss")
-    expert_bias: bool = Field(False, description="balance by a bias on the scores (DeepSeek-V3); needs sigmoid")
-    expert_bias_rate: float = Field(1e-3, gt=0, description="change of that bias per step")
-
-    @model_validator(mode="after")
-    def _check(self) -> MoESection:
-        by_tokens = self.routing == "token_choice"
-        _check_top_k(self.top_k, self.num_experts)
-        if by_tokens and self.top_k == 1 and self.normalize:
-            raise ValueError("normalize must be false with top_k 1: every gate would be 1 and the router learn nothing")
-        if self.expert_bias and not by_tokens:
-            raise ValueError("expert_bias must be false with routing expert_choice: its experts are balanced already")
-        if self.expert_bias and self.score != "sigmoid":
-            raise ValueError(f"expert_bias needs score sigmoid (got {self.score}): the bias is added to the scores")
-        return self
-
-
-class SigmaMoESection(Section):
-    """sigma-MoE layers (model.mlp: sigma_moe; Csordas 2023): sigmoid router, ReLU experts, no softmax."""
-
-    num_experts: int = Field(16, ge=2, description="experts N_E")
-    expert_hidden_size: int = Field(128, ge=1, description="hidden width G of an expert")
-    top_k: int = Field(4, ge=1, description="experts K per token")
-    entropy_loss: float = Field(
-        1e-3, ge=0, description="gamma of the entropy regulariser, over a forward pass of all ranks"
-    )
-    expert_dropout: float = Field(0.0, ge=0, lt=1, description="delta: share of scores set to 0 in training")
-
-    @model_validator(mode="after")
-    def _check(self) -> SigmaMoESection:
-        _check_top_k(self.top_k, self.num_experts)
-        return self
-
-
-class PKMSection(Section):
-    """Product-key memory layers (model.mlp: pkm; Lample 2019): PEER's retrieval, of values instead of experts."""
-
-    num_values: int = Field(65536, ge=1, description="values; the square of a whole number")
-    heads: int = Field(4, ge=1, description="query heads")
-    top_k: int = Field(32, ge=1, description="values per head; at most sqrt(num_values)")
-    key_dim: int = Field(
-        128, ge=2, description="width of a query and of a product key; without effect where query_projection is false"
-    )
-    query_norm: Literal["batch", "layer", "rms", "none"] = Field(
-        "batch", description="query normalisation; none where query_projection is false"
-    )
-    query_projection: bool = Field(
-        True, description="queries are a linear map of the input; false: the input itself, its halves for the sub-keys"
-    )
-    gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="score to weight")
-    shared_keys: bool = Field(False, description="all heads share the product keys; not without query_projection")
-    init: Literal["memory", "dense"] = Field(
-        "memory",
-        description="of keys and values: memory: values N(0, 1/d) (Lample); dense: as the two matrices of a "
-        "feed-forward as wide as num_values",
-    )
-    table_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the values; bfloat16 as with peer.table_dtype"
-    )
-
-    _square = field_validator("num_values")(_square)
-    _even = field_validator("key_dim")(_even)
-
-    @model_validator(mode="after")
-    def _check(self) -> PKMSection:
-        root = math.isqrt(self.num_values)
-        if self.top_k > root:
-            raise ValueError(f"top_k ({self.top_k}) must be at most sqrt(num_values) ({root})")
-        if not self.query_projection and self.query_norm != "none":
-            raise ValueError(
-                f"query_norm ({self.query_norm}) must be none where query_projection is false: the query is the "
-                "layer's input, which is normalised already"
-            )
-        if not self.query_projection and self.shared_keys:
-            raise ValueError(
-                "shared_keys must be false where query_projection is false: all heads would pick the same values"
-            )
-        return self
-
-
-class RouterSection(Section):
-    """How routers see the layers before theirs (RMoE, Qiu 2024), in moe, sigma_moe and peer layers alike."""
-
-    kind: Literal["linear", "recurrent", "mlp", "cosine"] = Field(
-        "linear",
-        description="linear: of the layer's input; recurrent: of a GRU's state over layers (peer: added to the query); "
-        "mlp: as large as recurrent, without a state; cosine: low-rank cosine scores (XMoE)",
-    )
-    state_size: int = Field(
-        128, ge=1, description="width of the state, of the perceptron in its place (mlp), and of cosine's projection"
-    )
-    passing: Literal["full", "detached", "none"] = Field(
-        "full", description="the state goes from layer to layer with its gradient, without, or starts anew in each"
-    )
-    shared_projector: bool = Field(False, description="one projection into the state for all layers, or one per layer")
 
 
 class ParallelConfig(Section):
@@ -495,14 +316,28 @@ class LoggingConfig(Section):
     interval: int = Field(10, ge=1, description="steps per window of the expert-usage statistics")
 
 
-class Config(Section):
-    """A whole training run."""
-
+class _Model(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
-    peer: PEERSection = Field(default_factory=PEERSection)
-    moe: MoESection = Field(default_factory=MoESection)
-    sigma_moe: SigmaMoESection = Field(default_factory=SigmaMoESection)
-    pkm: PKMSection = Field(default_factory=PKMSection)
+
+
+if TYPE_CHECKING:
+    # the sections of kinds are not attributes to a type checker: Kind.keys returns them with their type
+    _Layers = _Model
+else:
+    _Layers = create_model(
+        "_Layers",
+        __base__=_Model,
+        **{
+            kind.name: (kind.section, Field(default_factory=kind.section))
+            for kind in KINDS.values()
+            if kind.section is not None
+        },
+    )
+
+
+class Config(_Layers):
+    """A whole training run: the model, a section for each kind of layer that has keys of its own, and all else."""
+
     router: RouterSection = Field(default_factory=RouterSection)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
@@ -532,13 +367,14 @@ class Config(Section):
                 f"model.num_layers ({model.num_layers})"
             )
         self._check_kinds()
-        for pool in self.peer_pools:
+        for pool in self.pools:
             stages = sorted({number // (model.num_layers // chunks) % parallel.pipeline for number in pool})
             if len(stages) > 1:
+                kind = KINDS[model.mlp_kinds[pool[0]]]
                 raise ValueError(
-                    f"peer.layers_per_pool ({self.peer.layers_per_pool}) has layers {[n + 1 for n in pool]} share "
-                    f"tables, but parallel.pipeline ({parallel.pipeline}) puts them on stages {stages}; lower it, or "
-                    "place the PEER layers of a pool on one stage (model.mlp)"
+                    f"{kind.key('layers_per_pool')} ({kind.layers_per_pool(self)}) has layers "
+                    f"{[n + 1 for n in pool]} share tables, but parallel.pipeline ({parallel.pipeline}) puts them on "
+                    f"stages {stages}; lower it, or place the {kind.name} layers of a pool on one stage (model.mlp)"
                 )
         if self.zero.stage == 3 and parallel.pipeline > 1:
             raise ValueError(
@@ -551,20 +387,19 @@ class Config(Section):
                 f"table_optimizer.warmup_steps ({warmup}) must be less than table_optimizer.decay_steps ({decay}); "
                 "each is that of optimizer where it is not set"
             )
-        kinds = {"peer": self.peer.table_dtype, "pkm": self.pkm.table_dtype}
-        for kind, dtype in kinds.items():
-            if self.table_optimizer.stochastic_rounding and kind in model.mlp_kinds and dtype != "bfloat16":
+        for kind in self.kinds:
+            tables = kind.tables(self)
+            if self.table_optimizer.stochastic_rounding and tables and tables.dtype != "bfloat16":
                 raise ValueError(
-                    f"table_optimizer.stochastic_rounding rounds to bfloat16, but {kind}.table_dtype is {dtype}; set "
-                    "that to bfloat16 or stochastic_rounding to false"
+                    f"table_optimizer.stochastic_rounding rounds to bfloat16, but {kind.key('table_dtype')} is "
+                    f"{tables.dtype}; set that to bfloat16 or stochastic_rounding to false"
                 )
         return self
 
     def _check_kinds(self) -> None:
         """What the layers' kinds and routers need of the layout."""
-        kinds, parallel = set(self.model.mlp_kinds), self.parallel
-        coarse = " and ".join(sorted(kinds & {"moe", "sigma_moe"}))
-        routed = coarse or ("peer" if "peer" in kinds else "")
+        parallel = self.parallel
+        coarse = " and ".join(sorted(kind.name for kind in self.kinds if kind.experts(self)))
         if coarse and parallel.expert_tensor > 1:
             raise ValueError(
                 f"parallel.expert_tensor must be 1 for model.mlp {coarse} (got {parallel.expert_tensor}): an expert is "
@@ -576,18 +411,42 @@ class Config(Section):
                     f"parallel.sequence must be true for model.mlp {coarse} with parallel.tensor ({parallel.tensor}), "
                     "or every tensor rank would compute the same tokens"
                 )
-            if routed and self.router.kind in ("recurrent", "mlp"):
+            if self.has_router_core:
                 raise ValueError(
                     f"parallel.sequence must be true for router.kind {self.router.kind} with parallel.tensor "
                     f"({parallel.tensor}): the state is split as the hidden one is"
                 )
-        if parallel.tensor > 1 and self.model.ffn_top_k and "dense" in kinds:
-            raise ValueError(
-                f"parallel.tensor must be 1 with model.ffn_top_k (got {parallel.tensor}): the largest are sought among "
-                "all hidden units"
-            )
-        if "peer" in kinds and self.router.kind == "cosine":
-            raise ValueError("router.kind cosine is for moe and sigma_moe, but model.mlp has peer layers; use another")
+        for kind in self.kinds:
+            kind.check(self)
+
+    @property
+    def kinds(self) -> list[Kind[Any]]:
+        """The different kinds of the model's layers, in the order of their first one."""
+        return [KINDS[name] for name in dict.fromkeys(self.model.mlp_kinds)]
+
+    @property
+    def has_router_core(self) -> bool:
+        """Whether the routers of the model's layers share a core (``router.kind`` recurrent or mlp)."""
+        return self.router.has_core and any(kind.routed for kind in self.kinds)
+
+    @property
+    def not_causal(self) -> NotCausal | None:
+        """Why later tokens change what the model says of earlier ones; None where they do not."""
+        return next((reason for kind in self.kinds if (reason := kind.not_causal(self))), None)
+
+    @property
+    def pools(self) -> list[list[int]]:
+        """The layers (from 0) that share tables, pool by pool in the order of their first layers.
+
+        A layer with tables that shares them with no other is a pool of its own.
+        """
+        pools: list[list[int]] = []
+        for kind in self.kinds:
+            if kind.tables(self):
+                layers = [number for number, name in enumerate(self.model.mlp_kinds) if name == kind.name]
+                size = kind.layers_per_pool(self)
+                pools += [layers[first : first + size] for first in range(0, len(layers), size)]
+        return sorted(pools)
 
     @property
     def table_schedule(self) -> tuple[int, int, float]:
@@ -598,13 +457,6 @@ class Config(Section):
             shared.decay_steps if own.decay_steps is None else own.decay_steps,
             shared.min_lr_ratio if own.min_lr_ratio is None else own.min_lr_ratio,
         )
-
-    @property
-    def peer_pools(self) -> list[list[int]]:
-        """The PEER layers (from 0) that share one pair of tables, pool by pool."""
-        layers = [number for number, kind in enumerate(self.model.mlp_kinds) if kind == "peer"]
-        size = self.peer.layers_per_pool
-        return [layers[first : first + size] for first in range(0, len(layers), size)]
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that each read their own sequences."""

@@ -18,6 +18,10 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config import ConfigError, check_world
+from peer_dist.data.documents import DataError
+from peer_dist.data.stream import open_tokenizer
+from peer_dist.engines.building import dtype_of
+from peer_dist.planning.state import checkpoint_bytes
 from peer_dist.ranks.environment import PACKAGES, free_memory, versions
 from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Verdict
 from peer_dist.units import sized
@@ -151,7 +155,7 @@ def _room(here: Here) -> dict[str, Any]:
 
 def _judge_room(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
     findings = []
-    needed = checkpoint_bytes(ranks)
+    needed = _checkpoint_bytes(ranks)
     for name in dict.fromkeys(name for value in values.values() for name in value["disks"]):
         places = {rank: value["disks"][name] for rank, value in values.items() if name in value["disks"]}
         locked = [rank for rank, (_, _, writable) in places.items() if not writable]
@@ -184,15 +188,19 @@ def _judge_room(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding
     return findings or [Finding("memory and disk", "ok", f"memory {sized(values[least]['memory'])}, {disks}")]
 
 
-def checkpoint_bytes(ranks: Ranks) -> int:
-    """At the least: the tables of a configured run with two float32 moments; 0 without a config."""
-    if ranks.config is None:
-        return 0
+def _checkpoint_bytes(ranks: Ranks) -> int:
+    """Bytes of a checkpoint of the configured run, without the embedding where the data are not there yet; 0 without a
+    config.
+    """
     config = ranks.config
-    moments = {"adam": 2 * config.model.hidden_size, "rowwise_adam": config.model.hidden_size + 1, "rowwise_adagrad": 1}
-    row = config.model.hidden_size + moments[config.table_optimizer.name]
-    experts = len(config.peer_pools) * 2 * config.peer.num_experts
-    return (experts + config.model.mlp_kinds.count("pkm") * config.pkm.num_values) * row * 4
+    if config is None:
+        return 0
+    try:
+        vocab_size = open_tokenizer(config.data).padded_vocab_size
+    except DataError:
+        vocab_size = 0
+    itemsize = dtype_of(config, "cuda" if ranks.backend == "nccl" else "cpu").itemsize
+    return checkpoint_bytes(config, vocab_size, itemsize)
 
 
 def _kept(ranks: Ranks) -> int:
@@ -286,7 +294,7 @@ def _disk_speed(here: Here) -> float:
 def _judge_disk_speed(values: dict[int, float], ranks: Ranks) -> list[Finding]:
     total, slowest = sum(values.values()), min(values, key=lambda rank: values[rank])
     told = f"{total / 1e6:,.0f} MB/s together"
-    if needed := checkpoint_bytes(ranks):
+    if needed := _checkpoint_bytes(ranks):
         told += f": a checkpoint of {sized(needed)} or more takes {needed / total:,.1f} s"
     findings = []
     if values[slowest] < _SLOW_DISK:

@@ -59,7 +59,7 @@ def make_engine(config: Config, model: nn.ModuleList, parallel: Parallel, dtype:
         offsets={name: shard.offset for name, shard in shards.items()},
     )
     experts = None
-    if {"moe", "sigma_moe"} & set(config.model.mlp_kinds):
+    if any(kind.experts(config) for kind in config.kinds):
         experts = TableOptimizer(
             {name: shard.parameter for name, shard in shards.items() if not shard.table},
             TableRule("adam", dense.lr, dense.betas, dense.eps, dense.weight_decay),

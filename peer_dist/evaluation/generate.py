@@ -44,10 +44,10 @@ def generate(
         ConfigError: the model is not causal.
     """
     config = loaded.config
-    if "moe" in config.model.mlp_kinds and config.moe.routing == "expert_choice":
+    if reason := config.not_causal:
         raise ConfigError(
-            f"{loaded.path}: its experts choose tokens (moe.routing expert_choice), later ones included, so that no "
-            "text can be drawn from left to right; train one with token_choice for that"
+            f"{loaded.path}: {reason}, so that no text can be drawn from left to right; train one with "
+            f"{reason.instead} for that"
         )
     length, parallel = config.model.seq_length, loaded.parallel
     texts = [_Text(loaded.tokenizer, prompt, length, seed) for prompt in prompts]

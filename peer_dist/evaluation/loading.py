@@ -59,8 +59,7 @@ def load_model(checkpoint: str, world_size: int, tensor: int = 1, pipeline: int 
     tree = manifest["config"]
     tree["parallel"], tree["zero"] = {}, {}
     config = parse_config(tree, str(path))
-    counts = {"moe": config.moe.num_experts, "sigma_moe": config.sigma_moe.num_experts}
-    coarse = [kind for kind in config.model.mlp_kinds if kind in counts]
+    coarse = [experts.number for kind in config.kinds if (experts := kind.experts(config))]
     if tensor > 1 and (coarse or config.router.kind != "linear"):
         raise ConfigError(
             f"--tensor must be 1 for {path}: coarse experts and routers with a state need sequence parallelism, which "
@@ -68,7 +67,7 @@ def load_model(checkpoint: str, world_size: int, tensor: int = 1, pipeline: int 
         )
     tree["parallel"] = {"tensor": tensor, "pipeline": pipeline}
     config = parse_config(tree, str(path))
-    rows = math.gcd(world_size // pipeline, *(counts[kind] for kind in coarse))
+    rows = math.gcd(world_size // pipeline, *coarse)
     parallel = Parallel.initialize(tensor=tensor, pipeline=pipeline, expert=rows, seed=config.train.seed)
     tokenizer = load_tokenizer(str(path / "tokenizer.json"))
     model = build_model(config, parallel, tokenizer.padded_vocab_size, getattr(torch, manifest["dtype"]))

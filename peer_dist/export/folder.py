@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,17 +19,18 @@ from tokenizers.processors import TemplateProcessing
 
 from peer_dist.checkpoints.store import find_checkpoint, read_manifest, sync, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
-from peer_dist.config.schema import ROUTED_KINDS
 from peer_dist.data.documents import DataError
 from peer_dist.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer
-from peer_dist.export.peer_model import PREFIX, LanguageModel
+from peer_dist.export.joined import joined_source
+from peer_dist.export.peer_model import PREFIX
 from peer_dist.export.shards import DTYPES, Entry, parse_size, write_shards
+from peer_dist.kinds import KINDS
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.dist_checkpoint import check_tensors
 from peer_dist.megatron.reader import StoredTensors
 
 _BLOCK = 1 << 22  # numbers read at a time
-_SHIPPED = ("peer_model.py", "modeling_peer.py")
+_MODEL, _FOR_TRANSFORMERS = "peer_model.py", "modeling_peer.py"
 _NOT_WEIGHTS = ("optimizer.", "revival.")  # keys of a checkpoint that only training reads
 _KEYS = {
     "embedding.weight": "embedding.word_embeddings.weight",
@@ -40,10 +42,7 @@ _LAYER_KEYS = {
     "attention.qkv.weight": "self_attention.linear_qkv.weight",
     "attention.out.weight": "self_attention.linear_proj.weight",
     "mlp_norm.weight": "pre_mlp_layernorm.weight",
-    "mlp.fc1.weight": "mlp.linear_fc1.weight",
-    "mlp.fc2.weight": "mlp.linear_fc2.weight",
 }
-_SPARSE_NAMES = {"peer": "peer", "pkm": "pkm", "moe": "moe", "sigma_moe": "moe"}  # of the layers in the trained model
 
 
 @dataclass(frozen=True)
@@ -81,24 +80,24 @@ def export(
     verify_checkpoint(path)
     manifest = read_manifest(path)
     config = parse_config({**manifest["config"], "parallel": {}, "zero": {}}, str(path))
-    if "moe" in config.model.mlp_kinds and config.moe.routing == "expert_choice":
+    if reason := config.not_causal:
         raise ConfigError(
-            f"{path}: its experts choose tokens (moe.routing expert_choice), later ones included, so that it has no "
-            "next-token logits to export; train one with token_choice for that"
+            f"{path}: {reason}, so that it has no next-token logits to export; train one with {reason.instead} for that"
         )
     tokenizer = load_tokenizer(str(path / "tokenizer.json"))
     settings = model_settings(config, tokenizer, dtype)
-    entries = _entries(path, settings)
+    code = joined_source({kind.name: kind.exported() for kind in config.kinds})
+    entries = _entries(path, settings, code)
     unfinished = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
+        (unfinished / _MODEL).write_text(code, encoding="utf-8")
         written = write_shards(unfinished, entries, limit)
         _write_settings(unfinished, settings)
         _write_tokenizer(unfinished, path, settings)
-        for name in _SHIPPED:
-            shutil.copyfile(Path(__file__).with_name(name), unfinished / name)
-        for each in (*unfinished.iterdir(), unfinished):
-            sync(each)
+        shutil.copyfile(Path(__file__).with_name(_FOR_TRANSFORMERS), unfinished / _FOR_TRANSFORMERS)
+        for written_path in (*unfinished.iterdir(), unfinished):
+            sync(written_path)
         unfinished.rename(output)
         sync(output.parent)
     except OSError as error:
@@ -112,7 +111,7 @@ def export(
 
 def model_settings(config: Config, tokenizer: TextTokenizer, dtype: str) -> dict[str, Any]:
     """What ``config.json`` holds: transformers' names where it has one, else those of the run's config."""
-    model, kinds = config.model, config.model.mlp_kinds
+    model = config.model
     settings = {
         "model_type": "peer_dist",
         "architectures": ["PeerForCausalLM"],
@@ -129,25 +128,34 @@ def model_settings(config: Config, tokenizer: TextTokenizer, dtype: str) -> dict
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.query_groups,
+        "rope_theta": model.rope_base,
+        "rms_norm_eps": model.norm_eps,
         "intermediate_size": model.ffn_hidden_size,
         "max_position_embeddings": model.seq_length,
         "tie_word_embeddings": model.tied_embeddings,
         "ffn_activation": model.ffn_activation,
         "ffn_top_k": model.ffn_top_k,
-        "mlp": kinds,
+        "mlp": model.mlp_kinds,
     }
-    sections = sorted({*kinds} - {"dense"}) + ["router"] * bool({*kinds} & {*ROUTED_KINDS})
+    sections = sorted(kind.name for kind in config.kinds if kind.section is not None)
+    sections += ["router"] * any(kind.routed for kind in config.kinds)
     return {**settings, **{name: getattr(config, name).model_dump(mode="json") for name in sections}}
 
 
-def _entries(path: Path, settings: dict[str, Any]) -> list[Entry]:
+def _entries(path: Path, settings: dict[str, Any], code: str) -> list[Entry]:
     """Every tensor of the model, and where the checkpoint has it.
+
+    Args:
+        code: of the model, as it is written.
 
     Raises:
         CheckpointError: they are not those of the checkpoint.
     """
+    module = ModuleType("exported_model")
+    exec(compile(code, _MODEL, "exec"), module.__dict__)  # the package's own code and that of installed kinds
     with torch.device("meta"):
-        model = LanguageModel(settings)
+        model = module.LanguageModel(settings)
     exact = {name for name, _ in model.named_buffers()}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     keys = {name: _stored_key(name, settings["mlp"]) for name in shapes}
@@ -173,17 +181,11 @@ def _stored_key(name: str, kinds: list[str]) -> str:
     if match is None:
         return _KEYS.get(name, name)
     number, rest = int(match[1]), match[2]
-    if table := re.fullmatch(r"mlp\.(down|up|values)", rest):
-        return f"tables.layer{number + 1}.{table[1]}"
-    if expert := re.fullmatch(r"mlp\.experts\.(\d+)\.(fc\d)\.weight", rest):
-        return f"tables.layer{number + 1}.expert{expert[1]}.{expert[2]}"
+    if rest.startswith("mlp."):
+        return KINDS[kinds[number]].stored_key(rest.removeprefix("mlp."), number + 1)
     if rest.startswith("router_state."):
-        rest = f"mlp.{rest}"
-    elif rest in _LAYER_KEYS:
-        rest = _LAYER_KEYS[rest]
-    else:
-        rest = f"mlp.{_SPARSE_NAMES[kinds[number]]}.{rest.removeprefix('mlp.')}"
-    return f"decoder.layers.{number}.{rest}"
+        return f"decoder.layers.{number}.mlp.{rest}"
+    return f"decoder.layers.{number}.{_LAYER_KEYS[rest]}"
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -29,3 +29,11 @@ class SparseLayer(Protocol):
 
     def release_shards(self) -> None:
         """Take the shards out of the module's parameters: engines must not see them."""
+
+
+@runtime_checkable
+class BeginsAtZero(Protocol):
+    """A layer that can be made to add nothing to the residual stream, and learn from there."""
+
+    def zero_output(self) -> None:
+        """Make the output 0 for every input."""

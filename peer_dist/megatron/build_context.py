@@ -19,7 +19,7 @@ class BuildContext:
 
     Attributes:
         core: of the layers' routers, where ``router.kind`` has one.
-        pools: pool number to the layer that owns its tables, of all of this rank's chunks.
+        pools: first layer of a pool, from 0, to the layer that owns its tables, of all of this rank's chunks.
     """
 
     config: Config

@@ -1,4 +1,4 @@
-"""A layer's feed-forward part in Megatron's layer spec: of the kind that ``model.mlp`` says."""
+"""The feed-forward part of a layer as a module of Megatron's, and its spec, for each kind of layer."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megatron.core.transformer import MegatronModule, ModuleSpec, TransformerCon
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
+from peer_dist import kinds
 from peer_dist.config.schema import ModelConfig
 from peer_dist.layers.peer import PEER, activation_second_moment
 from peer_dist.layers.product_key_memory import ProductKeyMemory
@@ -25,7 +26,7 @@ from peer_dist.layers.recurrence import RouterState
 from peer_dist.layers.sparse_layer import SparseLayer
 
 from .build_context import BuildContext
-from .moe import CoarseMoE, moe, sigma_moe
+from .moe import CoarseMoE
 
 INIT_STD = 0.02  # of every dense matrix; those that write to the residual stream have 1/sqrt(2 layers) of it
 
@@ -93,15 +94,15 @@ class PEERMLP(SparseMLP):
         self, config: TransformerConfig, submodules: Any = None, *, context: BuildContext, number: int
     ) -> None:
         super().__init__(config, context, routed=True)
-        run, parallel = context.config, context.parallel
-        (pool,) = (index for index, layers in enumerate(run.peer_pools) if number - 1 in layers)
+        run, parallel, section = context.config, context.parallel, kinds.PEER.keys(context.config)
+        (pool,) = (layers[0] for layers in run.pools if number - 1 in layers)
         self.peer = PEER(
             dim=run.model.hidden_size,
-            **run.peer.model_dump(exclude={"table_dtype", "layers_per_pool", "revive_interval"}),
+            **section.model_dump(exclude={"table_dtype", "layers_per_pool", "revive_interval"}),
             group=parallel.experts,
             data_group=parallel.token_group,
             output_std=dense_output_std(run.model),
-            table_dtype=getattr(torch, run.peer.table_dtype),
+            table_dtype=getattr(torch, section.table_dtype),
             sparse_grad=run.table_optimizer.lazy,
             tables_of=context.pools.get(pool),
             state_size=0 if context.core is None else context.core.state_size,
@@ -125,14 +126,14 @@ class PKMMLP(SparseMLP):
         self, config: TransformerConfig, submodules: Any = None, *, context: BuildContext, number: int
     ) -> None:
         super().__init__(config, context, routed=False)
-        run, parallel = context.config, context.parallel
+        run, parallel, section = context.config, context.parallel, kinds.PKM.keys(context.config)
         self.pkm = ProductKeyMemory(
             dim=run.model.hidden_size,
-            **run.pkm.model_dump(exclude={"table_dtype"}),
+            **section.model_dump(exclude={"table_dtype"}),
             num_layers=run.model.num_layers,
             group=parallel.experts,
             data_group=parallel.token_group,
-            table_dtype=getattr(torch, run.pkm.table_dtype),
+            table_dtype=getattr(torch, section.table_dtype),
             sparse_grad=run.table_optimizer.lazy,
             seed=context.seed(number),
             device=parallel.device,
@@ -200,22 +201,16 @@ def dense_output_std(model: ModelConfig) -> float:
     return INIT_STD / math.sqrt(2 * model.num_layers) * math.sqrt(model.ffn_hidden_size * mean_square)
 
 
-_SPARSE: dict[str, tuple[type[SparseMLP], dict[str, Any]]] = {
-    "peer": (PEERMLP, {}),
-    "pkm": (PKMMLP, {}),
-    "moe": (CoarseMLP, {"build": moe}),
-    "sigma_moe": (CoarseMLP, {"build": sigma_moe}),
-}
+def dense_spec(context: BuildContext) -> ModuleSpec:
+    """The spec of a dense feed-forward."""
+    top_k = context.config.model.ffn_top_k
+    second = ModuleSpec(module=TopKRowParallelLinear, params={"top_k": top_k}) if top_k else RowParallelLinear
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=second))
 
 
-def feed_forward(context: BuildContext, number: int) -> ModuleSpec:
-    """The spec of the feed-forward part of layer ``number``, from 1."""
-    kind, top_k = context.config.model.mlp_kinds[number - 1], context.config.model.ffn_top_k
-    if kind == "dense":
-        second = ModuleSpec(module=TopKRowParallelLinear, params={"top_k": top_k}) if top_k else RowParallelLinear
-        return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=second))
-    module, more = _SPARSE[kind]
-    return ModuleSpec(module=module, params={"context": context, "number": number, **more})
+def sparse_spec(module: type[SparseMLP], context: BuildContext, number: int, **arguments: Any) -> ModuleSpec:
+    """The spec of a sparse layer: ``module`` of layer ``number``, from 1, with more ``arguments``, if it takes some."""
+    return ModuleSpec(module=module, params={"context": context, "number": number, **arguments})
 
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import nn
 
 from peer_dist.config import Config
-from peer_dist.config.schema import ROUTED_KINDS
+from peer_dist.kinds import KINDS
 from peer_dist.layers.peer import PEER
 from peer_dist.layers.recurrence import RouterCore
 from peer_dist.layers.router import Router
@@ -33,7 +33,7 @@ from peer_dist.sharding import Shard
 
 from .attention import SDPAttention
 from .build_context import BuildContext, layer_seed
-from .feed_forward import INIT_STD, SparseMLP, feed_forward, sparse_mlps
+from .feed_forward import INIT_STD, SparseMLP, sparse_mlps
 from .gradients import finalize_gradients
 from .moe import CoarseMoE
 from .norm import RMSNorm
@@ -139,7 +139,7 @@ def _layer_spec(context: BuildContext, number: int) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=feed_forward(context, number),
+            mlp=KINDS[context.config.model.mlp_kinds[number - 1]].build(context, number),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -200,7 +200,7 @@ def _build_chunk(megatron: TransformerConfig, context: BuildContext, number: int
 def _router_core(config: Config, parallel: Parallel, chunk: int, dtype: torch.dtype) -> RouterCore | None:
     """A chunk's copy of what the routers of all layers share; the first stage's first counts as the parameter."""
     router = config.router
-    if router.kind not in ("recurrent", "mlp") or not set(ROUTED_KINDS) & set(config.model.mlp_kinds):
+    if not config.has_router_core:
         return None
     torch.default_generator.manual_seed(layer_seed(config, 0))
     core = RouterCore(

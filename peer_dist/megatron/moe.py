@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.utils import init_method_normal
 from torch import Tensor, nn
 
+from peer_dist import kinds
 from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
 from peer_dist.sharding import Shard, Traffic, release
@@ -137,7 +138,7 @@ def _router(context: BuildContext, num_experts: int, rule: Rule, std: Callable[[
 
 def moe(config: TransformerConfig, context: BuildContext, seed: int) -> CoarseMoE:
     """Experts of the dense feed-forward's form and initialisation."""
-    section = context.config.moe
+    section = kinds.MOE.keys(context.config)
     chosen_by_experts = section.routing == "expert_choice"
     rule = Rule(
         section.top_k,
@@ -157,7 +158,7 @@ def moe(config: TransformerConfig, context: BuildContext, seed: int) -> CoarseMo
 
 def sigma_moe(config: TransformerConfig, context: BuildContext, seed: int) -> CoarseMoE:
     """ReLU experts under sigmoid scores (Csordas 2023), initialised as one dense layer as wide as all of them."""
-    section, model = context.config.sigma_moe, context.config.model
+    section, model = kinds.SIGMA_MOE.keys(context.config), context.config.model
     rule = Rule(
         section.top_k,
         "sigmoid",

@@ -23,6 +23,7 @@ import yaml
 
 from peer_dist.config import Config, ConfigError
 from peer_dist.kernels import Picks, expert_mix
+from peer_dist.kinds import DENSE, PEER
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.plan import plan
 from peer_dist.ranks.environment import free_memory
@@ -347,9 +348,9 @@ def _model(layers: int) -> Config:
                 "num_layers": layers,
                 "hidden_size": 32,
                 "seq_length": 8,
-                "mlp": ["dense", "peer"] * (layers // 2),
+                "mlp": [DENSE.name, PEER.name] * (layers // 2),
             },
-            "peer": {"num_experts": 256, "heads": 1, "top_k": 4, "key_dim": 8, "query_norm": "rms"},
+            PEER.name: {"num_experts": 256, "heads": 1, "top_k": 4, "key_dim": 8, "query_norm": "rms"},
             "parallel": {"expert": "auto"},
             "data": {"prefix": "none"},
             "train": {"micro_batch_size": 1},
@@ -365,7 +366,7 @@ def _dense_model(sizes: _Sizes, ranks: int) -> Config:
                 "hidden_size": sizes.width,
                 "num_attention_heads": max(1, sizes.width // 64),
                 "seq_length": sizes.length,
-                "mlp": "dense",
+                "mlp": DENSE.name,
             },
             "data": {"prefix": "none"},
             "train": {"micro_batch_size": 4, "global_batch_size": 4 * ranks},

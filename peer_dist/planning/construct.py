@@ -21,7 +21,6 @@ from rich.table import Table
 from torch.overrides import TorchFunctionMode
 
 from peer_dist.config import Config, ConfigError, check_world
-from peer_dist.config.schema import MLPKind
 from peer_dist.optim import HeldBytes
 from peer_dist.planning.layout import check_vocabulary
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs, synthetic_picks
@@ -63,7 +62,7 @@ class RankModel:
 
     rank: int
     stage: int
-    layers: dict[int, MLPKind]
+    layers: dict[int, str]
     groups: dict[str, list[int]]
     shapes: dict[str, tuple[int, ...]]
     parameters: dict[str, int]
@@ -263,7 +262,7 @@ def _exchange(
     rank: int,
     itemsize: int,
     gpus_per_node: int,
-    kinds: Sequence[MLPKind],
+    kinds: Sequence[str],
     zipf: float,
 ) -> Exchange:
     domain, columns = groups["experts"], len(groups["expert columns"])
@@ -273,17 +272,15 @@ def _exchange(
     tokens = sequences * config.model.seq_length // len(groups["tensor"])
     sample = min(tokens, _SAMPLE)
     inside, between, hits, layers = 0, 0, 0.0, 0
-    for kind, rows, picks in (
-        ("peer", config.peer.num_experts, config.peer.heads * config.peer.top_k),
-        ("pkm", config.pkm.num_values, config.pkm.heads * config.pkm.top_k),
-    ):
-        count = kinds.count(kind)
-        if not count:
+    for kind in config.kinds:
+        tables, count = kind.tables(config), kinds.count(kind.name)
+        if not tables or not count:
             continue
         torch.manual_seed(rank)
-        drawn = synthetic_picks(rows, sample, picks, zipf)
-        sizes = (rows, config.model.hidden_size, len(domain) // columns, columns)
-        pairs = exchange_pairs(drawn, *sizes, home=domain.index(rank), itemsize=itemsize, values=kind == "pkm")
+        drawn = synthetic_picks(tables.rows, sample, tables.picks, zipf)
+        sizes = (tables.rows, config.model.hidden_size, len(domain) // columns, columns)
+        home, values = domain.index(rank), not tables.tokens_travel
+        pairs = exchange_pairs(drawn, *sizes, home=home, itemsize=itemsize, values=values)
         all_bytes, near_bytes = int(pairs.sum()), int(pairs[near].sum())
         inside += count * near_bytes * tokens // sample
         between += count * (all_bytes - near_bytes) * tokens // sample

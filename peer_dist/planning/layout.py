@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from peer_dist.config import Config, ConfigError
-from peer_dist.config.schema import MLPKind
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Layout:
         firsts = [(chunk * self.pipeline + stage) * size for chunk in range(self.virtual)]
         return [list(range(first, first + size)) for first in firsts]
 
-    def kinds(self, stage: int) -> Counter[tuple[MLPKind, int]]:
+    def kinds(self, stage: int) -> Counter[tuple[str, int]]:
         """How many layers a stage has of each kind, and with so many forward passes: 2 where they are recomputed."""
         kinds, recomputed = self.config.model.mlp_kinds, self.config.train.recompute_layers
         layers = (each for chunk in self.layers(stage) for each in enumerate(chunk))

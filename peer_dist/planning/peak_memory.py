@@ -10,24 +10,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from peer_dist.kinds import KINDS, Kind, Tables
+from peer_dist.kinds.cost import FLOAT
 from peer_dist.optim.held_bytes import BUCKET
 from peer_dist.optim.tables import BLOCKS
 from peer_dist.planning.layout import Layout, Place
-from peer_dist.planning.state import (
-    FLOAT,
-    Block,
-    State,
-    dense_elements,
-    dense_shapes,
-    expert_sizes,
-    gradient_bytes,
-    has_core,
-    retrieving,
-    shards,
-    state,
-)
+from peer_dist.planning.state import Block, State, dense_elements, dense_shapes, gradient_bytes, shards, state
 from peer_dist.planning.traffic import routes
-from peer_dist.sharding.cost import Routes
 
 LIVE = 1_000_000_000  # elements up to which ZeRO-3 leaves parameters that it has gathered in place (likewise)
 
@@ -199,7 +188,7 @@ def moved_activations(layout: Layout, stage: int, vocab_size: int, itemsize: int
 def _carried(layout: Layout) -> int:
     """Width of what goes from layer to layer."""
     config = layout.config
-    return config.model.hidden_size + (config.router.state_size if has_core(config) else 0)
+    return config.model.hidden_size + (config.router.state_size if config.has_router_core else 0)
 
 
 def _norm(d: int, itemsize: int, device: str) -> float:
@@ -215,87 +204,43 @@ def _layer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | 
     attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size + model.seq_length)
     dropped = 2 * d if model.dropout else 0
     both = split * (2 * _norm(d, itemsize, device) + dropped) + tokens * attention
-    own = _FEED_FORWARD[kind](layout, kind, itemsize, device, hits)
+    own = _feed_forward(layout, KINDS[kind], itemsize, hits)
     working = max(own.working, 6 * d / tensor * itemsize * tokens) + split * d * (2 * FLOAT + itemsize)
     return Kept(both + own.activations, own.exchange, working)
 
 
-def _dense(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
-    """SwiGLU keeps both halves, the second once more, the activation and the product; GELU input and output."""
-    model = layout.config.model
-    f = model.ffn_hidden_size / layout.tensor * itemsize * layout.tokens
-    swiglu = model.ffn_activation == "swiglu"
-    return Kept((5 if swiglu else 2) * f, working=(4 if swiglu else 2) * f)
-
-
-def _retrieval(layout: Layout, kind: str, itemsize: int, device: str) -> tuple[float, float]:
-    """Bytes per token that choosing rows keeps, and that its backward pass works in."""
-    config = layout.config
-    section, _ = retrieving(config, kind)
-    picks = section.heads * section.top_k
-    projected = kind == "peer" or config.pkm.query_projection
-    query = section.heads * (section.key_dim if projected else config.model.hidden_size)
-    kept = picks * (8 + FLOAT) + (query * itemsize if projected else 0)  # numbers and gates
-    if section.query_norm == "batch":
-        kept += 3 * query * FLOAT  # centred twice, and scaled
-    if layout.tensor > 1 and not config.parallel.sequence:
-        kept += config.model.hidden_size * itemsize  # this rank's part of the tokens
-    return kept, query * (itemsize + FLOAT) + 2 * picks * (8 + FLOAT)
-
-
-def _peer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
+def _feed_forward(layout: Layout, kind: Kind, itemsize: int, hits: float | None) -> Kept:
+    """What the layer itself keeps, and what sending its tokens to experts or values keeps."""
     config, tokens, d = layout.config, layout.own_tokens, layout.config.model.hidden_size
-    peer = config.peer
-    kept, working = _retrieval(layout, "peer", itemsize, device)
-    if peer.output_gate:
-        kept += 4 * d * itemsize
-    if peer.dense_hidden:
-        kept += 2 * peer.dense_hidden * itemsize
-    if has_core(config):
-        kept += 12 * config.router.state_size * itemsize
-    if layout.rows * layout.columns == 1:
-        picks = peer.heads * peer.top_k
-        return Kept(tokens * (kept + picks * FLOAT), 0.0, tokens * (max(working, 3 * picks * FLOAT + 2 * d * FLOAT)))
-    route, merging = _merging(layout, kind, hits)
-    received = route.pairs * d * itemsize + layout.columns * route.picks * (8 + 2 * FLOAT)
-    # dy as sent and as received, dx in float32 and as sent, and a pick's three gradients at an owner
-    travelling = route.pairs * d * (3 * itemsize + FLOAT) + layout.columns * route.picks * 3 * FLOAT
-    return Kept(tokens * kept, received + merging, max(tokens * working, travelling))
+    kept, working = kind.kept(config, itemsize)
+    tables, experts = kind.tables(config), kind.experts(config)
+    if tables:
+        if layout.tensor > 1 and not config.parallel.sequence:
+            kept += d * itemsize  # this rank's part of the tokens
+        return _rows(layout, tables, Kept(tokens * kept, working=tokens * working), itemsize, hits)
+    away = 0.0
+    if experts and layout.rows > 1:
+        away = tokens * experts.top_k * 2 * d * itemsize
+    return Kept(tokens * kept, away, tokens * working)
 
 
-def _pkm(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
-    """Gates and picks travel, and sums of values come home."""
-    tokens, d = layout.own_tokens, layout.config.model.hidden_size
-    kept, working = _retrieval(layout, "pkm", itemsize, device)
-    if layout.rows * layout.columns == 1:
-        return Kept(tokens * kept, 0.0, tokens * (working + d * FLOAT))
-    route, merging = _merging(layout, kind, hits)
-    received = layout.columns * route.picks * (8 + FLOAT)
-    return Kept(tokens * kept, received + merging, max(tokens * working, route.pairs * d * 2 * itemsize))
-
-
-def _merging(layout: Layout, kind: str, hits: float | None) -> tuple[Routes, float]:
-    """The routes of a rank's tokens, and what merging and sending picks keeps of them."""
-    route = routes(layout, kind, hits)
-    section, _ = retrieving(layout.config, kind)
-    numbers = route.tokens * section.heads * section.top_k + 2 * route.picks + (1 + layout.columns) * route.pairs
-    return route, 8 * numbers
-
-
-def _coarse(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
-    """A copy of each token for each of its experts; about six numbers in float32 a router's logit."""
-    config, tokens, d = layout.config, layout.own_tokens, layout.config.model.hidden_size
-    experts, _, hidden = expert_sizes(config, kind)
-    # as in a dense layer, and once more weighted; ReLU keeps its output alone
-    times = 2 if kind == "sigma_moe" else 6 if config.model.ffn_activation == "swiglu" else 3
-    top_k = config.moe.top_k if kind == "moe" else config.sigma_moe.top_k
-    rows = tokens * top_k
-    routing = tokens * 6 * experts * FLOAT
-    away = 0.0 if layout.rows == 1 else rows * 2 * d * itemsize
-    return Kept(routing + rows * (d + times * hidden) * itemsize, away, rows * (2 * hidden + d) * itemsize)
-
-
-_FEED_FORWARD = {"dense": _dense, "peer": _peer, "pkm": _pkm, "moe": _coarse, "sigma_moe": _coarse}
+def _rows(layout: Layout, tables: Tables, own: Kept, itemsize: int, hits: float | None) -> Kept:
+    """A layer that picks rows of tables and keeps ``own`` for it, with the picks and what travels."""
+    tokens, d, columns = layout.own_tokens, layout.config.model.hidden_size, layout.columns
+    if layout.rows * columns == 1:
+        if not tables.tokens_travel:
+            return Kept(own.activations, working=own.working + tokens * d * FLOAT)
+        numbers = tokens * tables.picks * FLOAT  # the experts' dot products
+        return Kept(own.activations + numbers, working=max(own.working, 3 * numbers + tokens * 2 * d * FLOAT))
+    route = routes(layout, tables, hits)
+    merging = 8 * (tokens * tables.picks + 2 * route.picks + (1 + columns) * route.pairs)
+    if not tables.tokens_travel:  # gates and picks travel, and sums of values come home
+        received, travelling = columns * route.picks * (8 + FLOAT), route.pairs * d * 2 * itemsize
+    else:
+        received = route.pairs * d * itemsize + columns * route.picks * (8 + 2 * FLOAT)
+        # dy as sent and as received, dx in float32 and as sent, and a pick's three gradients at an owner
+        travelling = route.pairs * d * (3 * itemsize + FLOAT) + columns * route.picks * 3 * FLOAT
+    return Kept(own.activations, received + merging, max(own.working, travelling))
 
 
 def _head(layout: Layout, vocab_size: int, itemsize: int, device: str) -> Kept:

@@ -10,15 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from peer_dist.config import Config, ConfigError, check_world
-from peer_dist.planning.counts import Cost, Counts, count
+from peer_dist.kinds.cost import SHARDED_PARTS, Cost
+from peer_dist.planning.counts import Counts, count
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Layout, Place, check_vocabulary
 from peer_dist.planning.peak_memory import PeakMemory, memory
 from peer_dist.planning.timing import StepTime, Work, work
 from peer_dist.planning.traffic import Wire, step_traffic
 from peer_dist.units import short
-
-_TABLES = ("experts", "values")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Plan:
     def _held(self) -> dict[Place, PeakMemory]:
         """Memory of the ranks with the largest shards (the last ones), one for each different kind of stage."""
         config, stages = self.layout.config, dict[Any, int]()
-        firsts = {pool[0] for pool in config.peer_pools}
+        firsts = {pool[0] for pool in config.pools}
         for stage in range(self.layout.pipeline):
             kinds = [[(config.model.mlp_kinds[n], n in firsts) for n in chunk] for chunk in self.layout.layers(stage)]
             stages.setdefault((str(kinds), stage == 0, stage == self.layout.pipeline - 1), stage)
@@ -124,8 +123,7 @@ class Plan:
     @property
     def expert_parameters(self) -> Cost:
         """Tables of experts and values, and coarse experts."""
-        parts = self.counts.parts
-        return sum((parts[name] for name in _TABLES if name in parts), Cost())
+        return sum((cost for name, cost in self.counts.parts.items() if name in SHARDED_PARTS), Cost())
 
     def values(self) -> dict[str, Any]:
         """All figures as plain data: bytes, seconds, FLOPs."""

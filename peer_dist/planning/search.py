@@ -51,8 +51,8 @@ def search(own: Plan) -> list[Plan]:
 def _parallel(layout: Layout) -> Iterator[dict[str, Any]]:
     """Sections ``parallel`` to try; what a config refuses is left to it."""
     config, world = layout.config, layout.world_size
-    sparse = bool({*config.model.mlp_kinds} - {"dense"})
-    tables = bool({*config.model.mlp_kinds} & {"peer", "pkm"})
+    sparse = any(kind.sparse for kind in config.kinds)
+    tables = any(kind.tables(config) for kind in config.kinds)
     for tensor in _powers(min(128, layout.gpus_per_node, world)):
         for pipeline in _divisors(config.model.num_layers):
             if world % (tensor * pipeline):
@@ -114,7 +114,7 @@ def advice(own: Plan) -> str:
         return f"does not fit: {held}; enough is one of {', '.join(enough)}"
     parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries")
     largest = max(parts, key=lambda part: float(getattr(memory, part)))
-    more = "fewer experts" if set(config.model.mlp_kinds) - {"dense"} else "a smaller model"
+    more = "fewer experts" if any(kind.sparse for kind in config.kinds) else "a smaller model"
     return (
         f"does not fit: {held}, most of it {largest}, and no single key is enough; let --search try them together, or "
         f"take more GPUs or {more}"

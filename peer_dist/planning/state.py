@@ -7,17 +7,17 @@ steps, buffers such as BatchNorm's statistics, and rotary positions are left out
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peer_dist.config import Config
-from peer_dist.config.schema import ROUTED_KINDS, PEERSection, PKMSection, RouterSection
+from peer_dist.config.schema import ParallelConfig
+from peer_dist.kinds import KINDS
+from peer_dist.kinds.cost import FLOAT, Shape
+from peer_dist.kinds.routing import core_shapes
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.sharding.grid import first_of
 
-FLOAT = 4
 PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter whole on every rank (DeepSpeed's default)
-_TABLE_ITEMS = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,25 @@ class State:
     host: int = 0
 
 
-def dense_shapes(layout: Layout, stage: int, vocab_size: int) -> dict[str | int, list[tuple[int, ...]]]:
+def dense_shapes(layout: Layout, stage: int, vocab_size: int) -> dict[str | int, list[Shape]]:
     """The trained parameters of a stage's rank but for its shards: of each layer (from 0), the ``embedding``, the
     ``head`` and what routers share (``core``). Matrices have two dimensions or more, and are what decays.
     """
     config, tensor, chunks = layout.config, layout.tensor, layout.layers(stage)
     d, last = config.model.hidden_size, layout.pipeline - 1
-    found: dict[str | int, list[tuple[int, ...]]] = {}
+    shapes: dict[str | int, list[Shape]] = {}
     if stage == 0:
-        found["embedding"] = [(vocab_size // tensor, d)]
+        shapes["embedding"] = [(vocab_size // tensor, d)]
     keys = d // config.model.num_attention_heads * config.model.query_groups  # wide, and so are values
     attention = [(d,), ((d + 2 * keys) // tensor, d), (d, d // tensor), (d,)]
-    each = {kind: [*attention, *_feed_forward(config, kind, tensor)] for kind, _ in layout.kinds(stage)}
-    found |= {layer: each[config.model.mlp_kinds[layer]] for layers in chunks for layer in layers}
-    if has_core(config):  # each chunk has a copy
-        found["core"] = [*_core(config.router, d)] * len(chunks)
+    by_kind = {kind: [*attention, *KINDS[kind].shapes(config, tensor)] for kind, _ in layout.kinds(stage)}
+    shapes |= {layer: by_kind[config.model.mlp_kinds[layer]] for layers in chunks for layer in layers}
+    if config.has_router_core:  # each chunk has a copy
+        shapes["core"] = [*core_shapes(config)] * len(chunks)
     if stage == last:
         own = not config.model.tied_embeddings or layout.pipeline * layout.virtual > 1
-        found["head"] = [(d,), *([(vocab_size // tensor, d)] if own else [])]
-    return found
+        shapes["head"] = [(d,), *([(vocab_size // tensor, d)] if own else [])]
+    return shapes
 
 
 def dense_elements(layout: Layout, stage: int, vocab_size: int) -> int:
@@ -74,93 +74,23 @@ def dense_elements(layout: Layout, stage: int, vocab_size: int) -> int:
     return sum(math.prod(shape) for part in dense_shapes(layout, stage, vocab_size).values() for shape in part)
 
 
-def has_core(config: Config) -> bool:
-    """Whether routers share a state, or the perceptron in its place."""
-    return config.router.kind in ("recurrent", "mlp") and bool(set(ROUTED_KINDS) & set(config.model.mlp_kinds))
-
-
-def _core(router: RouterSection, d: int) -> Iterator[tuple[int, ...]]:
-    p = router.state_size
-    if router.kind == "recurrent":
-        yield from ((3 * p, p), (3 * p, p), (3 * p,), (3 * p,))
-    else:
-        yield from ((3 * p, p), (3 * p,), (p, 3 * p), (p,))
-    if router.shared_projector:
-        yield p, d
-
-
-def _feed_forward(config: Config, kind: str, tensor: int) -> Iterator[tuple[int, ...]]:
-    model, d = config.model, config.model.hidden_size
-    if kind == "dense":
-        matrices = 2 if model.ffn_activation == "swiglu" else 1
-        yield from ((matrices * model.ffn_hidden_size // tensor, d), (d, model.ffn_hidden_size // tensor))
-        return
-    router, routed = config.router, kind in ROUTED_KINDS
-    if routed and has_core(config) and not router.shared_projector:
-        yield router.state_size, d
-    if kind in ("moe", "sigma_moe"):
-        experts = config.moe.num_experts if kind == "moe" else config.sigma_moe.num_experts
-        if router.kind == "cosine":
-            yield from ((router.state_size, d), (experts, router.state_size), (1,))
-        else:
-            yield experts, router.state_size if has_core(config) else d
-        return
-    section, rows = retrieving(config, kind)
-    projected = kind == "peer" or config.pkm.query_projection
-    width = section.key_dim if projected else d
-    sets = 1 if section.shared_keys else section.heads
-    if projected:
-        yield section.heads * width, d
-    yield from [(section.heads * width,)] * _NORM_VECTORS[section.query_norm]
-    yield sets, 2, math.isqrt(rows), width // 2
-    if kind == "peer":
-        peer = config.peer
-        yield from [(sets * width,)] * _NORM_VECTORS[peer.key_norm]
-        yield from [(d, d)] * (2 * peer.output_gate)
-        if peer.dense_hidden:
-            yield from ((peer.dense_hidden, d), (d, peer.dense_hidden))
-        if has_core(config):
-            yield peer.heads * width, router.state_size
-
-
-_NORM_VECTORS = {"none": 0, "rms": 1, "layer": 2, "batch": 2}
-
-
-def retrieving(config: Config, kind: str) -> tuple[PEERSection | PKMSection, int]:
-    """The section of a layer that picks rows of tables, and the tables' rows."""
-    if kind == "peer":
-        return config.peer, config.peer.num_experts
-    return config.pkm, config.pkm.num_values
-
-
 def shards(layout: Layout, place: Place) -> dict[str | int, list[Block]]:
     """Layer (from 0) to the blocks that a rank owns of it."""
     config, d = layout.config, layout.config.model.hidden_size
-    pools = {pool[0]: len(pool) for pool in config.peer_pools}
+    pools = {pool[0]: len(pool) for pool in config.pools}
     columns = _part(d, place.column, layout.columns)
-    found: dict[str | int, list[Block]] = {}
+    blocks: dict[str | int, list[Block]] = {}
     for layer in (layer for chunk in layout.layers(place.stage) for layer in chunk):
-        kind = config.model.mlp_kinds[layer]
-        if layer in pools or kind == "pkm":
-            section, rows = retrieving(config, kind)
-            picks = section.heads * section.top_k * pools.get(layer, 1)
-            mine = _part(rows, place.row, layout.rows)
-            block = Block(mine, columns, _TABLE_ITEMS[section.table_dtype], rows, picks)
-            found[layer] = [block] * (2 if kind == "peer" else 1)
-        elif kind in ("moe", "sigma_moe"):
-            experts, inner, outer = expert_sizes(config, kind)
-            own = experts // layout.rows
-            found[layer] = [Block(own * inner, d), Block(own * d, outer)]
-    return found
-
-
-def expert_sizes(config: Config, kind: str) -> tuple[int, int, int]:
-    """Coarse experts of a layer, and the widths of what their first matrix makes and of what their second one takes."""
-    if kind == "sigma_moe":
-        hidden = config.sigma_moe.expert_hidden_size
-        return config.sigma_moe.num_experts, hidden, hidden
-    hidden = config.moe.expert_hidden_size or config.model.ffn_hidden_size
-    return config.moe.num_experts, hidden * (2 if config.model.ffn_activation == "swiglu" else 1), hidden
+        kind = KINDS[config.model.mlp_kinds[layer]]
+        tables, experts = kind.tables(config), kind.experts(config)
+        if tables and layer in pools:
+            rows = _part(tables.rows, place.row, layout.rows)
+            block = Block(rows, columns, tables.itemsize, tables.rows, tables.picks * pools[layer])
+            blocks[layer] = [block] * len(tables.names)
+        if experts:
+            own = experts.number // layout.rows
+            blocks[layer] = [Block(own * experts.outputs, d), Block(own * d, experts.hidden)]
+    return blocks
 
 
 def _part(size: int, shard: int, shards: int) -> int:
@@ -198,7 +128,24 @@ def state(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> State
     )
 
 
-def _dense_state(layout: Layout, shapes: list[tuple[int, ...]], itemsize: int) -> State:
+def checkpoint_bytes(config: Config, vocab_size: int, itemsize: int) -> int:
+    """Bytes of the tensors in a checkpoint of a run, which do not depend on its layout.
+
+    They are the weights, the moments of all optimizers, and float32 masters: of the dense part always, of tables and
+    experts where those are of another dtype.
+
+    Args:
+        vocab_size: rows of the embedding, padding included.
+        itemsize: bytes of a dense parameter, 4 or 2.
+    """
+    alone = config.model_copy(update={"parallel": ParallelConfig()})
+    layout, place = Layout(alone, 1, 1), Place()
+    blocks = [block for owned in shards(layout, place).values() for block in owned]
+    owned = _shard_state(layout, blocks, itemsize)
+    return dense_elements(layout, 0, vocab_size) * (itemsize + 3 * FLOAT) + owned.weights + owned.optimizer
+
+
+def _dense_state(layout: Layout, shapes: list[Shape], itemsize: int) -> State:
     """AdamW's two moments in float32; a float32 master of what is not, and under ZeRO of float32 too."""
     zero, ranks = layout.config.zero, layout.data
     sizes = [math.prod(shape) for shape in shapes]

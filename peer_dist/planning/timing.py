@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from peer_dist.config.schema import MLPKind
-from peer_dist.planning.counts import Counts, total
+from peer_dist.kinds import KINDS
+from peer_dist.kinds.cost import FLOAT, SHARDED_PARTS, total
+from peer_dist.planning.counts import Counts
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.peak_memory import PeakMemory, moved_activations
-from peer_dist.planning.state import FLOAT, Block, retrieving, shards, touched
+from peer_dist.planning.state import Block, shards, touched
 from peer_dist.planning.traffic import exchange, routes, step_traffic
 
 
@@ -145,11 +146,12 @@ def work(
     return Work(step, passes * wire_s, passes * hbm / gather, passes * (hbm + moved) + adding + update, passes * moved)
 
 
-def _flops(layout: Layout, kind: MLPKind, counts: Counts) -> tuple[float, float]:
+def _flops(layout: Layout, kind: str, counts: Counts) -> tuple[float, float]:
     """FLOPs of one rank's forward pass through a layer: matrix products, and those of tables' rows."""
     parts = next(layer for layer in counts.layers if layer.kind == kind)
-    rows = {name: parts.feed_forward[name].flops for name in ("experts", "values") if name in parts.feed_forward}
-    picked = 0 if kind in ("moe", "sigma_moe") else sum(rows.values())
+    picked = 0
+    if KINDS[kind].tables(layout.config):
+        picked = sum(cost.flops for name, cost in parts.feed_forward.items() if name in SHARDED_PARTS)
     products = total(parts.block).flops + total(parts.feed_forward).flops - picked
     tokens = layout.tokens / layout.tensor  # split over tensor ranks by heads and widths, or by tokens
     return tokens * products, tokens * picked
@@ -163,24 +165,23 @@ def row_bytes(layout: Layout, kind: str, itemsize: int, device: str, hits: float
     row for every pick, and in the backward pass once more to make its gradient.
     """
     config = layout.config
-    if kind not in ("peer", "pkm"):
+    tables = KINDS[kind].tables(config)
+    if not tables:
         return 0.0, 0.0
-    section, rows = retrieving(config, kind)
-    tables, item = 2 if kind == "peer" else 1, 4 if section.table_dtype == "float32" else 2
-    row = config.model.hidden_size / layout.columns * tables * item
-    picks = layout.own_tokens * section.heads * section.top_k * layout.rows * layout.columns / layout.rows
-    own = rows / layout.rows
+    row = config.model.hidden_size / layout.columns * len(tables.names) * tables.itemsize
+    picks = layout.own_tokens * tables.picks * layout.rows * layout.columns / layout.rows
+    own = tables.rows / layout.rows
     distinct = -math.expm1(-picks / own) * own
     read = (picks if device == "cpu" else distinct) * row
-    passing = routes(layout, kind, hits).pairs * config.model.hidden_size * itemsize
+    passing = routes(layout, tables, hits).pairs * config.model.hidden_size * itemsize
     written = (distinct if config.table_optimizer.lazy else distinct + own) * row
     return read + 2 * passing, read * (2 if device == "cpu" else 1) + written + 3 * passing
 
 
 def _hidden(layout: Layout, kind: str, sent: float, busy: float) -> float:
     """Seconds of the exchange behind the experts."""
-    parts = layout.config.peer.dispatch_chunks if kind == "peer" else 1
-    return min(sent, busy) * (1 - 1 / parts)
+    tables = KINDS[kind].tables(layout.config)
+    return min(sent, busy) * (1 - 1 / (tables.chunks if tables else 1))
 
 
 def optimizer_bytes(layout: Layout, place: Place, memory: PeakMemory) -> float:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from peer_dist.kinds import KINDS, Tables
+from peer_dist.kinds.cost import FLOAT
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Group, Layout, Place
-from peer_dist.planning.state import FLOAT, dense_elements, has_core, retrieving, shards, touched
+from peer_dist.planning.state import dense_elements, shards, touched
 from peer_dist.sharding.cost import ExchangeBytes, Routes, bytes_of, size_bytes
 
 
@@ -67,11 +69,10 @@ def _ring(group: Group, size: float, ways: float = 2, calls: float = 1) -> Wire:
     return Wire(inside, between, *((calls, 0.0) if group.nodes <= 1 else (0.0, calls)))
 
 
-def routes(layout: Layout, kind: str, hits: float | None) -> Routes:
-    """Where the tokens of a rank go in one pass of a PEER layer or a memory, were picks uniform."""
-    section, rows = retrieving(layout.config, kind)
+def routes(layout: Layout, tables: Tables, hits: float | None) -> Routes:
+    """Where the tokens of a rank go in one pass of a layer with these tables, were picks uniform."""
     hits = None if hits is None else min(hits, layout.rows)  # of another layout, in a search
-    return Routes.uniform(layout.own_tokens, rows, section.heads, section.top_k, layout.rows, hits)
+    return Routes.uniform(layout.own_tokens, tables.rows, tables.heads, tables.top_k, layout.rows, hits)
 
 
 def exchange(
@@ -84,17 +85,16 @@ def exchange(
         hits: row shards that a token hits, if it is known better than for uniform picks.
         sent: by the tokens of the pass, if their picks are known (:func:`peer_dist.sharding.cost.exchange_bytes`).
     """
-    d = layout.config.model.hidden_size
-    if kind == "dense":
-        return Wire(), Wire()
-    if kind in ("moe", "sigma_moe"):  # a copy of a token for each of its experts, and a float32 weight
-        top_k = layout.config.moe.top_k if kind == "moe" else layout.config.sigma_moe.top_k
-        away = layout.own_tokens * top_k * (1 - 1 / layout.rows)
+    config, d = layout.config, layout.config.model.hidden_size
+    tables, experts = KINDS[kind].tables(config), KINDS[kind].experts(config)
+    if experts:  # a copy of a token for each of its experts, and a float32 weight
+        away = layout.own_tokens * experts.top_k * (1 - 1 / layout.rows)
         size = away * (2 * d * itemsize + FLOAT)
         return _sent(layout.row_group, size, 4), _sent(layout.row_group, size, 3)
-    values, columns = kind == "pkm", layout.columns
-    parts = layout.config.peer.dispatch_chunks if kind == "peer" else 1
-    sent = sent or bytes_of(routes(layout, kind, hits), d, d / columns, columns, itemsize, FLOAT, values)
+    if not tables:
+        return Wire(), Wire()
+    columns, parts, values = layout.columns, tables.chunks, not tables.tokens_travel
+    sent = sent or bytes_of(routes(layout, tables, hits), d, d / columns, columns, itemsize, FLOAT, values)
     sizes, column_sizes = size_bytes(layout.rows, columns, parts)
     ways = 1 if values else 2
     return (
@@ -117,27 +117,27 @@ def step_traffic(
     parameters; ``tables``: gradients of expert shards between their copies.
     """
     config, passes = layout.config, layout.passes
-    found = {"exchange": Wire(), "statistics": Wire(), "tensor": Wire()}
+    wires = {"exchange": Wire(), "statistics": Wire(), "tensor": Wire()}
     for (kind, forwards), number in layout.kinds(place.stage).items():
         there, back = exchange(layout, kind, itemsize, hits)
-        found["exchange"] += (there.times(forwards) + back).times(number * passes)
-        found["statistics"] += _statistics(layout, kind).times(number * passes * (1 + forwards))
-        found["tensor"] += _tensor(layout, kind, itemsize, forwards).times(number * passes)
-    found["tensor"] += _ends(layout, place, itemsize).times(passes)
-    carried = config.model.hidden_size + (config.router.state_size if has_core(config) else 0)
+        wires["exchange"] += (there.times(forwards) + back).times(number * passes)
+        wires["statistics"] += _statistics(layout, kind).times(number * passes * (1 + forwards))
+        wires["tensor"] += _tensor(layout, kind, itemsize, forwards).times(number * passes)
+    wires["tensor"] += _ends(layout, place, itemsize).times(passes)
+    carried = config.model.hidden_size + (config.router.state_size if config.has_router_core else 0)
     sends = (layout.pipeline > 1) * 2 * passes * layout.virtual  # there and back; the ends have fewer
-    found["pipeline"] = _sent(layout.next_stage, layout.split_tokens * carried * itemsize, 1).times(sends)
-    found["gradients"] = _gradients(layout, place, vocab_size, itemsize)
-    found["tables"] = _tables(layout, place, itemsize)
-    return found
+    wires["pipeline"] = _sent(layout.next_stage, layout.split_tokens * carried * itemsize, 1).times(sends)
+    wires["gradients"] = _gradients(layout, place, vocab_size, itemsize)
+    wires["tables"] = _tables(layout, place, itemsize)
+    return wires
 
 
 def _statistics(layout: Layout, kind: str) -> Wire:
     """Two small sums over all ranks of a stage."""
-    section, _ = retrieving(layout.config, kind)
-    if kind not in ("peer", "pkm") or section.query_norm != "batch":
+    features = KINDS[kind].batch_statistics(layout.config)
+    if not features:
         return Wire()
-    return _ring(layout.group(layout.stage_ranks, 1), 2 * section.heads * section.key_dim * FLOAT, calls=2)
+    return _ring(layout.group(layout.stage_ranks, 1), 2 * features * FLOAT, calls=2)
 
 
 def _tensor(layout: Layout, kind: str, itemsize: int, forwards: int) -> Wire:
@@ -145,11 +145,11 @@ def _tensor(layout: Layout, kind: str, itemsize: int, forwards: int) -> Wire:
     once more for the first matrix's gradient; else an all-reduce each way. Sparse layers take a share of the tokens.
     """
     config, size = layout.config, layout.tokens * layout.config.model.hidden_size * itemsize
-    dense = kind == "dense"
-    blocks = 2 if dense else 1
+    sparse = KINDS[kind].sparse
+    blocks = 1 if sparse else 2
     if config.parallel.sequence:
         return _ring(layout.tensor_group, size, ways=1, calls=1).times(blocks * (2 * forwards + 3))
-    shares = Wire() if dense else _ring(layout.tensor_group, size, ways=1).times(forwards + 1)
+    shares = _ring(layout.tensor_group, size, ways=1).times(forwards + 1) if sparse else Wire()
     return _ring(layout.tensor_group, size).times(blocks * (forwards + 1)) + shares
 
 

@@ -12,28 +12,18 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 from rich.table import Table
 
 from peer_dist.config import Config, ConfigError, parse_config, write_config
-from peer_dist.config.schema import MLPKind
-from peer_dist.planning.counts import Counts, Parts, count, merged, total
+from peer_dist.kinds import DENSE, KINDS, Mode
+from peer_dist.kinds.cost import Parts, merged, total
+from peer_dist.planning.counts import Counts, count
 from peer_dist.units import short
 
-Mode = Literal["budget", "flops", "params"]
+MODES = ("budget", "flops", "params")
 
-SIZES: Mapping[MLPKind, tuple[str, ...]] = {
-    "dense": ("ffn_hidden_size",),
-    "peer": ("num_experts", "heads", "top_k", "key_dim"),
-    "moe": ("num_experts", "expert_hidden_size", "top_k"),
-    "pkm": ("num_values", "heads", "top_k", "key_dim"),
-    "sigma_moe": ("num_experts", "expert_hidden_size", "top_k"),
-}
-
-_LARGEST = 1 << 24  # where the search for a size ends
-_LARGEST_ROOT = 1 << 14  # and for the root of a size that is a square
-_ENTRIES: Mapping[str, str] = {"peer": "num_experts", "pkm": "num_values"}
 _T = TypeVar("_T")
 
 
@@ -41,7 +31,7 @@ _T = TypeVar("_T")
 class Partner:
     """A run, and what it costs."""
 
-    kind: MLPKind
+    kind: str
     """The kind of the layers compared."""
     layers: tuple[int, ...]
     """The layers compared, from 0."""
@@ -65,10 +55,8 @@ class Partner:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Those of the kind, as in its section of the config."""
-        section = self.config.model if self.kind == "dense" else getattr(self.config, self.kind)
-        sizes = {name: getattr(section, name) for name in SIZES[self.kind]}
-        return {name: self.config.model.ffn_hidden_size if size is None else size for name, size in sizes.items()}
+        """The kind's sizes, as in its section of the config."""
+        return KINDS[self.kind].size(self.config)
 
 
 def match(
@@ -107,8 +95,8 @@ def match(
     Raises:
         ConfigError: an unknown kind or mode, no layers of the reference kind, or a partner that cannot be.
     """
-    names: tuple[MLPKind, ...] = get_args(MLPKind)
-    equal: Mode = _known("--mode", mode, get_args(Mode))
+    names = tuple(KINDS)
+    _known("--mode", mode, MODES)
     reference = _only_kind(config) if reference_kind is None else _known("--reference-kind", reference_kind, names)
     layers = tuple(number for number, kind in enumerate(config.model.mlp_kinds) if kind == reference)
     if not layers:
@@ -120,9 +108,10 @@ def match(
     partners = []
     for kind in wanted:
         start = _replaced(own, kind)
-        if equal == "budget":
+        if mode == "budget":
             partners.append(_equal_budget(own, start, kind, vocab_size))
         else:
+            equal: Mode = "flops" if mode == "flops" else "params"
             partners.append(_equal_layers(own, start, kind, equal, tolerance, vocab_size))
     return [own, *partners]
 
@@ -201,11 +190,11 @@ def _known(option: str, value: str, known: Sequence[_T]) -> _T:
     raise ConfigError(f"{option}: {value!r} is not known; {', '.join(map(str, known))}")
 
 
-def _only_kind(config: Config) -> MLPKind:
-    kinds = list(dict.fromkeys(kind for kind in config.model.mlp_kinds if kind != "dense"))
+def _only_kind(config: Config) -> str:
+    kinds = list(dict.fromkeys(kind for kind in config.model.mlp_kinds if kind != DENSE.name))
     if len(kinds) > 1:
         raise ConfigError(f"model.mlp: has {' and '.join(kinds)} layers; say with --reference-kind which to replace")
-    return kinds[0] if kinds else "dense"
+    return kinds[0] if kinds else DENSE.name
 
 
 def _changed(config: Config, changes: Mapping[str, Any], kind: str) -> Config:
@@ -216,7 +205,7 @@ def _changed(config: Config, changes: Mapping[str, Any], kind: str) -> Config:
     return parse_config(tree, f"the {kind} partner")
 
 
-def _replaced(own: Partner, kind: MLPKind) -> Config:
+def _replaced(own: Partner, kind: str) -> Config:
     """The run with other layers, all sizes as configured, in folders of its own."""
     config = own.config
     mlp = [kind if number in own.layers else other for number, other in enumerate(config.model.mlp_kinds)]
@@ -224,12 +213,12 @@ def _replaced(own: Partner, kind: MLPKind) -> Config:
         str(Path(folder).parent / kind / Path(folder).name) for folder in (config.checkpoint.dir, config.logging.dir)
     )
     changes: dict[str, Any] = {"checkpoint.dir": checkpoints, "checkpoint.init_from": None, "logging.dir": logs}
-    if set(mlp) == {"dense"}:  # nothing to share out: the ranks are replicas
+    if not any(KINDS[name].sparse for name in mlp):  # nothing to share out: the ranks are replicas
         changes |= {"parallel.expert": 1, "parallel.expert_tensor": 1}
     return _changed(config, {"model.mlp": mlp, **changes}, kind)
 
 
-def _equal_budget(own: Partner, config: Config, kind: MLPKind, vocab_size: int) -> Partner:
+def _equal_budget(own: Partner, config: Config, kind: str, vocab_size: int) -> Partner:
     """Stretch steps, warm-up and decay alike."""
     counts = count(config, vocab_size)
     factor = own.counts.train_flops_per_token / counts.train_flops_per_token
@@ -244,19 +233,17 @@ def _equal_budget(own: Partner, config: Config, kind: MLPKind, vocab_size: int) 
     return Partner(kind, own.layers, config, counts, deviation)
 
 
-def _equal_layers(
-    own: Partner, config: Config, kind: MLPKind, mode: Mode, tolerance: float, vocab_size: int
-) -> Partner:
+def _equal_layers(own: Partner, config: Config, kind: str, mode: Mode, tolerance: float, vocab_size: int) -> Partner:
     def amount(parts: Parts) -> int:
         return total(parts).flops if mode == "flops" else total(parts).parameters
 
     def of_all_layers(counts: Counts) -> int:
         return amount(merged(layer.feed_forward for layer in counts.layers))
 
-    config = _changed(config, _same_retrieval(config, kind, own.kind), kind)
+    config = _changed(config, KINDS[kind].taken_over(config, KINDS[own.kind]), kind)
     target, scale = of_all_layers(own.counts), amount(own.parts)
     deviation = math.inf
-    for key, sizes in _free_sizes(config, kind, mode):
+    for key, sizes in KINDS[kind].free_sizes(config, mode):
         if abs(deviation) <= tolerance:
             break
 
@@ -269,35 +256,10 @@ def _equal_layers(
     return Partner(kind, own.layers, config, count(config, vocab_size), deviation)
 
 
-def _same_retrieval(config: Config, kind: MLPKind, reference: MLPKind) -> dict[str, int]:
-    """What PEER and product-key memory take over from each other."""
-    if {kind, reference} != {"peer", "pkm"}:
-        return {}
-    own, other = getattr(config, kind), getattr(config, reference)
-    entries = getattr(other, _ENTRIES[reference])
-    sizes = {"heads": other.heads, "key_dim": other.key_dim, "top_k": min(own.top_k, math.isqrt(entries))}
-    return {f"{kind}.{name}": size for name, size in {**sizes, _ENTRIES[kind]: entries}.items()}
-
-
-def _free_sizes(config: Config, kind: MLPKind, mode: Mode) -> list[tuple[str, Sequence[int]]]:
-    """Keys to change in turn, and the sizes each can have, ascending."""
-    if kind == "dense":
-        tensor = config.parallel.tensor  # divides it
-        return [("model.ffn_hidden_size", range(tensor, _LARGEST, tensor))]
-    section = getattr(config, kind)
-    if kind in _ENTRIES:
-        entries = _ENTRIES[kind]
-        if mode == "params":
-            return [(f"{kind}.{entries}", [root**2 for root in range(section.top_k, _LARGEST_ROOT)])]
-        return [(f"{kind}.top_k", range(1, math.isqrt(getattr(section, entries)) + 1))]
-    width = (f"{kind}.expert_hidden_size", range(1, _LARGEST))
-    if mode == "params":
-        return [(f"{kind}.num_experts", range(max(2, section.top_k), _LARGEST)), width]
-    return [width] if kind == "moe" else [(f"{kind}.top_k", range(1, section.num_experts + 1)), width]
-
-
 def _size(partner: Partner, name: str) -> str:
     if name not in partner.sizes:
         return ""
-    others = partner.kind == "dense" and partner.config.model.mlp_kinds.count("dense") > len(partner.layers)
+    others = KINDS[partner.kind].section is None and partner.config.model.mlp_kinds.count(partner.kind) > len(
+        partner.layers
+    )
     return f"{partner.sizes[name]:,}" + (" (all)" if others else "")

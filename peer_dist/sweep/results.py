@@ -112,13 +112,12 @@ def _layers_mean(line: dict[str, float], name: str) -> float | None:
 
 def _experts(config: Config) -> tuple[int, int, int] | tuple[None, None, None]:
     """Experts of a layer, heads and top_k, of the first kind in the model that has some."""
-    sizes: dict[str, tuple[int, int, int]] = {
-        "peer": (config.peer.num_experts, config.peer.heads, config.peer.top_k),
-        "pkm": (config.pkm.num_values, config.pkm.heads, config.pkm.top_k),
-        "moe": (config.moe.num_experts, 1, config.moe.top_k),
-        "sigma_moe": (config.sigma_moe.num_experts, 1, config.sigma_moe.top_k),
-    }
-    return next((sizes[kind] for kind in config.model.mlp_kinds if kind in sizes), (None, None, None))
+    for kind in config.kinds:
+        if tables := kind.tables(config):
+            return tables.rows, tables.heads, tables.top_k
+        if experts := kind.experts(config):
+            return experts.number, 1, experts.top_k
+    return None, None, None
 
 
 def write_results(path: Path, rows: Iterable[Row]) -> None:

@@ -61,8 +61,8 @@ class Run:
             f"{trainer.parallel.world_size} x {trainer.parallel.device.type}, {dtype}; "
             + (f"going on from step {trainer.steps_done}" if trainer.steps_done else "starting at step 0")
         )
-        if "moe" in self._config.model.mlp_kinds and self._config.moe.routing == "expert_choice":
-            self._say("moe.routing expert_choice is not causal: its losses are no language model's")
+        if reason := self._config.not_causal:
+            self._say(f"{reason.setting} is not causal: its losses are no language model's")
 
     def begin(self) -> Progress:
         """Open the record and, in a new run, measure the untrained model; the progress to be shown meanwhile."""

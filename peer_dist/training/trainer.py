@@ -26,6 +26,7 @@ from peer_dist.data.stream import open_data, open_tokenizer
 from peer_dist.engines import StepResult
 from peer_dist.engines.building import dtype_of, join_groups, make_engine
 from peer_dist.engines.revival import Revival
+from peer_dist.kinds import PEER
 from peer_dist.layers.sparse_layer import RouteObserver
 from peer_dist.measures.held_out import MicroBatches, held_out_loss, perplexity_of
 from peer_dist.measures.metrics import Metrics
@@ -117,7 +118,8 @@ class Trainer:
         self.parameters = count_parameters(self.model, self.parallel) + self.expert_parameters
         for layer in self.layers.values():
             layer.release_shards()
-        self.revival = Revival(self.model, self.parallel, config.train.seed) if config.peer.revive_interval else None
+        self.revive_interval = PEER.keys(config).revive_interval
+        self.revival = Revival(self.model, self.parallel, config.train.seed) if self.revive_interval else None
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
         self.last_save: dict[str, float] = {}
@@ -209,7 +211,7 @@ class Trainer:
         for layer in self.layers.values():
             layer.on_route = None
         revived: dict[str, float] = {}
-        if self.revival is not None and (step + 1) % config.peer.revive_interval == 0:
+        if self.revival is not None and (step + 1) % self.revive_interval == 0:
             revived["experts/revived_subkeys"] = self.revival.revive(self.engine, step + 1)
         first = step * config.train.global_batch_size
         sequences = (first, first + config.train.global_batch_size)

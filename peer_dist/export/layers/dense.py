@@ -1,0 +1,40 @@
+"""The dense feed-forward block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peer_dist.export.peer_model import ACTIVATIONS, ExportedLayer, linear
+
+
+class MLP(ExportedLayer):
+    """A dense feed-forward block (``gelu``, ``relu`` or ``swiglu``), with its ``top_k`` largest hidden units or all."""
+
+    def __init__(self, width: int, hidden: int, activation: str, top_k: int = 0) -> None:
+        super().__init__()
+        self.activation, self.top_k = activation, top_k
+        self.fc1 = linear(width, 2 * hidden if activation == "swiglu" else hidden)
+        self.fc2 = linear(hidden, width)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        hidden = self.fc1(x)
+        if self.activation == "swiglu":
+            gate, hidden = hidden.chunk(2, -1)
+            hidden = F.silu(gate) * hidden
+        else:
+            hidden = ACTIVATIONS[self.activation](hidden)
+        if self.top_k:
+            kept = hidden.topk(self.top_k, -1)
+            hidden = torch.zeros_like(hidden).scatter(-1, kept.indices, kept.values)
+        return self.fc2(hidden)
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
+    ) -> MLP:
+        return cls(config["hidden_size"], config["intermediate_size"], config["ffn_activation"], config["ffn_top_k"])

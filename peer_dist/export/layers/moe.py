@@ -1,0 +1,110 @@
+"""Coarse experts behind a router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peer_dist.export.layers.dense import MLP
+from peer_dist.export.peer_model import GATES, ExportedLayer, wide
+
+
+class LinearLogits(nn.Module):
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(wide(x), wide(self.weight))
+
+
+class CosineLogits(nn.Module):
+    def __init__(self, width: int, experts: int, size: int) -> None:
+        super().__init__()
+        self.projection = nn.Parameter(torch.empty(size, width))
+        self.weight = nn.Parameter(torch.empty(experts, size))
+        self.log_temperature = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected = F.normalize(F.linear(wide(x), wide(self.projection)), dim=-1)
+        return F.linear(projected, F.normalize(wide(self.weight), dim=-1)) * torch.exp(-wide(self.log_temperature))
+
+
+class Router(nn.Module):
+    """Chooses the ``top_k`` experts of the largest scores; a bias, if there is one, counts in the choice only."""
+
+    expert_bias: Tensor | None
+
+    def __init__(self, logits: nn.Module, experts: int, top_k: int, score: str, normalize: bool, bias: bool) -> None:
+        super().__init__()
+        self.logits, self.top_k, self.score, self.normalize = logits, top_k, GATES[score], normalize
+        self.register_buffer("expert_bias", torch.zeros(experts) if bias else None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[tokens, width]`` to experts and gates ``[tokens, top_k]``."""
+        scores = self.score(self.logits(x))
+        experts = (scores if self.expert_bias is None else scores + self.expert_bias).topk(self.top_k, -1).indices
+        gates = scores.gather(-1, experts)
+        if self.normalize:
+            gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+        return experts, gates
+
+
+class MixtureOfExperts(ExportedLayer):
+    """Coarse experts, of which a router chooses some for each token."""
+
+    routed = True
+
+    def __init__(self, router: Router, experts: list[MLP]) -> None:
+        super().__init__()
+        self.router, self.experts = router, nn.ModuleList(experts)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        """``x: [tokens, width]`` through the experts that are chosen by it or, if there is one, by the state."""
+        chosen, gates = self.router(x if state is None else state)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            tokens, places = (chosen == number).nonzero(as_tuple=True)
+            y = y.index_add(0, tokens, expert(x[tokens]) * gates[tokens, places, None].to(x.dtype))
+        return y
+
+
+class MoE(MixtureOfExperts):
+    """Experts of the model's activation."""
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
+    ) -> MoE:
+        hidden = section["expert_hidden_size"] or config["intermediate_size"]
+        router = _router(config, section, state_size, section["score"], section["normalize"], section["expert_bias"])
+        return cls(router, _experts(config, section, hidden, config["ffn_activation"]))
+
+
+class SigmaMoE(MixtureOfExperts):
+    """ReLU experts under sigmoid scores that do not compete."""
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
+    ) -> SigmaMoE:
+        router = _router(config, section, state_size, "sigmoid", normalize=False, bias=False)
+        return cls(router, _experts(config, section, section["expert_hidden_size"], "relu"))
+
+
+def _router(
+    config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, score: str, normalize: bool, bias: bool
+) -> Router:
+    width, experts = config["hidden_size"], section["num_experts"]
+    logits: nn.Module = LinearLogits(state_size or width, experts)
+    if config["router"]["kind"] == "cosine":
+        logits = CosineLogits(width, experts, config["router"]["state_size"])
+    return Router(logits, experts, section["top_k"], score, normalize, bias)
+
+
+def _experts(config: Mapping[str, Any], section: Mapping[str, Any], hidden: int, activation: str) -> list[MLP]:
+    return [MLP(config["hidden_size"], hidden, activation) for _ in range(section["num_experts"])]

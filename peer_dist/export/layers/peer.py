@@ -1,0 +1,53 @@
+"""PEER: experts of one neuron each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peer_dist.export.layers.product_keys import ProductKeyLayer
+from peer_dist.export.peer_model import ACTIVATIONS, linear, wide
+
+
+class PEER(ProductKeyLayer):
+    """``sum of g_i * act(down_i . x) * up_i`` over heads and retrieved experts.
+
+    Args:
+        tables_of: the layer whose tables this one reads, if they are not its own.
+    """
+
+    routed = True
+
+    def __init__(self, width: int, section: Mapping[str, Any], state_size: int, tables_of: PEER | None) -> None:
+        super().__init__(width, section["num_experts"], section, state_size)
+        self.activation = ACTIVATIONS[section["activation"]]
+        self._tables_of = () if tables_of is None else (tables_of,)  # in a tuple: no sub-module of this
+        if tables_of is None:
+            self.down = nn.Parameter(torch.empty(section["num_experts"], width))
+            self.up = nn.Parameter(torch.empty(section["num_experts"], width))
+        hidden = section["dense_hidden"]
+        self.dense_in = linear(width, hidden) if hidden else None
+        self.dense_out = linear(hidden, width) if hidden else None
+        self.gate_in = linear(width, width) if section["output_gate"] else None
+        self.gate_out = linear(width, width) if section["output_gate"] else None
+
+    def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
+        owner = self._tables_of[0] if self._tables_of else self
+        hidden = self.activation(wide(owner.down[rows] @ x[:, :, None]))[..., 0] * gates
+        y = (hidden[:, None].to(x.dtype) @ owner.up[rows])[:, 0]
+        if self.dense_in is not None and self.dense_out is not None:
+            y = y + self.dense_out(self.activation(self.dense_in(x)))
+        if self.gate_in is not None and self.gate_out is not None:
+            y = self.gate_out(y * F.silu(self.gate_in(x)))
+        return y
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
+    ) -> PEER:
+        assert tables_of is None or isinstance(tables_of, PEER)
+        return cls(config["hidden_size"], section, state_size, tables_of)

@@ -1,0 +1,28 @@
+"""Product-key memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peer_dist.export.layers.product_keys import ProductKeyLayer
+
+
+class ProductKeyMemory(ProductKeyLayer):
+    """``sum of g_i * value_i`` over heads and retrieved values."""
+
+    def __init__(self, width: int, section: Mapping[str, Any]) -> None:
+        super().__init__(width, section["num_values"], section)
+        self.values = nn.Parameter(torch.empty(section["num_values"], width))
+
+    def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
+        return (gates[:, None].to(x.dtype) @ self.values[rows])[:, 0]
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
+    ) -> ProductKeyMemory:
+        return cls(config["hidden_size"], section)
