@@ -158,7 +158,7 @@ def _entries(path: Path, settings: dict[str, Any], code: str) -> list[Entry]:
         model = module.LanguageModel(settings)
     exact = {name for name, _ in model.named_buffers()}
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    keys = {name: _stored_key(name, settings["mlp"]) for name in shapes}
+    keys = {name: stored_key(name, settings["mlp"]) for name in shapes}
     check_tensors(path, {keys[name]: shape for name, shape in shapes.items()})
     stored = StoredTensors(path)
     for key in sorted(stored.shapes.keys() - set(keys.values())):
@@ -175,7 +175,7 @@ def _entries(path: Path, settings: dict[str, Any], code: str) -> list[Entry]:
     ]
 
 
-def _stored_key(name: str, kinds: list[str]) -> str:
+def stored_key(name: str, kinds: list[str]) -> str:
     """The checkpoint's key of a tensor of :class:`LanguageModel`."""
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     if match is None:

@@ -1,0 +1,230 @@
+"""Every kind of layer, with every key of its section: counted as it is built, exported as it is trained."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import peer_dist
+from peer_dist.config import Config, parse_config
+from peer_dist.config.schema import ModelConfig
+from peer_dist.export.folder import model_settings, stored_key
+from peer_dist.export.joined import joined_source
+from peer_dist.kinds import DENSE, KINDS, PEER
+from peer_dist.kinds.routing import RouterSection
+from peer_dist.megatron import Parallel, build_model, forward_logits, shards_of
+from peer_dist.megatron.dist_checkpoint import dense_blocks
+from peer_dist.planning.counts import count
+from peer_dist.planning.layout import Layout, Place
+from peer_dist.planning.state import dense_shapes, shards
+
+VOCAB = 128
+BASE: dict[str, Any] = {
+    "model": {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 48, "seq_length": 16},
+    "peer": {"num_experts": 64, "heads": 2, "top_k": 3, "key_dim": 8},
+    "pkm": {"num_values": 81, "heads": 2, "top_k": 5, "key_dim": 8},
+    "moe": {"num_experts": 6, "top_k": 2},
+    "sigma_moe": {"num_experts": 10, "expert_hidden_size": 12, "top_k": 3},
+    "router": {"state_size": 8},
+    "data": {"prefix": "unused"},
+}
+
+# For each key of a section, values beside that of BASE; keys that a value needs with it are in the same dict.
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "peer": [
+        {"num_experts": 100},
+        {"heads": 3},
+        {"top_k": 4},
+        {"key_dim": 12},
+        *({"query_norm": name} for name in ("layer", "rms", "none")),
+        *({"gate": name} for name in ("sigmoid", "relu")),
+        *({"activation": name} for name in ("relu", "silu")),
+        {"shared_keys": False},
+        *({"key_norm": name, "shared_keys": shared} for name in ("layer", "rms") for shared in (True, False)),
+        {"output_gate": True},
+        {"dense_hidden": 20},
+        {"dispatch_chunks": 2},
+        {"layers_per_pool": 2},
+        {"layers_per_pool": 3},
+        {"revive_interval": 5},
+        {"table_dtype": "bfloat16"},
+    ],
+    "pkm": [
+        {"num_values": 100},
+        {"heads": 3},
+        {"top_k": 4},
+        {"key_dim": 12},
+        *({"query_norm": name} for name in ("layer", "rms", "none")),
+        {"query_projection": False, "query_norm": "none"},
+        *({"gate": name} for name in ("sigmoid", "relu")),
+        {"shared_keys": True},
+        {"init": "dense"},
+        {"table_dtype": "bfloat16"},
+    ],
+    "moe": [
+        {"num_experts": 7},
+        {"expert_hidden_size": 20},
+        {"top_k": 3},
+        {"routing": "expert_choice"},
+        {"score": "sigmoid"},
+        {"normalize": False},
+        {"balance_loss": 0.5},
+        {"z_loss": 0.5},
+        {"expert_bias": True, "score": "sigmoid"},
+        {"expert_bias": True, "score": "sigmoid", "expert_bias_rate": 0.5},
+    ],
+    "sigma_moe": [
+        {"num_experts": 11},
+        {"expert_hidden_size": 20},
+        {"top_k": 4},
+        {"entropy_loss": 0.5},
+        {"expert_dropout": 0.5},
+    ],
+    "dense": [
+        {"num_layers": 3},
+        {"hidden_size": 40},
+        {"num_attention_heads": 2},
+        {"num_query_groups": 1},
+        {"num_query_groups": 2},
+        {"rope_base": 100.0},
+        {"norm_eps": 0.1},
+        {"ffn_hidden_size": 40},
+        {"ffn_activation": "gelu"},
+        {"ffn_top_k": 7},
+        {"seq_length": 12},
+        {"tied_embeddings": False},
+        {"dropout": 0.5},
+    ],
+    "router": [
+        *({"kind": name} for name in ("recurrent", "mlp", "cosine")),
+        {"kind": "recurrent", "state_size": 12},
+        *({"kind": "recurrent", "passing": name} for name in ("detached", "none")),
+        *({"kind": name, "shared_projector": True} for name in ("recurrent", "mlp")),
+    ],
+}
+
+
+def cases() -> list[tuple[str, dict[str, Any]]]:
+    """A kind, and what is changed of :data:`BASE` in a model with layers of it."""
+    own: list[tuple[str, dict[str, Any]]] = []
+    for name, kind in KINDS.items():
+        own.append((name, {}))
+        own += [(name, {kind.section_name: changes}) for changes in OTHERS[name]]
+        if kind.routed:
+            own += [(name, {"router": changes}) for changes in OTHERS["router"] if _allowed(name, changes)]
+        own.append((name, {"model": {"ffn_activation": "gelu"}}))
+    return own
+
+
+def _allowed(name: str, router: dict[str, Any]) -> bool:
+    return not (name == PEER.name and router["kind"] == "cosine")
+
+
+def make(name: str, changes: dict[str, Any]) -> Config:
+    """A config whose layers are of the kind, but for one of another kind that a state passes by."""
+    tree = {section: dict(keys) for section, keys in BASE.items()}
+    for section, keys in changes.items():
+        tree[section] |= keys
+    other = DENSE.name if name != DENSE.name else "pkm"
+    layers = tree["model"]["num_layers"]
+    tree["model"]["mlp"] = [name, other, name, name][:layers] if name != DENSE.name else [name] * layers
+    return parse_config(tree, "test")
+
+
+def perturbed(config: Config, parallel: Parallel) -> torch.nn.ModuleList:
+    """The model in evaluation, none of whose parameters and statistics has the value that it begins with."""
+    model = build_model(config, parallel, VOCAB, torch.float32).eval()
+    generator = torch.Generator().manual_seed(3)
+    tables = {id(shard.parameter): shard.parameter for shard in shards_of(model).values()}
+    with torch.no_grad():
+        for parameter in {**tables, **{id(one): one for one in model.parameters()}}.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if "running" in name or "expert_bias" in name:
+                buffer.add_(torch.rand(buffer.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_key_has_another_value_here(name: str) -> None:
+    """Else what follows would not try it: a new key is added to :data:`OTHERS`."""
+    section = ModelConfig if name == DENSE.name else KINDS[name].section
+    assert section is not None
+    tried = set(itertools.chain.from_iterable(OTHERS[name]))
+    assert tried == set(section.model_fields) - {"mlp"}
+    assert set(itertools.chain.from_iterable(OTHERS["router"])) == set(RouterSection.model_fields)
+
+
+@pytest.mark.parametrize(("name", "changes"), cases(), ids=lambda value: str(value))
+def test_counted_as_built(parallel: Parallel, name: str, changes: dict[str, Any]) -> None:
+    """Parameters in all, the shapes of those that are no shards, and the sizes of shards."""
+    config = make(name, changes)
+    model = build_model(config, parallel, VOCAB, torch.float32)
+    owned = {id(shard.parameter): shard.parameter for shard in shards_of(model).values()}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in owned]
+    everything = sum(parameter.numel() for parameter in [*owned.values(), *others])
+    assert count(config, VOCAB).total.parameters == everything
+    layout = Layout(config, 1, 1)
+    planned = [shape for part in dense_shapes(layout, 0, VOCAB).values() for shape in part]
+    assert Counter(map(math.prod, planned)) == Counter(parameter.numel() for parameter in others)
+    blocks = [block for part in shards(layout, Place()).values() for block in part]
+    assert sum(block.size for block in blocks) == sum(parameter.numel() for parameter in owned.values())
+    for kind in config.kinds:
+        tables = kind.tables(config)
+        if tables:
+            dtypes = {shard.parameter.dtype for shard in shards_of(model).values() if shard.table}
+            assert dtypes == {getattr(torch, tables.dtype)}
+
+
+@pytest.mark.parametrize(("name", "changes"), cases(), ids=lambda value: str(value))
+def test_exported_as_trained(parallel: Parallel, name: str, changes: dict[str, Any]) -> None:
+    """The exported code with the trained model's weights has its logits."""
+    config = make(name, changes)
+    if config.not_causal:
+        pytest.skip("has no next-token logits, and is refused (tests/test_export.py)")
+    model = perturbed(config, parallel)
+    blocks: dict[str, list[torch.Tensor]] = {}
+    for key, _, block in dense_blocks(model):  # SwiGLU's two matrices are a block each
+        blocks.setdefault(key, []).append(block.detach())
+    stored = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in blocks.items()}
+    stored |= {f"tables.{key}": shard.parameter.detach() for key, shard in shards_of(model).items()}
+
+    class Tokenizer:
+        padded_vocab_size = vocab_size = VOCAB
+        eod = VOCAB - 1
+
+    settings = model_settings(config, Tokenizer, "float32")  # type: ignore[arg-type]
+    code = joined_source({kind.name: kind.exported() for kind in config.kinds})
+    module = ModuleType("exported")
+    exec(compile(code, "peer_model.py", "exec"), module.__dict__)
+    exported = module.LanguageModel(settings)
+    exported.load_state_dict(
+        {key: stored[stored_key(key, config.model.mlp_kinds)].float() for key in exported.state_dict()}
+    )
+    tokens = torch.randint(VOCAB - 1, (3, config.model.seq_length), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted, logits = forward_logits(model, tokens), exported.eval()(tokens)
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4 * float(wanted.std()))
+
+
+def test_no_kind_is_known_by_name_elsewhere() -> None:
+    """A kind's name is written in its own module; the word "dense" is also that of all that is no table."""
+    root = Path(peer_dist.__file__).parent
+    names = set(KINDS) - {DENSE.name}
+    places = [
+        f"{path.relative_to(root)}:{node.lineno}: {node.value}"
+        for path in sorted(root.rglob("*.py"))
+        if path.relative_to(root).parts[0] != "kinds"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    ]
+    assert places == []
