@@ -5,7 +5,12 @@ from __future__ import annotations
 import ast
 import itertools
 import math
+import os
+import re
+import subprocess
+import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -228,3 +233,59 @@ def test_no_kind_is_known_by_name_elsewhere() -> None:
         if isinstance(node, ast.Constant) and node.value in names
     ]
     assert places == []
+
+
+COMMANDS = """
+import os, shlex, sys
+from peer_dist.cli import main
+for line in sys.argv[1:]:
+    print(">", line, flush=True)
+    child = os.fork()  # one import for all
+    if not child:
+        sys.argv = shlex.split(line)
+        main()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, line
+"""
+
+
+def test_a_kind_of_ones_own(text: Path, tmp_path: Path) -> None:
+    """The tutorial's package, by the tutorial's commands: what the trained model says, the exported one says too."""
+    page = (Path(__file__).parents[1] / "docs" / "tutorials" / "kind.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"^\*\*`(\S+)`\*\*\n\n```\w+\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    assert sorted(files) == ["bilinear/exported.py", "bilinear/kind.py", "bilinear/module.py", "pyproject.toml"]
+    for name, words in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(words, encoding="utf-8")
+    (group,) = re.findall(r'^\[project\.entry-points\."(.+)"\]\n(.+)$', files["pyproject.toml"], re.MULTILINE)
+    installed = tmp_path / "bilinear-1.0.dist-info"  # what pip makes of it
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bilinear\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[{}]\n{}\n".format(*(part.replace('"', "") for part in group)))
+    (config,) = re.findall(r"<<'EOF'\n(.*?)^EOF$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "kind.yaml").write_text(config.replace("data/shakespeare", str(text)))
+    commands = re.findall(r"^peer-dist (?!prepare).*$", page, re.MULTILINE)
+    assert [line.split()[1] for line in commands] == ["train", "plan", "match", "export", "generate"]
+    more = [
+        "peer-dist plan --config kind.yaml --gpu cpu --gpus 2 --construct stages",
+        "peer-dist match --config kind.yaml --mode flops --reference-kind bilinear",
+        "peer-dist evaluate --checkpoint runs/kind/checkpoints",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}", "OMP_NUM_THREADS": "1"}
+    run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run([sys.executable, "-c", COMMANDS, *commands, *more])
+    assert done.returncode == 0, done.stdout + done.stderr
+    greedy = "peer-dist generate --checkpoint runs/kind/checkpoints --prompt ROMEO: --tokens 20 --temperature 0"
+    said = run([sys.executable, "-c", COMMANDS, greedy])
+    alone = {**environment, "PYTHONPATH": str(tmp_path / "exported" / "kind")}
+    script = (
+        "import torch; from peer_model import LanguageModel; from tokenizers import Tokenizer\n"
+        "model, tokenizer = LanguageModel.load('exported/kind'), Tokenizer.from_file('exported/kind/tokenizer.json')\n"
+        "tokens = torch.tensor([tokenizer.encode('ROMEO:').ids])\n"
+        "print(tokenizer.decode(model.generate(tokens, 20, temperature=0)[0].tolist()))\n"
+        "import sys; assert not any(name.startswith(('peer_dist', 'bilinear')) for name in sys.modules)"
+    )
+    home = run([sys.executable, "-c", script], env=alone)
+    assert home.returncode == 0, home.stderr
+    assert home.stdout.strip() in said.stdout

@@ -259,7 +259,5 @@ def _equal_layers(own: Partner, config: Config, kind: str, mode: Mode, tolerance
 def _size(partner: Partner, name: str) -> str:
     if name not in partner.sizes:
         return ""
-    others = KINDS[partner.kind].section is None and partner.config.model.mlp_kinds.count(partner.kind) > len(
-        partner.layers
-    )
+    others = partner.config.model.mlp_kinds.count(partner.kind) > len(partner.layers)
     return f"{partner.sizes[name]:,}" + (" (all)" if others else "")
