@@ -43,6 +43,10 @@ def project_and_retrieve(
         norm: takes ``[tokens, heads, key_dim]`` and treats each token by itself.
         keys, top_k: as in :func:`retrieve`.
         heads: queries of a token.
+
+    Returns:
+        As :func:`retrieve`; the scores are differentiable (once) in ``x``, ``weight``, ``keys`` and the norm's
+        parameters.
     """
     return _ProjectAndRetrieve.apply(x, weight, keys, norm, top_k, heads, *norm.parameters())
 

@@ -34,8 +34,9 @@ class Traffic:
         sent: bytes by collective: ``counts``, ``picks`` (a number a token, and rows), ``gates``, ``x`` and ``y``
             forward, ``dy``, ``dx`` and ``dgates`` backward; within the column group ``column counts``,
             ``column picks``, ``column gates`` and ``dots`` forward, ``ddots`` backward.
-        picks_received: after merging, its own included.
-        tokens, tokens_received: at home, and from all homes (a token counts at each owner): where tables are spread.
+        picks_received: picks after merging that this rank computed as an owner, those of its own tokens included.
+        tokens: tokens at home; counted only where tables are spread over ranks.
+        tokens_received: tokens from all homes, of which one counts at each of its owners; likewise.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -45,9 +46,11 @@ class Traffic:
 
     @property
     def bytes_sent(self) -> int:
+        """Bytes sent to other ranks, by all collectives."""
         return sum(self.sent.values())
 
     def reset(self) -> None:
+        """Set all counts to 0."""
         self.sent.clear()
         self.picks_received = self.tokens = self.tokens_received = 0
 
@@ -59,7 +62,10 @@ class Arrival:
         self._work, self._out, self._sent = work, out, [sent]
 
     def wait(self) -> Tensor:
-        """What was received; on a GPU the current stream waits, not the host."""
+        """The rows received, ``[rows, ...]`` in order of the ranks that sent them.
+
+        On a CPU the host waits for them; on a GPU the current stream does.
+        """
         self._work.wait()
         self._sent.clear()
         return self._out
@@ -271,7 +277,7 @@ class ExchangePlan:
         return self.route.start_to_homes(value, "dgates")
 
     def sum_columns(self, value: Tensor, what: str) -> Tensor:
-        """Partial sums ``[picks]`` -> their sum over the column shards, in place."""
+        """The sum of ``value [picks]`` over the column shards, in place; ``what`` is counted, ``dots`` or ``ddots``."""
         dist.all_reduce(value, group=self.groups.columns)
         others = self.layout.column_shards - 1  # a ring sends each number on twice, but for a rank's own part
         self.traffic.sent[what] += 2 * others * value.nbytes // self.layout.column_shards
@@ -301,11 +307,13 @@ def merge_picks(indices: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def plan_exchange(
     token: Tensor, expert: Tensor, tokens: int, layout: GridLayout, traffic: Traffic, parts: int = 1
 ) -> tuple[ExchangePlan, Tensor]:
-    """Work out, with every other owner, who sends what to whom.
+    """Work out, with every other owner, who sends what to whom. Collective over the layout's domain.
 
     Args:
         token, expert: ``[distinct]`` int64, from :func:`merge_picks`.
         tokens: rows at home.
+        layout: the grid of owners.
+        traffic: adds up what was sent.
         parts: number of contiguous parts in which they travel, the same on all ranks; some may be empty.
 
     Returns:
