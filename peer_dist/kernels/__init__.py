@@ -137,6 +137,9 @@ def expert_table_grads(
         x, dy: ``[tokens, dim]``.
         table: ``[rows, dim]``, either of the two, for its shape and dtype.
         sparse: coalesced sparse tensors of the picked rows instead of dense ones.
+
+    Returns:
+        ``ddown`` and ``dup``, ``[rows, dim]`` in ``table``'s dtype.
     """
     ddown, dup = _table_grads([(dpre, x), (hidden, dy)], picks, table, sparse)
     return ddown, dup
@@ -173,6 +176,9 @@ def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = Fa
         values: ``[rows, dim]``.
         picks: the rows that each token reads.
         sparse_grad: give ``values`` a sparse gradient (coalesced, of the picked rows) instead of a dense one.
+
+    Returns:
+        ``[tokens, dim]`` in at least float32.
     """
     return _ValueMix.apply(gate, values, picks, sparse_grad)
 

@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in bet
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether this backend can serve these tensors."""
+    """Whether this backend can serve these tensors: on a CPU, all float32 or all float64."""
     dtypes = {tensor.dtype for tensor in tensors}
     return (
         torch.backends.mkl.is_available()

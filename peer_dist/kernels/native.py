@@ -40,7 +40,7 @@ _STREAM_BYTES = 1 << 24  # of gradients written past the caches: more than would
 
 
 def available(x: Tensor, *tables: Tensor) -> bool:
-    """Whether this backend can serve these tensors."""
+    """Whether this backend can serve ``x`` and these tables: float32 or bfloat16 on a CPU, contiguous, of one dtype."""
     return (
         all(tensor.device.type == "cpu" and tensor.dtype in _SUFFIX for tensor in (x, *tables))
         and all(table.is_contiguous() and table.dtype == tables[0].dtype for table in tables)
@@ -49,7 +49,7 @@ def available(x: Tensor, *tables: Tensor) -> bool:
 
 
 def searches(scores: Tensor, top_k: int) -> bool:
-    """Whether :func:`top_pairs` can serve."""
+    """Whether :func:`top_pairs` can serve these scores ``[queries, n]``: float32 on a CPU, ``top_k`` at most 64."""
     fine = scores.device.type == "cpu" and scores.dtype == torch.float32 and top_k <= _MOST_TOP_K
     return fine and _library() is not None
 
@@ -95,10 +95,10 @@ def backward(
     dy, gate = dy.float().contiguous(), gate.float().contiguous()
     dx = torch.empty(dy.shape)
     dgate, dpre, hidden = torch.empty_like(pre), torch.empty_like(pre), torch.empty_like(pre)
-    made = (dx, dgate, dpre, hidden)
+    gradients = (dx, dgate, dpre, hidden)
     kind = _KINDS[activation]
-    _over_tokens("backward", picks, down, dy, picks.offsets, picks.expert, pre, gate, down, up, kind, *made)
-    return made
+    _over_tokens("backward", picks, down, dy, picks.offsets, picks.expert, pre, gate, down, up, kind, *gradients)
+    return gradients
 
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
@@ -137,8 +137,10 @@ def _group(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order, token = torch.empty(2, count, dtype=torch.int32)
     touched, starts = torch.empty(most, dtype=torch.int64), torch.empty(most + 1, dtype=torch.int64)
     pairs = torch.empty(2 * count, dtype=torch.int64)
-    made = _call("group", picks.tokens, rows, picks.offsets, picks.expert, pairs, order, token, touched, starts)
-    return touched[:made].clone(), order, token, starts[: made + 1]
+    count_touched = _call(
+        "group", picks.tokens, rows, picks.offsets, picks.expert, pairs, order, token, touched, starts
+    )
+    return touched[:count_touched].clone(), order, token, starts[: count_touched + 1]
 
 
 def _sum_segments(
@@ -210,7 +212,10 @@ def _source() -> bytes:
 
 
 def build_ahead() -> list[Path]:
-    """Put libraries beside this file, for every user of machines of this kind that have no compiler.
+    """Compile libraries into a folder beside this file, for machines of this kind that have no compiler.
+
+    Returns:
+        The libraries' paths, best first: one for each level of the processor's features.
 
     Raises:
         RuntimeError: there is no compiler here, or it cannot build them.
@@ -258,13 +263,13 @@ def _compile(compiler: str, flags: tuple[str, ...], source: bytes, target: Path)
 
 
 def _cache_folder() -> Path:
-    """Only this user can write to it."""
+    """The folder of compiled libraries, which only this user can write to."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "peer_dist"
 
 
 def _machine() -> bytes:
-    """Names the processor's features: a home folder may be shared by machines of several kinds."""
+    """The names of the processor's model and features: machines of several kinds may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

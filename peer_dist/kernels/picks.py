@@ -23,12 +23,13 @@ class Picks:
 
     @classmethod
     def even(cls, expert: Tensor) -> Picks:
-        """Picks of ``expert: [tokens, picks per token]``."""
-        tokens, each = expert.shape
-        return cls(torch.arange(tokens + 1, device=expert.device) * each, expert.reshape(-1).contiguous())
+        """The picks where each token has as many: ``expert: [tokens, picks per token]`` int64."""
+        tokens, picks_per_token = expert.shape
+        return cls(torch.arange(tokens + 1, device=expert.device) * picks_per_token, expert.reshape(-1).contiguous())
 
     @property
     def tokens(self) -> int:
+        """The number of tokens, those without picks included."""
         return self.offsets.numel() - 1
 
     @cached_property

@@ -117,7 +117,7 @@ def backward_by_halves(
     activation: str,
     sum_columns: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A backend's ``backward`` (see :class:`Composed`), likewise."""
+    """A backend's ``backward`` (see :class:`Composed`) out of its ``dots`` and ``mix``; ``sum_columns`` as above."""
     dhidden = ops.dots(dy, up, picks)
     if sum_columns is not None:
         dhidden = sum_columns(dhidden)

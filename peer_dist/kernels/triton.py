@@ -40,6 +40,7 @@ through it either way, so that more picks a row cannot gain much. Hence :data:`E
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -542,7 +543,7 @@ def table_grads(
     grads = _new_grads(sums, rows, dtype) if out is None else list(out)
     if any(grad.shape != shape for grad in grads):
         raise ValueError(f"out must be {list(shape)}, not {' and '.join(str(tuple(grad.shape)) for grad in grads)}")
-    _run_sums(sums, picks, bounds, grads, add=out is not None)
+    _run_sums(_RunSums.of(sums, picks, bounds, grads), add=out is not None)
     return grads
 
 
@@ -553,7 +554,7 @@ def _new_grads(sums: Sequence[tuple[Tensor, Tensor]], rows: int, dtype: torch.dt
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     """``out_e += sum w_i x_t`` over the picks of row e: :func:`table_grads` of one table."""
-    _run_sums([(weight, x)], picks, _bounds(picks, out.shape[0]), [out], add=True)
+    _run_sums(_RunSums.of([(weight, x)], picks, _bounds(picks, out.shape[0]), [out]), add=True)
 
 
 def _bounds(picks: Picks, rows: int) -> Tensor:
@@ -571,31 +572,95 @@ def sparse_table_grads(
     """
     touched, bounds = picks.segments
     grads = _new_grads(sums, touched.numel(), dtype)
-    _run_sums(sums, picks, bounds, grads, add=False)
+    _run_sums(_RunSums.of(sums, picks, bounds, grads), add=False)
     return touched, grads
 
 
-def _run_sums(
-    sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, bounds: Tensor, grads: Sequence[Tensor], add: bool
-) -> None:
-    """Row i of each gradient from the picks at ``bounds[i]:bounds[i + 1]`` of the order by expert.
+@dataclass(frozen=True)
+class _RunSums:
+    """The operands of the gradients of one table, or of two that the same picks read, run by run.
 
-    Columns go slice by slice where all of x and dy would not stay in L2. An expert that very many tokens picked is
-    summed piece by piece first (one program takes some 0.3 us for each pick of its run). How many pieces there are
-    stays on the device: the grid is the most there can be, two for each ``size`` picks.
+    A run is the picks of one row in the order by expert. Row ``i`` of each gradient is the sum over run ``i``. What is
+    of the second table is None where there is one table only.
+
+    Attributes:
+        order: ``[picks]`` int64, sorts the picks by expert.
+        token: ``[picks]`` int64, the token of each pick.
+        dpre: ``[picks]``, weights of the first table's sum.
+        hidden: ``[picks]``, weights of the second table's sum.
+        x: ``[tokens, dim]``, summed for the first table.
+        dy: ``[tokens, dim]``, summed for the second table.
+        bounds: ``[runs + 1]`` int64, the places in ``order`` where runs begin.
+        ddown: ``[runs, dim]``, the first table's gradient.
+        dup: ``[runs, dim]``, the second table's gradient.
     """
-    (dpre, x), (hidden, dy) = sums[0], sums[1] if len(sums) == 2 else (None, None)
-    ddown, dup = grads[0], grads[1] if len(sums) == 2 else None
-    sources = [source for _, source in sums]
-    count, dim, runs, dtype = picks.expert.numel(), x.shape[1], bounds.numel() - 1, _wide(*sources, dpre)
-    itemsize = max(source.element_size() for source in sources)
-    width = min(MAX_GRAD_BLOCK_D, _resident(len(sources) * x.shape[0], dim, itemsize) or dim)
-    two_rows = dy is None and itemsize == 4  # at once: with one, ptxas aims at 32 registers and spills a few bytes
-    tile = _tile(width, itemsize, GRAD_TILE_BYTES * (2 if two_rows else 1), columns=8)
+
+    order: Tensor
+    token: Tensor
+    dpre: Tensor
+    hidden: Tensor | None
+    x: Tensor
+    dy: Tensor | None
+    bounds: Tensor
+    ddown: Tensor
+    dup: Tensor | None
+
+    @classmethod
+    def of(
+        cls, sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, bounds: Tensor, grads: Sequence[Tensor]
+    ) -> _RunSums:
+        """The operands from what :func:`table_grads` takes, and the gradients to be written."""
+        dpre, x = sums[0]
+        hidden, dy = sums[1] if len(sums) == 2 else (None, None)
+        return cls(
+            order=picks.by_expert,
+            token=picks.token,
+            dpre=dpre.contiguous(),
+            hidden=None if hidden is None else hidden.contiguous(),
+            x=x.contiguous(),
+            dy=None if dy is None else dy.contiguous(),
+            bounds=bounds,
+            ddown=grads[0],
+            dup=grads[1] if len(sums) == 2 else None,
+        )
+
+    @property
+    def read(self) -> tuple[Tensor | None, ...]:
+        """What both kernels read, in the order of their first parameters."""
+        return self.order, self.token, self.dpre, self.hidden, self.x, self.dy, self.bounds
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are."""
+        return self.bounds.numel() - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to accumulate in."""
+        return _wide(self.x, self.dpre) if self.dy is None else _wide(self.x, self.dy, self.dpre)
+
+    def tile(self) -> dict[str, int]:
+        """Block sizes and warps. Columns go slice by slice where all of x and dy would not stay in L2."""
+        sources = [self.x] if self.dy is None else [self.x, self.dy]
+        itemsize = max(source.element_size() for source in sources)
+        dim = self.x.shape[1]
+        width = min(MAX_GRAD_BLOCK_D, _resident(len(sources) * self.x.shape[0], dim, itemsize) or dim)
+        # two rows at once: with one, ptxas aims at 32 registers and spills a few bytes
+        tile_bytes = 2 * GRAD_TILE_BYTES if self.dy is None and itemsize == 4 else GRAD_TILE_BYTES
+        return _tile(width, itemsize, tile_bytes, columns=8)
+
+
+def _run_sums(operands: _RunSums, add: bool) -> None:
+    """Write the gradients, or ``add`` to them.
+
+    An expert that very many tokens picked is summed piece by piece first (one program takes some 0.3 us for each pick
+    of its run). How many pieces there are stays on the device: the grid is the most there can be, two for each ``size``
+    picks.
+    """
+    count, dim, runs, bounds = operands.order.numel(), operands.x.shape[1], operands.runs, operands.bounds
+    tile = operands.tile()
     slices = triton.cdiv(dim, tile["BLOCK_D"])
-    constants = {"DIM": dim, "ACC": _acc(dtype), **tile}
-    weights_and_sources = (tensor if tensor is None else tensor.contiguous() for tensor in (dpre, hidden, x, dy))
-    shared = picks.by_expert, picks.token, *weights_and_sources
+    constants = {"DIM": dim, "ACC": _acc(operands.dtype), **tile}
     size = max(PIECE, triton.next_power_of_2(2 * count // MAX_PIECES))
     base = partial = None
     if count > size:
@@ -604,6 +669,7 @@ def _run_sums(
         in_run = torch.where(lengths > size, (lengths + size - 1) // size, 0)
         base = F.pad(in_run.cumsum(0), (1, 0))
         owner = torch.searchsorted(base[1:], torch.arange(pieces, device=base.device), right=True)
-        partial = torch.empty(pieces, 2, dim, dtype=dtype, device=x.device)
-        _launch(_pieces_kernel, (pieces, slices), *shared, bounds, base, owner, partial, runs, size, **constants)
-    _launch(_runs_kernel, (runs, slices), *shared, bounds, base, partial, ddown, dup, ADD=add, **constants)
+        partial = torch.empty(pieces, 2, dim, dtype=operands.dtype, device=operands.x.device)
+        _launch(_pieces_kernel, (pieces, slices), *operands.read, base, owner, partial, runs, size, **constants)
+    grads = operands.ddown, operands.dup
+    _launch(_runs_kernel, (runs, slices), *operands.read, base, partial, *grads, ADD=add, **constants)

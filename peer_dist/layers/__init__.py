@@ -1,4 +1,4 @@
-"""What a token meets: product keys, query networks, PEER, product-key memory."""
+"""The layers: product keys, query norms, PEER, product-key memory, routers."""
 
 from peer_dist.layers.peer import PEER, activation_second_moment
 from peer_dist.layers.peer_pytorch import load_peer_pytorch

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class ExactBuffers(nn.Module):
-    """Its own buffers stay float32 when the module is cast to less: engines cast whole models."""
+    """A module whose own buffers stay float32 when it is cast to fewer bits, as engines do with whole models."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactBuffers:
         exact = {name: value for name, value in self._buffers.items() if value is not None}
@@ -22,5 +22,5 @@ class ExactBuffers(nn.Module):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """What is summed over many tokens or compared closely is computed in float32, or in float64 if that is given."""
+    """``x`` in float32, or in float64 if it is that: for sums over many tokens, and for close comparisons."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

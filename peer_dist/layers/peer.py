@@ -19,7 +19,12 @@ from peer_dist.tracing import span
 
 
 def activation_second_moment(activation: Callable[[Tensor], Tensor], std: float = 1.0) -> float:
-    """``E[activation(std * z)^2]`` for a standard normal ``z``, by quadrature."""
+    """``E[activation(std * z)^2]`` for a standard normal ``z``, by quadrature.
+
+    Args:
+        activation: elementwise; it is given float64 on the CPU.
+        std: standard deviation of its input.
+    """
     z = torch.linspace(-12.0, 12.0, 20001, dtype=torch.float64, device="cpu")  # on meta there would be no number
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     return float((activation(std * z).square() * density).sum() * (z[1] - z[0]))
@@ -239,7 +244,7 @@ class PEER(ProductKeyLayer):
         return self._pick(tokens, weight, self._product_keys())
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
-        """``[..., dim] -> [..., dim]``, in ``x``'s dtype.
+        """The layer's output ``[..., dim]`` for ``x [..., dim]``, in ``x``'s dtype.
 
         Args:
             state: ``[..., state_size]``, if the layer has a ``state_size``.
@@ -265,6 +270,7 @@ class PEER(ProductKeyLayer):
         return y.view_as(x)
 
     def extra_repr(self) -> str:
+        """The options that printing a model shows."""
         return (
             f"dim={self.dim}, num_experts={self.num_experts}, heads={self.heads}, top_k={self.top_k}, "
             f"gate={self.gate}, activation={self.activation}, rows={self.layout.rows}, columns={self.layout.columns}"

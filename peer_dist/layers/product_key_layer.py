@@ -38,6 +38,9 @@ def check_choices(*choices: tuple[str, str, tuple[str, ...] | dict[str, Callable
 class ProductKeyLayer(nn.Module):
     """The base of :class:`peer_dist.PEER` and :class:`peer_dist.ProductKeyMemory`, whose options these are: all but
     their tables. Without ``query_projection`` the query of every head is the input itself.
+
+    Raises:
+        ValueError: an impossible size, or an unknown option.
     """
 
     rows_name = "num_experts"

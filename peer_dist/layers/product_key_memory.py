@@ -133,7 +133,7 @@ class ProductKeyMemory(ProductKeyLayer):
         release(self, ("values",))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., dim] -> [..., dim]``, in ``x``'s dtype."""
+        """The layer's output ``[..., dim]`` for ``x [..., dim]``, in ``x``'s dtype."""
         tokens = x.reshape(-1, self.dim)
         with span("retrieve"):
             indices, gates = self._pick(tokens, None if self.query is None else self.query.weight, self.keys)
@@ -143,6 +143,7 @@ class ProductKeyMemory(ProductKeyLayer):
         return y.view_as(x)
 
     def extra_repr(self) -> str:
+        """The options that printing a model shows."""
         return (
             f"dim={self.dim}, num_values={self.num_experts}, heads={self.heads}, top_k={self.top_k}, "
             f"gate={self.gate}, rows={self.layout.rows}, columns={self.layout.columns}"

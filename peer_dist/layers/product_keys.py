@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         Expert numbers ``[tokens, heads, top_k]`` int64 and their scores, best first, in at least float32 and
         differentiable (once) in ``query`` and ``keys``.
     """
-    return _Retrieve.apply(query, keys, top_k, query.shape[1], None, None)
+    return _Retrieve.apply(query, keys, top_k)
 
 
 def project_and_retrieve(
@@ -43,8 +43,12 @@ def project_and_retrieve(
         norm: takes ``[tokens, heads, key_dim]`` and treats each token by itself.
         keys, top_k: as in :func:`retrieve`.
         heads: queries of a token.
+
+    Returns:
+        As :func:`retrieve`; the scores are differentiable (once) in ``x``, ``weight``, ``keys`` and the norm's
+        parameters.
     """
-    return _Retrieve.apply(x, keys, top_k, heads, weight, norm, *norm.parameters())
+    return _ProjectAndRetrieve.apply(x, weight, keys, norm, top_k, heads, *norm.parameters())
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -53,70 +57,108 @@ def _chunks(x: Tensor) -> Iterator[slice]:
         yield slice(begin, begin + step)
 
 
+def _search(
+    queries: Iterable[tuple[slice, Tensor]], keys: Tensor, tokens: int, heads: int, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """What :func:`retrieve` returns, for queries that come in chunks.
+
+    Args:
+        queries: chunks of the tokens, each with its queries ``[chunk's tokens, heads, key_dim]``.
+    """
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    indices = torch.empty(tokens, heads, top_k, dtype=torch.int64, device=keys.device)
+    best = torch.empty(tokens, heads, top_k, dtype=wide, device=keys.device)
+    per_head = keys.expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
+    scores = keys.new_empty(0)  # one memory for the scores of all chunks
+    for chunk, query in queries:
+        halves = query.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
+        scores.resize_(2, len(query), keys.shape[-2])
+        for head in range(heads):
+            first, second = torch.bmm(halves[head], per_head[head], out=scores).to(wide)
+            indices[chunk, head], best[chunk, head] = top_pairs(first, second, top_k)
+    return indices, best
+
+
+def _score_grads(query: Tensor, keys: Tensor, indices: Tensor, dscores: Tensor, dkeys: Tensor) -> Tensor:
+    """The gradient of a chunk's queries, and that of the keys, which is added to ``dkeys``.
+
+    Args:
+        query: ``[tokens, heads, key_dim]``.
+        keys: ``[2, n, key_dim / 2]``, or ``[heads, 2, n, key_dim / 2]``.
+        indices, dscores: ``[tokens, heads, top_k]``.
+        dkeys: the keys' shape, in ``dscores``' dtype.
+
+    Returns:
+        ``[tokens, heads, key_dim]`` in ``query``'s dtype.
+    """
+    n, half = keys.shape[-2:]
+    table = keys.reshape(-1, half)
+    sets = torch.arange(len(table) // n, device=keys.device).view(-1, 2, 1)  # of sub-keys: [heads or 1, 2, 1]
+    rows = torch.stack([indices // n, indices % n], 2).add_(sets * n)  # [tokens, heads, 2, top_k]
+    picks = Picks.even(rows.flatten(0, 2))
+    dpicked = dscores[:, :, None].expand_as(rows).flatten()
+    table_grad(dpicked, query.reshape(-1, half), picks, dkeys.view_as(table))
+    return mix(dpicked, table, picks).view_as(query).to(query.dtype)
+
+
 class _Retrieve(torch.autograd.Function):
+    """:func:`retrieve`, whose backward pass takes the tokens in chunks too."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        keys: Tensor,
-        top_k: int,
-        heads: int,
-        weight: Tensor | None,
-        norm: nn.Module | None,
-        *learned: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        shape, wide = (x.shape[0], heads, top_k), torch.promote_types(keys.dtype, torch.float32)
-        indices = torch.empty(shape, dtype=torch.int64, device=x.device)
-        best = torch.empty(shape, dtype=wide, device=x.device)
-        per_head = keys.expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
-        raw = x if weight is None else (x @ weight.t()).unflatten(-1, (heads, -1))
-        scores = keys.new_empty(0)  # the memory of every chunk's
-        for chunk in _chunks(x):
-            query = raw[chunk] if norm is None else norm(raw[chunk])
-            halves = query.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
-            scores.resize_(2, len(query), keys.shape[-2])
-            for head in range(heads):
-                first, second = torch.bmm(halves[head], per_head[head], out=scores).to(wide)
-                indices[chunk, head], best[chunk, head] = top_pairs(first, second, top_k)
-        ctx.norm, ctx.learned = norm, learned
-        ctx.save_for_backward(x, raw, keys, weight, indices)
+    def forward(ctx: Any, query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        tokens, heads = query.shape[:2]
+        indices, best = _search(((chunk, query[chunk]) for chunk in _chunks(query)), keys, tokens, heads, top_k)
+        ctx.save_for_backward(query, keys, indices)
         ctx.mark_non_differentiable(indices)
         return indices, best
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: None, dscores: Tensor) -> tuple[Tensor | None, ...]:
-        x, raw, keys, weight, indices = ctx.saved_tensors
-        n, half = keys.shape[-2:]
-        table = keys.reshape(-1, half)
-        sets = torch.arange(len(table) // n, device=keys.device).view(-1, 2, 1)  # of sub-keys: [heads or 1, 2, 1]
-        dkeys = torch.zeros(table.shape, dtype=dscores.dtype, device=keys.device)
-        dweight = None if weight is None else torch.zeros_like(weight)
+        query, keys, indices = ctx.saved_tensors
+        dkeys = torch.zeros(keys.shape, dtype=dscores.dtype, device=keys.device)
+        dquery = torch.empty_like(query)
+        for chunk in _chunks(query):
+            dquery[chunk] = _score_grads(query[chunk], keys, indices[chunk], dscores[chunk], dkeys)
+        return dquery, dkeys.to(keys.dtype), None
+
+
+class _ProjectAndRetrieve(torch.autograd.Function):
+    """:func:`project_and_retrieve`. The queries before the norm are kept; each chunk's norm is computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, keys: Tensor, norm: nn.Module, top_k: int, heads: int, *learned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        raw = (x @ weight.t()).unflatten(-1, (heads, -1))
+        indices, best = _search(((chunk, norm(raw[chunk])) for chunk in _chunks(x)), keys, len(x), heads, top_k)
+        ctx.norm, ctx.learned = norm, learned
+        ctx.save_for_backward(x, weight, raw, keys, indices)
+        ctx.mark_non_differentiable(indices)
+        return indices, best
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None, dscores: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, raw, keys, indices = ctx.saved_tensors
+        dkeys = torch.zeros(keys.shape, dtype=dscores.dtype, device=keys.device)
         learned = [parameter for parameter in ctx.learned if parameter.requires_grad]
         dlearned = [torch.zeros_like(parameter) for parameter in learned]
-        dx = torch.empty_like(x)
+        dweight, dx = torch.zeros_like(weight), torch.empty_like(x)
 
-        def take(chunk: slice) -> None:
+        def add_grads(chunk: slice) -> None:
             with torch.enable_grad():
-                some = raw[chunk].detach().requires_grad_()
-                query = ctx.norm(some) if ctx.learned else some
-            rows = torch.stack([indices[chunk] // n, indices[chunk] % n], 2).add_(sets * n)
-            picks = Picks.even(rows.flatten(0, 2))  # rows: [tokens, heads, 2, top_k]
-            dpicked = dscores[chunk, :, None].expand_as(rows).flatten()
-            table_grad(dpicked, query.detach().reshape(-1, half), picks, dkeys)
-            dquery = mix(dpicked, table, picks).view_as(query).to(query.dtype)
-            if ctx.learned:
-                dquery, *grads = torch.autograd.grad(query, (some, *learned), dquery)
-                for total, grad in zip(dlearned, grads):
-                    total += grad
-            if weight is None or dweight is None:
-                dx[chunk] = dquery
-            else:
-                torch.mm(dquery.flatten(1), weight, out=dx[chunk])
-                dweight.addmm_(dquery.flatten(1).t(), x[chunk])
+                projected = raw[chunk].detach().requires_grad_()
+                query = ctx.norm(projected)
+            dquery = _score_grads(query.detach(), keys, indices[chunk], dscores[chunk], dkeys)
+            dprojected, *grads = torch.autograd.grad(query, (projected, *learned), dquery)
+            for total, grad in zip(dlearned, grads):
+                total += grad
+            torch.mm(dprojected.flatten(1), weight, out=dx[chunk])
+            dweight.addmm_(dprojected.flatten(1).t(), x[chunk])
 
         for chunk in _chunks(x):
-            take(chunk)
-        dnorm = iter(dlearned)
-        dparameters = [next(dnorm) if parameter.requires_grad else None for parameter in ctx.learned]
-        return dx, dkeys.view_as(keys).to(keys.dtype), None, None, dweight, None, *dparameters
+            add_grads(chunk)
+        grads_of_learned = iter(dlearned)
+        dnorm = [next(grads_of_learned) if parameter.requires_grad else None for parameter in ctx.learned]
+        return dx, dweight, dkeys.to(keys.dtype), None, None, None, *dnorm

@@ -18,7 +18,14 @@ KEY_NORMS = ("none", "layer", "rms")
 
 
 def make_query_norm(kind: str, heads: int, key_dim: int, group: dist.ProcessGroup | None) -> nn.Module:
-    """One of :data:`QUERY_NORMS` over queries ``[tokens, heads, key_dim]``; batch statistics span ``group``."""
+    """The norm of queries ``[tokens, heads, key_dim]``.
+
+    Args:
+        kind: one of :data:`QUERY_NORMS`.
+        heads: queries of a token.
+        key_dim: width of a query.
+        group: ranks whose tokens ``batch`` takes its statistics over; None for this one.
+    """
     if kind == "batch":
         return QueryBatchNorm(heads, key_dim, group)
     return nn.Identity() if kind == "none" else VectorNorm(kind, heads, key_dim)
@@ -41,12 +48,12 @@ class KeyNorm(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
-        """``std``: of a sub-key's components as drawn."""
+        """Start anew: weights of ``std``, the standard deviation that sub-keys are drawn with, and no bias."""
         self.norm.reset_parameters()
         self.norm.weight.fill_(std)
 
     def forward(self, keys: Tensor) -> Tensor:
-        """``[..., 2, n, half]`` -> the same."""
+        """The normalised sub-keys of ``keys [..., 2, n, half]``, in their shape and dtype."""
         per_key = keys.movedim(-2, 0)  # [n, ..., 2, half]
         return self.norm(per_key.flatten(1, -2)).view_as(per_key).movedim(0, -2)
 
@@ -77,6 +84,13 @@ class QueryBatchNorm(ExactBuffers):
     least float32; the running statistics stay float32 when the module is cast.
 
     Every rank of the group must take part in each forward and backward pass, tokens or not.
+
+    Args:
+        heads: queries of a token.
+        key_dim: width of a query.
+        group: ranks whose tokens the statistics are over; None for this one.
+        eps: added to the variance.
+        momentum: weight of a pass in the running statistics.
     """
 
     running_mean: Tensor
@@ -100,6 +114,7 @@ class QueryBatchNorm(ExactBuffers):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Start anew: weights and variance 1, bias and mean 0."""
         for tensor, value in ((self.weight, 1), (self.bias, 0), (self.running_mean, 0), (self.running_var, 1)):
             tensor.fill_(value)
 
@@ -114,7 +129,7 @@ class QueryBatchNorm(ExactBuffers):
             running.lerp_(torch.where(fine, new.to(running.dtype), running), self.momentum)
 
     def forward(self, query: Tensor) -> Tensor:
-        """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
+        """The normalised queries of ``query [tokens, heads, key_dim]``, in its shape and dtype."""
         x = at_least_float32(query.flatten(1))
         if self.training:
             sums = self._total(torch.cat([x.sum(0), x.new_tensor([x.shape[0]])]))
@@ -131,7 +146,14 @@ class QueryBatchNorm(ExactBuffers):
 
 
 class VectorNorm(nn.Module):
-    """LayerNorm or RMSNorm of each query (or sub-key) vector, with an affine map per head, in at least float32."""
+    """LayerNorm or RMSNorm of each query (or sub-key) vector, with an affine map per head, in at least float32.
+
+    Args:
+        kind: ``layer`` (with a bias) or ``rms``.
+        heads: vectors of a token, each with weights of its own.
+        key_dim: width of a vector.
+        eps: added to the variance, or to the mean square.
+    """
 
     def __init__(self, kind: str, heads: int, key_dim: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -141,12 +163,13 @@ class VectorNorm(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Start anew: weights 1, bias 0."""
         self.weight.fill_(1)
         if self.bias is not None:
             self.bias.fill_(0)
 
     def forward(self, query: Tensor) -> Tensor:
-        """``[tokens, heads, key_dim]`` -> the same, in the input's dtype."""
+        """The normalised queries of ``query [tokens, heads, key_dim]``, in its shape and dtype."""
         x = at_least_float32(query)
         width = (x.shape[-1],)
         x = F.layer_norm(x, width, eps=self.eps) if self.kind == "layer" else F.rms_norm(x, width, eps=self.eps)

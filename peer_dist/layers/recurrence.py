@@ -31,12 +31,12 @@ class RouterCore(nn.Module):
         self.projection = projection(projected_from, state_size) if projected_from else None
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        """``x', h: [tokens, p] -> [tokens, p]``."""
+        """The new state ``[tokens, p]`` from the projected input ``x`` and the ``state``, both ``[tokens, p]``."""
         return self.cell(x, state) if self.recurrent else self.cell(x)
 
 
 def projection(dim: int, state_size: int) -> nn.Linear:
-    """Into the state; for unit-variance input of unit variance at the start."""
+    """A linear map ``dim -> state_size`` into the state, whose output has its input's variance at the start."""
     linear = nn.Linear(dim, state_size, bias=False)
     nn.init.normal_(linear.weight, std=dim**-0.5)
     return linear
@@ -49,6 +49,9 @@ class RouterState(nn.Module):
         core: shared by all layers, which is why it is no sub-module of this.
         dim: width of the layer's input.
         passing: ``full``; ``detached``: no gradient into the layers before; ``none``: each layer starts anew.
+
+    Raises:
+        ValueError: ``passing`` is none of these.
     """
 
     def __init__(self, core: RouterCore, dim: int, passing: str = "full") -> None:
@@ -59,7 +62,7 @@ class RouterState(nn.Module):
         self.projection = projection(dim, core.state_size) if core.projection is None else None
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        """``x [..., dim]`` and the state of the layers before ``[..., p]``, to this layer's state ``[..., p]``."""
+        """This layer's state ``[..., p]`` from ``x [..., dim]`` and the state ``[..., p]`` of the layers before."""
         (core,) = self._core
         project = self.projection if self.projection is not None else core.projection
         assert project is not None

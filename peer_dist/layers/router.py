@@ -1,4 +1,4 @@
-"""Routers of coarse experts: which of them a token meets, and what their outputs are weighted with."""
+"""Routers of coarse experts: which of them process a token, and what their outputs are weighted with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ _TEMPERATURE = 0.3  # of cosine logits at the start
 
 
 class LinearLogits(nn.Module):
-    """A logit per expert, linear in the input ``[..., width]``."""
+    """A logit per expert, linear in the input ``[..., width]``.
+
+    Args:
+        width: of the input.
+        num_experts: how many logits.
+        std: standard deviation that the weights are drawn with.
+    """
 
     def __init__(self, width: int, num_experts: int, std: float) -> None:
         super().__init__()
@@ -30,6 +36,7 @@ class LinearLogits(nn.Module):
         self.weight.copy_(F.normalize(self.weight) * norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits ``[..., num_experts]`` of ``x [..., width]``, in at least float32."""
         return F.linear(at_least_float32(x), at_least_float32(self.weight))
 
 
@@ -37,6 +44,11 @@ class CosineLogits(nn.Module):
     """Cosines between a low-rank projection of the input and experts' embeddings, over a learnt temperature.
 
     XMoE (Chi 2022, arXiv 2204.09179). The temperature is learnt as its logarithm, and so stays positive.
+
+    Args:
+        width: of the input.
+        num_experts: how many logits.
+        size: width of the projection and of the embeddings.
     """
 
     def __init__(self, width: int, num_experts: int, size: int) -> None:
@@ -48,6 +60,7 @@ class CosineLogits(nn.Module):
         nn.init.normal_(self.weight, std=size**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The logits ``[..., num_experts]`` of ``x [..., width]``, in at least float32."""
         projected = F.linear(at_least_float32(x), at_least_float32(self.projection))
         cosines = F.linear(F.normalize(projected, dim=-1), F.normalize(at_least_float32(self.weight), dim=-1))
         return cosines * torch.exp(-at_least_float32(self.log_temperature))
@@ -102,6 +115,8 @@ class Router(ExactBuffers):
 
     Args:
         logits: from the input ``[s, b, width]`` to ``[s, b, num_experts]``.
+        num_experts: how many experts there are.
+        rule: how they are chosen.
         group: ranks whose tokens the losses and the loads are over; None for this one.
         sequence: ranks that hold a sequence's parts in order; None if this one holds it whole.
 
@@ -129,7 +144,12 @@ class Router(ExactBuffers):
         self.register_buffer("loads", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[s, b, width]`` to the weights ``[s * b, num_experts]`` and, bool, whom each token meets."""
+        """The experts of the tokens ``x [s, b, width]``.
+
+        Returns:
+            The weights of the experts' outputs, ``[s * b, num_experts]``, 0 where an expert is not picked, and bool of
+            the same shape, whether a token picks an expert.
+        """
         rule, logits = self.rule, self.logits(x)
         scores = logits.softmax(-1) if rule.score == "softmax" else logits.sigmoid()
         if rule.dropout and self.training:
@@ -155,7 +175,7 @@ class Router(ExactBuffers):
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 
     def _tokens_of_experts(self, scores: Tensor) -> Tensor:
-        """``[s, b, num_experts]``, of whole sequences."""
+        """Whether an expert picks a token, ``[s, b, num_experts]`` bool, chosen over whole sequences."""
         own, ranks = scores, 1 if self.sequence is None else self.sequence.size()
         if self.sequence is not None and ranks > 1:
             scores = scores.new_empty(ranks * len(own), *own.shape[1:])
@@ -199,7 +219,7 @@ class Router(ExactBuffers):
 
     @torch.no_grad()
     def end_step(self, applied: bool) -> None:
-        """Move the bias, after a step that was applied, by the loads since the last call. Collective over the group."""
+        """Move the bias, if the step was ``applied``, by the loads since the last call. Collective over the group."""
         if self.expert_bias is not None:
             loads = self._total(self.loads.clone()).to(self.expert_bias.dtype)
             if applied:

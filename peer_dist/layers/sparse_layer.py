@@ -16,7 +16,7 @@ RouteObserver: TypeAlias = Callable[[Tensor, Tensor], None]
 class SparseLayer(Protocol):
     """A layer that picks some of ``num_experts`` experts (or values) for each token.
 
-    It tells ``on_route`` of every forward pass, but recomputed ones. Tokens are in the order of the hidden states
+    It calls ``on_route`` in every forward pass, but recomputed ones. Tokens are in the order of the hidden states
     ``[sequence, batch]``.
     """
 
@@ -25,7 +25,7 @@ class SparseLayer(Protocol):
     on_route: RouteObserver | None
 
     def shards(self) -> dict[str, Shard]:
-        """What this rank owns of it, by name."""
+        """This rank's blocks of the layer's tables, by name."""
 
     def release_shards(self) -> None:
         """Take the shards out of the module's parameters: engines must not see them."""

@@ -1,4 +1,4 @@
-"""What a rank's parameters, their gradients and the states of their optimizer take."""
+"""The memory that a rank's parameters, their gradients and the states of their optimizer take."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HeldBytes:
     def of(
         cls, weights: Iterable[Tensor], gradients: Iterable[Tensor], optimizer: Iterable[Tensor], buckets: int = 0
     ) -> HeldBytes:
-        """Whole storages are counted, each once, for the first of the three that has it."""
+        """The bytes of whole storages, each counted once, for the first of the three arguments that has it."""
         seen: set[int] = set()
         return cls(_storages(weights, seen), _storages(gradients, seen), _storages(optimizer, seen), buckets)
 
@@ -44,14 +44,19 @@ class HeldBytes:
 
     @property
     def total(self) -> int:
+        """All bytes."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 
 def _storages(tensors: Iterable[Tensor], seen: set[int]) -> int:
     """The bytes of storages that were not ``seen``, which they are added to."""
-    dense = (part for each in tensors for part in ((each._indices(), each._values()) if each.is_sparse else (each,)))
-    # told apart by what holds them: on meta they have no address
-    found = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in dense if each.dim()}
-    new = found.keys() - seen
+    dense = (
+        part
+        for tensor in tensors
+        for part in ((tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,))
+    )
+    # storages are known by their objects: on meta they have no address
+    sizes = {part.untyped_storage()._cdata: part.untyped_storage().nbytes() for part in dense if part.dim()}
+    new = sizes.keys() - seen
     seen |= new
-    return sum(found[storage] for storage in new)
+    return sum(sizes[storage] for storage in new)

@@ -42,12 +42,12 @@ def random_bits(key: int, rows: Tensor, columns: range) -> Tensor:
 
 
 def _signed(word: int) -> int:
-    """torch multiplies int64 modulo 2**64, but takes constants with a sign only."""
+    """The unsigned 64-bit ``word`` as int64: torch multiplies modulo 2**64, but takes constants with a sign only."""
     return word - (1 << 64)
 
 
 def _shifted(word: Tensor, by: int) -> Tensor:
-    """Right without the sign, which ``>>`` would drag in."""
+    """``word`` shifted right by ``by`` bits, with zeros from the left, where ``>>`` repeats the sign."""
     return (word >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
@@ -59,6 +59,9 @@ def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
     Args:
         values: ``[rows, columns]`` float32.
         bits: ``[rows, columns]`` int32, see :func:`random_bits`; written to.
+
+    Returns:
+        ``[rows, columns]`` bfloat16.
     """
     # A bfloat16 is the upper half of a float32, the sign apart from the magnitude: added to the lower half, the bits
     # carry into the upper one as often as the lower half is large.

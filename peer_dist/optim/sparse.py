@@ -31,12 +31,16 @@ def sum_over_copies(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     Args:
         grad: ``[rows, columns]``, merged (:func:`merge`); it may touch no row.
+        group: the ranks that hold copies of the table.
+
+    Returns:
+        ``[rows, columns]`` in ``grad``'s dtype, sparse and merged.
     """
     ranks, size = dist.get_world_size(group), grad.shape[0]
     rows, values = grad.indices()[0], grad.values()
     edges = torch.tensor([first_of(size, rank, ranks) for rank in range(ranks + 1)], device=rows.device)
     send, receive = _counts(torch.searchsorted(rows, edges).diff(), group)
-    rows, values = (_exchange(each, send, receive, group) for each in (rows, values))
+    rows, values = (_exchange(tensor, send, receive, group) for tensor in (rows, values))
     touched, place = torch.unique(rows, return_inverse=True)
     total = torch.zeros(len(touched), values.shape[1], device=values.device)
     for to, part in zip(place.split(receive), values.split(receive)):
@@ -44,7 +48,7 @@ def sum_over_copies(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
     send, receive = _counts(torch.full((ranks,), len(touched), device=rows.device), group)
     sums = total.to(values.dtype)
     rows, values = (
-        _exchange(each.repeat(ranks, *[1] * (each.dim() - 1)), send, receive, group) for each in (touched, sums)
+        _exchange(tensor.repeat(ranks, *[1] * (tensor.dim() - 1)), send, receive, group) for tensor in (touched, sums)
     )
     return row_gradient(rows, values, size)
 

@@ -128,13 +128,14 @@ class TableOptimizer:
         return moments
 
     def set_lr(self, lr: float) -> None:
+        """Use this learning rate from the next step on."""
         self._lr = lr
         if self._adamw is not None:
             for group in self._adamw.param_groups:
                 group["lr"] = lr
 
     def _grad(self, table: Tensor) -> Tensor:
-        """Its gradient, none touched or zero where it got none; one of a lazy optimizer is merged."""
+        """The table's gradient, merged if it is sparse; where there is none, a gradient that touches no row or is 0."""
         if table.grad is None:
             if self.lazy:
                 none = torch.empty(0, dtype=torch.int64, device=table.device)
@@ -268,12 +269,13 @@ class TableOptimizer:
         return round_stochastically(weight, random_bits(key, rows + row, range(column, column + weight.shape[1])))
 
     def zero_grad(self) -> None:
+        """Free the tables' gradients."""
         for table in self.tables.values():
             table.grad = None
 
     @property
     def steps(self) -> int:
-        """Updates made."""
+        """The number of updates so far."""
         return self._steps
 
     @steps.setter
@@ -303,6 +305,6 @@ class TableOptimizer:
 
 
 def _merge_grad(table: Tensor) -> None:
-    """After each micro-batch, so that what they add up to is no longer than the rows touched by any."""
+    """Merge the gradient after each micro-batch, so that their sum is no longer than the rows touched by any."""
     assert table.grad is not None
     table.grad = merge(table.grad)

@@ -39,16 +39,17 @@ class ExchangeBytes:
 
     @property
     def forward(self) -> float:
-        """Between homes and owners."""
+        """Bytes of the forward pass between homes and owners."""
         return self.rows_forward + self.picks_forward
 
     @property
     def backward(self) -> float:
-        """Between homes and owners."""
+        """Bytes of the backward pass between homes and owners."""
         return self.rows_backward + self.picks_backward
 
     @property
     def total(self) -> float:
+        """All bytes, forward and backward, between homes and owners and between owners."""
         return self.forward + self.backward + self.column_forward + self.column_backward
 
 
@@ -74,7 +75,7 @@ class Routes:
     def uniform(
         cls, tokens: float, num_experts: int, heads: int, top_k: int, row_shards: int, hits: float | None = None
     ) -> Routes:
-        """Expected where each head picks ``top_k`` distinct experts, all equally likely.
+        """The expected routes where each head picks ``top_k`` distinct experts, all equally likely.
 
         Args:
             hits: row shards that a token hits, if it is known better.
@@ -141,7 +142,11 @@ def bytes_of(
 
 
 def size_bytes(row_shards: int, column_shards: int, parts: int = 1) -> tuple[int, int]:
-    """Sizes of messages that a rank sends in a forward pass: to the owners in its column, and to its row's columns."""
+    """Bytes of the sizes of messages, which a rank sends in a forward pass.
+
+    Returns:
+        Bytes to the owners of the other rows in its column, and to those of the other columns in its row.
+    """
     pair = parts * 2 * SIZE  # tokens and picks
     return (row_shards - 1) * pair, (column_shards - 1) * row_shards * pair
 
@@ -184,8 +189,8 @@ def exchange_pairs(
     ring = ways * 2 * (column_shards - 1) * picks * PARTIAL // column_shards
     for shard in range(row_shards):
         pairs[shard, column, shard] += numbers[shard]
-        for each in range(column_shards):
-            pairs[shard, each, shard, (each + 1) % column_shards] += ring[shard]
+        for sender in range(column_shards):
+            pairs[shard, sender, shard, (sender + 1) % column_shards] += ring[shard]
     ranks = row_shards * column_shards
     return pairs.view(ranks, ranks).fill_diagonal_(0)
 
@@ -195,7 +200,7 @@ def synthetic_picks(
 ) -> Tensor:
     """Experts ``[tokens, picks]`` int64: uniform or, with an exponent ``zipf``, by Zipf's law in a random order.
 
-    A token may pick an expert twice, as two heads may.
+    A token may pick an expert twice, as when two of its heads pick the same one.
     """
     shape = (tokens, picks)
     if zipf == 0:
@@ -211,7 +216,6 @@ def _hits(indices: Tensor, num_experts: int, row_shards: int) -> tuple[Tensor, T
     starts = torch.tensor([first_of(num_experts, shard, row_shards) for shard in range(row_shards)])
     token, expert, _ = merge_picks(indices, torch.zeros(indices.shape))
     owner = torch.bucketize(expert, starts, right=True) - 1
-    each = torch.bincount(token * row_shards + owner, minlength=len(indices) * row_shards).view(
-        len(indices), row_shards
-    )
-    return (each > 0).sum(0), each.sum(0)
+    picks = torch.bincount(token * row_shards + owner, minlength=len(indices) * row_shards)
+    picks = picks.view(len(indices), row_shards)  # of each token in each row shard
+    return (picks > 0).sum(0), picks.sum(0)

@@ -39,6 +39,7 @@ from peer_dist.sharding.grid import GridLayout
 from peer_dist.tracing import span
 
 Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+"""The two halves of a dense block beside the experts; see :func:`routed_experts`."""
 
 
 def routed_experts(
@@ -196,7 +197,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Experts(torch.autograd.Function):
-    """The owners' part, of each part of the tokens as it arrives. The tables' gradients are made once, of all parts."""
+    """What the owners compute for each part of the tokens as it arrives; the tables' gradients once, for all parts."""
 
     @staticmethod
     def forward(
@@ -206,7 +207,7 @@ class _Experts(torch.autograd.Function):
         x, arrivals = transit.take_rows()
         with span("dispatch"):
             gate = plan.picks_at_owners(transit.take_picks())
-        made: list[Tensor] = []
+        pre_of_parts: list[Tensor] = []
         for part, arrival in zip(plan.parts, arrivals):
             # The last part is left to the caller: recomputation under a checkpoint stops here and needs no result.
             if transit.last is not None:
@@ -217,9 +218,9 @@ class _Experts(torch.autograd.Function):
                 x[part.tokens], plan.picks_of(part), gate[part.picks], down, up, activation, transit.sum_columns("dots")
             )
             transit.last = y.to(x.dtype)
-            made.append(pre)
+            pre_of_parts.append(pre)
         ctx.transit, ctx.activation, ctx.sparse_grad = transit, activation, sparse_grad
-        ctx.save_for_backward(x, gate, down, up, *made)
+        ctx.save_for_backward(x, gate, down, up, *pre_of_parts)
         return x.new_empty(0)
 
     @staticmethod
@@ -227,14 +228,14 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, edge: Tensor) -> tuple[Tensor | None, ...]:
         transit: _Transit = ctx.transit
         plan = transit.plan
-        x, gate, down, up, *made = ctx.saved_tensors
+        x, gate, down, up, *pre_of_parts = ctx.saved_tensors
         dy, arrivals = transit.take_rows()
         goes_home = ctx.needs_input_grad[0]
-        per_pick: list[tuple[Tensor, Tensor, Tensor]] = []
-        for part, arrival, pre in zip(plan.parts, arrivals, made):
+        of_parts: list[tuple[Tensor, Tensor, Tensor]] = []  # dgate, dpre, hidden
+        for part, arrival, pre in zip(plan.parts, arrivals, pre_of_parts):
             with span("dispatch"):
                 arrival.wait()
-            dx, *each = expert_mix_backward(
+            dx, dgate, dpre, hidden = expert_mix_backward(
                 dy[part.tokens],
                 x[part.tokens],
                 plan.picks_of(part),
@@ -245,10 +246,10 @@ class _Experts(torch.autograd.Function):
                 ctx.activation,
                 transit.sum_columns("ddots"),
             )
-            per_pick.append((each[0], each[1], each[2]))
+            of_parts.append((dgate, dpre, hidden))
             if goes_home:
                 transit.start_home(dx.to(x.dtype), "dx")
-        dgate, dpre, hidden = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*per_pick))
+        dgate, dpre, hidden = (values[0] if len(values) == 1 else torch.cat(values) for values in zip(*of_parts))
         if goes_home:
             with span("combine"):
                 transit.picks = plan.start_picks_to_homes(dgate.to(gate.dtype))
@@ -260,7 +261,7 @@ class _Experts(torch.autograd.Function):
 
 
 class _Values(torch.autograd.Function):
-    """The owners' part of :func:`routed_values`, and the gates' way there and back: ``gate [sent picks]``."""
+    """What the owners compute in :func:`routed_values`, and the gates' way there and back: ``gate [sent picks]``."""
 
     @staticmethod
     def forward(

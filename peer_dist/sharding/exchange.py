@@ -23,6 +23,8 @@ from torch import Tensor
 from peer_dist.kernels import Picks
 from peer_dist.sharding.grid import ExpertGroups, GridLayout
 
+_TOKENS, _PICKS = 0, 1  # places on the last axis of counts
+
 
 @dataclass
 class Traffic:
@@ -32,8 +34,9 @@ class Traffic:
         sent: bytes by collective: ``counts``, ``picks`` (a number a token, and rows), ``gates``, ``x`` and ``y``
             forward, ``dy``, ``dx`` and ``dgates`` backward; within the column group ``column counts``,
             ``column picks``, ``column gates`` and ``dots`` forward, ``ddots`` backward.
-        picks_received: after merging, its own included.
-        tokens, tokens_received: at home, and from all homes (a token counts at each owner): where tables are spread.
+        picks_received: picks after merging that this rank computed as an owner, those of its own tokens included.
+        tokens: tokens at home; counted only where tables are spread over ranks.
+        tokens_received: tokens from all homes, of which one counts at each of its owners; likewise.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
@@ -43,9 +46,11 @@ class Traffic:
 
     @property
     def bytes_sent(self) -> int:
+        """Bytes sent to other ranks, by all collectives."""
         return sum(self.sent.values())
 
     def reset(self) -> None:
+        """Set all counts to 0."""
         self.sent.clear()
         self.picks_received = self.tokens = self.tokens_received = 0
 
@@ -57,7 +62,10 @@ class Arrival:
         self._work, self._out, self._sent = work, out, [sent]
 
     def wait(self) -> Tensor:
-        """What was received; on a GPU the current stream waits, not the host."""
+        """The rows received, ``[rows, ...]`` in order of the ranks that sent them.
+
+        On a CPU the host waits for them; on a GPU the current stream does.
+        """
         self._work.wait()
         self._sent.clear()
         return self._out
@@ -90,19 +98,103 @@ def _all_to_all(
 
 
 @dataclass(frozen=True)
+class ColumnRoute:
+    """How numbers, one for each token or for each pick, travel between homes and all owners of a row shard.
+
+    On the way to the owners they lie in blocks, in this order of the blocks' axes:
+
+    1. ``[row, part]`` as a home sends them, and as the homes' owner in the same column receives them: ``row`` is the
+       row shard of the owner, then of the home.
+    2. ``[column, row, part]`` after each owner has passed what it received on to the other columns' owners.
+    3. ``[part, row, column]`` as the owners work on them: parts one after the other, in each the homes of the domain.
+
+    Attributes:
+        send: ``[row shards]``, how many this home sends to the owner of each row shard.
+        receive: ``[row shards]``, how many this owner receives from each home in its column.
+        passed_on: ``[column shards]``, how many the owner in each column received, and passes on.
+        gathered: sizes of the blocks in order 2.
+        worked_on: sizes of the blocks in order 3.
+        work_order: the blocks of order 3, as their places in order 2.
+        own_blocks: the blocks ``[row, part]`` of this column, as their places in order 3.
+    """
+
+    groups: ExpertGroups
+    traffic: Traffic
+    send: list[int]
+    receive: list[int]
+    passed_on: list[int]
+    gathered: list[int]
+    worked_on: list[int]
+    work_order: list[int]
+    own_blocks: list[int]
+
+    @classmethod
+    def of(cls, sent: Tensor, received: Tensor, layout: GridLayout, traffic: Traffic) -> ColumnRoute:
+        """The route of what is counted in ``sent [row, part]`` and ``received [row, column, part]``, on the host."""
+        assert layout.groups is not None
+        gathered, worked_on = received.permute(1, 0, 2), received.permute(2, 0, 1)
+        place = torch.arange(received.numel())
+        return cls(
+            groups=layout.groups,
+            traffic=traffic,
+            send=sent.sum(1).tolist(),
+            receive=received[:, layout.column_shard].sum(1).tolist(),
+            passed_on=received.sum((0, 2)).tolist(),
+            gathered=gathered.flatten().tolist(),
+            worked_on=worked_on.flatten().tolist(),
+            work_order=place.view(gathered.shape).permute(2, 1, 0).flatten().tolist(),
+            own_blocks=place.view(worked_on.shape).permute(2, 1, 0)[layout.column_shard].flatten().tolist(),
+        )
+
+    def start_to_owners(self, value: Tensor, what: str) -> Arrival:
+        """Send ``[sum(send)]`` from the home to the owners in its column."""
+        return _start(value, self.send, self.receive, self.groups.rows, self.traffic, what)
+
+    def at_owners(self, received: Tensor, what: str) -> Tensor:
+        """``[sum(passed_on)]`` in the order of work at all owners, from what arrived at each, ``[sum(receive)]``."""
+        gathered = _pass_on(received, self.passed_on, self.groups, self.traffic, what)
+        return _in_order(gathered, self.gathered, self.work_order)
+
+    def start_to_homes(self, value: Tensor, what: str) -> Arrival:
+        """Send ``[sum(passed_on)]``, the same at all owners, to the homes, each of which gets ``[sum(send)]``."""
+        own = _in_order(value, self.worked_on, self.own_blocks)
+        return _start(own, self.receive, self.send, self.groups.rows, self.traffic, what)
+
+
+def _pass_on(value: Tensor, sizes: list[int], groups: ExpertGroups, traffic: Traffic, what: str) -> Tensor:
+    """The values of all owners of a row shard, ``sizes`` long, at each of them, column after column."""
+    if len(sizes) == 1:
+        return value
+    assert groups.columns is not None
+    repeated = value.repeat(len(sizes), *([1] * (value.dim() - 1)))  # all that it has, to each of the others
+    return _all_to_all(repeated, [len(value)] * len(sizes), sizes, groups.columns, traffic, f"column {what}")
+
+
+def _in_order(value: Tensor, sizes: list[int], order: list[int]) -> Tensor:
+    """The blocks of ``value``, which are ``sizes`` long, in the order of their places ``order``."""
+    if order == list(range(len(sizes))):
+        return value
+    blocks = value.split(sizes)
+    return torch.cat([blocks[place] for place in order])
+
+
+@dataclass(frozen=True)
 class Part:
     """A contiguous part of the tokens at each home, which travels by itself.
 
     Attributes:
-        send: its tokens at this home that go to each row shard.
-        receive: its tokens that come from each home in the domain, ``[row shards][column shards]``.
         token: ``[sum(send)]`` int64, the home row of each sent token; ascending within a row shard.
-        tokens, picks: its place among the received tokens and among the received picks.
+        send: ``[row shards]``, how many tokens of this home go to each row shard.
+        home_sizes: elements of x between this rank as a home and each owner, in the domain's order.
+        owner_sizes: elements of x between this rank as an owner and each home, in the domain's order.
+        tokens: the part's place among the received tokens.
+        picks: the part's place among the received picks.
     """
 
-    send: list[int]
-    receive: list[list[int]]
     token: Tensor
+    send: list[int]
+    home_sizes: list[int]
+    owner_sizes: list[int]
     tokens: slice
     picks: slice
 
@@ -112,9 +204,8 @@ class ExchangePlan:
     """What this rank sends to and receives from whom, for one batch of tokens.
 
     Attributes:
-        parts: of the tokens, as many on every rank.
-        send_picks: merged picks per row shard.
-        receive_picks: per home in the domain and part, ``[row shards][column shards][parts]``.
+        parts: the parts of the tokens, as many on every rank.
+        route: the way of a number for each pick, merged picks that is: gates and their gradients.
         tokens: rows at home.
         picks: all received picks, in local row numbers, parts one after the other, homes in the domain's order in each.
     """
@@ -123,8 +214,7 @@ class ExchangePlan:
     groups: ExpertGroups
     traffic: Traffic
     parts: list[Part]
-    send_picks: list[int]
-    receive_picks: list[list[list[int]]]
+    route: ColumnRoute
     tokens: int
     picks: Picks
 
@@ -137,12 +227,6 @@ class ExchangePlan:
         offsets = self.picks.offsets[part.tokens.start : part.tokens.stop + 1]
         return Picks(offsets - part.picks.start if part.picks.start else offsets, self.picks.expert[part.picks])
 
-    def _sizes(self, part: Part) -> tuple[list[int], list[int]]:
-        """Elements of x that this rank as a home exchanges with each owner, and as an owner with each home."""
-        width = len(self.layout.columns)
-        home = [count * each for count in part.send for each in self.layout.widths]
-        return home, [count * width for row in part.receive for count in row]
-
     def start_rows_to_owners(self, x: Tensor, what: str) -> tuple[Tensor, list[Arrival]]:
         """Send ``[tokens, dim]`` at home, part by part; ``what`` it is, ``x`` or ``dy``, is counted apart.
 
@@ -153,27 +237,26 @@ class ExchangePlan:
         received = x.new_empty(self.picks.tokens, width)
         flat, arrivals = received.view(-1), []
         for part in self.parts:
-            home, owner = self._sizes(part)
             if self.layout.column_shards == 1:
                 sent = x[part.token]
             else:
                 slices = [x[:, self.layout.columns_of(shard)] for shard in range(self.layout.column_shards)]
                 sent = torch.cat([piece[rows].flatten() for rows in part.token.split(part.send) for piece in slices])
             out = flat[part.tokens.start * width : part.tokens.stop * width]
-            arrivals.append(_start(sent.flatten(), home, owner, self.groups.domain, self.traffic, what, out))
+            sizes = part.home_sizes, part.owner_sizes
+            arrivals.append(_start(sent.flatten(), *sizes, self.groups.domain, self.traffic, what, out))
         return received, arrivals
 
     def start_rows_to_homes(self, y: Tensor, part: Part, what: str) -> Arrival:
         """Send a part's ``[its received tokens, columns]`` from the owner to the homes."""
-        home, owner = self._sizes(part)
-        return _start(y.flatten(), owner, home, self.groups.domain, self.traffic, what)
+        return _start(y.flatten(), part.owner_sizes, part.home_sizes, self.groups.domain, self.traffic, what)
 
     def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The sum over row shards of what the owners sent, part by part in order, ``[tokens, dim]``."""
         wide = torch.promote_types(dtype, torch.float32)
         out = torch.zeros(self.tokens, self.layout.dim, dtype=wide, device=device)
         for part, arrival in zip(self.parts, arrivals):
-            pieces = iter(arrival.wait().split(self._sizes(part)[0]))
+            pieces = iter(arrival.wait().split(part.home_sizes))
             # Shard by shard: rows are distinct within one, so the order of the sum is fixed on every device.
             for rows in part.token.split(part.send):
                 for shard, width in enumerate(self.layout.widths):
@@ -183,61 +266,22 @@ class ExchangePlan:
 
     def start_picks_to_owners(self, value: Tensor) -> Arrival:
         """Send ``[sent picks]`` to the owners in this home's column."""
-        received = [sum(row[self.layout.column_shard]) for row in self.receive_picks]
-        return _start(value, self.send_picks, received, self.groups.rows, self.traffic, "gates")
+        return self.route.start_to_owners(value, "gates")
 
     def picks_at_owners(self, arrival: Arrival) -> Tensor:
         """``[received picks]``, at all owners of a row shard."""
-        return _gather_columns(arrival.wait(), self.receive_picks, self.groups, self.traffic, "gates")
+        return self.route.at_owners(arrival.wait(), "gates")
 
     def start_picks_to_homes(self, value: Tensor) -> Arrival:
         """Send ``[received picks]``, the same at all owners of a row shard; ``[sent picks]`` will arrive."""
-        mine, sizes, parts = self.layout.column_shard, self.receive_picks, range(len(self.parts))
-        pieces = iter(value.split([count[part] for part in parts for row in sizes for count in row]))
-        by_part = [[[next(pieces) for _ in row][mine] for row in sizes] for _ in parts]
-        own = torch.cat([by_part[part][row] for row in range(len(sizes)) for part in parts])
-        received = [sum(row[mine]) for row in sizes]
-        return _start(own, received, self.send_picks, self.groups.rows, self.traffic, "dgates")
+        return self.route.start_to_homes(value, "dgates")
 
     def sum_columns(self, value: Tensor, what: str) -> Tensor:
-        """Partial sums ``[picks]`` -> their sum over the column shards, in place."""
+        """The sum of ``value [picks]`` over the column shards, in place; ``what`` is counted, ``dots`` or ``ddots``."""
         dist.all_reduce(value, group=self.groups.columns)
         others = self.layout.column_shards - 1  # a ring sends each number on twice, but for a rank's own part
         self.traffic.sent[what] += 2 * others * value.nbytes // self.layout.column_shards
         return value
-
-
-def _gather_columns(
-    value: Tensor, sizes: list[list[list[int]]], groups: ExpertGroups, traffic: Traffic, what: str
-) -> Tensor:
-    """What the owners of a row shard received, each from the homes of its own column, at all of them.
-
-    Args:
-        value: from the homes in this column, in order of row shards and then of parts.
-        sizes: ``[row shards][column shards][parts]``, of what every home sent.
-
-    Returns:
-        In order of parts and then of homes in the domain.
-    """
-    columns, parts = len(sizes[0]), len(sizes[0][0])
-    if columns > 1:
-        totals = [sum(sum(row[column]) for row in sizes) for column in range(columns)]
-        # every one of them sends all that it has to each of the others
-        repeated = value.repeat(columns, *([1] * (value.dim() - 1)))
-        assert groups.columns is not None
-        value = _all_to_all(repeated, [len(value)] * columns, totals, groups.columns, traffic, f"column {what}")
-    elif parts == 1:
-        return value
-    pieces = iter(value.split([count for column in range(columns) for row in sizes for count in row[column]]))
-    by_column = [[[next(pieces) for _ in range(parts)] for _ in sizes] for _ in range(columns)]
-    return torch.cat(
-        [
-            by_column[column][row][part]
-            for part in range(parts)
-            for row in range(len(sizes))
-            for column in range(columns)
-        ]
-    )
 
 
 def merge_picks(indices: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,11 +307,13 @@ def merge_picks(indices: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def plan_exchange(
     token: Tensor, expert: Tensor, tokens: int, layout: GridLayout, traffic: Traffic, parts: int = 1
 ) -> tuple[ExchangePlan, Tensor]:
-    """Work out, with every other owner, who sends what to whom.
+    """Work out, with every other owner, who sends what to whom. Collective over the layout's domain.
 
     Args:
         token, expert: ``[distinct]`` int64, from :func:`merge_picks`.
         tokens: rows at home.
+        layout: the grid of owners.
+        traffic: adds up what was sent.
         parts: number of contiguous parts in which they travel, the same on all ranks; some may be empty.
 
     Returns:
@@ -275,74 +321,86 @@ def plan_exchange(
     """
     groups = layout.groups
     assert groups is not None
-    row_shards, column_shards = layout.row_shards, layout.column_shards
     starts = layout.first_rows(expert.device)
     owner = torch.bucketize(expert, starts, right=True) - 1
     order = torch.argsort(owner, stable=True)
     owner, token, local = owner[order], token[order], (expert - starts[owner])[order]
-    # part p begins with token first_of(tokens, p, parts)
-    owner_part = owner * parts + ((token + 1) * parts - 1) // max(1, tokens)
+    part = ((token + 1) * parts - 1) // max(1, tokens)  # part p begins with token first_of(tokens, p, parts)
 
     fresh = torch.ones_like(token, dtype=torch.bool)  # the first pick of a (shard, token) pair
     fresh[1:] = (owner[1:] != owner[:-1]) | (token[1:] != token[:-1])
     begin = fresh.nonzero().squeeze(1)
-    picks_each = torch.diff(begin, append=begin.new_tensor([token.numel()])).to(torch.int32)
+    picks_of_token = torch.diff(begin, append=begin.new_tensor([token.numel()])).to(torch.int32)
 
-    counts = torch.stack(
-        [torch.bincount(each, minlength=row_shards * parts) for each in (owner_part[begin], owner_part)], dim=1
-    ).view(row_shards, parts, 2)
-    theirs = torch.empty_like(counts)
-    dist.all_to_all_single(theirs, counts, group=groups.rows)
-    traffic.sent["counts"] += (row_shards - 1) * parts * 2 * counts.element_size()
-    once = [[[row_shards]] * column_shards]  # as if from one home a column
-    theirs = _gather_columns(theirs, once, groups, traffic, "counts").view(column_shards, row_shards, parts, 2)
-    # waits for the device: all_to_all wants its sizes on the host
-    sent, *received = torch.cat([counts[None], theirs]).tolist()  # [row][part][tokens, picks], [column] of that
-    send_tokens, send_picks = ([sum(count[which] for count in row) for row in sent] for which in (0, 1))
-    receive_tokens, receive_picks = (
-        [[[count[which] for count in column[row]] for column in received] for row in range(row_shards)]
-        for which in (0, 1)
+    block = owner * parts + part
+    blocks = layout.row_shards * parts
+    sent = torch.stack([torch.bincount(block[begin], minlength=blocks), torch.bincount(block, minlength=blocks)], dim=1)
+    sent, received = _exchange_counts(sent.view(layout.row_shards, parts, 2), layout, traffic)
+    token_route, pick_route = (
+        ColumnRoute.of(sent[..., unit], received[..., unit], layout, traffic) for unit in (_TOKENS, _PICKS)
     )
-
-    mine = layout.column_shard
-    column_tokens = [sum(row[mine]) for row in receive_tokens]
-    each = _all_to_all(picks_each, send_tokens, column_tokens, groups.rows, traffic, "picks")
-    each = _gather_columns(each, receive_tokens, groups, traffic, "picks")
-    column_picks = [sum(row[mine]) for row in receive_picks]
-    rows = _all_to_all(local.to(torch.int32), send_picks, column_picks, groups.rows, traffic, "picks")
-    rows = _gather_columns(rows, receive_picks, groups, traffic, "picks")
-    offsets = torch.zeros(each.numel() + 1, dtype=torch.int64, device=each.device)
-    torch.cumsum(each, 0, out=offsets[1:])
+    picks_of_token = token_route.at_owners(token_route.start_to_owners(picks_of_token, "picks").wait(), "picks")
+    rows = pick_route.at_owners(pick_route.start_to_owners(local.to(torch.int32), "picks").wait(), "picks")
+    offsets = torch.zeros(picks_of_token.numel() + 1, dtype=torch.int64, device=rows.device)
+    torch.cumsum(picks_of_token, 0, out=offsets[1:])
     traffic.picks_received += rows.numel()
     traffic.tokens += tokens
-    traffic.tokens_received += each.numel()
-
-    pieces = iter(token[begin].split([count[0] for row in sent for count in row]))
-    by_row = [[next(pieces) for _ in range(parts)] for _ in range(row_shards)]
-    made: list[Part] = []
-    first_token, first_pick = 0, 0
-    for part in range(parts):
-        receive = [[column[part] for column in row] for row in receive_tokens]
-        last_token = first_token + sum(map(sum, receive))
-        last_pick = first_pick + sum(column[part] for row in receive_picks for column in row)
-        made.append(
-            Part(
-                send=[row[part][0] for row in sent],
-                receive=receive,
-                token=torch.cat([row[part] for row in by_row]),
-                tokens=slice(first_token, last_token),
-                picks=slice(first_pick, last_pick),
-            )
-        )
-        first_token, first_pick = last_token, last_pick
+    traffic.tokens_received += picks_of_token.numel()
     plan = ExchangePlan(
         layout=layout,
         groups=groups,
         traffic=traffic,
-        parts=made,
-        send_picks=send_picks,
-        receive_picks=receive_picks,
+        parts=_parts(token[begin], sent, received, layout),
+        route=pick_route,
         tokens=tokens,
         picks=Picks(offsets, rows.long()),
     )
     return plan, order
+
+
+def _exchange_counts(sent: Tensor, layout: GridLayout, traffic: Traffic) -> tuple[Tensor, Tensor]:
+    """Tell the other owners how much they will receive, and wait for the device: all_to_all wants sizes on the host.
+
+    Args:
+        sent: ``[row, part, 2]`` int64, the tokens and the picks that this home sends to each row shard.
+
+    Returns:
+        ``sent``, and ``[row, column, part, 2]`` int64, what the home ``row, column`` sends to this row shard; both on
+        the host.
+    """
+    assert layout.groups is not None
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=layout.groups.rows)
+    traffic.sent["counts"] += (len(sent) - 1) * sent[0].nbytes
+    sizes = [len(sent)] * layout.column_shards
+    received = _pass_on(received, sizes, layout.groups, traffic, "counts").view(-1, *sent.shape).transpose(0, 1)
+    counts = torch.cat([sent[:, None], received], dim=1).cpu()
+    return counts[:, 0], counts[:, 1:]
+
+
+def _parts(token: Tensor, sent: Tensor, received: Tensor, layout: GridLayout) -> list[Part]:
+    """The parts in which tokens travel.
+
+    Args:
+        token: ``[sent tokens]`` int64, the home row of each sent token, in blocks ``[row, part]``.
+        sent, received: from :func:`_exchange_counts`.
+    """
+    tokens = sent[..., _TOKENS]  # [row, part]
+    by_part = torch.arange(tokens.numel()).view(tokens.shape).t().flatten().tolist()
+    token_of_part = _in_order(token, tokens.flatten().tolist(), by_part).split(tokens.sum(0).tolist())
+    widths = torch.tensor(layout.widths)
+    home_sizes = tokens[:, None] * widths[:, None]  # [row, column, part], as are the owner's
+    owner_sizes = received[..., _TOKENS] * len(layout.columns)
+    ends = received.sum((0, 1)).cumsum(0)  # [part, 2]
+    begins = ends - received.sum((0, 1))
+    return [
+        Part(
+            token=token_of_part[part],
+            send=tokens[:, part].tolist(),
+            home_sizes=home_sizes[..., part].flatten().tolist(),
+            owner_sizes=owner_sizes[..., part].flatten().tolist(),
+            tokens=slice(int(begins[part, _TOKENS]), int(ends[part, _TOKENS])),
+            picks=slice(int(begins[part, _PICKS]), int(ends[part, _PICKS])),
+        )
+        for part in range(tokens.shape[1])
+    ]

@@ -50,20 +50,20 @@ class ExpertGroups:
         everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, ranks)
         mine = dist.get_rank()
-        made = {}
-        for members in sorted({tuple(each) for each in everyone}):
+        new_groups = {}
+        for members in sorted({tuple(domain) for domain in everyone}):
             for first in range(columns):
-                made["rows", members[first::columns]] = dist.new_group(list(members[first::columns]))
+                new_groups["rows", members[first::columns]] = dist.new_group(list(members[first::columns]))
             for first in range(0, len(members), columns):
                 row = members[first : first + columns]
-                made["columns", row] = dist.new_group(list(row))
-        (rows,) = (new for (kind, members), new in made.items() if kind == "rows" and mine in members)
-        (column,) = (new for (kind, members), new in made.items() if kind == "columns" and mine in members)
+                new_groups["columns", row] = dist.new_group(list(row))
+        (rows,) = (group for (kind, members), group in new_groups.items() if kind == "rows" and mine in members)
+        (column,) = (group for (kind, members), group in new_groups.items() if kind == "columns" and mine in members)
         return cls(group, rows, column)
 
 
 def first_of(size: int, shard: int, shards: int) -> int:
-    """Where a shard of ``size`` rows or columns begins; of ``shards`` itself, ``size``."""
+    """The first row or column of shard number ``shard``, of ``size`` in all; ``size`` for the number ``shards``."""
     return size * shard // shards
 
 
@@ -81,29 +81,32 @@ class GridLayout:
 
     @property
     def row_shards(self) -> int:
+        """The number of row shards."""
         return 1 if self.groups is None else dist.get_world_size(self.groups.rows)
 
     @property
     def column_shards(self) -> int:
+        """The number of column shards."""
         return 1 if self.groups is None or self.groups.columns is None else dist.get_world_size(self.groups.columns)
 
     @property
     def row_shard(self) -> int:
-        """This rank's."""
+        """The number of this rank's row shard."""
         return 0 if self.groups is None else dist.get_rank(self.groups.rows)
 
     @property
     def column_shard(self) -> int:
-        """This rank's."""
+        """The number of this rank's column shard."""
         return 0 if self.groups is None or self.groups.columns is None else dist.get_rank(self.groups.columns)
 
     def first_row(self, shard: int) -> int:
-        """The first global row of a row shard; of ``row_shards`` itself, ``num_experts``."""
+        """The first global row of a row shard; ``num_experts`` for the number ``row_shards``."""
         return first_of(self.num_experts, shard, self.row_shards)
 
     def columns_of(self, shard: int) -> slice:
         """The columns of a column shard."""
-        return slice(*(first_of(self.dim, each, self.column_shards) for each in (shard, shard + 1)))
+        shards = self.column_shards
+        return slice(first_of(self.dim, shard, shards), first_of(self.dim, shard + 1, shards))
 
     @property
     def rows(self) -> range:

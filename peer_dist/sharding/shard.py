@@ -29,15 +29,22 @@ class Shard:
 
     @classmethod
     def of_table(cls, parameter: nn.Parameter, layout: GridLayout) -> Shard:
-        """A table spread over a grid."""
+        """The shard ``parameter [rows, columns]`` of a table that is spread over ``layout``."""
         return cls(parameter, layout.shape, layout.offset, layout.column_shard)
 
 
 def release(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Take parameters out of the module's; they stay attributes of the same names.
+    """Take parameters out of the module's list; they stay attributes of the same names.
 
     For engines that shard, average or broadcast all parameters of a module (ZeRO, DDP): shards have an optimizer of
     their own. Move the module to its device first.
+
+    Args:
+        module: has these parameters itself, not in a sub-module.
+        names: the parameters' names.
+
+    Raises:
+        KeyError: the module has no parameter of such a name.
     """
     for name in names:
         object.__setattr__(module, name, module._parameters.pop(name))
