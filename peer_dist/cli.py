@@ -347,11 +347,11 @@ def evaluate(
         raise DataError("--stride: is for --dataset; prepared data are cut into sequences")
     if dataset and (prefix is not None or split != "validation"):
         raise DataError("--dataset: goes without --data and --split (of enwik8: --dataset enwik8:validation=FILE)")
-    from peer_dist.evaluation.evaluate import Report
+    from peer_dist.evaluation.evaluate import HeldOutReport
     from peer_dist.evaluation.evaluate import evaluate as run
     from peer_dist.evaluation.suite import Suite, evaluate_sets
 
-    result: Report | Suite | None
+    result: HeldOutReport | Suite | None
     if dataset:
         result = evaluate_sets(checkpoint, dataset, stride, batch_size)
     else:
