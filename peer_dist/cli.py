@@ -104,17 +104,12 @@ def submit(
     ranks_per_node: Annotated[
         int | None, typer.Option(help="Ranks on each. Default: one per GPU, or one.", show_default=False)
     ] = None,
-    cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="Cores of each rank.", show_default=False)] = None,
     time_limit: Annotated[
         str | None, typer.Option("--time", help="Time limit: minutes, HH:MM:SS or D-HH:MM:SS.", show_default=False)
     ] = None,
-    account: Annotated[str | None, typer.Option(help="Account to charge.", show_default=False)] = None,
-    partition: Annotated[str | None, typer.Option(help="Partition.", show_default=False)] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service.", show_default=False)] = None,
-    name: Annotated[str, typer.Option(help="The job's name.")] = "peer_dist",
     sbatch: Annotated[
         list[str] | None,
-        typer.Option(help="More of sbatch's options, such as --sbatch=--constraint=h100; repeatable."),
+        typer.Option(help="Any other option of sbatch, such as --sbatch=--partition=gpu; repeatable."),
     ] = None,
     signal_lead: Annotated[
         int, typer.Option(min=1, help="Seconds before the time limit at which the run saves; Slurm is up to 30 s late.")
@@ -153,11 +148,6 @@ def submit(
         gpus_per_node=gpus_per_node,
         ranks_per_node=ranks_per_node,
         time_limit=time_limit,
-        account=account,
-        partition=partition,
-        qos=qos,
-        name=name,
-        cpus_per_rank=cpus_per_rank,
         signal_lead=signal_lead,
         container=container,
         runtime="pyxis" if container_runtime == "pyxis" else "apptainer",
@@ -179,7 +169,7 @@ def match(
     overrides: Overrides = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="Partner's kind: dense, peer, moe, pkm or sigma_moe; repeatable. Default: all others."),
+        typer.Option(help="Partner's kind, as in model.mlp; repeatable. Default: all others."),
     ] = None,
     mode: Annotated[
         str,
@@ -357,11 +347,11 @@ def evaluate(
         raise DataError("--stride: is for --dataset; prepared data are cut into sequences")
     if dataset and (prefix is not None or split != "validation"):
         raise DataError("--dataset: goes without --data and --split (of enwik8: --dataset enwik8:validation=FILE)")
-    from peer_dist.evaluation.evaluate import Report
+    from peer_dist.evaluation.evaluate import HeldOutReport
     from peer_dist.evaluation.evaluate import evaluate as run
     from peer_dist.evaluation.suite import Suite, evaluate_sets
 
-    result: Report | Suite | None
+    result: HeldOutReport | Suite | None
     if dataset:
         result = evaluate_sets(checkpoint, dataset, stride, batch_size)
     else:

@@ -16,7 +16,7 @@ from peer_dist.config.schema import Config
 from peer_dist.doctor import checks
 from peer_dist.planning import calibration
 from peer_dist.planning.state import checkpoint_bytes
-from peer_dist.ranks.examination import Check, Finding, Ranks, Report, examine
+from peer_dist.ranks.examination import Check, Examination, Finding, Ranks, examine
 from peer_dist.ranks.world import World
 from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
@@ -49,7 +49,7 @@ def _replace(ours, name, measure):
 def _reports(world_size, *args):
     texts = [text for text, _ in run_ranks(_examined, world_size, *args)]
     assert len(set(texts)) == 1  # the same on every rank, and so the same exit code
-    return Report.parse(texts[0])
+    return Examination.parse(texts[0])
 
 
 def _failures(report):
@@ -160,7 +160,7 @@ def _hangs_in_a_collective(ours):
 )
 def test_a_check_that_hangs_is_reported_and_the_rest_goes_on(trouble, late, tmp_path):
     results = run_ranks(_examined, 3, trouble, str(tmp_path), 6.0)
-    report = Report.parse(results[0][0])
+    report = Examination.parse(results[0][0])
     assert all(text == results[0][0] for text, _ in results)
     failures = _failures(report)
     assert set(failures) == set(late)
@@ -187,7 +187,7 @@ def _examined_but_one(rank, world_size, folder):
 
 def test_a_rank_that_is_silent_is_named(tmp_path):
     text, seconds = run_ranks(_examined_but_one, 3, str(tmp_path))[0]
-    failures = _failures(Report.parse(text))
+    failures = _failures(Examination.parse(text))
     assert list(failures) == ["ranks"]
     assert failures["ranks"].startswith("rank 2: no answer within")
     assert seconds < 30
@@ -199,7 +199,7 @@ def _without_the_first(rank, world_size):
 
 def test_without_rank_0(monkeypatch):
     text = run_ranks(_without_the_first_patient, 2)[1]
-    assert _failures(Report.parse(text)) == {"ranks": "rank 0 stopped answering at the start"}
+    assert _failures(Examination.parse(text)) == {"ranks": "rank 0 stopped answering at the start"}
 
 
 def _without_the_first_patient(rank, world_size):
@@ -289,7 +289,7 @@ def test_the_command(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command = ["peer_dist", "doctor", "--config", str(config)]
     done = subprocess.run([*torchrun, *command, "--json"], capture_output=True, text=True, env=env, timeout=240)
-    report = Report.parse(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    report = Examination.parse(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert report.ranks == 2
     assert (done.returncode == 0) == report.ok, done.stderr
     done = subprocess.run(
@@ -304,7 +304,7 @@ def test_names_of_many_ranks():
     ranks = Ranks(20, dict.fromkeys(range(20), "n"), "gloo", None)
     assert ranks.named([3]) == "rank 3 (n)"
     assert ranks.named(range(10)).endswith("7 (n) and 2 more")
-    assert Report(1, [Finding("a", "warn", "b", "c")]).ok
+    assert Examination(1, [Finding("a", "warn", "b", "c")]).ok
     assert isinstance(checks.CHECKS[0], Check)
 
 
@@ -319,7 +319,7 @@ def _calibrated(rank, world_size, path, hosts):
 def test_calibration_writes_the_rates_of_these_machines(hosts, tmp_path):
     path = tmp_path / "new" / "hardware.yaml"
     reports = run_ranks(_calibrated, len(hosts), str(path), hosts)
-    report = Report.parse(reports[0])
+    report = Examination.parse(reports[0])
     assert reports == [reports[0]] * len(hosts)
     assert report.ok, report
     ((name, entry),) = yaml.safe_load(path.read_text()).items()

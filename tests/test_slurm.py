@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from peer_dist.cli import app
 from peer_dist.config import ConfigError
 from peer_dist.slurm.submit import Job, SubmitError, render, submit
 
@@ -46,11 +48,8 @@ def test_the_script_asks_for_what_was_said(config):
         nodes=3,
         gpus_per_node=8,
         time_limit="1-00:00:00",
-        account="physics",
-        partition="gpu",
-        qos="long",
         signal_lead=300,
-        options=["--constraint=h100&ib"],
+        options=["--account=physics", "--partition=gpu", "--qos=long", "--job-name=large", "--constraint=h100&ib"],
     )
     script = submit(config, ["train.steps=7", "train.global_batch_size=192"], job, dry_run=True)
     asked = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
@@ -69,6 +68,7 @@ def test_the_script_asks_for_what_was_said(config):
         f"output='{config.parent}/a run/logs/slurm/%j.log'",
     ):
         assert want in asked, want
+    assert [line for line in asked if line.startswith("job-name")][-1] == "job-name=large", "the later of two wins"
     assert not [line for line in asked if line.startswith("cpus-per-task")]
     assert "train.steps=7 train.global_batch_size=192)" in script
     assert not (config.parent / "a run").exists(), "a dry run writes nothing"
@@ -92,6 +92,13 @@ def test_the_script_asks_for_what_was_said(config):
 def test_a_job_that_cannot_be_is_one_sentence(config, job, sentence):
     with pytest.raises(SubmitError, match=sentence):
         submit(config, [], Job(**job), dry_run=True)
+
+
+@pytest.mark.parametrize("option", ["--partition=gpu", "--account=a", "--qos=long", "--name=a", "--cpus-per-rank=8"])
+def test_what_sbatch_has_is_no_option_of_submit(config, option):
+    told = CliRunner().invoke(app, ["submit", "--config", str(config), option, "--dry-run"])
+    assert told.exit_code == 2
+    assert f"No such option: {option.partition('=')[0]}" in told.output
 
 
 def test_a_run_that_cannot_be_is_refused_before_it_waits(config):
@@ -176,7 +183,7 @@ JOBS = {
     "plain": Job(nodes=2, ranks_per_node=2),
     "pyxis": Job(gpus_per_node=8, container="nvcr.io#nvidia/pytorch:25.01-py3", doctor=True),
     "apptainer": Job(gpus_per_node=8, container="/images/a b.sif", runtime="apptainer", setup=Path("the site's.sh")),
-    "chain": Job(chain=3, time_limit="10:00:00", name="it's a run"),
+    "chain": Job(chain=3, time_limit="10:00:00", options=["--job-name='a run'"]),
 }
 
 

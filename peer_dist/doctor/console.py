@@ -17,7 +17,7 @@ from rich.table import Table
 from peer_dist.config.schema import Config
 from peer_dist.doctor.checks import CHECKS
 from peer_dist.planning.calibration import calibrate, check_writable
-from peer_dist.ranks.examination import Finding, Report, examine
+from peer_dist.ranks.examination import Examination, Finding, examine
 from peer_dist.ranks.world import JoinError, World, WorldError
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -47,7 +47,7 @@ def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path 
     os._exit(0 if report.ok else 1)
 
 
-def _joined(world: World, seconds: float) -> Report | None:
+def _joined(world: World, seconds: float) -> Examination | None:
     """Join the others; a report about it if that does not succeed in time."""
     problem: list[BaseException] = []
     limit = 2 * seconds  # processes of one job do not start at once
@@ -69,10 +69,10 @@ def _joined(world: World, seconds: float) -> Report | None:
     why = str(problem[0]).splitlines()[0] if problem else f"not all of them came within {limit:.0f} s"
     told = f"rank {world.rank} ({socket.gethostname()}) did not join the {world.world_size} ranks at {address}: {why}"
     advice = "see that those ranks were started, and that MASTER_ADDR can be reached from each node"
-    return Report(0, [Finding("joining", "fail", told, advice)])  # every rank prints its own
+    return Examination(0, [Finding("joining", "fail", told, advice)])  # every rank prints its own
 
 
-def _print(report: Report, seconds: float) -> None:
+def _print(report: Examination, seconds: float) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for finding in report.findings:
         text = escape(finding.told) + (f"\n[dim]-> {escape(finding.advice)}[/]" if finding.advice else "")

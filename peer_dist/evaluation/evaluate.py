@@ -20,8 +20,15 @@ from peer_dist.ranks.world import World
 
 
 @dataclass(frozen=True)
-class Report:
-    """Attributes: losses in nats per token; ``usage`` per layer with experts, over the evaluated text."""
+class HeldOutReport:
+    """A checkpoint's loss on held-out text, and its use of experts there.
+
+    Attributes:
+        loss: mean, in nats per token.
+        bits_per_byte: of the text in UTF-8, without end-of-document tokens.
+        unigram_loss: loss of the training split's token frequencies, in nats per token; None for the split ``all``.
+        usage: by number of the layer, for layers with experts.
+    """
 
     checkpoint: str
     step: int
@@ -34,9 +41,11 @@ class Report:
     usage: dict[int, WindowSummary]
 
     def json(self) -> str:
+        """All of it as one JSON object, with the perplexity."""
         return json.dumps({**asdict(self), "perplexity": perplexity_of(self.loss)})
 
     def tables(self) -> Iterator[Table]:
+        """One table, for people."""
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in self._rows():
             table.add_row(name, value)
@@ -60,7 +69,7 @@ class Report:
             )
 
 
-def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -> Report | None:
+def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -> HeldOutReport | None:
     """Evaluate on every rank; rank 0 has the report, the others None.
 
     Args:
@@ -91,7 +100,7 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
         return None
     labels = text.stream.batch(range(len(text.stream)))[:, 1:]
     text_bytes = len(loaded.tokenizer.decode(labels[labels != loaded.tokenizer.eod].tolist()).encode())
-    return Report(
+    return HeldOutReport(
         checkpoint=str(loaded.path),
         step=loaded.step,
         data=text.name,

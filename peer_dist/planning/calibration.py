@@ -27,7 +27,7 @@ from peer_dist.kinds import DENSE, PEER
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.plan import plan
 from peer_dist.ranks.environment import free_memory
-from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Report, examine
+from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
 from peer_dist.ranks.world import World
 from peer_dist.sharding.cost import synthetic_picks
 from peer_dist.units import sized
@@ -84,7 +84,7 @@ class _Rates:
         return self.best[check]
 
 
-def calibrate(world: World, path: Path, seconds: float = 30.0) -> Report:
+def calibrate(world: World, path: Path, seconds: float = 30.0) -> Examination:
     """Measure, and write the hardware file; every rank of the process group calls it, and all get the same report.
 
     Args:

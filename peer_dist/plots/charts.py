@@ -9,17 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from peer_dist.measures.record import RunRecord, Series
-from peer_dist.plots.figures import style
-from peer_dist.units import short
+from peer_dist.plots.panels import band, empty_panels, short_numbers, style
 
 COLORS = 6  # of the page's series: --c0 to --c5
 SPLIT = ("retrieve", "dispatch", "experts", "combine", "optimizer", "other")  # of a step's time
@@ -171,10 +167,10 @@ def _lines(title: str, unit: str, lines: Sequence[_Line], note: str = "", zero: 
             alpha = 0.5 if line.faint else 1
             panel.plot(line.points.step, line.points.value, line.look, color=color, alpha=alpha)
             if line.among is not None:
-                panel.fill_between(line.points.step, *line.among, color=color, alpha=0.2, linewidth=0)
+                band(panel, line.points.step, *line.among, color)
         panel.set(xlabel="step", ylabel=unit)
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 10))))
+        short_numbers(panel.yaxis)
         if zero:
             panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
 
@@ -188,7 +184,7 @@ def _svg(draw: Callable[[Axes], None]) -> str:
     look |= dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), _GRID) | {"grid.alpha": 1}
     file = io.StringIO()
     with style(), matplotlib.rc_context(look):  # type: ignore[arg-type]
-        figure, panel = plt.subplots(figsize=(4.6, 2.6), layout="constrained")
+        figure, (panel,) = empty_panels(1, width=4.6, height=2.6)
         draw(panel)
         figure.savefig(file, format="svg", transparent=True)
         plt.close(figure)

@@ -8,10 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,6 +16,7 @@ from rich.table import Table
 from peer_dist.config import ConfigError
 from peer_dist.measures.metrics import metrics_file, read_metrics
 from peer_dist.plots import figures
+from peer_dist.plots.panels import style
 from peer_dist.sweep.fit import Measure, differences, optima
 from peer_dist.sweep.results import RESULTS, Row, read_results
 
@@ -55,7 +52,7 @@ def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: st
         if path.suffix == ".npz":
             name = path.stem if path.stem.startswith("usage") else f"usage-{path.stem}"
             makers.append(("usage", name, partial(figures.usage_distribution, _masses(path))))
-    with figures.style():
+    with style():
         drawn = [(kind, name, make()) for kind, name, make in makers if not kinds or kind in kinds]
         made = {name: (kind, figure) for kind, name, figure in drawn if figure is not None}
         missing = [kind for kind in kinds if kind not in [made_of for made_of, _ in made.values()]]

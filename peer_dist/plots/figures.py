@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from peer_dist.sweep.fit import Interval, Measure, grid_rows, mean_interval, optima
+from peer_dist.plots.panels import band, empty_panels, short_numbers
+from peer_dist.sweep.fit import Interval, Measure, grid_rows, loss_of, mean_interval, optima
 from peer_dist.sweep.results import Row
-from peer_dist.units import short
 
 # Okabe and Ito's, told apart by colour-blind readers; markers say the same again
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _COLUMN = 3.4  # inches: a column of a two-column page
-_STYLE = {
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "legend.fontsize": 7.5,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # words stay words
-    "savefig.dpi": 300,
-}
 _MEASURES = {
     "train_flops_per_token": "training FLOPs per token",
     "active_parameters": "active parameters",
@@ -64,13 +43,6 @@ class Curve:
     held_out: bool
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """Within it figures are made, and saved, as they should look."""
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
-        yield
-
-
 def isoflop(rows: Sequence[Row], measure: Measure) -> Figure | None:
     """Loss against size, a panel for each budget, with the fitted parabolas and their minima; None without any."""
     rows = [row for row in grid_rows(rows) if row.budget is not None]
@@ -83,7 +55,7 @@ def isoflop(rows: Sequence[Row], measure: Measure) -> Figure | None:
     for panel, budget in zip(panels, budgets):
         for label, look in looks.items():
             own = [row for row in rows if row.label == label and row.budget == budget]
-            points = _means(own, attrgetter(measure), _val_loss)
+            points = _means(own, attrgetter(measure), loss_of)
             _errorbar(panel, points, look, linestyle="none")
             for fit in (fit for fit in fits if fit.label == label and fit.budget == budget):
                 sizes = np.geomspace(*fit.span, 200)
@@ -118,7 +90,7 @@ def loss_by_model(rows: Sequence[Row]) -> Figure | None:
     found: dict[str, list[float]] = {}
     for row in grid_rows(rows):
         if row.budget is None:
-            found.setdefault(f"{row.label} {row.size}".strip(), []).append(_val_loss(row))
+            found.setdefault(f"{row.label} {row.size}".strip(), []).append(loss_of(row))
     if len(found) < 2:
         return None
     labels = list(found)
@@ -149,13 +121,13 @@ def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
         panel.plot(x, mean, color=look["color"], marker=mark, label=label)
         if len(seeds) > 1:
             width = np.array([each.half_width for each in losses])
-            panel.fill_between(x, mean - width, mean + width, color=look["color"], alpha=0.2, linewidth=0)
+            band(panel, x, mean - width, mean + width, look["color"])
     held_out = all(curve.held_out for curve in curves)
     panel.set_ylabel(_LOSS if held_out else "training loss (nats per token)")
     panel.set_xlabel("training time (s)" if over == "seconds" else "training tokens")
     panel.set_xlim(left=0)
     if over == "tokens":
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        short_numbers(panel.xaxis)
     _legend(figure, [panel])
     return figure
 
@@ -192,7 +164,7 @@ def loss_by_picks(rows: Sequence[Row]) -> Figure | None:
         return None
     figure, (panel,) = _panels(1)
     for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
-        _errorbar(panel, _means(own, lambda row: float(row.active_experts or 0), _val_loss), look, label=label)
+        _errorbar(panel, _means(own, lambda row: float(row.active_experts or 0), loss_of), look, label=label)
     _log_axis(panel, {str(row.active_experts): row.active_experts or 0 for own in lines.values() for row in own})
     panel.set(xlabel="experts per token h·k", ylabel=_LOSS)
     _legend(figure, [panel])
@@ -256,11 +228,6 @@ def _lines(
     }
 
 
-def _val_loss(row: Row) -> float:
-    assert row.val_loss is not None
-    return row.val_loss
-
-
 def _means(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], float]) -> list[tuple[float, Interval]]:
     """The mean of y over the seeds, for every x and variant, in order of x."""
     values: dict[tuple[float, str], list[float]] = defaultdict(list)
@@ -295,11 +262,7 @@ def _looks(labels: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """Panels side by side, each a bit narrower than a column; alone, as wide as one."""
-    import matplotlib.pyplot as plt
-
-    width = _COLUMN if count == 1 else 2.6 * count
-    figure, panels = plt.subplots(1, count, figsize=(width, 2.7), layout="constrained", squeeze=False)
-    return figure, list(panels.flat)
+    return empty_panels(count, width=_COLUMN if count == 1 else 2.6 * count, height=2.7)
 
 
 def _log_axis(panel: Axes, ticks: Mapping[str, int] | None = None) -> None:
@@ -312,7 +275,7 @@ def _log_axis(panel: Axes, ticks: Mapping[str, int] | None = None) -> None:
     low, high = panel.get_xlim()
     if high < 30 * low:  # less than a decade or so: powers of ten alone would leave the axis bare
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        short_numbers(panel.xaxis)
 
 
 def _count(experts: int) -> str:

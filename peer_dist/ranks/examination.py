@@ -41,8 +41,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
-    """All findings, the same on every rank."""
+class Examination:
+    """All findings of one examination, the same on every rank; ``ranks`` is the number of ranks examined."""
 
     ranks: int
     findings: list[Finding]
@@ -53,10 +53,12 @@ class Report:
         return all(finding.verdict != "fail" for finding in self.findings)
 
     def json(self) -> str:
+        """One JSON object: ``ok``, ``ranks`` and ``findings``."""
         return json.dumps({"ok": self.ok, **asdict(self)})
 
     @classmethod
-    def parse(cls, text: str) -> Report:
+    def parse(cls, text: str) -> Examination:
+        """The examination that :meth:`json` wrote."""
         plain = json.loads(text)
         return cls(plain["ranks"], [Finding(**finding) for finding in plain["findings"]])
 
@@ -125,8 +127,8 @@ class Check:
     collective: bool = False
 
 
-def examine(world: World, checks: Sequence[Check], config: Config | None = None, seconds: float = 30.0) -> Report:
-    """Run all checks on all ranks; every rank of the process group calls it, and all get the same report.
+def examine(world: World, checks: Sequence[Check], config: Config | None = None, seconds: float = 30.0) -> Examination:
+    """Run all checks on all ranks; every rank of the process group calls it, and all get the same one.
 
     Args:
         config: of the run that the checks are for, if there is one.
@@ -157,7 +159,7 @@ def examine(world: World, checks: Sequence[Check], config: Config | None = None,
                 path.unlink()
 
 
-def _lead(store: dist.Store, here: Here, checks: Sequence[Check]) -> Report:
+def _lead(store: dist.Store, here: Here, checks: Sequence[Check]) -> Examination:
     """Rank 0: measure like the others, collect, judge."""
     hosts: dict[int, str] = {}
     lost: set[int] = set()  # those that stopped answering
@@ -199,7 +201,7 @@ def _lead(store: dist.Store, here: Here, checks: Sequence[Check]) -> Report:
         ]
         if values and not (check.collective and (late or errors or waiting)):
             findings += check.judge(values, ranks)
-    report = Report(here.world_size, findings)
+    report = Examination(here.world_size, findings)
     store.set("report", report.json())
     # rank 0's process holds the store: stay until the others have read it
     present = [f"read/{rank}" for rank in range(1, here.world_size) if rank not in lost]
@@ -209,7 +211,7 @@ def _lead(store: dist.Store, here: Here, checks: Sequence[Check]) -> Report:
     return report
 
 
-def _follow(store: dist.Store, here: Here, checks: Sequence[Check]) -> Report:
+def _follow(store: dist.Store, here: Here, checks: Sequence[Check]) -> Examination:
     """Every other rank: measure when rank 0 says so."""
     patience = 2 * (here.seconds + _GRACE)
     for number, check in enumerate([_HOSTS, *checks]):
@@ -222,11 +224,13 @@ def _follow(store: dist.Store, here: Here, checks: Sequence[Check]) -> Report:
     if text is None:
         return _without_rank_0(here.world_size, "at the end")
     store.set(f"read/{here.rank}", "1")
-    return Report.parse(text)
+    return Examination.parse(text)
 
 
-def _without_rank_0(ranks: int, when: str) -> Report:
-    return Report(ranks, [Finding("ranks", "fail", f"rank 0 stopped answering {when}", "see what its process does")])
+def _without_rank_0(ranks: int, when: str) -> Examination:
+    return Examination(
+        ranks, [Finding("ranks", "fail", f"rank 0 stopped answering {when}", "see what its process does")]
+    )
 
 
 def _wait(store: dist.Store, key: str, seconds: float) -> str | None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -32,11 +32,6 @@ class Job:
     gpus_per_node: int = 0
     ranks_per_node: int | None = None  # None: one per GPU, or one
     time_limit: str | None = None
-    account: str | None = None
-    partition: str | None = None
-    qos: str | None = None
-    name: str = "peer_dist"
-    cpus_per_rank: int | None = None
     signal_lead: int = 120
     container: str | None = None
     runtime: Runtime = "pyxis"
@@ -48,7 +43,7 @@ class Job:
     requeue: bool | None = None  # None: unless there is a chain, whose next job goes on instead
     max_restarts: int = 10
     python: str = sys.executable
-    options: Sequence[str] = field(default_factory=tuple)  # more of sbatch's own
+    options: Sequence[str] = ()  # any other of sbatch's, which win over those above
 
     @property
     def ranks(self) -> int:
@@ -175,16 +170,12 @@ def render(
         chain: written by a job after which those that follow must not run on.
     """
     directives = {
-        "job-name": job.name,
+        "job-name": "peer_dist",
         "nodes": job.nodes,
         "ntasks": job.nodes * job.ranks,
         "ntasks-per-node": job.ranks,
-        "cpus-per-task": job.cpus_per_rank,
         "gpus-per-node": job.gpus_per_node or None,
         "time": job.time_limit,
-        "account": job.account,
-        "partition": job.partition,
-        "qos": job.qos,
         "chdir": Path.cwd(),
         "output": logs / "%j.log",
         "open-mode": "append",

@@ -107,6 +107,12 @@ def grid_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.trial is None and row.val_loss is not None]
 
 
+def loss_of(row: Row) -> float:
+    """A row's held-out loss, in nats per token, where there is one (see :func:`grid_rows`)."""
+    assert row.val_loss is not None
+    return row.val_loss
+
+
 def fit_parabola(
     label: str, budget: float | None, sizes: Sequence[float], seeds: Sequence[int], losses: Sequence[float]
 ) -> Optimum:
@@ -167,7 +173,7 @@ def optima(rows: Sequence[Row], measure: Measure = "train_flops_per_token") -> l
     for (budget, label), group in groups.items():
         sizes = [float(getattr(row, measure)) for row in group]
         with contextlib.suppress(ValueError):
-            found.append(fit_parabola(label, budget, sizes, [r.seed for r in group], [_loss(r) for r in group]))
+            found.append(fit_parabola(label, budget, sizes, [r.seed for r in group], [loss_of(r) for r in group]))
     return found
 
 
@@ -182,7 +188,7 @@ def differences(rows: Sequence[Row]) -> list[Difference]:
     if not labels:
         return []
     first = rows[0]
-    losses = {(row.label, row.budget, row.size, row.seed): _loss(row) for row in rows}
+    losses = {(row.label, row.budget, row.size, row.seed): loss_of(row) for row in rows}
     found = []
     for budget, label in itertools.product(dict.fromkeys(row.budget for row in rows), labels):
         own_kind = labels[label].model == first.model
@@ -207,8 +213,3 @@ def differences(rows: Sequence[Row]) -> list[Difference]:
             best = [losses[label, budget, own, s] - losses[baseline, budget, other, s] for s in seeds]
             found.append(Difference(label, baseline, budget, f"{own} / {other}", mean_interval(best), len(best)))
     return found
-
-
-def _loss(row: Row) -> float:
-    assert row.val_loss is not None
-    return row.val_loss
