@@ -65,6 +65,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class _Moment:
+    """Bytes that are held while one part's backward pass runs."""
+
     activations: float
     exchange: float
     working: float
@@ -89,7 +91,9 @@ def memory(
     held = state(layout, place, vocab_size, itemsize)
     # ids, labels, weights and, between documents, masks: of the passes in flight
     inputs = layout.in_flight(place.stage) * layout.tokens * (20 + layout.config.model.seq_length)
-    worst = max(_moments(layout, place, vocab_size, itemsize, device, hits, held), key=lambda moment: moment.total)
+    worst = max(
+        _backward_timeline(layout, place, vocab_size, itemsize, device, hits, held), key=lambda moment: moment.total
+    )
     elements = dense_elements(layout, place.stage, vocab_size)
     reduction, lasting = 0, 0
     if layout.config.zero.stage:
@@ -127,32 +131,49 @@ def _step(layout: Layout, blocks: list[Block], elements: int, itemsize: int, dev
     return max(dense, 4 * FLOAT * min(largest, BLOCKS[device]))
 
 
-def _moments(
+def _backward_timeline(
     layout: Layout, place: Place, vocab_size: int, itemsize: int, device: str, hits: float | None, held: State
 ) -> Iterator[_Moment]:
-    """The backward passes of a stage's parts, each of which frees what it kept and leaves gradients.
+    """The moments of a stage's backward passes, from its last part to its first, and the end.
 
-    From the second pass on all gradients are there, and new ones stand beside them until they are added.
+    A part's backward pass frees what its forward pass kept, and leaves gradients. From the second pass on all gradients
+    are there, and new ones stand beside them until they are added.
     """
-    config, owned = layout.config, shards(layout, place)
-    shapes = dense_shapes(layout, place.stage, vocab_size)
-    growing = layout.passes == 1 and config.zero.stage > 0
+    gradients = _new_gradients(layout, place, vocab_size, itemsize)
+    growing = layout.passes == 1 and layout.config.zero.stage > 0
     for parts in kept_parts(layout, place.stage, vocab_size, itemsize, device, hits):
         in_flight = layout.in_flight(place.stage)
-        activations, exchange = (
-            in_flight * sum(each) for each in zip(*((kept.activations, kept.exchange) for _, kept in parts))
-        )
-        gradients = 0.0 if growing else held.gradients
+        activations = in_flight * sum(kept.activations for _, kept in parts)
+        exchange = in_flight * sum(kept.exchange for _, kept in parts)
+        there = 0.0 if growing else held.gradients
         for part, kept in reversed(parts):
-            sizes = [math.prod(shape) * itemsize for shape in shapes.get(part, [])]
-            tables = [
-                gradient_bytes(layout, block, block.itemsize or itemsize, passes=1) for block in owned.get(part, [])
-            ]
-            new = max([sum(tables), *sizes])
-            yield _Moment(activations, exchange, kept.working + new, gradients)
-            activations, exchange = activations - kept.activations, exchange - kept.exchange
-            gradients += sum(sizes + tables) if growing else 0
+            new = gradients.get(part, _NewGradients())
+            yield _Moment(activations, exchange, kept.working + new.at_once, there)
+            activations -= kept.activations
+            exchange -= kept.exchange
+            there += new.in_all if growing else 0.0
     yield _Moment(0.0, 0.0, 0.0, held.gradients)
+
+
+@dataclass(frozen=True)
+class _NewGradients:
+    """Bytes that the backward pass of a part makes: in all, and the most before they are added to those there are."""
+
+    in_all: float = 0.0
+    at_once: float = 0.0
+
+
+def _new_gradients(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> dict[str | int, _NewGradients]:
+    """By part: a layer's tables get their gradients together, every other parameter by itself."""
+    shapes, owned = dense_shapes(layout, place.stage, vocab_size), shards(layout, place)
+    gradients = {}
+    for part in shapes.keys() | owned.keys():
+        sizes = [math.prod(shape) * itemsize for shape in shapes.get(part, [])]
+        tables = sum(
+            gradient_bytes(layout, block, block.itemsize or itemsize, passes=1) for block in owned.get(part, [])
+        )
+        gradients[part] = _NewGradients(sum(sizes) + tables, max([tables, *sizes]))
+    return gradients
 
 
 def kept_parts(

@@ -101,49 +101,77 @@ def work(
     hits: float | None = None,
 ) -> Work:
     """The work of one rank of a stage; arguments as in :func:`peer_dist.planning.peak_memory.memory`."""
-    place = Place(stage)
-    rate = hardware.flops(itemsize) * hardware.achievable.flops
-    gather = hardware.gather_bytes_per_s * hardware.achievable.gather
+    place, passes = Place(stage), layout.passes
+    one = _pass(layout, stage, counts, itemsize, hardware, hits)
+    traffic = step_traffic(layout, place, vocab_size, itemsize, hits)
+    sent = {name: wire.seconds(hardware) for name, wire in traffic.items()}
     stream = hardware.hbm_bytes_per_s * hardware.achievable.hbm
-    matmul = experts = exposed = wire_s = hbm = 0.0
+    moved = moved_activations(layout, stage, vocab_size, itemsize, hardware.device)
+    activations = moved / (hardware.activation_bytes_per_s or stream)
+    tensor = sent["tensor"] + sent["statistics"]
+    overhead = sum(map(len, layout.layers(stage))) * passes * hardware.layer_overhead_s
+    all_passes = passes * (one.matmul + activations + one.experts + one.exposed) + tensor + overhead
+    added, updated = 3 * (passes - 1) * memory.gradients, optimizer_bytes(layout, place, memory)
+    times = StepTime(
+        matmul=passes * one.matmul,
+        activations=passes * activations,
+        experts=passes * one.experts,
+        exchange=passes * one.exposed,
+        tensor=tensor,
+        pipeline=sent["pipeline"],
+        bubble=all_passes / passes * (layout.pipeline - 1) / layout.virtual,
+        gradients=sent["gradients"],
+        tables=sent["tables"],
+        accumulation=added / stream,
+        optimizer=updated / stream,
+        overhead=overhead + hardware.step_overhead_s,
+    )
+    return Work(
+        times=times,
+        wire_s=passes * one.wire,
+        hbm_s=passes * one.row_bytes / _gather_rate(hardware),
+        hbm_bytes=passes * (one.row_bytes + moved) + added + updated,
+        activation_bytes=passes * moved,
+    )
+
+
+@dataclass
+class _Pass:
+    """Seconds of one forward and backward pass through a stage, recomputation included, and bytes of expert rows.
+
+    Attributes:
+        exposed: of the exchange (``wire``), what does not hide behind the experts.
+    """
+
+    matmul: float = 0.0
+    experts: float = 0.0
+    exposed: float = 0.0
+    wire: float = 0.0
+    row_bytes: float = 0.0
+
+
+def _pass(layout: Layout, stage: int, counts: Counts, itemsize: int, hardware: Hardware, hits: float | None) -> _Pass:
+    rate, gather = hardware.flops(itemsize) * hardware.achievable.flops, _gather_rate(hardware)
+    one = _Pass()
     for (kind, forwards), number in layout.kinds(stage).items():
         products, picked = _flops(layout, kind, counts)
-        matmul += number * (forwards + 2) * products / rate
+        one.matmul += number * (forwards + 2) * products / rate
         forward, backward = row_bytes(layout, kind, itemsize, hardware.device, hits)
         there, back = (wire.seconds(hardware) for wire in exchange(layout, kind, itemsize, hits))
         for times, size, flops, sent in ((forwards, forward, picked, there), (1, backward, 2 * picked, back)):
             busy = max(size / gather, flops / rate)
-            experts += number * times * busy
-            exposed += number * times * (sent - _hidden(layout, kind, sent, busy))
-            wire_s += number * times * sent
-            hbm += number * times * size
+            one.experts += number * times * busy
+            one.exposed += number * times * (sent - _hidden(layout, kind, sent, busy))
+            one.wire += number * times * sent
+            one.row_bytes += number * times * size
     if stage == layout.pipeline - 1:
-        matmul += 3 * layout.tokens / layout.tensor * counts.outside["logits"].flops / rate
-    traffic = step_traffic(layout, place, vocab_size, itemsize, hits)
-    other = {name: wire.seconds(hardware) for name, wire in traffic.items()}
-    passes = layout.passes
-    tensor = other["tensor"] + other["statistics"]
-    overhead = sum(map(len, layout.layers(stage))) * passes * hardware.layer_overhead_s
-    moved = moved_activations(layout, stage, vocab_size, itemsize, hardware.device)
-    touching = moved / (hardware.activation_bytes_per_s or stream)
-    whole = passes * (matmul + touching + experts + exposed) + tensor + overhead
-    update = optimizer_bytes(layout, place, memory)
-    adding = 3 * (passes - 1) * memory.gradients
-    step = StepTime(
-        passes * matmul,
-        passes * touching,
-        passes * experts,
-        passes * exposed,
-        tensor,
-        other["pipeline"],
-        whole / passes * (layout.pipeline - 1) / layout.virtual,
-        other["gradients"],
-        other["tables"],
-        adding / stream,
-        update / stream,
-        overhead + hardware.step_overhead_s,
-    )
-    return Work(step, passes * wire_s, passes * hbm / gather, passes * (hbm + moved) + adding + update, passes * moved)
+        one.matmul += 3 * layout.tokens / layout.tensor * counts.outside["logits"].flops / rate
+    return one
+
+
+def _gather_rate(hardware: Hardware) -> float:
+    """Bytes of expert rows read per second."""
+    return hardware.gather_bytes_per_s * hardware.achievable.gather
 
 
 def _flops(layout: Layout, kind: str, counts: Counts) -> tuple[float, float]:
