@@ -66,9 +66,11 @@ class KVCache:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def get_seq_length(self) -> int:
+        """Tokens so far."""
         return self._kept[0][0].shape[2] if self._kept else 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Take those of new tokens, ``[batch, heads, length, channels]``; those of all tokens so far."""
         if layer in self._kept:
             before = self._kept[layer]
             keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
@@ -77,12 +79,15 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a weight per feature (Zhang 2019)."""
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x: [..., width]``, normalised over its last dimension in float32 or wider."""
         return F.rms_norm(wide(x), self.weight.shape, wide(self.weight), self.eps).to(x.dtype)
 
 

@@ -35,6 +35,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the tensor in a file."""
         return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
 
 

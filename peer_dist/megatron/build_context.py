@@ -29,6 +29,7 @@ class BuildContext:
     pools: dict[int, PEER] = field(default_factory=dict)
 
     def seed(self, number: int) -> int:
+        """The seed of layer ``number``, from 1 (:func:`layer_seed`)."""
         return layer_seed(self.config, number)
 
 

@@ -182,6 +182,7 @@ class TopKRowParallelLinear(RowParallelLinear):
         self.top_k = top_k
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``hidden: [s, b, ffn_hidden_size]``, all but each token's ``top_k`` largest set to 0, to ``[s, b, d]``."""
         kept = hidden.topk(min(self.top_k, hidden.shape[-1]), dim=-1)
         return super().forward(torch.zeros_like(hidden).scatter(-1, kept.indices, kept.values))
 
@@ -215,5 +216,5 @@ def sparse_spec(module: type[SparseMLP], context: BuildContext, number: int, **a
 
 def sparse_mlps(model: nn.Module) -> dict[int, SparseMLP]:
     """This rank's sparse layers in layer order, by their number in the whole model, from 1."""
-    found = [module for module in model.modules() if isinstance(module, SparseMLP)]
-    return {module.layer_number: module for module in sorted(found, key=lambda each: each.layer_number)}
+    layers = [module for module in model.modules() if isinstance(module, SparseMLP)]
+    return {module.layer_number: module for module in sorted(layers, key=lambda module: module.layer_number)}

@@ -174,7 +174,7 @@ def _build_chunk(megatron: TransformerConfig, context: BuildContext, number: int
     virtual = number if parallel.virtual_pipeline_size > 1 else None
     first = get_transformer_layer_offset(megatron, virtual, parallel.pipeline_rank) + 1
     layers = get_num_layers_to_build(megatron, virtual, parallel.pipeline_rank)
-    specs = [_layer_spec(context, each) for each in range(first, first + layers)]
+    specs = [_layer_spec(context, layer) for layer in range(first, first + layers)]
     torch.default_generator.manual_seed(run.train.seed)
     model = GPTModel(
         config=megatron,

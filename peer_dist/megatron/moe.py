@@ -65,6 +65,7 @@ class CoarseMoE(MoELayer):
         }
 
     def release_shards(self) -> None:
+        """Take the experts' matrices out of the module's parameters: engines must not see them."""
         for expert in self._experts.values():
             release(expert.linear_fc1, ("weight",))
             release(expert.linear_fc2, ("weight",))
@@ -93,7 +94,7 @@ class CoarseMoE(MoELayer):
         if splits is None:
             return
         own = self.ep_group.rank()
-        sent, home = (int(sum(each) - each[own]) for each in (splits, received))
+        sent, home = (int(sum(counts) - counts[own]) for counts in (splits, received))
         row, weight = tokens.shape[-1] * tokens.element_size(), weights.element_size()
         self.traffic.sent.update(x=sent * row, gates=sent * weight, y=home * row)
         if torch.is_grad_enabled():

@@ -25,12 +25,15 @@ class MegatronMPU:
         return parallel_state.get_model_parallel_group()
 
     def get_model_parallel_world_size(self) -> int:
+        """Ranks of that group."""
         return dist.get_world_size(self.get_model_parallel_group())
 
     def get_model_parallel_rank(self) -> int:
+        """This rank's place in that group."""
         return dist.get_rank(self.get_model_parallel_group())
 
     def get_data_parallel_group_ranks(self) -> list[int]:
+        """The ranks that read different sequences for the same part of the model."""
         return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
 
 
@@ -133,30 +136,37 @@ class Parallel:
 
     @property
     def tensor_size(self) -> int:
+        """Tensor-parallel ranks."""
         return self.tensor_group.size()
 
     @property
     def pipeline_size(self) -> int:
+        """Pipeline stages."""
         return self.pipeline_group.size()
 
     @property
     def pipeline_rank(self) -> int:
+        """This rank's stage, from 0."""
         return self.pipeline_group.rank()
 
     @property
     def is_first_stage(self) -> bool:
+        """Whether this rank has the first layers."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank has the last layers."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def data_parallel_size(self) -> int:
+        """Data-parallel ranks of a stage."""
         return self.data_parallel_group.size()
 
     @property
     def data_parallel_rank(self) -> int:
+        """This rank's place among them."""
         return self.data_parallel_group.rank()
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
@@ -178,10 +188,12 @@ class Parallel:
 
     @property
     def expert_data_size(self) -> int:
+        """Copies of this rank's shards of the tables."""
         return self.expert_data_group.size()
 
     @property
     def expert_data_rank(self) -> int:
+        """Which of these copies this rank has."""
         return self.expert_data_group.rank()
 
 

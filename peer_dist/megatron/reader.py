@@ -160,6 +160,7 @@ class MetadataReader(dcp.FileSystemReader):
         self._others = others
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> forms.Metadata:
+        """The checkpoint's metadata, read once and of plain values only."""
         if self._metadata is None:
             with (Path(self.path) / ".metadata").open("rb") as stream:
                 self._metadata = read_metadata(stream, self._others)
@@ -300,6 +301,7 @@ class LoadPlainValues(TorchCommonLoadStrategy):
     """Megatron's reading of ``common.pt``, of plain values only."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        """The values of ``common.pt`` (:func:`read_plain_values`)."""
         return read_plain_values(Path(checkpoint_dir))
 
 

@@ -99,7 +99,7 @@ def construct_stages(
     shards, where sizes do not divide.
     """
     size = max(1, world_size // config.parallel.pipeline)
-    ranks = sorted({each for first in range(0, world_size, size) for each in (first, first + size - 1)})
+    ranks = sorted({rank for first in range(0, world_size, size) for rank in (first, first + size - 1)})
     return _apart(config, world_size, ranks, gpus_per_node, vocab_size, device)
 
 
@@ -183,11 +183,11 @@ def build_ranks(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is to be allocated on this machine's
     import peer_dist.engines.building  # noqa: F401
 
-    made = []
+    models = []
     for rank in ranks:
         with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-            made.append(pool.submit(build_rank, config, world_size, rank, gpus_per_node, vocab_size, device).result())
-    return made
+            models.append(pool.submit(build_rank, config, world_size, rank, gpus_per_node, vocab_size, device).result())
+    return models
 
 
 def build_rank(
@@ -214,7 +214,7 @@ def build_rank(
     with _META, _OnMeta():
         engine = make_engine(config, model, parallel, dtype)
         with engine.whole_shapes():
-            eager = (each.tables.values() for each in engine.shard_optimizers if not each.lazy)
+            eager = (optimizer.tables.values() for optimizer in engine.shard_optimizers if not optimizer.lazy)
             _give_gradients([*engine.parameters.values(), *itertools.chain(*eager)])
         _gather_small(engine.parameters.values())
     for name, optimizer in zip(("tables", "experts"), engine.shard_optimizers):
@@ -266,7 +266,7 @@ def _exchange(
     zipf: float,
 ) -> Exchange:
     domain, columns = groups["experts"], len(groups["expert columns"])
-    node = torch.tensor([each // gpus_per_node for each in domain])
+    node = torch.tensor([member // gpus_per_node for member in domain])
     near = node[:, None] == node
     sequences = config.train.global_batch_size // len(groups["data"])
     tokens = sequences * config.model.seq_length // len(groups["tensor"])
@@ -304,5 +304,5 @@ class _OnMeta(TorchFunctionMode):
         if kwargs.get("device") is not None:
             kwargs["device"] = _META
         if func is torch.Tensor.to:
-            args = tuple(_META if isinstance(each, (str, torch.device)) else each for each in args)
+            args = tuple(_META if isinstance(argument, (str, torch.device)) else argument for argument in args)
         return func(*args, **kwargs)

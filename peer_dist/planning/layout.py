@@ -29,6 +29,7 @@ class Group:
 
     @property
     def nodes(self) -> float:
+        """The number of nodes that the group is spread over, on average."""
         return self.size / self.together
 
     @property
@@ -51,30 +52,37 @@ class Layout:
 
     @property
     def tensor(self) -> int:
+        """Tensor-parallel ranks."""
         return self.config.parallel.tensor
 
     @property
     def pipeline(self) -> int:
+        """Pipeline stages."""
         return self.config.parallel.pipeline
 
     @property
     def virtual(self) -> int:
+        """Model chunks of a stage."""
         return self.config.parallel.virtual_pipeline
 
     @property
     def columns(self) -> int:
+        """Column shards of each table."""
         return self.config.parallel.expert_tensor
 
     @cached_property
     def rows(self) -> int:
+        """Row shards of each table."""
         return self.config.parallel.expert_rows(self.world_size)
 
     @property
     def stage_ranks(self) -> int:
+        """Ranks of a pipeline stage."""
         return self.world_size // self.pipeline
 
     @property
     def data(self) -> int:
+        """Data-parallel ranks of a stage."""
         return self.stage_ranks // self.tensor
 
     @property
@@ -103,6 +111,7 @@ class Layout:
         return self.own_tokens if self.config.parallel.sequence else self.tokens
 
     def place(self, rank: int) -> Place:
+        """Where a rank is: its stage, and its shards of the tables."""
         stage, inside = divmod(rank, self.stage_ranks)
         row, column = divmod(inside % (self.rows * self.columns), self.columns)
         return Place(stage, row, column)
@@ -127,30 +136,37 @@ class Layout:
         return min(passes, self.pipeline - stage)
 
     def group(self, size: int, stride: int) -> Group:
+        """A group of ``size`` ranks whose numbers are ``stride`` apart."""
         return Group(size, min(size, max(1, self.gpus_per_node // stride)))
 
     @property
     def tensor_group(self) -> Group:
+        """The ranks that share each layer's matrices."""
         return self.group(self.tensor, 1)
 
     @property
     def data_group(self) -> Group:
+        """The ranks that read different sequences for the same part of the dense model."""
         return self.group(self.data, self.tensor)
 
     @property
     def column_group(self) -> Group:
+        """The ranks that have the columns of one row shard."""
         return self.group(self.columns, 1)
 
     @property
     def row_group(self) -> Group:
+        """The ranks that have the row shards of one column shard."""
         return self.group(self.rows, self.columns)
 
     @property
     def domain_group(self) -> Group:
+        """The ranks that hold one copy of the tables together."""
         return self.group(self.rows * self.columns, 1)
 
     @property
     def copy_group(self) -> Group:
+        """The ranks that hold copies of one shard."""
         return self.group(self.copies, self.rows * self.columns)
 
     @property

@@ -181,11 +181,11 @@ def kept_parts(
 ) -> Iterator[list[tuple[str | int, Kept]]]:
     """For each chunk of a stage: what its layers (from 0) and the ``head`` keep in one pass, in their order."""
     config = layout.config
-    each = {kind: _layer(layout, kind, itemsize, device, hits) for kind, _ in layout.kinds(stage)}
+    by_kind = {kind: _layer(layout, kind, itemsize, device, hits) for kind, _ in layout.kinds(stage)}
     for chunk in layout.layers(stage):
         parts: list[tuple[str | int, Kept]] = []
         for number, layer in enumerate(chunk):
-            kept = each[config.model.mlp_kinds[layer]]
+            kept = by_kind[config.model.mlp_kinds[layer]]
             if number < config.train.recompute_layers:
                 again = kept.activations + kept.exchange + kept.working
                 kept = Kept(layout.split_tokens * _carried(layout) * itemsize, working=again)
@@ -199,8 +199,8 @@ def moved_activations(layout: Layout, stage: int, vocab_size: int, itemsize: int
     """Bytes that a pass writes and reads of activations: all that is kept is written and read forward; backward it is
     read, and its gradient written and read. Recomputed layers go forward twice.
     """
-    each = {kind: _layer(layout, kind, itemsize, device, None).activations for kind, _ in layout.kinds(stage)}
-    moved = sum(number * (2 * forwards + 3) * each[kind] for (kind, forwards), number in layout.kinds(stage).items())
+    by_kind = {kind: _layer(layout, kind, itemsize, device, None).activations for kind, _ in layout.kinds(stage)}
+    moved = sum(number * (2 * forwards + 3) * by_kind[kind] for (kind, forwards), number in layout.kinds(stage).items())
     if stage == layout.pipeline - 1:
         moved += 5 * _head(layout, vocab_size, itemsize, device).activations
     return moved

@@ -79,26 +79,30 @@ class Plan:
     @cached_property
     def work(self) -> Work:
         """Work of the stage that the others wait for."""
-        done = (
+        works = (
             work(self.layout, p.stage, held, self.counts, self.vocab_size, self.itemsize, self.hardware, self.hits)
             for p, held in self._held.items()
         )
-        return max(done, key=lambda each: each.times.total)
+        return max(works, key=lambda stage: stage.times.total)
 
     @property
     def times(self) -> StepTime:
+        """Seconds of a step, of the stage that the others wait for."""
         return self.work.times
 
     @property
     def fits(self) -> bool:
+        """Whether the rank that needs the most memory has it."""
         return self.memory.peak <= self.hardware.memory
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of the global batch."""
         return self.layout.config.train.global_batch_size * self.layout.config.model.seq_length
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens of all ranks per second."""
         return self.tokens_per_step / self.times.total
 
     @property
@@ -114,10 +118,12 @@ class Plan:
 
     @property
     def days(self) -> float:
+        """Days of training, without restarts, validation and checkpoints."""
         return self.tokens / self.tokens_per_second / 86400
 
     @property
     def cost(self) -> float | None:
+        """Price of the whole training; None without a price per hour."""
         return None if self.price_per_hour is None else self.days * 24 * self.layout.world_size * self.price_per_hour
 
     @property

@@ -33,19 +33,19 @@ def search(own: Plan) -> list[Plan]:
         ConfigError: there is no layout that does.
     """
     mine = _changed(own, {})
-    found = [] if mine is None else [mine]
+    plans = [] if mine is None else [mine]
     for parallel in _parallel(own.layout):
         for stage in (0, 1) if parallel["pipeline"] > 1 else (0, 1, 3):
             layers = own.layout.config.model.num_layers // parallel["pipeline"]
             for recomputed in (0, layers):
                 changes = {"parallel": parallel, "zero": {"stage": stage}, "train": {"recompute_layers": recomputed}}
-                found += _batches(own, changes)
-    if not found:
+                plans += _batches(own, changes)
+    if not plans:
         raise ConfigError(
             f"--search: no layout of this model divides {own.layout.world_size} device(s) and train.global_batch_size "
             f"({own.layout.config.train.global_batch_size}); take another number of either"
         )
-    return sorted(found, key=lambda plan: (not plan.fits, plan.times.total if plan.fits else plan.memory.peak))
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.times.total if plan.fits else plan.memory.peak))
 
 
 def _parallel(layout: Layout) -> Iterator[dict[str, Any]]:
@@ -140,7 +140,7 @@ def _powers(largest: int) -> list[int]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def search_table(plans: Sequence[Plan]) -> Table:

@@ -35,6 +35,7 @@ class Block:
 
     @property
     def size(self) -> int:
+        """Elements of the block."""
         return self.rows * self.columns
 
 
@@ -169,10 +170,10 @@ def _shard_state(layout: Layout, blocks: list[Block], itemsize: int) -> State:
     table = layout.config.table_optimizer
     weights, gradients, optimizer = 0, 0.0, 0
     for block in blocks:
-        kind, each = (table.name, block.itemsize) if block.table_rows else ("adam", itemsize)
-        master = each < FLOAT and not (block.table_rows and table.stochastic_rounding)
+        kind, element = (table.name, block.itemsize) if block.table_rows else ("adam", itemsize)
+        master = element < FLOAT and not (block.table_rows and table.stochastic_rounding)
         moments = {"adam": 2 * block.size, "rowwise_adam": block.size + block.rows, "rowwise_adagrad": block.rows}
-        weights += block.size * each
-        gradients += gradient_bytes(layout, block, each)
+        weights += block.size * element
+        gradients += gradient_bytes(layout, block, element)
         optimizer += (moments[kind] + master * block.size) * FLOAT
     return State(weights, gradients, optimizer)

@@ -62,6 +62,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         return sum(asdict(self).values())
 
     @property

@@ -28,6 +28,7 @@ class Wire:
 
     @property
     def total(self) -> float:
+        """Bytes in all."""
         return self.node + self.network
 
     def __add__(self, other: Wire) -> Wire:
@@ -39,6 +40,7 @@ class Wire:
         )
 
     def times(self, factor: float) -> Wire:
+        """The same sent ``factor`` times."""
         return Wire(self.node * factor, self.network * factor, self.node_calls * factor, self.network_calls * factor)
 
     def seconds(self, hardware: Hardware) -> float:

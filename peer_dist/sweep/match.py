@@ -129,17 +129,17 @@ def misses(partners: Sequence[Partner], tolerance: float) -> list[str]:
 
 def overruled(partners: Sequence[Partner], overrides: Sequence[str]) -> list[str]:
     """A sentence for each override (``section.key=value``) that a partner does not have, because it was made equal."""
-    told = []
+    sentences = []
     for override in overrides:
         key = override.partition("=")[0]
         section, _, name = key.partition(".")
-        given, *found = [getattr(getattr(partner.config, section, None), name, None) for partner in partners]
-        told += [
+        given, *values = [getattr(getattr(partner.config, section, None), name, None) for partner in partners]
+        sentences += [
             f"{key}: was given as {given}, and is {value} in the {partner.kind} partner, to be equal"
-            for partner, value in zip(partners[1:], found)
+            for partner, value in zip(partners[1:], values)
             if value != given and name in (*partner.sizes, "steps", "warmup_steps", "decay_steps")
         ]
-    return told
+    return sentences
 
 
 def comparison(partners: Sequence[Partner]) -> Table:

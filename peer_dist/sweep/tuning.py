@@ -26,10 +26,10 @@ class Choice:
 
     def __str__(self) -> str:
         lr, table_lr = self.rates
-        told = f"lr {lr:g}" + ("" if table_lr is None else f", tables {table_lr:g}") + f" (loss {self.loss:.4f})"
+        words = f"lr {lr:g}" + ("" if table_lr is None else f", tables {table_lr:g}") + f" (loss {self.loss:.4f})"
         if self.edges:
-            told += f"; at the edge of the {' and '.join(self.edges)} rates tried: the best may lie beyond"
-        return told
+            words += f"; at the edge of the {' and '.join(self.edges)} rates tried: the best may lie beyond"
+        return words
 
 
 def choose_rates(sweep: Sweep, model: str, rows: Mapping[str, Row]) -> Choice | None:
@@ -47,7 +47,7 @@ def choose_rates(sweep: Sweep, model: str, rows: Mapping[str, Row]) -> Choice | 
         loss = rows[run.name].val_loss
         assert run.trial is not None
         losses[run.trial].append(math.inf if loss is None else loss)
-    means = [fmean(each) for each in losses]
+    means = [fmean(seeds) for seeds in losses]
     best = means.index(min(means))
     edges = []
     for name, tried in (("dense", [lr for lr, _ in rates]), ("table", [lr for _, lr in rates if lr is not None])):

@@ -22,6 +22,7 @@ class MLP(ExportedLayer):
         self.fc2 = linear(hidden, width)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        """``x: [tokens, width]`` to ``[tokens, width]``; the state is not looked at."""
         hidden = self.fc1(x)
         if self.activation == "swiglu":
             gate, hidden = hidden.chunk(2, -1)

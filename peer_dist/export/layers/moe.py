@@ -14,15 +14,20 @@ from peer_dist.export.peer_model import GATES, ExportedLayer, wide
 
 
 class LinearLogits(nn.Module):
+    """Logits that are a linear map, in float32 or wider."""
+
     def __init__(self, width: int, experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x: [tokens, width]`` to logits ``[tokens, experts]``."""
         return F.linear(wide(x), wide(self.weight))
 
 
 class CosineLogits(nn.Module):
+    """Cosines between projected tokens and experts' embeddings, over a learnt temperature (XMoE, section 3.2)."""
+
     def __init__(self, width: int, experts: int, size: int) -> None:
         super().__init__()
         self.projection = nn.Parameter(torch.empty(size, width))
@@ -30,6 +35,7 @@ class CosineLogits(nn.Module):
         self.log_temperature = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x: [tokens, width]`` to logits ``[tokens, experts]``."""
         projected = F.normalize(F.linear(wide(x), wide(self.projection)), dim=-1)
         return F.linear(projected, F.normalize(wide(self.weight), dim=-1)) * torch.exp(-wide(self.log_temperature))
 

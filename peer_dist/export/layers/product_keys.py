@@ -25,6 +25,7 @@ class VectorNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(sets * width)) if kind == "layer" else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x: [..., sets, width]``, each vector normalised."""
         norm = F.layer_norm if self.kind == "layer" else F.rms_norm
         y = norm(wide(x), self.shape[1:], eps=EPS) * self.weight.view(self.shape)
         return (y if self.bias is None else y + self.bias.view(self.shape)).to(x.dtype)
@@ -38,6 +39,7 @@ class KeyNorm(nn.Module):
         self.norm = VectorNorm(kind, sets, half)
 
     def forward(self, keys: Tensor) -> Tensor:
+        """``keys: [..., 2, n, half]``, each sub-key normalised."""
         per_key = keys.movedim(-2, 0)
         return self.norm(per_key.flatten(1, -2)).view_as(per_key).movedim(0, -2)
 
@@ -56,6 +58,7 @@ class QueryBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(features))
 
     def forward(self, query: Tensor) -> Tensor:
+        """``query: [tokens, heads, key_dim]``, each feature normalised."""
         x = (wide(query.flatten(1)) - self.running_mean) * torch.rsqrt(wide(self.running_var) + EPS)
         return (x * self.weight + self.bias).view_as(query).to(query.dtype)
 
@@ -85,7 +88,7 @@ class ProductKeyLayer(ExportedLayer):
         """``x: [tokens, width]``, ``state: [tokens, state_size]``, to ``[tokens, width]``, some tokens at a time."""
         keys = self.keys if self.key_norm is None else self.key_norm(self.keys)
         states = [None] * -(-len(x) // self.step) if state is None else state.split(self.step)
-        return torch.cat([self._some(*each, keys) for each in zip(x.split(self.step), states)])
+        return torch.cat([self._some(*part, keys) for part in zip(x.split(self.step), states)])
 
     def _some(self, x: Tensor, state: Tensor | None, keys: Tensor) -> Tensor:
         return self.mixed(x, *self.retrieve(x, state, keys))
