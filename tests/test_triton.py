@@ -331,10 +331,9 @@ def test_order_is_chosen_by_bytes(tokens, rows, expected):
 
 
 @compiles
-@pytest.mark.skipif(os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0", reason="once is enough")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_through_the_interpreter(which):
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", which, "--durations=0", __file__]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-m", which, "--durations=0", __file__]
     result = subprocess.run(
         command,
         cwd=Path(__file__).parent.parent,
