@@ -28,6 +28,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addoption("--no-loadscope-reorder", action="store_true", help="ignored without pytest-xdist")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Tests of a cluster have the machine to themselves, one after the other."""
+    if config.option.markexpr.startswith("cluster"):
+        config.option.numprocesses, config.option.dist = None, "no"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))

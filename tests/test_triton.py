@@ -333,7 +333,8 @@ def test_order_is_chosen_by_bytes(tokens, rows, expected):
 @compiles
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_through_the_interpreter(which):
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-m", which, "--durations=0", __file__]
+    options = ["-n", "0", "-p", "no:cacheprovider", "-m", which, "--durations=0"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
     result = subprocess.run(
         command,
         cwd=Path(__file__).parent.parent,
