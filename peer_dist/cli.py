@@ -612,7 +612,7 @@ def _is_users(error: Exception) -> bool:
     """Whether the message alone says what to do. Looked up by name: importing the classes would take seconds."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return not names.isdisjoint(
-        {"ConfigError", "DataError", "CheckpointError", "WorldError", "LockError", "SubmitError"}
+        {"ConfigError", "DataError", "CheckpointError", "WorldError", "LockError", "SubmitError", "KindError"}
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import math
 import os
@@ -23,7 +24,7 @@ from peer_dist.config import Config, parse_config
 from peer_dist.config.schema import ModelConfig
 from peer_dist.export.folder import model_settings, stored_key
 from peer_dist.export.joined import joined_source
-from peer_dist.kinds import DENSE, KINDS, PEER
+from peer_dist.kinds import DENSE, KINDS, PEER, KindError
 from peer_dist.kinds.routing import RouterSection
 from peer_dist.megatron import Parallel, build_model, forward_logits, shards_of
 from peer_dist.megatron.dist_checkpoint import dense_blocks
@@ -289,3 +290,46 @@ def test_a_kind_of_ones_own(text: Path, tmp_path: Path) -> None:
     home = run([sys.executable, "-c", script], env=alone)
     assert home.returncode == 0, home.stderr
     assert home.stdout.strip() in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("import nowhere", "cannot be imported (ModuleNotFoundError: No module named 'nowhere'); mend or uninstall it"),
+        ("Mine = dict", "is no peer_dist.kinds.Kind; name a class derived from it"),
+        ("from peer_dist.kinds.peer import PEERKind as Mine", "has the name 'peer', which another kind has"),
+    ],
+)
+def test_a_kind_that_cannot_be_used_is_named(tmp_path: Path, code: str, says: str) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    installed = tmp_path / "mine-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[peer_dist.kinds]\nmine = mine:Mine\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-m", "peer_dist", "plan", "--config", "run.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert said.startswith("error: the kind of layer 'mine' (mine:Mine, of an installed package's peer_dist.kinds)")
+    assert says in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("from peer_dist.layers import PEER", "imports peer_dist.layers, which an exported model does not have"),
+        ("from peer_dist.export.peer_model import linear as line", "renames what it imports from"),
+        ("class RMSNorm: ...", "defines RMSNorm, as peer_dist.export.peer_model does"),
+    ],
+)
+def test_what_cannot_go_home_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, says: str) -> None:
+    (tmp_path / "goes_home.py").write_text(
+        f"from peer_dist.export.peer_model import ExportedLayer\n{code}\nclass Mine(ExportedLayer): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "goes_home", raising=False)
+    layer = importlib.import_module("goes_home").Mine
+    with pytest.raises(KindError, match=says):
+        joined_source({"mine": layer})

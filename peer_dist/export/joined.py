@@ -11,6 +11,7 @@ from types import ModuleType
 
 from peer_dist.export import peer_model
 from peer_dist.export.peer_model import ExportedLayer
+from peer_dist.kinds import KindError
 
 
 def joined_source(layers: Mapping[str, type[ExportedLayer]]) -> str:
@@ -23,7 +24,7 @@ def joined_source(layers: Mapping[str, type[ExportedLayer]]) -> str:
         layers: by the name that ``model.mlp`` has for the kind.
 
     Raises:
-        ImportError: a file imports what is not there for those who have torch alone, or two files define the same name.
+        KindError: a file imports what is not there for those who have torch alone, or two files define the same name.
     """
     modules: dict[str, ModuleType] = {peer_model.__name__: peer_model}
     for layer in layers.values():
@@ -39,7 +40,7 @@ def joined_source(layers: Mapping[str, type[ExportedLayer]]) -> str:
         for node in tree.body:
             for new in _names(node):
                 if new in defined:
-                    raise ImportError(f"{name} defines {new}, as {defined[new]} does; rename one: they become one file")
+                    raise KindError(f"{name} defines {new}, as {defined[new]} does; rename one: they become one file")
                 defined[new] = name
             if isinstance(node, ast.Import):
                 imports.setdefault("", set()).update(ast.unparse(ast.Import([alias])) for alias in node.names)
@@ -70,10 +71,10 @@ def _collect(module: ModuleType, package: str, modules: dict[str, ModuleType]) -
         home = _home(node, module)
         if home.startswith(f"{__package__}.") or (package != "peer_dist" and home.partition(".")[0] == package):
             if any(alias.asname for alias in node.names):
-                raise ImportError(f"{module.__name__} renames what it imports from {home}; they become one file")
+                raise KindError(f"{module.__name__} renames what it imports from {home}; they become one file")
             _collect(importlib.import_module(home), package, modules)
         elif home.partition(".")[0] == "peer_dist":
-            raise ImportError(
+            raise KindError(
                 f"{module.__name__} imports {home}, which an exported model does not have; it may import "
                 f"{__package__}, torch and the standard library"
             )

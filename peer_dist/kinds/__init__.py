@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peer_dist.kinds.dense import DenseKind
-from peer_dist.kinds.kind import Experts, Kind, Mode, NotCausal, Tables
+from peer_dist.kinds.kind import Experts, Kind, KindError, Mode, NotCausal, Tables
 from peer_dist.kinds.moe import MoEKind
 from peer_dist.kinds.peer import PEERKind
 from peer_dist.kinds.product_key_memory import PKMKind
@@ -25,7 +25,7 @@ def _all_kinds() -> dict[str, Kind[Any]]:
     """Our own kinds, and those of installed packages after them.
 
     Raises:
-        ImportError: an entry point cannot be imported, is no kind, or has the name of another one.
+        KindError: an entry point cannot be imported, is no kind, or has the name of another one.
     """
     kinds: dict[str, Kind[Any]] = {kind.name: kind for kind in (DENSE, PEER, MOE, PKM, SIGMA_MOE)}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
@@ -33,11 +33,13 @@ def _all_kinds() -> dict[str, Kind[Any]]:
         try:
             kind = entry.load()()
         except Exception as error:
-            raise ImportError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+            raise KindError(
+                f"{where} cannot be imported ({type(error).__name__}: {error}); mend or uninstall it"
+            ) from error
         if not isinstance(kind, Kind):
-            raise ImportError(f"{where} is no peer_dist.kinds.Kind; name a class derived from it")
+            raise KindError(f"{where} is no peer_dist.kinds.Kind; name a class derived from it")
         if kind.name in kinds:
-            raise ImportError(f"{where} has the name {kind.name!r}, which another kind has; give it a name of its own")
+            raise KindError(f"{where} has the name {kind.name!r}, which another kind has; give it a name of its own")
         kinds[kind.name] = kind
     return kinds
 
@@ -45,4 +47,17 @@ def _all_kinds() -> dict[str, Kind[Any]]:
 KINDS: Mapping[str, Kind[Any]] = MappingProxyType(_all_kinds())
 """Every kind, by the name that ``model.mlp`` has for it."""
 
-__all__ = ["DENSE", "KINDS", "MOE", "PEER", "PKM", "SIGMA_MOE", "Experts", "Kind", "Mode", "NotCausal", "Tables"]
+__all__ = [
+    "DENSE",
+    "KINDS",
+    "MOE",
+    "PEER",
+    "PKM",
+    "SIGMA_MOE",
+    "Experts",
+    "Kind",
+    "KindError",
+    "Mode",
+    "NotCausal",
+    "Tables",
+]

@@ -31,6 +31,10 @@ Mode = Literal["flops", "params"]
 LARGEST = 1 << 24  # where the search for a size ends
 
 
+class KindError(ImportError):
+    """A kind of layer of another package that cannot be used; the message says which, and what to do."""
+
+
 @dataclass(frozen=True)
 class Tables:
     """A layer's tables, of which each token picks rows. They are sharded by rows and by columns over expert ranks.
