@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -129,21 +130,21 @@ class ColumnRoute:
     own_blocks: list[int]
 
     @classmethod
-    def of(cls, sent: Tensor, received: Tensor, layout: GridLayout, traffic: Traffic) -> ColumnRoute:
-        """The route of what is counted in ``sent [row, part]`` and ``received [row, column, part]``, on the host."""
+    def of(cls, sent: np.ndarray, received: np.ndarray, layout: GridLayout, traffic: Traffic) -> ColumnRoute:
+        """The route of what is counted in ``sent [row, part]`` and ``received [row, column, part]``, both int64."""
         assert layout.groups is not None
-        gathered, worked_on = received.permute(1, 0, 2), received.permute(2, 0, 1)
-        place = torch.arange(received.numel())
+        gathered, worked_on = received.transpose(1, 0, 2), received.transpose(2, 0, 1)
+        place, mine = np.arange(received.size), layout.column_shard
         return cls(
             groups=layout.groups,
             traffic=traffic,
             send=sent.sum(1).tolist(),
-            receive=received[:, layout.column_shard].sum(1).tolist(),
+            receive=received[:, mine].sum(1).tolist(),
             passed_on=received.sum((0, 2)).tolist(),
             gathered=gathered.flatten().tolist(),
             worked_on=worked_on.flatten().tolist(),
-            work_order=place.view(gathered.shape).permute(2, 1, 0).flatten().tolist(),
-            own_blocks=place.view(worked_on.shape).permute(2, 1, 0)[layout.column_shard].flatten().tolist(),
+            work_order=place.reshape(gathered.shape).transpose(2, 1, 0).flatten().tolist(),
+            own_blocks=place.reshape(worked_on.shape).transpose(2, 1, 0)[mine].flatten().tolist(),
         )
 
     def start_to_owners(self, value: Tensor, what: str) -> Arrival:
@@ -334,8 +335,8 @@ def plan_exchange(
 
     block = owner * parts + part
     blocks = layout.row_shards * parts
-    sent = torch.stack([torch.bincount(block[begin], minlength=blocks), torch.bincount(block, minlength=blocks)], dim=1)
-    sent, received = _exchange_counts(sent.view(layout.row_shards, parts, 2), layout, traffic)
+    counts = [torch.bincount(block[begin], minlength=blocks), torch.bincount(block, minlength=blocks)]
+    sent, received = _exchange_counts(torch.stack(counts, dim=1).view(layout.row_shards, parts, 2), layout, traffic)
     token_route, pick_route = (
         ColumnRoute.of(sent[..., unit], received[..., unit], layout, traffic) for unit in (_TOKENS, _PICKS)
     )
@@ -358,7 +359,7 @@ def plan_exchange(
     return plan, order
 
 
-def _exchange_counts(sent: Tensor, layout: GridLayout, traffic: Traffic) -> tuple[Tensor, Tensor]:
+def _exchange_counts(sent: Tensor, layout: GridLayout, traffic: Traffic) -> tuple[np.ndarray, np.ndarray]:
     """Tell the other owners how much they will receive, and wait for the device: all_to_all wants sizes on the host.
 
     Args:
@@ -374,11 +375,11 @@ def _exchange_counts(sent: Tensor, layout: GridLayout, traffic: Traffic) -> tupl
     traffic.sent["counts"] += (len(sent) - 1) * sent[0].nbytes
     sizes = [len(sent)] * layout.column_shards
     received = _pass_on(received, sizes, layout.groups, traffic, "counts").view(-1, *sent.shape).transpose(0, 1)
-    counts = torch.cat([sent[:, None], received], dim=1).cpu()
+    counts = torch.cat([sent[:, None], received], dim=1).cpu().numpy()  # small sums are fast there
     return counts[:, 0], counts[:, 1:]
 
 
-def _parts(token: Tensor, sent: Tensor, received: Tensor, layout: GridLayout) -> list[Part]:
+def _parts(token: Tensor, sent: np.ndarray, received: np.ndarray, layout: GridLayout) -> list[Part]:
     """The parts in which tokens travel.
 
     Args:
@@ -386,13 +387,14 @@ def _parts(token: Tensor, sent: Tensor, received: Tensor, layout: GridLayout) ->
         sent, received: from :func:`_exchange_counts`.
     """
     tokens = sent[..., _TOKENS]  # [row, part]
-    by_part = torch.arange(tokens.numel()).view(tokens.shape).t().flatten().tolist()
+    by_part = np.arange(tokens.size).reshape(tokens.shape).T.flatten().tolist()
     token_of_part = _in_order(token, tokens.flatten().tolist(), by_part).split(tokens.sum(0).tolist())
-    widths = torch.tensor(layout.widths)
+    widths = np.array(layout.widths)
     home_sizes = tokens[:, None] * widths[:, None]  # [row, column, part], as are the owner's
     owner_sizes = received[..., _TOKENS] * len(layout.columns)
-    ends = received.sum((0, 1)).cumsum(0)  # [part, 2]
-    begins = ends - received.sum((0, 1))
+    sizes = received.sum((0, 1))  # [part, 2], as are ends and begins
+    ends = sizes.cumsum(0)
+    begins = ends - sizes
     return [
         Part(
             token=token_of_part[part],
