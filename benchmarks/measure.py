@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from peer_dist.machine import cpu_name
 
 
 def synchronize(device: torch.device) -> None:
@@ -70,8 +71,7 @@ def large_copy(device: torch.device) -> tuple[int, Callable[[], Any]]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0].split(':')[1].strip() if names else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

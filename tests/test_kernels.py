@@ -338,14 +338,14 @@ def test_the_native_backend_can_be_built_ahead(monkeypatch, tmp_path):
         torch.testing.assert_close(expert_mix(x, picks, gate, down, up, "gelu"), want)
         assert loaded[-1] == usable[left]
         usable[left].unlink()
-    monkeypatch.setattr(native, "_machine", lambda: b"flags : fpu sse2")
+    monkeypatch.setattr(native, "cpu_features", lambda: "flags : fpu sse2")
     native._library.cache_clear()
     assert not native.available(x, down, up) or platform.machine() != "x86_64"
     native._library.cache_clear()
 
 
 def _features() -> set[str]:
-    return set(native._machine().decode().split())
+    return set(native.cpu_features().split())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

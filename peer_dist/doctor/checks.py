@@ -21,8 +21,9 @@ from peer_dist.config import ConfigError, check_world
 from peer_dist.data.documents import DataError
 from peer_dist.data.stream import open_tokenizer
 from peer_dist.engines.building import dtype_of
+from peer_dist.machine import free_memory, has_nvidia_gpus, usable_cores
 from peer_dist.planning.state import checkpoint_bytes
-from peer_dist.ranks.environment import PACKAGES, free_memory, versions
+from peer_dist.ranks.environment import PACKAGES, versions
 from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Verdict
 from peer_dist.units import sized
 
@@ -98,9 +99,8 @@ def _devices(here: Here) -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info(here.device)
         unique = str(getattr(about, "uuid", here.device.index))
         return {"name": about.name, "unique": unique, "free": free, "total": total}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    idle_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and Path("/proc/driver/nvidia/gpus").exists()
-    return {"name": "cpu", "cores": cores, "threads": torch.get_num_threads(), "idle_gpus": idle_gpus}
+    idle_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and has_nvidia_gpus()
+    return {"name": "cpu", "cores": usable_cores(), "threads": torch.get_num_threads(), "idle_gpus": idle_gpus}
 
 
 def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from peer_dist.kernels.allocation import gradient_memory
 from peer_dist.kernels.picks import Picks
+from peer_dist.machine import cpu_features
 
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # What libraries are built for ahead, best first, and the processor's features that each needs: an image meets other
@@ -191,7 +192,8 @@ def _library() -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None:
         return _built_ahead()
-    key = hashlib.sha256(b"\0".join([_source(), " ".join((compiler, *_FLAGS)).encode(), _machine()]))
+    # a home folder may be shared by machines of several kinds
+    key = hashlib.sha256(b"\0".join([_source(), " ".join((compiler, *_FLAGS)).encode(), cpu_features().encode()]))
     name = f"expert_mix-{key.hexdigest()[:16]}.so"
     try:
         cached = _cache_folder() / name
@@ -235,7 +237,7 @@ def build_ahead() -> list[Path]:
 
 def _built_ahead() -> ctypes.CDLL | None:
     """The best library built ahead that this processor can run."""
-    features = set(_machine().decode(errors="replace").split())
+    features = set(cpu_features().split())
     for target, level in _ahead().items():
         if target.exists() and _LEVELS.get(level, set()) <= features:
             with contextlib.suppress(OSError):
@@ -266,12 +268,3 @@ def _cache_folder() -> Path:
     """The folder of compiled libraries, which only this user can write to."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "peer_dist"
-
-
-def _machine() -> bytes:
-    """The names of the processor's model and features: machines of several kinds may share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return os.uname().machine.encode()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})).encode()

@@ -24,9 +24,9 @@ import yaml
 from peer_dist.config import Config, ConfigError
 from peer_dist.kernels import Picks, expert_mix
 from peer_dist.kinds import DENSE, PEER
+from peer_dist.machine import cpu_name, free_memory
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.plan import plan
-from peer_dist.ranks.environment import free_memory
 from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
 from peer_dist.ranks.world import World
 from peer_dist.sharding.cost import synthetic_picks
@@ -176,8 +176,7 @@ def _device(here: Here) -> dict[str, Any]:
     if here.device.type == "cuda":
         about = torch.cuda.get_device_properties(here.device)
         return {"host": host, "name": about.name, "bytes": about.total_memory}
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = f"{models[0].partition(':')[2].strip() if models else 'cpu'}, {torch.get_num_threads()} thread(s)"
+    name = f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
     return {"host": host, "name": name, "bytes": free_memory()}
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import platform
-import re
 import socket
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
+from peer_dist.machine import cpu_name, nvidia_driver
 from peer_dist.ranks.rank_zero import from_every_rank
 
 if TYPE_CHECKING:  # the doctor needs no Megatron
@@ -25,7 +25,7 @@ def environment(parallel: Parallel) -> dict[str, Any]:
     """Plain values for the record of a run: ``hosts`` (device to ranks, by host), ``layout`` (the sizes of groups) and
     ``versions``. A collective call.
     """
-    devices = from_every_rank(f"{socket.gethostname()}: {_device_name(parallel.device)}")
+    devices = _devices(parallel.device)
     rows, domain = parallel.expert_size, parallel.experts.domain.size()
     return {
         "hosts": dict(Counter(devices)),
@@ -53,28 +53,17 @@ def versions() -> dict[str, str]:
         found["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    with contextlib.suppress(OSError):
-        found["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split("  ")[1].strip()
+    if driver := nvidia_driver():
+        found["driver"] = driver
     return found
 
 
-def _device_name(device: torch.device) -> str:
+def _devices(device: torch.device) -> list[str]:
+    """Host and device of every rank. A collective call."""
+    host = socket.gethostname()
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        name = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if name:
-            return f"{name[1]}, {torch.get_num_threads()} threads"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def free_memory() -> int:
-    """Bytes of memory that this machine, or the container's limit, leaves."""
-    free = []
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) << 10)
-    folder = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup of version 2: no limit
-        free.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
-    return min(free, default=0)
+        return from_every_rank(f"{host}: {torch.cuda.get_device_name(device)}")
+    asks = from_every_rank(host).index(host) == dist.get_rank()  # one rank of a machine: the answer takes a second
+    names = {name: cpu for name, cpu in from_every_rank((host, cpu_name() if asks else None)) if cpu is not None}
+    threads = from_every_rank((host, torch.get_num_threads()))
+    return [f"{host}: {names[host]}, {count} threads" for host, count in threads]

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
+from peer_dist.machine import process_space, process_start
 from peer_dist.ranks.rank_zero import on_rank_zero
 
 NAME = "run.lock"
@@ -76,8 +77,8 @@ class Holder:
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
-            started=_started(os.getpid()),
-            machine=_machine(),
+            started=process_start(os.getpid()),
+            machine=process_space(),
             job=job,
             restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if job else 0,
             elastic=_elastic_run(),
@@ -99,7 +100,7 @@ class Holder:
         if self.job and self.job == me.job and self.restart < me.restart:
             return "was this job before it was requeued"
         if self.machine and self.machine == me.machine:
-            return None if _started(self.pid) == self.started else "has ended"
+            return None if process_start(self.pid) == self.started else "has ended"
         if self.elastic and self.elastic == me.elastic:
             return "was this run on a node that torchrun has lost or left out"
         if self.job and self.job != me.job and self.job.partition("@")[2] == me.job.partition("@")[2]:
@@ -234,33 +235,6 @@ def _read(path: Path, unsure: Holder | None = None) -> Holder | None:
         return unsure
     except (ValueError, TypeError):
         return None
-
-
-def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; empty where there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
-    except OSError:
-        pass
-    if os.path.isdir("/proc/self"):
-        return ""
-    try:  # no /proc: its being there is all that can be seen
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass
-    return "unknown"
-
-
-def _machine() -> str:
-    """The running kernel and the pid namespace in it: two containers of one machine do not see each other's pids."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return "" if os.path.isdir("/proc/self") else socket.gethostname()
 
 
 def _elastic_run() -> str:

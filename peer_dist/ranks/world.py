@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from peer_dist.machine import usable_cores
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.launchers import Launch, WorldError, discover
 
@@ -184,6 +185,6 @@ class World(Launch):
         """Divide the cores among this node's ranks, unless OMP_NUM_THREADS or the launcher's binding has done so."""
         if self.local_world_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
             return  # torchrun sets 1, whatever the machine has
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         if self.launcher == "torchrun" or cores == os.cpu_count():
             torch.set_num_threads(max(1, cores // self.local_world_size))

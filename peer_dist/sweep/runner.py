@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from peer_dist.config import ConfigError, check_world, load_config
+from peer_dist.machine import usable_cores
 from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, STOPPED
 from peer_dist.ranks.signals import StopRequest
@@ -224,7 +225,7 @@ def _start(folder: Path, run: Run, jobs: int, ranks: int, gpus: Sequence[str], p
     launcher = []
     if ranks > 1:
         launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    threads = max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))
+    threads = max(1, usable_cores() // (jobs * ranks))
     environment = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

@@ -1,0 +1,123 @@
+"""What the operating system says of this machine: its processor, cores and memory, the age and place of its processes.
+
+psutil and py-cpuinfo are asked first. Linux's own files are read here, and nowhere else, for what these two do not
+say: the limits of a container, the identity of a boot, start times that setting the clock does not move, and NVIDIA's
+driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import time
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+_NVIDIA = Path("/proc/driver/nvidia")
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's name, or its architecture where it has none. The first call takes about a second."""
+    import cpuinfo  # starts a process: only for those who show the name
+
+    return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.machine())
+
+
+def cpu_features() -> str:
+    """What tells kinds of processors apart: name and instruction sets on Linux, elsewhere the architecture alone.
+
+    From the kernel's file: it is part of the key under which compiled kernels are cached, and every process that uses
+    them asks, so py-cpuinfo is too slow.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may run on."""
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):  # macOS binds no process to cores
+        return len(process.cpu_affinity())
+    return psutil.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes of memory that this machine, or the container's limit, leaves."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup of version 2: no limit
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return int(free)
+
+
+def process_start(pid: int) -> str:
+    """When a process began, in a unit of the system's own, to be compared for equality within one boot.
+
+    Empty where no such process runs; one that has ended and is not yet reaped does not.
+    """
+    if psutil.LINUX:
+        ticks = _start_ticks(pid)
+        return "" if ticks is None else str(ticks)
+    try:
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else repr(process.create_time())
+    except psutil.NoSuchProcess:
+        return ""
+    except psutil.AccessDenied:
+        return "unknown"
+
+
+def process_age() -> float:
+    """Seconds since this process began, with what it did before it ran this program."""
+    ticks = _start_ticks(os.getpid()) if psutil.LINUX else None
+    if ticks is None:
+        return time.time() - psutil.Process().create_time()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Clock ticks from the machine's boot to the start of a process; None where it has ended.
+
+    psutil adds the time of the boot, which is known to the second and moves when the clock is set: the same process
+    would seem to be another one.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def process_space() -> str:
+    """Where process ids mean the same: this boot of the kernel and the pid namespace in it.
+
+    Two containers of one machine do not see each other's processes. Empty where Linux does not say; elsewhere the
+    host's name.
+    """
+    if not psutil.LINUX:
+        return socket.gethostname()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def nvidia_driver() -> str | None:
+    """The name and version of NVIDIA's kernel driver; None where it is not loaded."""
+    with contextlib.suppress(OSError):
+        return (_NVIDIA / "version").read_text().splitlines()[0].split("  ")[1].strip()
+    return None
+
+
+def has_nvidia_gpus() -> bool:
+    """Whether NVIDIA's driver has found GPUs, even if torch sees none of them."""
+    return (_NVIDIA / "gpus").exists()
