@@ -18,10 +18,12 @@ class StepTimes:
     """
 
     def __init__(self, device: torch.device) -> None:
+        """Begin empty; ``device`` is that whose work is timed."""
         self._cuda = device.type == "cuda"
         self.reset()
 
     def reset(self) -> None:
+        """Forget all spans."""
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -59,6 +61,7 @@ class Position:
     """
 
     def __init__(self) -> None:
+        """Begin at the start of the run."""
         self.step, self.phase, self.span, self.moves = 0, "start", "", 0
 
     def at(self, phase: str, step: int) -> None:

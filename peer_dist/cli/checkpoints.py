@@ -138,5 +138,7 @@ def export(
     if world.world_size > 1:
         raise DataError(f"export: is the work of one process, but {world.world_size} ranks were started; start one")
     with world.joined():
-        made = run(checkpoint, output, dtype, shard_size)
-    typer.echo(f"{output}: {made.tensors} tensors, {made.bytes / 1e6:,.1f} MB, of {made.path} (step {made.step})")
+        written = run(checkpoint, output, dtype, shard_size)
+    typer.echo(
+        f"{output}: {written.tensors} tensors, {written.bytes / 1e6:,.1f} MB, of {written.path} (step {written.step})"
+    )

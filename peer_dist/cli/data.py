@@ -29,8 +29,8 @@ def prepare(
     from peer_dist.data.prepare import prepare as run
 
     console = Console(stderr=True)
-    made = run(inputs or None, output, tokenizer, train_bpe, max_document, force=force, console=console)
+    prepared = run(inputs or None, output, tokenizer, train_bpe, max_document, force=force, console=console)
     console.print(
-        f"{output}: {made.documents:,} documents, {made.tokens:,} tokens, vocabulary {made.vocab_size:,}",
+        f"{output}: {prepared.documents:,} documents, {prepared.tokens:,} tokens, vocabulary {prepared.vocab_size:,}",
         highlight=False,
     )

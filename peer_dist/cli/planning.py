@@ -66,11 +66,11 @@ def plan(
             raise ConfigError(
                 "--construct: only builds the config's layout; leave out --search, --write, --tokens, --price, --hits"
             )
-        made = construct_chosen(settings, construct, gpus or per_node, per_node, vocab_size, hardware.device)
+        ranks = construct_chosen(settings, construct, gpus or per_node, per_node, vocab_size, hardware.device)
         if as_json:
-            typer.echo(json.dumps([asdict(each) for each in made], indent=1))
+            typer.echo(json.dumps([asdict(rank) for rank in ranks], indent=1))
         else:
-            for table in built(made):
+            for table in built(ranks):
                 wide_console().print(table, highlight=False)
         return
     budget = None if tokens is None else round(tokens)
@@ -78,7 +78,7 @@ def plan(
     plans = find(unchecked(*arguments)) if search else [run(*arguments)]
     best = plans[0]
     if as_json:
-        shown = [each.values() for each in plans[:SHOWN]]
+        shown = [candidate.values() for candidate in plans[:SHOWN]]
         typer.echo(json.dumps(shown if search else shown[0], indent=1))
     else:
         for table in [*([search_table(plans)] if search else []), *best.tables()]:

@@ -94,7 +94,7 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
             loaded.model, text.stream, loaded.parallel, loaded.tokenizer, batch_size, observers=usage
         )
         summaries = {
-            number: each.summary(world.world_size, loaded.parallel.token_group) for number, each in usage.items()
+            number: counter.summary(world.world_size, loaded.parallel.token_group) for number, counter in usage.items()
         }
     if world.rank != 0:
         return None

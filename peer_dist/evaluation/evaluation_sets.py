@@ -108,9 +108,9 @@ def parse_sets(specs: Sequence[str]) -> list[EvaluationSet]:
         if not source.startswith(_HUB) and not Path(source).is_file():
             raise DataError(f"--dataset {spec}: there is no file {source}")
         for member in (name, f"{name}_detokenized"):
-            if found := _FORMATS.get(member):
+            if form := _FORMATS.get(member):
                 title = Path(source).name if name == "text" else member
-                sets.append(EvaluationSet(title, source, found.unit, _note(name, source), found))
+                sets.append(EvaluationSet(title, source, form.unit, _note(name, source), form))
                 if next(sets[-1].documents(), None) is None:
                     raise DataError(f"--dataset {spec}: {source} holds no text")
     return sets

@@ -157,8 +157,8 @@ def write_texts(
             tokens += sum(piece is not None for piece in pieces)
             texts = [text + (piece or "") for text, piece in zip(texts, pieces)]
             write((pieces[0] or "") if alone else "")
-        for each, text in enumerate(texts, number + 1):
-            write("\n" if alone else f"=== {each} of {len(prompts)}\n{text}\n")
+        for place, text in enumerate(texts, number + 1):
+            write("\n" if alone else f"=== {place} of {len(prompts)}\n{text}\n")
     seconds = time.perf_counter() - begin
     return f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
 

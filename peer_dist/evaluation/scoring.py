@@ -95,24 +95,24 @@ def score(
     ]
     inputs = [np.concatenate([[eod], request.ids]) for request in requests]
     offsets = np.cumsum([0, *(len(request.ids) for request in requests)])
-    found = torch.zeros(2, int(offsets[-1]), device=parallel.device)
+    scored = torch.zeros(2, int(offsets[-1]), device=parallel.device)
     for first in range(0, len(batches), parallel.data_parallel_size):
         mine = first + parallel.data_parallel_rank
         batch = batches[min(mine, len(batches) - 1)]  # beyond the end: to take part in the pass
         sequences = np.stack([inputs[window.request][window.begin : window.end + 1] for window in batch])
-        made = make_micro_batch(torch.from_numpy(sequences).long(), eod, parallel.device)
-        tokens, labels = made["tokens"], made["labels"]
+        micro_batch = make_micro_batch(torch.from_numpy(sequences).long(), eod, parallel.device)
+        tokens, labels = micro_batch["tokens"], micro_batch["labels"]
         assert tokens is not None
         assert labels is not None
-        logits = forward_logits(loaded.model, tokens, made["attention_mask"])
+        logits = forward_logits(loaded.model, tokens, micro_batch["attention_mask"])
         if mine < len(batches):
             for row, window in enumerate(batch):
                 new = slice(window.scored - window.begin, None)
                 at = slice(int(offsets[window.request]) + window.scored, int(offsets[window.request]) + window.end)
-                found[0, at] = F.cross_entropy(logits[row, new].float(), labels[row, new], reduction="none")
-                found[1, at] = (logits[row, new, : loaded.tokenizer.vocab_size].argmax(-1) == labels[row, new]).float()
+                scored[0, at] = F.cross_entropy(logits[row, new].float(), labels[row, new], reduction="none")
+                scored[1, at] = (logits[row, new, : loaded.tokenizer.vocab_size].argmax(-1) == labels[row, new]).float()
         advance(1 / -(-len(batches) // parallel.data_parallel_size))
-    nats, greedy = parallel.total(found).cpu().numpy()
+    nats, greedy = parallel.total(scored).cpu().numpy()
     return [
         Scores(nats[offset + request.start : end], greedy[offset + request.start : end] > 0)
         for request, offset, end in zip(requests, offsets, offsets[1:])

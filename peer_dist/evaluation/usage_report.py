@@ -80,6 +80,7 @@ class UsageReport:
     arrays: dict[str, np.ndarray[Any, Any]]
 
     def json(self) -> str:
+        """One JSON object of all but ``arrays``; each layer with its ``warning`` or null."""
         layers = {n: {**asdict(layer), "warning": layer.warning()} for n, layer in self.layers.items()}
         return json.dumps({**{k: v for k, v in vars(self).items() if k != "arrays"}, "layers": layers})
 
@@ -91,6 +92,7 @@ class HeadUsage:
     """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
+        """Begin with no picks; the number of heads is that of the first ones."""
         self.mass = torch.zeros(0, num_experts, dtype=torch.float64, device=device)
         """``[heads, num_experts]``: sums of the gates."""
         self.first = torch.zeros(0, num_experts, dtype=torch.uint8, device=device)
@@ -197,8 +199,8 @@ def analyze_usage(
         result = held_out_loss(
             loaded.model, text.stream, loaded.parallel, loaded.tokenizer, batch_size, observers=usage
         )
-        for each in usage.values():
-            each.reduce(loaded.parallel.token_group)
+        for counter in usage.values():
+            counter.reduce(loaded.parallel.token_group)
     if world.rank != 0:
         return None
     subkeys = {number: _subkeys(layer) for number, layer in layers.items()}
@@ -208,11 +210,11 @@ def analyze_usage(
         data=text.name,
         split=split,
         tokens=result.tokens,
-        layers={number: each.layer_usage(subkeys[number]) for number, each in usage.items()},
+        layers={number: counter.layer_usage(subkeys[number]) for number, counter in usage.items()},
         arrays={
             name: array.cpu().numpy()
-            for number, each in usage.items()
-            for name, array in each.arrays(number, subkeys[number])
+            for number, counter in usage.items()
+            for name, array in counter.arrays(number, subkeys[number])
         },
     )
     if output is not None:
@@ -227,8 +229,8 @@ def usage_tables(report: UsageReport) -> Iterator[Table | str]:
         table = Table(title=f"layer {number}", title_justify="left", box=None, padding=(0, 2, 0, 0))
         for name in ("", "used", "top-1", "dead", "not top-1", "unevenness", "uniform", "picks each"):
             table.add_column(name, justify="right" if name else "left", no_wrap=True)
-        each = {f"head {head}": usage for head, usage in enumerate(layer.heads, 1)} if len(layer.heads) > 1 else {}
-        for name, usage in {"all heads": layer.together, **each}.items():
+        by_head = {f"head {head}": usage for head, usage in enumerate(layer.heads, 1)} if len(layer.heads) > 1 else {}
+        for name, usage in {"all heads": layer.together, **by_head}.items():
             table.add_row(
                 name,
                 f"{usage.usage_percent:.1f}%",
@@ -243,15 +245,15 @@ def usage_tables(report: UsageReport) -> Iterator[Table | str]:
             name, used = f"sub-keys {half.half + 1}", f"{half.usage_percent:.1f}%"
             table.add_row(name, used, "", "", "", f"{half.unevenness:.3f}")
         yield table
-        if each:
+        if by_head:
             table = Table(
-                *("", *each),
+                *("", *by_head),
                 title=f"layer {number}, pairs of heads: picks in common (upper), cosine of usage (lower)",
                 title_justify="left",
                 box=None,
                 padding=(0, 2, 0, 0),
             )
-            for row, name in enumerate(each):
+            for row, name in enumerate(by_head):
                 cells = [*(f"{value:.3f}" for value in layer.similarity[row][:row]), ""]
                 table.add_row(name, *cells, *(f"{value:.3f}" for value in layer.overlap[row][row + 1 :]))
             yield table

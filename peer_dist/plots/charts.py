@@ -82,8 +82,8 @@ def of_layers(
         if not names:
             continue
         if len(runs) == 1 and len(names) <= COLORS:
-            for color, (layer, each) in enumerate(zip(run.layers, names)):
-                lines.append(_Line(f"layer {layer}", _thinned(run.series(each)), color))
+            for color, (layer, series) in enumerate(zip(run.layers, names)):
+                lines.append(_Line(f"layer {layer}", _thinned(run.series(series)), color))
         else:
             layers = _thinned(run.together(names))
             mean = Series(layers.step, layers.value.mean(1))
@@ -121,7 +121,7 @@ def step_split(runs: Sequence[RunRecord]) -> Chart:
     def draw_one(panel: Axes) -> None:
         parts = [_thinned(runs[0].series(f"time/{part}")) for part in SPLIT]
         panel.stackplot(
-            parts[0].step, [each.value * 1e3 for each in parts], colors=[_color(n) for n in range(COLORS)], linewidth=0
+            parts[0].step, [part.value * 1e3 for part in parts], colors=[_color(n) for n in range(COLORS)], linewidth=0
         )
         panel.set(xlabel="step", ylabel="ms of a step", xlim=(parts[0].step[0], parts[0].step[-1]))
         # a slow first step would flatten all others

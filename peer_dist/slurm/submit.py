@@ -145,11 +145,11 @@ def sbatch(script: Path, *options: str) -> str:
     Raises:
         SubmitError: Slurm refuses it.
     """
-    told = subprocess.run([find_sbatch(), "--parsable", *options, str(script)], capture_output=True, text=True)
-    if told.returncode:
-        reason = (told.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
+    answer = subprocess.run([find_sbatch(), "--parsable", *options, str(script)], capture_output=True, text=True)
+    if answer.returncode:
+        reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
         raise SubmitError(f"sbatch: {reason}")
-    return told.stdout.strip().partition(";")[0]
+    return answer.stdout.strip().partition(";")[0]
 
 
 def render(

@@ -25,6 +25,7 @@ class Interval:
     half_width: float
 
     def __str__(self) -> str:
+        """Four decimals: ``2.3456 ± 0.0123``."""
         return f"{self.value:.4f}" + ("" if math.isnan(self.half_width) else f" ± {self.half_width:.4f}")
 
 

@@ -93,9 +93,9 @@ class SweepFile(Section):
             )
         counts = {name: len(rates) for name, rates in tune.learning_rates.items()}
         if len(set(counts.values())) > 1 or not all(counts.values()):
-            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(
-                f"tune.learning_rates: every model needs the same number of trials, at least 1; got {told}"
+                f"tune.learning_rates: every model needs the same number of trials, at least 1; got {listed}"
             )
         if tune.size not in self.sizes:
             raise ValueError(f"tune.size: {tune.size!r} is none of the sizes ({', '.join(self.sizes)})")
@@ -125,6 +125,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
+        """Tokens that the run trains on."""
         return self.config.train.steps * self.config.train.global_batch_size * self.config.model.seq_length
 
     def at(self, rates: Rates) -> Run:
@@ -145,6 +146,7 @@ class Sweep:
     runs: list[Run]
 
     def trials(self, model: str) -> list[Run]:
+        """The runs that try learning rates for ``model``."""
         return [run for run in self.runs if run.model == model and run.trial is not None]
 
 
