@@ -1,4 +1,4 @@
-"""Where a process is in its work: named spans, timed while somebody listens, and always known to the watchdog."""
+"""What a process is doing: named spans, always known to the watchdog, and timed for whoever asks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: the list of commands, whose code is in the modules beside, and how mistakes are told."""
+"""The command line: the list of commands, whose code is in this folder's modules, and how mistakes are reported."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ app.command()(runs.doctor)
 
 
 def main() -> None:
-    """Run a command; what a user can mend is told in one sentence, with exit code 2."""
+    """Run a command; a mistake of the user is reported in one sentence, with exit code 2."""
     try:
         app(standalone_mode=True)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a model makes of every token of a text: sliding windows, batched, shared among the ranks."""
+"""The log-probability of every token of a text: sliding windows, batched, shared among the ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the model makes of the scored tokens of a request, in their order.
+    """The model's scores of a request's tokens from ``start`` on, in their order.
 
     Attributes:
         nats: minus the log-probability of each, float32 [n - start].
@@ -79,7 +79,7 @@ def score(
     Args:
         stride: tokens scored per window (but the first), 1 to ``seq_length``.
         batch_size: windows per rank and forward pass; only windows of one length share a pass, nothing is padded.
-        advance: told which share of the passes each one was.
+        advance: called after every pass with its share of all passes, 0 to 1.
     """
     parallel, eod, seq_length = loaded.parallel, loaded.tokenizer.eod, loaded.config.model.seq_length
     todo = [

@@ -34,7 +34,7 @@ UNITS = {
 
 @dataclass
 class Result:
-    """Sums over a test set; nats of every token of every document, end-of-document tokens not among them."""
+    """Sums over a test set: its counts, and the loss in nats. End-of-document tokens are not counted."""
 
     name: str
     source: str
@@ -51,7 +51,7 @@ class Result:
     last_words_right: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """Values by the keys of :data:`UNITS`; those of the last word where there are such."""
+        """Values by the keys of :data:`UNITS`; those of the last word only where last words were scored."""
         bits = self.nats / math.log(2)
         values = {
             "token_perplexity": perplexity_of(self.nats / self.tokens),
@@ -67,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Suite:
-    """A checkpoint's results."""
+    """A checkpoint's results on several test sets, with windows of ``seq_length`` tokens at ``stride``."""
 
     checkpoint: str
     step: int

@@ -28,7 +28,7 @@ FEW_PICKS = 64  # per expert: with fewer, chance alone adds more than 1 / 128 to
 
 @dataclass(frozen=True)
 class SubkeyUsage:
-    """Use of all sub-keys in the same place of a product key.
+    """Use of the sub-keys of one half of the product keys.
 
     Attributes:
         half: 0 or 1.
@@ -43,12 +43,14 @@ class SubkeyUsage:
 
 @dataclass(frozen=True)
 class LayerUsage:
-    """Attributes:
-    together: of all heads.
-    heads: of each.
-    overlap: ``[heads, heads]``: mean share of a token's picks that both heads have; 1 on the diagonal.
-    similarity: ``[heads, heads]``: cosine of the gates' distributions over experts.
-    subkeys: empty where experts have no product keys.
+    """Use of one layer's experts.
+
+    Attributes:
+        together: by all heads together.
+        heads: by each head.
+        overlap: ``[heads, heads]``: mean share of a token's picks that both heads have; 1 on the diagonal.
+        similarity: ``[heads, heads]``: cosine of the gates' distributions over experts.
+        subkeys: of both halves of the product keys; empty where experts have none.
     """
 
     together: UsageSummary
@@ -69,7 +71,12 @@ class LayerUsage:
 
 @dataclass(frozen=True)
 class UsageReport:
-    """Attributes: ``layers`` by number, from 1; ``arrays`` by the names of ``usage.npz`` (see docs/usage.md)."""
+    """A checkpoint's use of experts on held-out text.
+
+    Attributes:
+        layers: by number, from 1.
+        arrays: by the names of ``usage.npz`` (see docs/usage.md).
+    """
 
     checkpoint: str
     step: int
@@ -115,7 +122,7 @@ class HeadUsage:
         self.shared += shared_picks(indices)
 
     def reduce(self, group: dist.ProcessGroup) -> None:
-        """Over the tokens of all ranks of ``group``. A collective call."""
+        """Add up over the ranks of ``group``, in place. A collective call."""
         for tensor in (self.mass, self.counts, self.shared):
             dist.all_reduce(tensor, group=group)
         dist.all_reduce(self.first, dist.ReduceOp.MAX, group)
@@ -126,7 +133,8 @@ class HeadUsage:
         return torch.stack([table.sum(2), table.sum(1)], 1)
 
     def layer_usage(self, subkeys: int | None) -> LayerUsage:
-        """
+        """The layer's usage, of all that was added up.
+
         Args:
             subkeys: sqrt(num_experts) where experts have product keys, else None.
         """
@@ -151,7 +159,7 @@ class HeadUsage:
         return self.shared.double() / self.shared.diagonal().clamp(min=1)
 
     def arrays(self, number: int, subkeys: int | None) -> Iterator[tuple[str, Tensor]]:
-        """What ``usage.npz`` has of layer ``number``."""
+        """Names and values of layer ``number`` in ``usage.npz``."""
         yield f"mass_layer{number}", self.mass.sum(0)
         yield f"counts_layer{number}", self.counts
         yield f"overlap_layer{number}", self.overlap
@@ -161,7 +169,7 @@ class HeadUsage:
 
 
 def _subkeys(layer: SparseLayer) -> int | None:
-    """Sub-keys in each half of its product keys, if it has some."""
+    """The number of sub-keys in each half of the layer's product keys; None if it has no product keys."""
     keys = getattr(layer, "keys", None)
     n = keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() > 2 else 0
     return n if n * n == layer.num_experts else None

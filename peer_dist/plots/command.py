@@ -1,4 +1,4 @@
-"""`peer-dist plot`: what was given, read, and every figure that it makes."""
+"""`peer-dist plot`: reads the inputs, and writes every figure that can be drawn of them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KINDS = ("isoflop", "models", "loss", "experts", "hk", "usage")
 
 
 def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: str) -> list[Path]:
-    """Draw the figures of ``kinds``, or all that the inputs allow; the files written.
+    """Draw the figures of ``kinds``, or all that the inputs allow, and return the paths of the files.
 
     Args:
         inputs: results.csv or a sweep's folder; folders of runs; .npz files of expert usage (``mass_layer<N>``).
         output: folder of the figures.
-        against: what isoFLOP curves have for a size (see :data:`Measure`).
+        against: the measure of size in isoFLOP figures (see :data:`Measure`).
 
     Raises:
         ConfigError: an input is none of these, or has nothing for a figure asked for.
@@ -89,7 +89,7 @@ def results_of(inputs: Sequence[Path]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row], against: str) -> list[Table]:
-    """The fits in figures: optima by budget and model, and paired differences."""
+    """Tables of the fits: optima by budget and model, and paired differences; none of what cannot be fitted."""
     measure = _measure(against)
     fit_tables: list[Table] = []
     fits = optima(rows, measure)
@@ -151,7 +151,7 @@ def _curves(inputs: Sequence[Path]) -> list[figures.Curve]:
 
 
 def _curve(path: Path, lines: Sequence[dict[str, float]], held_out: bool) -> figures.Curve:
-    """A run's loss; of training the running mean over a fiftieth of the run."""
+    """A run's held-out loss, or its training loss as a running mean over a fiftieth of the run."""
     step = np.array([line["step"] for line in lines])
     seconds = np.cumsum([line["time/step"] for line in lines])
     tokens = np.cumsum([line["time/step"] * line["speed/tokens_per_second"] for line in lines])

@@ -84,8 +84,8 @@ def isoflop(rows: Sequence[Row], measure: Measure) -> Figure | None:
 
 
 def loss_by_model(rows: Sequence[Row]) -> Figure | None:
-    """Loss of every model and variant after equally many tokens: each seed, their mean and its interval, in rows of
-    the figure; None without two of one size.
+    """Loss of every model, variant and size after equally many tokens: a row each, with every seed, the mean and its
+    interval; None with fewer than two rows.
     """
     losses_of: dict[str, list[float]] = {}
     for row in grid_rows(rows):
@@ -108,7 +108,9 @@ def loss_by_model(rows: Sequence[Row]) -> Figure | None:
 
 
 def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
-    """Loss against ``over`` (``seconds`` or ``tokens``); the curves of one label are seeds: their mean and band."""
+    """Loss against ``over`` (``seconds`` or ``tokens``). Curves with one label are seeds, drawn as their mean and its
+    interval.
+    """
     figure, (panel,) = _panels(1)
     for label, look in _looks([curve.label for curve in curves]).items():
         seeds = [curve for curve in curves if curve.label == label]
@@ -133,7 +135,7 @@ def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
 
 
 def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
-    """Usage and unevenness against the number of experts; None where no model was run with two of these."""
+    """Usage and unevenness against the number of experts; None unless some model was run with two such numbers."""
     rows = [row for row in grid_rows(rows) if row.num_experts and row.unevenness is not None]
     lines = _lines(rows, lambda row: row.num_experts, lambda row: (f"h·k {row.active_experts}",))
     if not lines:
@@ -153,7 +155,7 @@ def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
 
 
 def loss_by_picks(rows: Sequence[Row]) -> Figure | None:
-    """Loss against experts per token, h k; None where no model was run with two numbers of these."""
+    """Loss against experts per token, h k; None unless some model was run with two such numbers."""
     rows = [row for row in grid_rows(rows) if row.active_experts]
     lines = _lines(
         rows, lambda row: row.active_experts, lambda row: (f"N {_count(row.num_experts or 0)}", f"h {row.heads}")
@@ -172,7 +174,7 @@ def loss_by_picks(rows: Sequence[Row]) -> Figure | None:
 
 
 def usage_distribution(mass: Mapping[str, np.ndarray]) -> Figure:
-    """How the gates' mass lies over experts: shares by rank, and their histogram.
+    """How evenly the gates' mass is spread over experts: shares in descending order, and their histogram.
 
     Args:
         mass: by name of the layer, the sum of gates per expert: float64 [num_experts].
@@ -214,7 +216,9 @@ def usage_distribution(mass: Mapping[str, np.ndarray]) -> Figure:
 def _lines(
     rows: Sequence[Row], x: Callable[[Row], int | None], others: Callable[[Row], tuple[str, ...]]
 ) -> dict[str, list[Row]]:
-    """Rows of one model, size, budget and ``others``, by a label of those that vary; with two ``x`` at least."""
+    """Rows that agree in model, size, budget and ``others``, by a label of what varies between groups; groups with
+    fewer than two values of ``x`` are left out.
+    """
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         budget = "" if row.budget is None else f"{_power(row.budget)} FLOPs"

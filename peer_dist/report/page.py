@@ -1,4 +1,4 @@
-"""The page: what is told of one run or several, and where."""
+"""The page of `peer-dist report`: what it shows of one run or several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EVENTS = 100  # shown of a run, the newest
 
 
 def write_report(folders: Sequence[Path], output: Path | None) -> Path:
-    """One self-contained page of HTML; where it was written.
+    """Write one self-contained page of HTML, and return its path.
 
     Args:
         folders: of runs, or their logs; several are compared.
@@ -89,7 +89,7 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
     return "" if begun is None else f"begun {begun:%d %B %Y, %H:%M}"
 
 
-# What stands at the top, for each run.
+# The figures at the top, one function from a run to its text for each.
 
 
 def _last(name: str, form: str) -> Callable[[RunRecord], str]:
@@ -154,7 +154,7 @@ _FIGURES: dict[str, Callable[[RunRecord], str]] = {
 
 
 def _layer_rows(run: RunRecord) -> Iterator[list[str]]:
-    """Layer, and the last window's numbers under the template's headings."""
+    """A row per layer: its number, and the last window's numbers in the order of the template's headings."""
     names = {
         "usage_percent": "{:.1f}%",
         "top1_usage_percent": "{:.1f}%",
@@ -169,14 +169,14 @@ def _layer_rows(run: RunRecord) -> Iterator[list[str]]:
 
 
 def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Keys of the config whose values differ, but for folders and logs; with the value in each run."""
+    """Keys of the config whose values differ between runs, with the value in each; folders and logs left out."""
     trees = [
         {f"{section}.{key}": str(value) for section, keys in run.config.items() for key, value in keys.items()}
         for run in runs
     ]
     keys = [key for key in dict.fromkeys(key for tree in trees for key in tree) if not key.startswith(_FOLDERS)]
     values = {key: [tree.get(key, "–") for tree in trees] for key in keys}
-    known = [place for place, tree in enumerate(trees) if tree]  # an older run tells of none
+    known = [place for place, tree in enumerate(trees) if tree]  # runs of older versions have no config
     return {key: of_runs for key, of_runs in values.items() if len({of_runs[place] for place in known}) > 1}
 
 
@@ -184,7 +184,7 @@ _FOLDERS = ("checkpoint.", "logging.")
 
 
 def _events(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Time, step and what happened, in the order of steps; saving is told by the checkpoints."""
+    """Time, step and what happened, in the order of steps; checkpoints are left out: they have a line of their own."""
     entries: list[tuple[int, str, str]] = []
     for number, event in enumerate(run.events):
         kind, step = event["event"], event["step"]

@@ -19,7 +19,7 @@ Measure = Literal["train_flops_per_token", "active_parameters", "parameters"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the half-width of its 95% interval by Student's t; NaN where nothing is left to tell it from."""
+    """A value and the half-width of its 95% interval by Student's t; NaN where there are too few values."""
 
     value: float
     half_width: float
@@ -63,7 +63,7 @@ class Optimum:
         return math.exp(low), math.exp(min(high, 700.0))
 
     def curve(self, sizes: np.ndarray) -> np.ndarray:
-        """The parabola's loss at ``sizes``."""
+        """The parabola's loss, in nats per token, at ``sizes [points]``."""
         return np.polyval(self.coefficients, np.log(sizes) - self.center)
 
 
@@ -96,7 +96,7 @@ def student_t(degrees: int, level: float = 0.95) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values."""
+    """The mean of independent values, with its interval."""
     count = len(values)
     if count < 2:
         return Interval(float(np.mean(values)), math.nan)
@@ -166,7 +166,7 @@ def fit_parabola(
 
 
 def optima(rows: Sequence[Row], measure: Measure = "train_flops_per_token") -> list[Optimum]:
-    """The compute-optimal size of every model at every budget, where there are sizes enough."""
+    """The compute-optimal size of every model at every budget with enough sizes (see :func:`fit_parabola`)."""
     groups: dict[tuple[float | None, str], list[Row]] = defaultdict(list)
     for row in grid_rows(rows):
         groups[row.budget, row.label].append(row)

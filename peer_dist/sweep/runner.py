@@ -1,4 +1,4 @@
-"""Runs a sweep, or goes on with it: each run a process of its own, whose folder says how far it is."""
+"""Runs a sweep, or goes on with it: each run is a process of its own, and its folder says how far it is."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def settled(sweep: Sweep, run: Run, rows: dict[str, Row]) -> Run | None:
 
 
 def runs_table(sweep: Sweep, runs: Sequence[Run]) -> Table:
-    """What ``runs`` are, and what they cost."""
+    """A table of ``runs``, with what they cost and which are done."""
     rows, file = finished(sweep), sweep.path
     table = Table(title=f"{file}: {len(runs)} runs, {sum(run.name in rows for run in runs)} of them done", box=None)
     for column in ("run", "steps", "tokens", "parameters", "active", "FLOPs/token", "FLOPs", ""):
@@ -325,7 +325,7 @@ def _print_choice(sweep: Sweep, run: Run, rows: dict[str, Row], console: Console
 
 
 def _gpus() -> list[str]:
-    """What the runs may share out: CUDA's names of the devices that this process sees."""
+    """The GPUs for the runs: CUDA's names of the devices that this process sees."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""A sweep's file: models x sizes x variants x budgets x seeds, every run of which becomes a checked config."""
+"""A sweep's file, models x sizes x variants x budgets x seeds, and the checked config of each of its runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _WHOLE_SPLIT = 10**9  # batches; a validation takes at most the split
 
 
 class TuneSection(Section):
-    """Learning rates, chosen per model by as many trials each, at the smallest budget."""
+    """How learning rates are tuned: as many trials for each model, at the smallest budget."""
 
     size: str = Field("", description="the size at which it is done")
     variant: str = Field("", description="the variant; by default the first")
@@ -138,7 +138,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep: its file, the folder of its runs (each in one of its name), and the runs, trials first."""
+    """A checked sweep.
+
+    Attributes:
+        path: of the sweep's file.
+        folder: holds a folder for each run, of the run's name.
+        runs: the trials come first.
+    """
 
     path: Path
     file: SweepFile
