@@ -33,6 +33,7 @@ NAMES = ("plain write", "save", "plain read", "verify", "load")
 
 
 def config(options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """A run's config: one PEER layer with its tables over :data:`RANKS` ranks, as a tree."""
     bf16 = options.dtype == "bfloat16"
     return {
         "model": {"num_layers": 1, "hidden_size": options.dim, "num_attention_heads": 4, "mlp": ["peer"]}
@@ -48,6 +49,7 @@ def config(options: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def write(path: Path, size: int) -> None:
+    """Write ``size`` random bytes to a file in blocks, and sync it to the disk."""
     block = memoryview(os.urandom(BLOCK))
     with path.open("wb") as file:
         for begin in range(0, size, BLOCK):
@@ -57,6 +59,7 @@ def write(path: Path, size: int) -> None:
 
 
 def read(path: Path) -> None:
+    """Read a file to its end, in blocks."""
     block = memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while file.readinto(block):
@@ -72,12 +75,14 @@ def forget(folder: Path) -> None:
 
 
 def resident(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) << 10
+    """Bytes of a line of ``/proc/self/status``, such as VmRSS."""
+    line = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) << 10
 
 
 def run(rank: int, options: argparse.Namespace, folder: str) -> None:
+    """A rank: time every action of :data:`NAMES` in turns; rank 0 writes ``rows.json`` into ``folder``."""
     from peer_dist.checkpoints.state import restore_run
     from peer_dist.checkpoints.store import read_manifest, verify_checkpoint
     from peer_dist.config import parse_config
@@ -136,6 +141,7 @@ def run(rank: int, options: argparse.Namespace, folder: str) -> None:
 
 
 def main() -> None:
+    """Measure what the command line asks for, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=262144)
     parser.add_argument("--dim", type=int, default=512)

@@ -29,6 +29,7 @@ def number(text: str) -> int:
 
 
 def long_lines(text: str) -> set[int]:
+    """The numbers of a text's longer lines."""
     return {number(line) for line in map(str.strip, text.splitlines()) if len(line) >= LONG}
 
 
@@ -77,6 +78,7 @@ def gather(megabytes: float, seed: int) -> tuple[list[str], list[str], list[str]
 
 
 def main() -> None:
+    """Write the corpus that the command line asks for, and say what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
     parser.add_argument("--megabytes", type=float, default=40.0, help="of training text")

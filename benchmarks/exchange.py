@@ -44,10 +44,12 @@ OVERLAPS = {"much to send": {"dim": 1024, "picks": 8}, "much to compute": {"dim"
 
 
 def grids(ranks: int) -> list[tuple[int, int]]:
+    """All ``(row shards, column shards)`` of so many ranks."""
     return [(ranks // columns, columns) for columns in range(1, ranks + 1) if ranks % columns == 0]
 
 
 def counted(ranks: int) -> list[dict[str, Any]]:
+    """A row for every grid of ``ranks``: KB per token as counted, and over those of the pure layouts."""
     torch.manual_seed(0)
     indices = torch.randint(1024**2, (256, 128))
     rows = []
@@ -71,6 +73,7 @@ def counted(ranks: int) -> list[dict[str, Any]]:
 
 
 def run(rank: int, ranks: int, folder: str) -> None:
+    """A rank: bytes as sent, which must equal those counted, and time, for every grid; rank 0 writes ``rows.json``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{ranks}", rank=rank, world_size=ranks)
     rows = []
@@ -107,12 +110,14 @@ class Wire:
     """Stands in for torch's ``all_to_all_single``, to measure a pass without it and it without the pass."""
 
     def __init__(self) -> None:
+        """Begin with nothing recorded, and let collectives through."""
         self.send = dist.all_to_all_single
         self.record: list[tuple[tuple[Any, ...], torch.Tensor]] | None = None
         self.answers: Iterator[torch.Tensor] | None = None
         self.waiting = 0.0  # seconds since it was last set to 0
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, *sizes: Any, async_op: bool = False, group: Any) -> Any:
+        """As ``all_to_all_single``: send, record, or answer from the record, by what is set."""
         if self.answers is not None:  # nothing travels; numbers, which sizes depend on, are those of the recorded pass
             answer = next(self.answers)
             if not out.is_floating_point():
@@ -129,6 +134,7 @@ class Wire:
         return None
 
     def clock(self, wait: Callable[[], Any]) -> None:
+        """Call ``wait`` and add its seconds to ``waiting``."""
         begin = time.perf_counter()
         wait()
         self.waiting += time.perf_counter() - begin
@@ -141,13 +147,16 @@ class Clocked:
     """Work whose time of waiting is counted."""
 
     def __init__(self, wire: Wire, work: dist.Work) -> None:
+        """Take over ``work``, whose waiting ``wire`` counts."""
         self.wire, self.work = wire, work
 
     def wait(self) -> None:
+        """Wait for the work."""
         self.wire.clock(self.work.wait)
 
 
 def overlap(rank: int, ranks: int, folder: str) -> None:
+    """A rank: time with, without and of the exchange alone, for every case; rank 0 writes ``rows.json``."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # what is read where nothing travelled is whatever lay in memory
     dist.init_process_group("gloo", init_method=f"file://{folder}/{ranks}", rank=rank, world_size=ranks)
@@ -230,6 +239,7 @@ def overlap(rank: int, ranks: int, folder: str) -> None:
 
 
 def measured(ranks: int, run: Callable[[int, int, str], None] = run) -> list[dict[str, Any]]:
+    """The rows that rank 0 writes when ``run`` is started on so many processes."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(run, (ranks, folder), nprocs=ranks)
         rows: list[dict[str, Any]] = json.loads(Path(folder, "rows.json").read_text())
@@ -237,6 +247,7 @@ def measured(ranks: int, run: Callable[[int, int, str], None] = run) -> list[dic
 
 
 def main() -> None:
+    """Measure what the command line asks for, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overlap", action="store_true", help="how much of the exchange hides behind the experts")
     parser.add_argument("--json", type=Path)

@@ -26,6 +26,7 @@ from peer_dist.kernels import Picks, _backend, expert_mix
 
 
 def products(case: Case, device: torch.device, rounds: int, clones: dict[str, Path | None]) -> dict[str, Any]:
+    """One case of the products alone: milliseconds, shares of the copy bandwidth and ratios."""
     problem = Problem(case, device)
     x, dy, down, up = (t.detach() for t in (problem.x, problem.dy, problem.down, problem.up))
     gate, picks = problem.gate.detach().reshape(-1), Picks.even(problem.expert)
@@ -97,6 +98,7 @@ def published(problem: Problem, clones: dict[str, Path | None]) -> dict[str, Cal
 def layers(
     dim: int, experts: int, tokens: int, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, Any]:
+    """The whole layer against PEER-pytorch's, forward and backward: milliseconds and their ratio."""
     ours, theirs = twins(dim, experts, 8, 16, device)
     x = torch.randn(1, tokens, dim, device=device)
     check(ours, theirs, x[:, :256])
@@ -114,6 +116,7 @@ def layers(
 
 
 def main() -> None:
+    """Measure what the command line asks for, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dim", type=int, default=1024)
@@ -142,11 +145,11 @@ def main() -> None:
         ("32 picks per expert: share by distinct rows", often["forward_share_of_copy_by_distinct_row"], ">=", 0.8),
         ("layer, forward + backward, over PEER-pytorch", whole["ratio"], ">=", 20.0),
     ]
-    told = {}
+    verdicts = {}
     for name, value, sign, goal in goals:
         met = value >= goal if sign == ">=" else value <= goal
-        told[name] = f"{value:.3g} ({'met' if met else 'not met'}: {sign} {goal:g})"
-    show("Goals", [told])
+        verdicts[name] = f"{value:.3g} ({'met' if met else 'not met'}: {sign} {goal:g})"
+    show("Goals", [verdicts])
     write_json(options.json, {"title": title, "torch": torch.__version__, "rows": rows, "layer": whole})
 
 

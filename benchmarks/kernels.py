@@ -42,6 +42,7 @@ class Problem:
     """Tables, tokens and picks of a case."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
+        """Draw them, always the same ones."""
         torch.manual_seed(0)
         dtype = getattr(torch, case.dtype)
         self.down, self.up = (
@@ -57,6 +58,7 @@ class Problem:
             leaf.requires_grad_()
 
     def ours(self) -> Tensor:
+        """``[tokens, dim]`` by :func:`expert_mix`."""
         picks = Picks.even(self.expert)
         return expert_mix(self.x, picks, self.gate.reshape(-1), self.down, self.up, "gelu", sparse_grad=True)
 
@@ -68,6 +70,7 @@ class Problem:
         return torch.einsum("tk,tkd->td", hidden, up)
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        """``y``, and its gradients to x, gates and tables for the output's gradient ``dy``."""
         return y, *torch.autograd.grad(y, self.leaves, self.dy)
 
 
@@ -122,6 +125,7 @@ SWEEPS: dict[str, tuple[str, list[Case]]] = {
 
 
 def main() -> None:
+    """Measure what the command line asks for, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sweep", choices=list(SWEEPS))

@@ -55,6 +55,7 @@ def check(ours: PEER, theirs: nn.Module, x: Tensor) -> None:
 
 
 def main() -> None:
+    """Measure what the command line asks for, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dim", type=int, default=256)

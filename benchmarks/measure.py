@@ -19,6 +19,7 @@ from peer_dist.machine import cpu_name
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -69,6 +70,7 @@ def large_copy(device: torch.device) -> tuple[int, Callable[[], Any]]:
 
 
 def device_name(device: torch.device) -> str:
+    """The device's name; of a CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
@@ -84,6 +86,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path | None, results: dict[str, Any]) -> None:
+    """Write results to a file, and make its folder; without ``path`` nothing."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -65,6 +65,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def config_of(name: str, folder: str) -> Config:
+    """The config of a layout of :data:`LAYOUTS`, with its folders in ``folder``."""
     tree = {section: dict(keys) for section, keys in BASE.items()}
     for section, keys in LAYOUTS[name].items():
         tree[section] = {**tree.get(section, {}), **keys}
@@ -75,6 +76,7 @@ def config_of(name: str, folder: str) -> Config:
 
 
 def run(rank: int, ranks: int, folder: str, name: str, steps: int) -> None:
+    """A rank: train ``steps`` steps of a layout, and measure; rank 0 writes what all ranks measured into ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{name}", rank=rank, world_size=ranks)
     from peer_dist.training import Trainer
@@ -91,7 +93,7 @@ def run(rank: int, ranks: int, folder: str, name: str, steps: int) -> None:
     mine = {
         "held": {part: round(values[f"memory/{part}_gb"] * 1e9) for part in STATES},
         "planned": {part: round(getattr(wanted, part)) for part in STATES},
-        "peak": sum(each.weights + each.gradients + each.optimizer for each in before) + handed_out.most,
+        "peak": sum(part.weights + part.gradients + part.optimizer for part in before) + handed_out.most,
         "sent": values.get("exchange/bytes_per_token", 0.0) * trainer.config.train.global_batch_size
         * trainer.config.model.seq_length / ranks,
         "hits": values.get("exchange/row_shards_hit"),
@@ -114,6 +116,7 @@ class Passes:
     """
 
     def __init__(self, engine: Any) -> None:
+        """Stand in for the engine's ``accumulate`` and ``memory``."""
         self.most = 0
         # gradients of large tables have memory of their own, which the profiler would not see
         native.gradient_memory = lambda rows, dim, dtype: torch.empty(rows, dim, dtype=dtype)
@@ -138,11 +141,11 @@ def compare(name: str, folder: str, ranks: int, hardware: Hardware, seconds: flo
     measured = json.loads(Path(folder, f"{name}.json").read_text())
     one = measured[0]
     predicted = plan(config_of(name, folder), ranks, ranks, hardware, one["vocab_size"], one["hits"])
-    worst = max(measured, key=lambda each: each["peak"])
+    worst = max(measured, key=lambda rank: rank["peak"])
     forwards = predicted.wires["exchange"].total
     return {
         "layout": name,
-        **{f"{part}_equal": all(each["held"][part] == each["planned"][part] for each in measured) for part in STATES},
+        **{f"{part}_equal": all(rank["held"][part] == rank["planned"][part] for rank in measured) for part in STATES},
         **{f"{part}_MB": worst["held"][part] / 1e6 for part in STATES},
         "row_shards_hit": one["hits"],
         "sent_MB": one["sent"] / 1e6,
@@ -164,6 +167,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 
 
 def main() -> None:
+    """Measure what the command line asks for, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hardware", default="cpu")
     parser.add_argument("--ranks", type=int, default=2)

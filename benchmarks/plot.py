@@ -24,6 +24,7 @@ AXES = {"experts": "experts N", "dim": "dim d", "tokens": "tokens", "picks": "pi
 
 
 def main() -> None:
+    """Draw the sweeps that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True, help=".png or .svg")

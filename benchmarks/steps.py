@@ -24,6 +24,7 @@ from peer_dist.training.trainer import Trainer
 
 
 def main() -> None:
+    """Measure what the command line asks for, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--only", action="append", help="a run, model, size or variant, with * and ?; repeatable")

@@ -1,4 +1,4 @@
-"""Where a process is in its work: named spans, timed while somebody listens, and always known to the watchdog."""
+"""What a process is doing: named spans, always known to the watchdog, and timed for whoever asks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ class StepTimes:
     """
 
     def __init__(self, device: torch.device) -> None:
+        """Begin empty; ``device`` is that whose work is timed."""
         self._cuda = device.type == "cuda"
         self.reset()
 
     def reset(self) -> None:
+        """Forget all spans."""
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -59,6 +61,7 @@ class Position:
     """
 
     def __init__(self) -> None:
+        """Begin at the start of the run."""
         self.step, self.phase, self.span, self.moves = 0, "start", "", 0
 
     def at(self, phase: str, step: int) -> None:

@@ -94,7 +94,7 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
             loaded.model, text.stream, loaded.parallel, loaded.tokenizer, batch_size, observers=usage
         )
         summaries = {
-            number: each.summary(world.world_size, loaded.parallel.token_group) for number, each in usage.items()
+            number: counter.summary(world.world_size, loaded.parallel.token_group) for number, counter in usage.items()
         }
     if world.rank != 0:
         return None
@@ -114,6 +114,6 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
 
 
 def _unigram(streams: SplitStreams, labels: torch.Tensor, vocab_size: int) -> float:
-    """Frequencies from at most a few million tokens of the training split."""
+    """The loss of ``labels [sequences, tokens]`` under the training split's token frequencies (first few million)."""
     sequences = min(sum(len(dataset) for dataset in streams.train.datasets), 2**22 // labels.shape[1] + 1)
     return unigram_loss(streams.train.batch(range(sequences))[:, 1:], labels, vocab_size)

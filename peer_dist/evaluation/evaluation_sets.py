@@ -33,12 +33,12 @@ _SPACING = [  # of WikiText's tokens, undone in this order
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a test set, and by what its nats are divided.
+    """One document of a test set, with the counts by which its loss is divided.
 
     Attributes:
         text: what the model reads.
-        words: of the text as it was published, by whitespace.
-        characters: of ``text``; its bytes in enwik8.
+        words: number of words, split by whitespace, in the text as published.
+        characters: number of characters of ``text``; in enwik8 of its bytes.
         context: ``text`` without its last word, where that is scored by itself.
     """
 
@@ -53,7 +53,7 @@ class EvaluationSet:
     """A test set and where it comes from.
 
     Attributes:
-        unit: its main metric, a key of :meth:`peer_dist.evaluation.suite.Result.metrics`.
+        unit: the set's main metric, a key of :meth:`peer_dist.evaluation.suite.Result.metrics`.
         note: what a reader of the results must know.
     """
 
@@ -69,7 +69,7 @@ class EvaluationSet:
         return None if self.source.startswith(_HUB) else Path(self.source).stat().st_size
 
     def documents(self, advance: Advance | None = None) -> Iterator[Document]:
-        """Read them, one at a time; ``advance`` is told how many more bytes of the file were read.
+        """Read the documents, one at a time; ``advance`` is called with the number of bytes read since the last call.
 
         Raises:
             DataError: the source is missing or not of the format.
@@ -108,9 +108,9 @@ def parse_sets(specs: Sequence[str]) -> list[EvaluationSet]:
         if not source.startswith(_HUB) and not Path(source).is_file():
             raise DataError(f"--dataset {spec}: there is no file {source}")
         for member in (name, f"{name}_detokenized"):
-            if found := _FORMATS.get(member):
+            if form := _FORMATS.get(member):
                 title = Path(source).name if name == "text" else member
-                sets.append(EvaluationSet(title, source, found.unit, _note(name, source), found))
+                sets.append(EvaluationSet(title, source, form.unit, _note(name, source), form))
                 if next(sets[-1].documents(), None) is None:
                     raise DataError(f"--dataset {spec}: {source} holds no text")
     return sets
@@ -218,14 +218,14 @@ def _document(text: str, context: str | None = None) -> Document:
 
 
 def _passages(texts: Iterator[str]) -> Iterator[Document]:
-    """LAMBADA's, whose last word is to be guessed; white space after it is not part of the passage."""
+    """LAMBADA's passages, whose last word is scored by itself; white space after it is cut off."""
     for text in texts:
         if passage := text.rstrip():
             yield _document(passage, passage[: len(passage) - len(passage.split()[-1])].rstrip())
 
 
 def _articles(texts: Iterator[str]) -> Iterator[Document]:
-    """WikiText's: a title stands between blank lines. An end of line counts as a word, as is usual."""
+    """WikiText's articles, each from its title, which stands between blank lines. An end of line counts as a word."""
     # The hub's rows are the file's lines, blank ones emptied.
     lines = lines_of(text or " \n" for text in texts)
     article: list[str] = []

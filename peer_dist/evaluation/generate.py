@@ -90,14 +90,14 @@ class _Text:
         self._shown = ""
 
     def shorten(self) -> bool:
-        """Keep the newest half of a window that is too long; whether it was."""
+        """Keep the newest half of a window that is too long; return whether it was."""
         outgrown = len(self.window) > self._length
         if outgrown:
             self.window = self.window[-(self._length // 2) :]
         return outgrown
 
     def add(self, token: int, last: bool) -> str | None:
-        """The text that ``token`` adds. One that has ended goes on, unseen, with the others of its batch."""
+        """Take the next token, and return the text that it adds; None if the text has ended before."""
         self.window.append(token)
         if self.ended:
             return None
@@ -112,7 +112,7 @@ class _Text:
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
-    """Those given and the lines of ``file`` that are not blank; an empty one where none is given.
+    """``prompts`` and the lines of ``file`` that are not blank; one empty prompt if neither is given.
 
     Raises:
         DataError: the file cannot be read or holds none.
@@ -134,7 +134,7 @@ def write_texts(
     batch_size: int,
     out: TextIO | None,
 ) -> str:
-    """Write every prompt with its continuation: one as it grows, several under lines of their numbers.
+    """Write every prompt with its continuation: one as it grows, several when done, each under a numbered line.
 
     Args:
         draw: :func:`generate` for some prompts.
@@ -157,8 +157,8 @@ def write_texts(
             tokens += sum(piece is not None for piece in pieces)
             texts = [text + (piece or "") for text, piece in zip(texts, pieces)]
             write((pieces[0] or "") if alone else "")
-        for each, text in enumerate(texts, number + 1):
-            write("\n" if alone else f"=== {each} of {len(prompts)}\n{text}\n")
+        for place, text in enumerate(texts, number + 1):
+            write("\n" if alone else f"=== {place} of {len(prompts)}\n{text}\n")
     seconds = time.perf_counter() - begin
     return f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
 

@@ -42,10 +42,12 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a document."""
         return self._loaded.tokenizer.eod
 
     @property
     def tokenizer_name(self) -> str:
+        """The tokenizer's digest, by which the harness tells caches apart."""
         return self._loaded.tokenizer.digest
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -55,20 +57,20 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        made = []
+        to_score = []
         for _, context, continuation in requests:
             # an empty context comes as the token with which every document of ours begins
             before = [] if context == [self.eot_token_id] else context
-            made.append(Request(np.array([*before, *continuation]), len(before)))
-        answers = [(-_total(scores), bool(scores.greedy.all())) for scores in self._score(made)]
+            to_score.append(Request(np.array([*before, *continuation]), len(before)))
+        answers = [(-_total(scores), bool(scores.greedy.all())) for scores in self._score(to_score)]
         for (texts, _, _), answer in zip(requests, answers):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in nats."""
-        made = [Request(np.array(self.tok_encode(request.args[0]))) for request in requests]
-        answers = [-_total(scores) for scores in self._score(made)]
+        to_score = [Request(np.array(self.tok_encode(request.args[0]))) for request in requests]
+        answers = [-_total(scores) for scores in self._score(to_score)]
         for request, answer in zip(requests, answers):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
         return answers

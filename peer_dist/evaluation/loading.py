@@ -78,7 +78,13 @@ def load_model(checkpoint: str, world_size: int, tensor: int = 1, pipeline: int 
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Attributes: ``stream``, a split of the data sets ``name``, whose ``streams`` are those of every split."""
+    """A split of a prepared data set.
+
+    Attributes:
+        name: of the data set, or several names with commas.
+        stream: the split's sequences.
+        streams: those of all splits.
+    """
 
     name: str
     stream: HeldOutStream

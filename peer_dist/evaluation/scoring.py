@@ -1,4 +1,4 @@
-"""What a model makes of every token of a text: sliding windows, batched, shared among the ranks."""
+"""The log-probability of every token of a text: sliding windows, batched, shared among the ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the model makes of the scored tokens of a request, in their order.
+    """The model's scores of a request's tokens from ``start`` on, in their order.
 
     Attributes:
         nats: minus the log-probability of each, float32 [n - start].
@@ -79,7 +79,7 @@ def score(
     Args:
         stride: tokens scored per window (but the first), 1 to ``seq_length``.
         batch_size: windows per rank and forward pass; only windows of one length share a pass, nothing is padded.
-        advance: told which share of the passes each one was.
+        advance: called after every pass with its share of all passes, 0 to 1.
     """
     parallel, eod, seq_length = loaded.parallel, loaded.tokenizer.eod, loaded.config.model.seq_length
     todo = [
@@ -95,24 +95,24 @@ def score(
     ]
     inputs = [np.concatenate([[eod], request.ids]) for request in requests]
     offsets = np.cumsum([0, *(len(request.ids) for request in requests)])
-    found = torch.zeros(2, int(offsets[-1]), device=parallel.device)
+    scored = torch.zeros(2, int(offsets[-1]), device=parallel.device)
     for first in range(0, len(batches), parallel.data_parallel_size):
         mine = first + parallel.data_parallel_rank
         batch = batches[min(mine, len(batches) - 1)]  # beyond the end: to take part in the pass
         sequences = np.stack([inputs[window.request][window.begin : window.end + 1] for window in batch])
-        made = make_micro_batch(torch.from_numpy(sequences).long(), eod, parallel.device)
-        tokens, labels = made["tokens"], made["labels"]
+        micro_batch = make_micro_batch(torch.from_numpy(sequences).long(), eod, parallel.device)
+        tokens, labels = micro_batch["tokens"], micro_batch["labels"]
         assert tokens is not None
         assert labels is not None
-        logits = forward_logits(loaded.model, tokens, made["attention_mask"])
+        logits = forward_logits(loaded.model, tokens, micro_batch["attention_mask"])
         if mine < len(batches):
             for row, window in enumerate(batch):
                 new = slice(window.scored - window.begin, None)
                 at = slice(int(offsets[window.request]) + window.scored, int(offsets[window.request]) + window.end)
-                found[0, at] = F.cross_entropy(logits[row, new].float(), labels[row, new], reduction="none")
-                found[1, at] = (logits[row, new, : loaded.tokenizer.vocab_size].argmax(-1) == labels[row, new]).float()
+                scored[0, at] = F.cross_entropy(logits[row, new].float(), labels[row, new], reduction="none")
+                scored[1, at] = (logits[row, new, : loaded.tokenizer.vocab_size].argmax(-1) == labels[row, new]).float()
         advance(1 / -(-len(batches) // parallel.data_parallel_size))
-    nats, greedy = parallel.total(found).cpu().numpy()
+    nats, greedy = parallel.total(scored).cpu().numpy()
     return [
         Scores(nats[offset + request.start : end], greedy[offset + request.start : end] > 0)
         for request, offset, end in zip(requests, offsets, offsets[1:])

@@ -34,7 +34,7 @@ UNITS = {
 
 @dataclass
 class Result:
-    """Sums over a test set; nats of every token of every document, end-of-document tokens not among them."""
+    """Sums over a test set: its counts, and the loss in nats. End-of-document tokens are not counted."""
 
     name: str
     source: str
@@ -51,7 +51,7 @@ class Result:
     last_words_right: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """Values by the keys of :data:`UNITS`; those of the last word where there are such."""
+        """Values by the keys of :data:`UNITS`; those of the last word only where last words were scored."""
         bits = self.nats / math.log(2)
         values = {
             "token_perplexity": perplexity_of(self.nats / self.tokens),
@@ -67,7 +67,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Suite:
-    """A checkpoint's results."""
+    """A checkpoint's results on several test sets, with windows of ``seq_length`` tokens at ``stride``."""
 
     checkpoint: str
     step: int
@@ -130,21 +130,21 @@ def evaluate_sets(checkpoint: str, specs: Sequence[str], stride: int | None, bat
         loaded = load_model(checkpoint, world.world_size)
         suite = Suite(str(loaded.path), loaded.step, seq_length, stride)
         with _progress(world.rank) as progress:
-            for each in sets:
-                suite.results.append(_evaluate(loaded, each, stride, batch_size, progress))
+            for test_set in sets:
+                suite.results.append(_evaluate(loaded, test_set, stride, batch_size, progress))
     return suite if world.rank == 0 else None
 
 
-def _evaluate(loaded: LoadedModel, each: EvaluationSet, stride: int, batch_size: int, progress: Progress) -> Result:
-    result = Result(each.name, each.source, each.unit, each.note)
-    task = progress.add_task(escape(each.name), total=each.size, note="")
+def _evaluate(loaded: LoadedModel, test_set: EvaluationSet, stride: int, batch_size: int, progress: Progress) -> Result:
+    result = Result(test_set.name, test_set.source, test_set.unit, test_set.note)
+    task = progress.add_task(escape(test_set.name), total=test_set.size, note="")
     read = shown = 0.0  # bytes of the file; what lies between is being scored
 
     def advance(count: int) -> None:
         nonlocal read
         read += count
 
-    for documents in _rounds(each.documents(advance)):
+    for documents in _rounds(test_set.documents(advance)):
         step = _share_of(progress, task, read - shown)
         shown = read
         requests = _requests(loaded, documents)
@@ -161,7 +161,7 @@ def _evaluate(loaded: LoadedModel, each: EvaluationSet, stride: int, batch_size:
                 result.last_word_nats += float(scores.nats[last:].sum(dtype="float64"))
                 result.last_words_right += bool(scores.greedy[last:].all())
         progress.update(task, note=f"perplexity {result.metrics()['token_perplexity']:.2f}")
-    progress.update(task, completed=each.size)
+    progress.update(task, completed=test_set.size)
     return result
 
 
@@ -181,7 +181,7 @@ def _rounds(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 def _requests(loaded: LoadedModel, documents: Sequence[Document]) -> list[Request]:
     ids = tokenized((document.text for document in documents), loaded.tokenizer)
-    return [Request(each[:-1]) for each in ids]  # without the end-of-document token
+    return [Request(document[:-1]) for document in ids]  # without the end-of-document token
 
 
 def _last_word(loaded: LoadedModel, document: Document, request: Request) -> int:

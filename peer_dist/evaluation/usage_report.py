@@ -28,7 +28,7 @@ FEW_PICKS = 64  # per expert: with fewer, chance alone adds more than 1 / 128 to
 
 @dataclass(frozen=True)
 class SubkeyUsage:
-    """Use of all sub-keys in the same place of a product key.
+    """Use of the sub-keys of one half of the product keys.
 
     Attributes:
         half: 0 or 1.
@@ -43,12 +43,14 @@ class SubkeyUsage:
 
 @dataclass(frozen=True)
 class LayerUsage:
-    """Attributes:
-    together: of all heads.
-    heads: of each.
-    overlap: ``[heads, heads]``: mean share of a token's picks that both heads have; 1 on the diagonal.
-    similarity: ``[heads, heads]``: cosine of the gates' distributions over experts.
-    subkeys: empty where experts have no product keys.
+    """Use of one layer's experts.
+
+    Attributes:
+        together: by all heads together.
+        heads: by each head.
+        overlap: ``[heads, heads]``: mean share of a token's picks that both heads have; 1 on the diagonal.
+        similarity: ``[heads, heads]``: cosine of the gates' distributions over experts.
+        subkeys: of both halves of the product keys; empty where experts have none.
     """
 
     together: UsageSummary
@@ -69,7 +71,12 @@ class LayerUsage:
 
 @dataclass(frozen=True)
 class UsageReport:
-    """Attributes: ``layers`` by number, from 1; ``arrays`` by the names of ``usage.npz`` (see docs/usage.md)."""
+    """A checkpoint's use of experts on held-out text.
+
+    Attributes:
+        layers: by number, from 1.
+        arrays: by the names of ``usage.npz`` (see docs/usage.md).
+    """
 
     checkpoint: str
     step: int
@@ -80,6 +87,7 @@ class UsageReport:
     arrays: dict[str, np.ndarray[Any, Any]]
 
     def json(self) -> str:
+        """One JSON object of all but ``arrays``; each layer with its ``warning`` or null."""
         layers = {n: {**asdict(layer), "warning": layer.warning()} for n, layer in self.layers.items()}
         return json.dumps({**{k: v for k, v in vars(self).items() if k != "arrays"}, "layers": layers})
 
@@ -91,6 +99,7 @@ class HeadUsage:
     """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
+        """Begin with no picks; the number of heads is that of the first ones."""
         self.mass = torch.zeros(0, num_experts, dtype=torch.float64, device=device)
         """``[heads, num_experts]``: sums of the gates."""
         self.first = torch.zeros(0, num_experts, dtype=torch.uint8, device=device)
@@ -113,7 +122,7 @@ class HeadUsage:
         self.shared += shared_picks(indices)
 
     def reduce(self, group: dist.ProcessGroup) -> None:
-        """Over the tokens of all ranks of ``group``. A collective call."""
+        """Add up over the ranks of ``group``, in place. A collective call."""
         for tensor in (self.mass, self.counts, self.shared):
             dist.all_reduce(tensor, group=group)
         dist.all_reduce(self.first, dist.ReduceOp.MAX, group)
@@ -124,7 +133,8 @@ class HeadUsage:
         return torch.stack([table.sum(2), table.sum(1)], 1)
 
     def layer_usage(self, subkeys: int | None) -> LayerUsage:
-        """
+        """The layer's usage, of all that was added up.
+
         Args:
             subkeys: sqrt(num_experts) where experts have product keys, else None.
         """
@@ -149,7 +159,7 @@ class HeadUsage:
         return self.shared.double() / self.shared.diagonal().clamp(min=1)
 
     def arrays(self, number: int, subkeys: int | None) -> Iterator[tuple[str, Tensor]]:
-        """What ``usage.npz`` has of layer ``number``."""
+        """Names and values of layer ``number`` in ``usage.npz``."""
         yield f"mass_layer{number}", self.mass.sum(0)
         yield f"counts_layer{number}", self.counts
         yield f"overlap_layer{number}", self.overlap
@@ -159,7 +169,7 @@ class HeadUsage:
 
 
 def _subkeys(layer: SparseLayer) -> int | None:
-    """Sub-keys in each half of its product keys, if it has some."""
+    """The number of sub-keys in each half of the layer's product keys; None if it has no product keys."""
     keys = getattr(layer, "keys", None)
     n = keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() > 2 else 0
     return n if n * n == layer.num_experts else None
@@ -197,8 +207,8 @@ def analyze_usage(
         result = held_out_loss(
             loaded.model, text.stream, loaded.parallel, loaded.tokenizer, batch_size, observers=usage
         )
-        for each in usage.values():
-            each.reduce(loaded.parallel.token_group)
+        for counter in usage.values():
+            counter.reduce(loaded.parallel.token_group)
     if world.rank != 0:
         return None
     subkeys = {number: _subkeys(layer) for number, layer in layers.items()}
@@ -208,11 +218,11 @@ def analyze_usage(
         data=text.name,
         split=split,
         tokens=result.tokens,
-        layers={number: each.layer_usage(subkeys[number]) for number, each in usage.items()},
+        layers={number: counter.layer_usage(subkeys[number]) for number, counter in usage.items()},
         arrays={
             name: array.cpu().numpy()
-            for number, each in usage.items()
-            for name, array in each.arrays(number, subkeys[number])
+            for number, counter in usage.items()
+            for name, array in counter.arrays(number, subkeys[number])
         },
     )
     if output is not None:
@@ -227,8 +237,8 @@ def usage_tables(report: UsageReport) -> Iterator[Table | str]:
         table = Table(title=f"layer {number}", title_justify="left", box=None, padding=(0, 2, 0, 0))
         for name in ("", "used", "top-1", "dead", "not top-1", "unevenness", "uniform", "picks each"):
             table.add_column(name, justify="right" if name else "left", no_wrap=True)
-        each = {f"head {head}": usage for head, usage in enumerate(layer.heads, 1)} if len(layer.heads) > 1 else {}
-        for name, usage in {"all heads": layer.together, **each}.items():
+        by_head = {f"head {head}": usage for head, usage in enumerate(layer.heads, 1)} if len(layer.heads) > 1 else {}
+        for name, usage in {"all heads": layer.together, **by_head}.items():
             table.add_row(
                 name,
                 f"{usage.usage_percent:.1f}%",
@@ -243,15 +253,15 @@ def usage_tables(report: UsageReport) -> Iterator[Table | str]:
             name, used = f"sub-keys {half.half + 1}", f"{half.usage_percent:.1f}%"
             table.add_row(name, used, "", "", "", f"{half.unevenness:.3f}")
         yield table
-        if each:
+        if by_head:
             table = Table(
-                *("", *each),
+                *("", *by_head),
                 title=f"layer {number}, pairs of heads: picks in common (upper), cosine of usage (lower)",
                 title_justify="left",
                 box=None,
                 padding=(0, 2, 0, 0),
             )
-            for row, name in enumerate(each):
+            for row, name in enumerate(by_head):
                 cells = [*(f"{value:.3f}" for value in layer.similarity[row][:row]), ""]
                 table.add_row(name, *cells, *(f"{value:.3f}" for value in layer.overlap[row][row + 1 :]))
             yield table

@@ -57,24 +57,28 @@ def loss(runs: Sequence[RunRecord]) -> Chart:
         lines.append(_Line("training" if one else "", _thinned(training), number, faint=not one))
         if held_out:
             label, color = ("held-out", 1) if one else (run.name, number)
-            # a line between two points would tell of a course that nobody has seen
+            # with few points a line would suggest values that were not measured
             lines.append(_Line(label, _thinned(held_out), color, "o" if len(held_out.step) < 4 else "-o"))
     note = "" if one else "With dots: held-out; faint: training."
     return _lines("Loss", "nats per token", lines, note=note, zero=False)
 
 
 def gradient_norm(runs: Sequence[RunRecord]) -> Chart:
-    """Before clipping."""
+    """The gradient's norm before clipping."""
     return _of_runs(runs, "Gradient norm", "norm before clipping", "optimizer/grad_norm")
 
 
 def of_layers(
     runs: Sequence[RunRecord], title: str, unit: str, name: str, even: str = "", note: str = ""
 ) -> Chart | None:
-    """``experts/layerL_NAME``: a line per layer of one run, or the layers' mean of each of several.
+    """A metric ``experts/layerL_NAME``: of one run a line per layer, of several a line per run, the mean of its layers.
 
     Args:
-        even: what uniform picks would give, as a dotted line.
+        name: of the metric, without its prefix.
+        even: name of the metric for uniform picks, drawn as a dotted line; empty: none.
+
+    Returns:
+        The chart; None if no run has experts.
     """
     lines = []
     for number, run in enumerate(runs):
@@ -82,8 +86,8 @@ def of_layers(
         if not names:
             continue
         if len(runs) == 1 and len(names) <= COLORS:
-            for color, (layer, each) in enumerate(zip(run.layers, names)):
-                lines.append(_Line(f"layer {layer}", _thinned(run.series(each)), color))
+            for color, (layer, series) in enumerate(zip(run.layers, names)):
+                lines.append(_Line(f"layer {layer}", _thinned(run.series(series)), color))
         else:
             layers = _thinned(run.together(names))
             mean = Series(layers.step, layers.value.mean(1))
@@ -96,14 +100,14 @@ def of_layers(
 
 
 def throughput(runs: Sequence[RunRecord]) -> Chart:
-    """Tokens per second, beside what was planned."""
+    """Tokens per second, and as a dotted line what was planned."""
     plans = [run.planned_speed for run in runs]
     note = "Dotted: as planned (plan.json)." if any(plans) else ""
     return _of_runs(runs, "Throughput", "tokens per second", "speed/tokens_per_second", plans, note=note)
 
 
 def memory(runs: Sequence[RunRecord]) -> Chart:
-    """The largest use so far."""
+    """The largest memory use of rank 0 so far."""
     return _of_runs(runs, "Peak memory of rank 0", "GiB", "memory/peak_gib")
 
 
@@ -116,12 +120,12 @@ def exchange(runs: Sequence[RunRecord]) -> Chart | None:
 
 
 def step_split(runs: Sequence[RunRecord]) -> Chart:
-    """Where a step's time goes: along one run, or the median step of each of several."""
+    """A step's time by its parts: over the steps of one run, or for several runs the median of each."""
 
     def draw_one(panel: Axes) -> None:
         parts = [_thinned(runs[0].series(f"time/{part}")) for part in SPLIT]
         panel.stackplot(
-            parts[0].step, [each.value * 1e3 for each in parts], colors=[_color(n) for n in range(COLORS)], linewidth=0
+            parts[0].step, [part.value * 1e3 for part in parts], colors=[_color(n) for n in range(COLORS)], linewidth=0
         )
         panel.set(xlabel="step", ylabel="ms of a step", xlim=(parts[0].step[0], parts[0].step[-1]))
         # a slow first step would flatten all others
@@ -149,7 +153,7 @@ def _of_runs(
     levels: Sequence[float | None] = (),
     note: str = "",
 ) -> Chart:
-    """A line per run, and a dotted one at its level."""
+    """A line per run, and a dotted one at the run's entry in ``levels``."""
     lines = []
     for number, run in enumerate(runs):
         points = _thinned(run.series(name))
@@ -204,7 +208,7 @@ def _color(number: int) -> str:
 
 
 def _thinned(points: Series) -> Series:
-    """Means of neighbours, so many that a page stays small."""
+    """At most ``_POINTS`` points, each the mean of neighbours, so that a page stays small."""
     size = -(-len(points.step) // _POINTS)
     if size <= 1:
         return points

@@ -1,4 +1,4 @@
-"""`peer-dist plot`: what was given, read, and every figure that it makes."""
+"""`peer-dist plot`: reads the inputs, and writes every figure that can be drawn of them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ KINDS = ("isoflop", "models", "loss", "experts", "hk", "usage")
 
 
 def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: str) -> list[Path]:
-    """Draw the figures of ``kinds``, or all that the inputs allow; the files written.
+    """Draw the figures of ``kinds``, or all that the inputs allow, and return the paths of the files.
 
     Args:
         inputs: results.csv or a sweep's folder; folders of runs; .npz files of expert usage (``mass_layer<N>``).
         output: folder of the figures.
-        against: what isoFLOP curves have for a size (see :data:`Measure`).
+        against: the measure of size in isoFLOP figures (see :data:`Measure`).
 
     Raises:
         ConfigError: an input is none of these, or has nothing for a figure asked for.
@@ -54,15 +54,15 @@ def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: st
             makers.append(("usage", name, partial(figures.usage_distribution, _masses(path))))
     with style():
         drawn = [(kind, name, make()) for kind, name, make in makers if not kinds or kind in kinds]
-        made = {name: (kind, figure) for kind, name, figure in drawn if figure is not None}
-        missing = [kind for kind in kinds if kind not in [made_of for made_of, _ in made.values()]]
-        if missing or not made:
-            told = ", ".join(map(str, inputs))
-            raise ConfigError(f"{told}: has nothing for {', '.join(missing) or 'any figure'}; {_NEEDS}")
+        figure_of = {name: (kind, figure) for kind, name, figure in drawn if figure is not None}
+        missing = [kind for kind in kinds if kind not in [kind_drawn for kind_drawn, _ in figure_of.values()]]
+        if missing or not figure_of:
+            names = ", ".join(map(str, inputs))
+            raise ConfigError(f"{names}: has nothing for {', '.join(missing) or 'any figure'}; {_NEEDS}")
         output.mkdir(parents=True, exist_ok=True)
-        paths = [output / f"{name}.{ending}" for name in made for ending in ("png", "svg")]
+        paths = [output / f"{name}.{ending}" for name in figure_of for ending in ("png", "svg")]
         for path in paths:
-            made[path.stem][1].savefig(path)
+            figure_of[path.stem][1].savefig(path)
         plt.close("all")
     return paths
 
@@ -89,8 +89,9 @@ def results_of(inputs: Sequence[Path]) -> list[Row]:
 
 
 def tables(rows: Sequence[Row], against: str) -> list[Table]:
-    """The fits in figures: optima by budget and model, and paired differences."""
-    measure, made = _measure(against), []
+    """Tables of the fits: optima by budget and model, and paired differences; none of what cannot be fitted."""
+    measure = _measure(against)
+    fit_tables: list[Table] = []
     fits = optima(rows, measure)
     if fits:
         table = Table(title=f"Compute-optimal size ({measure}), 95% intervals by the delta method", box=None)
@@ -109,28 +110,28 @@ def tables(rows: Sequence[Row], against: str) -> list[Table]:
                 ("", "", "") if fit.where == "none" else (f"{fit.size:.3g}", f"{low:.3g} to {high:.3g}", str(fit.loss))
             )
             table.add_row(budget, fit.label, *shown, where)
-        made.append(table)
-    found = differences(rows)
-    if found:
+        fit_tables.append(table)
+    compared = differences(rows)
+    if compared:
         table = Table(title="Differences of loss, runs of one seed paired, 95% intervals", box=None)
         rows_of = [
             {
-                "FLOPs": "" if each.budget is None else f"{each.budget:.3g}",
-                "model": each.label,
-                "minus": each.baseline,
-                "size": "mean" if each.size is None else each.size,
-                "difference": str(each.loss),
-                "pairs": str(each.pairs),
+                "FLOPs": "" if difference.budget is None else f"{difference.budget:.3g}",
+                "model": difference.label,
+                "minus": difference.baseline,
+                "size": "mean" if difference.size is None else difference.size,
+                "difference": str(difference.loss),
+                "pairs": str(difference.pairs),
             }
-            for each in found
+            for difference in compared
         ]
         columns = [name for name in rows_of[0] if any(cells[name] for cells in rows_of)]  # no budgets, no sizes
         for name in columns:
             table.add_column(name)
         for cells in rows_of:
             table.add_row(*(cells[name] for name in columns))
-        made.append(table)
-    return made
+        fit_tables.append(table)
+    return fit_tables
 
 
 def _measure(name: str) -> Measure:
@@ -150,7 +151,7 @@ def _curves(inputs: Sequence[Path]) -> list[figures.Curve]:
 
 
 def _curve(path: Path, lines: Sequence[dict[str, float]], held_out: bool) -> figures.Curve:
-    """A run's loss; of training the running mean over a fiftieth of the run."""
+    """A run's held-out loss, or its training loss as a running mean over a fiftieth of the run."""
     step = np.array([line["step"] for line in lines])
     seconds = np.cumsum([line["time/step"] for line in lines])
     tokens = np.cumsum([line["time/step"] * line["speed/tokens_per_second"] for line in lines])
@@ -172,10 +173,10 @@ def _number(value: float | None) -> float:
 def _masses(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as arrays:
-            found = {name.removeprefix("mass_"): arrays[name] for name in arrays if name.startswith("mass_layer")}
+            masses = {name.removeprefix("mass_"): arrays[name] for name in arrays if name.startswith("mass_layer")}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as a NumPy .npz file ({error})") from None
-    found = {name.replace("layer", "layer "): mass for name, mass in found.items() if mass.sum() > 0}
-    if not found:
+    masses = {name.replace("layer", "layer "): mass for name, mass in masses.items() if mass.sum() > 0}
+    if not masses:
         raise ConfigError(f"{path}: has no array mass_layer<N> with any mass in it; peer-dist usage writes them")
-    return found
+    return masses

@@ -84,19 +84,19 @@ def isoflop(rows: Sequence[Row], measure: Measure) -> Figure | None:
 
 
 def loss_by_model(rows: Sequence[Row]) -> Figure | None:
-    """Loss of every model and variant after equally many tokens: each seed, their mean and its interval, in rows of
-    the figure; None without two of one size.
+    """Loss of every model, variant and size after equally many tokens: a row each, with every seed, the mean and its
+    interval; None with fewer than two rows.
     """
-    found: dict[str, list[float]] = {}
+    losses_of: dict[str, list[float]] = {}
     for row in grid_rows(rows):
         if row.budget is None:
-            found.setdefault(f"{row.label} {row.size}".strip(), []).append(loss_of(row))
-    if len(found) < 2:
+            losses_of.setdefault(f"{row.label} {row.size}".strip(), []).append(loss_of(row))
+    if len(losses_of) < 2:
         return None
-    labels = list(found)
+    labels = list(losses_of)
     figure, (panel,) = _panels(1)
     figure.set_figheight(0.9 + 0.26 * len(labels))
-    for place, (losses, look) in enumerate(zip(found.values(), _looks(labels).values())):
+    for place, (losses, look) in enumerate(zip(losses_of.values(), _looks(labels).values())):
         mean = mean_interval(losses)
         panel.plot(losses, [place] * len(losses), color=look["color"], marker=".", linestyle="none", alpha=0.5)
         marks: dict[str, Any] = {"color": look["color"], "marker": look["marker"], "capsize": 2, "elinewidth": 0.8}
@@ -108,19 +108,21 @@ def loss_by_model(rows: Sequence[Row]) -> Figure | None:
 
 
 def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
-    """Loss against ``over`` (``seconds`` or ``tokens``); the curves of one label are seeds: their mean and band."""
+    """Loss against ``over`` (``seconds`` or ``tokens``). Curves with one label are seeds, drawn as their mean and its
+    interval.
+    """
     figure, (panel,) = _panels(1)
     for label, look in _looks([curve.label for curve in curves]).items():
         seeds = [curve for curve in curves if curve.label == label]
         steps = sorted(set.intersection(*(set(curve.step.tolist()) for curve in seeds)))
         chosen = [np.isin(curve.step, steps) for curve in seeds]
         x = np.mean([getattr(curve, over)[keep] for curve, keep in zip(seeds, chosen)], axis=0)
-        losses = [mean_interval(list(each)) for each in zip(*(c.loss[keep] for c, keep in zip(seeds, chosen)))]
-        mean = np.array([each.value for each in losses])
+        losses = [mean_interval(list(values)) for values in zip(*(c.loss[keep] for c, keep in zip(seeds, chosen)))]
+        mean = np.array([loss.value for loss in losses])
         mark = look["marker"] if len(x) <= 30 else None
         panel.plot(x, mean, color=look["color"], marker=mark, label=label)
         if len(seeds) > 1:
-            width = np.array([each.half_width for each in losses])
+            width = np.array([loss.half_width for loss in losses])
             band(panel, x, mean - width, mean + width, look["color"])
     held_out = all(curve.held_out for curve in curves)
     panel.set_ylabel(_LOSS if held_out else "training loss (nats per token)")
@@ -133,14 +135,14 @@ def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
 
 
 def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
-    """Usage and unevenness against the number of experts; None where no model was run with two of these."""
+    """Usage and unevenness against the number of experts; None unless some model was run with two such numbers."""
     rows = [row for row in grid_rows(rows) if row.num_experts and row.unevenness is not None]
     lines = _lines(rows, lambda row: row.num_experts, lambda row: (f"h·k {row.active_experts}",))
     if not lines:
         return None
     figure, panels = _panels(2)
-    told = (("experts used (%)", "usage_percent"), ("unevenness (nats)", "unevenness"))
-    for panel, (name, field) in zip(panels, told):
+    axes = (("experts used (%)", "usage_percent"), ("unevenness (nats)", "unevenness"))
+    for panel, (name, field) in zip(panels, axes):
         for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
             points = _means(own, lambda row: float(row.num_experts or 0), attrgetter(field))
             _errorbar(panel, points, look, label=label)
@@ -153,7 +155,7 @@ def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
 
 
 def loss_by_picks(rows: Sequence[Row]) -> Figure | None:
-    """Loss against experts per token, h k; None where no model was run with two numbers of these."""
+    """Loss against experts per token, h k; None unless some model was run with two such numbers."""
     rows = [row for row in grid_rows(rows) if row.active_experts]
     lines = _lines(
         rows, lambda row: row.active_experts, lambda row: (f"N {_count(row.num_experts or 0)}", f"h {row.heads}")
@@ -172,7 +174,7 @@ def loss_by_picks(rows: Sequence[Row]) -> Figure | None:
 
 
 def usage_distribution(mass: Mapping[str, np.ndarray]) -> Figure:
-    """How the gates' mass lies over experts: shares by rank, and their histogram.
+    """How evenly the gates' mass is spread over experts: shares in descending order, and their histogram.
 
     Args:
         mass: by name of the layer, the sum of gates per expert: float64 [num_experts].
@@ -181,15 +183,15 @@ def usage_distribution(mass: Mapping[str, np.ndarray]) -> Figure:
     looks = _looks(list(mass))
     shares = {name: np.sort(values / values.sum() * len(values))[::-1] for name, values in mass.items()}
     # a thousandth of the experts may lie below what is drawn; the first bin counts them
-    least = min(float(np.log10(np.quantile(each[each > 0], 1e-3))) for each in shares.values())
-    most = max(float(np.log10(each.max())) for each in shares.values())
+    least = min(float(np.log10(np.quantile(share[share > 0], 1e-3))) for share in shares.values())
+    most = max(float(np.log10(share.max())) for share in shares.values())
     bins = np.linspace(least, max(most, least + 0.1), 41)
     for name, share in shares.items():
         used = share[share > 0]
         color = looks[name]["color"]
         unused = 100 * (1 - len(used) / len(share))
-        told = f"{name}: {len(share):,} experts" + (f", {unused:.1f}% unused" if len(used) < len(share) else "")
-        ranked.plot(np.arange(1, len(used) + 1), used, color=color, label=told)
+        label = f"{name}: {len(share):,} experts" + (f", {unused:.1f}% unused" if len(used) < len(share) else "")
+        ranked.plot(np.arange(1, len(used) + 1), used, color=color, label=label)
         weights = np.full(len(used), 100 / len(share))
         histogram.hist(
             np.clip(np.log10(used), *bins[[0, -1]]),
@@ -214,7 +216,9 @@ def usage_distribution(mass: Mapping[str, np.ndarray]) -> Figure:
 def _lines(
     rows: Sequence[Row], x: Callable[[Row], int | None], others: Callable[[Row], tuple[str, ...]]
 ) -> dict[str, list[Row]]:
-    """Rows of one model, size, budget and ``others``, by a label of those that vary; with two ``x`` at least."""
+    """Rows that agree in model, size, budget and ``others``, by a label of what varies between groups; groups with
+    fewer than two values of ``x`` are left out.
+    """
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         budget = "" if row.budget is None else f"{_power(row.budget)} FLOPs"
@@ -237,7 +241,7 @@ def _means(rows: Sequence[Row], x: Callable[[Row], float], y: Callable[[Row], fl
 
 
 def _half_widths(intervals: Sequence[Interval]) -> list[float]:
-    return [0.0 if np.isnan(each.half_width) else each.half_width for each in intervals]
+    return [0.0 if np.isnan(interval.half_width) else interval.half_width for interval in intervals]
 
 
 def _errorbar(panel: Axes, points: Sequence[tuple[float, Interval]], look: dict[str, str], **more: Any) -> None:

@@ -41,7 +41,7 @@ _STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within it figures are made, and saved, as they should look."""
+    """While active, figures are made and saved in the style of this package."""
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]
         yield
 

@@ -1,4 +1,4 @@
-"""The page: what is told of one run or several, and where."""
+"""The page of `peer-dist report`: what it shows of one run or several."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EVENTS = 100  # shown of a run, the newest
 
 
 def write_report(folders: Sequence[Path], output: Path | None) -> Path:
-    """One self-contained page of HTML; where it was written.
+    """Write one self-contained page of HTML, and return its path.
 
     Args:
         folders: of runs, or their logs; several are compared.
@@ -89,7 +89,7 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
     return "" if begun is None else f"begun {begun:%d %B %Y, %H:%M}"
 
 
-# What stands at the top, for each run.
+# The figures at the top, one function from a run to its text for each.
 
 
 def _last(name: str, form: str) -> Callable[[RunRecord], str]:
@@ -130,8 +130,8 @@ def _time(run: RunRecord) -> str:
 def _interruptions(run: RunRecord) -> str:
     skipped = sum(int(points.last) for name in _SKIPPED if (points := run.series(name)))
     counts = {"restarts": len(run.starts) - 1, "steps left out": skipped}
-    told = [f"{what}: {count}" for what, count in counts.items() if count > 0]
-    return ", ".join(told) or "none"
+    parts = [f"{what}: {count}" for what, count in counts.items() if count > 0]
+    return ", ".join(parts) or "none"
 
 
 _SKIPPED = {"optimizer/skipped_steps": "gradients not finite", "optimizer/skipped_spikes": "loss spike"}
@@ -154,7 +154,7 @@ _FIGURES: dict[str, Callable[[RunRecord], str]] = {
 
 
 def _layer_rows(run: RunRecord) -> Iterator[list[str]]:
-    """Layer, and the last window's numbers under the template's headings."""
+    """A row per layer: its number, and the last window's numbers in the order of the template's headings."""
     names = {
         "usage_percent": "{:.1f}%",
         "top1_usage_percent": "{:.1f}%",
@@ -169,23 +169,23 @@ def _layer_rows(run: RunRecord) -> Iterator[list[str]]:
 
 
 def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """Keys of the config whose values differ, but for folders and logs; with the value in each run."""
-    flat = [
+    """Keys of the config whose values differ between runs, with the value in each; folders and logs left out."""
+    trees = [
         {f"{section}.{key}": str(value) for section, keys in run.config.items() for key, value in keys.items()}
         for run in runs
     ]
-    keys = [key for key in dict.fromkeys(key for each in flat for key in each) if not key.startswith(_FOLDERS)]
-    values = {key: [each.get(key, "–") for each in flat] for key in keys}
-    known = [place for place, each in enumerate(flat) if each]  # an older run tells of none
-    return {key: told for key, told in values.items() if len({told[place] for place in known}) > 1}
+    keys = [key for key in dict.fromkeys(key for tree in trees for key in tree) if not key.startswith(_FOLDERS)]
+    values = {key: [tree.get(key, "–") for tree in trees] for key in keys}
+    known = [place for place, tree in enumerate(trees) if tree]  # runs of older versions have no config
+    return {key: of_runs for key, of_runs in values.items() if len({of_runs[place] for place in known}) > 1}
 
 
 _FOLDERS = ("checkpoint.", "logging.")
 
 
 def _events(run: RunRecord) -> list[tuple[str, str, str]]:
-    """Time, step and what happened, in the order of steps; saving is told by the checkpoints."""
-    found: list[tuple[int, str, str]] = []
+    """Time, step and what happened, in the order of steps; checkpoints are left out: they have a line of their own."""
+    entries: list[tuple[int, str, str]] = []
     for number, event in enumerate(run.events):
         kind, step = event["event"], event["step"]
         text = f"{kind}: {event['told']}" if "told" in event else kind
@@ -197,13 +197,13 @@ def _events(run: RunRecord) -> list[tuple[str, str, str]]:
                 lost = "" if before in ("done", "stopped by a signal") else " after it had been cut off"
                 text = f"went on{lost}, {ranks} rank(s)"
         if kind != "checkpoint":
-            found.append((step, f"{datetime.fromisoformat(event['time']):%d %b %H:%M:%S}", text))
+            entries.append((step, f"{datetime.fromisoformat(event['time']):%d %b %H:%M:%S}", text))
     for name, why in _SKIPPED.items():
         points = run.series(name)
         grows = np.flatnonzero(np.diff(points.value, prepend=0.0) > 0)
-        found += [(int(points.step[place]), "", f"step left out: {why}") for place in grows]
+        entries += [(int(points.step[place]), "", f"step left out: {why}") for place in grows]
     # events of one step stay in their order
-    return [(when, f"{step:,}", text) for step, when, text in sorted(found, key=lambda each: each[0])][-_EVENTS:]
+    return [(when, f"{step:,}", text) for step, when, text in sorted(entries, key=lambda entry: entry[0])][-_EVENTS:]
 
 
 def _count(value: float) -> str:

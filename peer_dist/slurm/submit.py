@@ -1,4 +1,4 @@
-"""`peer-dist submit`: a checked config becomes a batch script, and that a job (or a chain of them)."""
+"""`peer-dist submit`: checks a run's config, writes its batch script, and submits it as one job or a chain of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Runtime = Literal["pyxis", "apptainer"]
 
 
 class SubmitError(RuntimeError):
-    """A job that cannot be submitted so; the message says what to change."""
+    """The job cannot be submitted as asked; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Job:
 
     @property
     def ranks(self) -> int:
-        """On each node."""
+        """Ranks on each node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
+        """Refuse options that contradict each other, or name what is not there.
 
         Raises:
             SubmitError: naming the option.
@@ -85,7 +85,10 @@ class Job:
 
 
 def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = False) -> str:
-    """Check the run, and submit it; what to tell the user: the job's number, or the script.
+    """Check the run, and submit it.
+
+    Returns:
+        What to tell the user: the jobs' numbers and log, or with ``dry_run`` the script.
 
     Raises:
         ConfigError: the run's config or its layout is impossible.
@@ -128,10 +131,10 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
 
 
 def find_sbatch() -> str:
-    """Where the command is.
+    """The path of the command ``sbatch``.
 
     Raises:
-        SubmitError: it is not there.
+        SubmitError: it is not on the PATH.
     """
     command = shutil.which("sbatch")
     if command is None:
@@ -140,16 +143,16 @@ def find_sbatch() -> str:
 
 
 def sbatch(script: Path, *options: str) -> str:
-    """Submit a batch script; the job's number.
+    """Submit a batch script, and return the job's number.
 
     Raises:
         SubmitError: Slurm refuses it.
     """
-    told = subprocess.run([find_sbatch(), "--parsable", *options, str(script)], capture_output=True, text=True)
-    if told.returncode:
-        reason = (told.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
+    answer = subprocess.run([find_sbatch(), "--parsable", *options, str(script)], capture_output=True, text=True)
+    if answer.returncode:
+        reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
         raise SubmitError(f"sbatch: {reason}")
-    return told.stdout.strip().partition(";")[0]
+    return answer.stdout.strip().partition(";")[0]
 
 
 def render(
@@ -160,14 +163,14 @@ def render(
     folders: Sequence[str] = (),
     chain: Path | None = None,
 ) -> str:
-    """The batch script.
+    """The batch script's text.
 
     Args:
         train: arguments of ``peer-dist train``.
         logs: folder of the job's log and the ranks'.
-        checkpoints: the run's folder of them: whether an attempt brought one.
-        folders: what else a container must see.
-        chain: written by a job after which those that follow must not run on.
+        checkpoints: the run's checkpoint folder, in which the script looks whether an attempt wrote one.
+        folders: more folders that a container must see.
+        chain: the file that ends a chain: a job writes it when those after it must not run.
     """
     directives = {
         "job-name": "peer_dist",
@@ -218,7 +221,7 @@ def _is_file(image: str) -> bool:
 
 
 def _folders(settings: Config, job: Job) -> list[str]:
-    """What the run reads and writes, as it is named and as links lead there."""
+    """The folders that the run reads and writes, both as they are named and with links resolved."""
     folders = [settings.checkpoint.dir, settings.logging.dir]
     endings = (".bin", ".idx", ".json", ".tokenizer.json")
     files = [f"{prefix}{ending}" for prefix in settings.data.weights for ending in endings]
@@ -234,7 +237,7 @@ def _folders(settings: Config, job: Job) -> list[str]:
 
 
 def _seconds(limit: str | None) -> int | None:
-    """Slurm's time formats; None where there is no such limit or none that is known.
+    """Seconds of a time limit in any of Slurm's formats; None if there is no limit.
 
     Raises:
         SubmitError: it is no time.

@@ -1,1 +1,1 @@
-"""Grids of training runs: their file, the runs of it, their results, and what is fitted to these."""
+"""Grids of training runs: the file that describes one, its runs, their results, and fits to these."""

@@ -29,16 +29,19 @@ exit "$code"
 
 
 def submit_array(sweep: Sweep, ranks: int, jobs: int, options: Sequence[str], dry_run: bool) -> str:
-    """Submit the sweep's runs, the trials first and the others after them; what to tell the user.
+    """Submit the sweep's runs, the trials first and the others after them.
 
     Args:
         ranks: processes of a run, on one node.
         jobs: tasks at a time.
-        options: more of sbatch's.
-        dry_run: submit nothing; the batch script is what is told.
+        options: any other of sbatch's.
+        dry_run: submit nothing.
+
+    Returns:
+        What to tell the user: the arrays' numbers and logs, or with ``dry_run`` the script.
 
     Raises:
-        SubmitError: an option cannot be meant, or Slurm refuses the job.
+        SubmitError: an option is none of sbatch's, or Slurm refuses the job.
     """
     Job(options=options).check()
     folder = (sweep.folder / "slurm").absolute()

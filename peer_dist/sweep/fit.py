@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -20,12 +19,13 @@ Measure = Literal["train_flops_per_token", "active_parameters", "parameters"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the half-width of its 95% interval by Student's t; NaN where nothing is left to tell it from."""
+    """A value and the half-width of its 95% interval by Student's t; NaN where there are too few values."""
 
     value: float
     half_width: float
 
     def __str__(self) -> str:
+        """Four decimals: ``2.3456 ± 0.0123``."""
         return f"{self.value:.4f}" + ("" if math.isnan(self.half_width) else f" ± {self.half_width:.4f}")
 
 
@@ -53,6 +53,7 @@ class Optimum:
 
     @property
     def size(self) -> float:
+        """The size of least loss; NaN where the parabola has no minimum."""
         return math.exp(self.log_size.value)
 
     @property
@@ -62,7 +63,7 @@ class Optimum:
         return math.exp(low), math.exp(min(high, 700.0))
 
     def curve(self, sizes: np.ndarray) -> np.ndarray:
-        """The parabola's loss at ``sizes``."""
+        """The parabola's loss, in nats per token, at ``sizes [points]``."""
         return np.polyval(self.coefficients, np.log(sizes) - self.center)
 
 
@@ -95,7 +96,7 @@ def student_t(degrees: int, level: float = 0.95) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values."""
+    """The mean of independent values, with its interval."""
     count = len(values)
     if count < 2:
         return Interval(float(np.mean(values)), math.nan)
@@ -165,16 +166,18 @@ def fit_parabola(
 
 
 def optima(rows: Sequence[Row], measure: Measure = "train_flops_per_token") -> list[Optimum]:
-    """The compute-optimal size of every model at every budget, where there are sizes enough."""
+    """The compute-optimal size of every model at every budget with enough sizes (see :func:`fit_parabola`)."""
     groups: dict[tuple[float | None, str], list[Row]] = defaultdict(list)
     for row in grid_rows(rows):
         groups[row.budget, row.label].append(row)
-    found = []
+    fits = []
     for (budget, label), group in groups.items():
         sizes = [float(getattr(row, measure)) for row in group]
         with contextlib.suppress(ValueError):
-            found.append(fit_parabola(label, budget, sizes, [r.seed for r in group], [loss_of(r) for r in group]))
-    return found
+            fits.append(
+                fit_parabola(label, budget, sizes, [row.seed for row in group], [loss_of(row) for row in group])
+            )
+    return fits
 
 
 def differences(rows: Sequence[Row]) -> list[Difference]:
@@ -182,34 +185,57 @@ def differences(rows: Sequence[Row]) -> list[Difference]:
 
     In an ablation of the models ``batch`` and ``none`` with variants ``n1k`` and ``n4k``, ``none n4k`` is compared
     with ``batch n4k``, and ``batch n4k`` with ``batch n1k``.
+
+    Returns:
+        By budget and label: a difference for every size with common seeds, and where there are several sizes that of
+        their mean and that of the best sizes (see :class:`Difference`).
     """
     rows = grid_rows(rows)
+    compared: list[Difference] = []
+    for budget in dict.fromkeys(row.budget for row in rows):
+        losses: dict[str, _Losses] = defaultdict(dict)  # by label
+        for row in rows:
+            if row.budget == budget:
+                losses[row.label][row.size, row.seed] = loss_of(row)
+        for label, baseline in _baselines(rows).items():
+            compared += _compared(label, baseline, budget, losses[label], losses[baseline])
+    return compared
+
+
+_Losses = dict[tuple[str, int], float]
+"""Losses of one label at one budget, by size and seed."""
+
+
+def _baselines(rows: Sequence[Row]) -> dict[str, str]:
+    """The label with which each label is compared; the first row's own is compared with none."""
     labels = {row.label: row for row in rows}
-    if not labels:
-        return []
-    first = rows[0]
-    losses = {(row.label, row.budget, row.size, row.seed): loss_of(row) for row in rows}
-    found = []
-    for budget, label in itertools.product(dict.fromkeys(row.budget for row in rows), labels):
-        own_kind = labels[label].model == first.model
-        baseline = first.label if own_kind else f"{first.model} {labels[label].variant}".strip()
-        baseline = baseline if baseline in labels else first.label
-        by_size: dict[str, dict[int, float]] = defaultdict(dict)
-        for (own, at, size, seed), loss in losses.items():
-            if own == label != baseline and at == budget and (baseline, at, size, seed) in losses:
-                by_size[size][seed] = loss - losses[baseline, at, size, seed]
-        for size, pairs in by_size.items():
-            found.append(Difference(label, baseline, budget, size, mean_interval(list(pairs.values())), len(pairs)))
-        common = set.intersection(*(set(pairs) for pairs in by_size.values())) if len(by_size) > 1 else set()
-        if common:
-            means = [float(np.mean([pairs[seed] for pairs in by_size.values()])) for seed in sorted(common)]
-            found.append(Difference(label, baseline, budget, None, mean_interval(means), len(means)))
-            seeds = sorted(common)
-            means_of = {
-                model: {size: float(np.mean([losses[model, budget, size, s] for s in seeds])) for size in by_size}
-                for model in (label, baseline)
-            }
-            own, other = (min(sizes, key=lambda size: sizes[size]) for sizes in means_of.values())
-            best = [losses[label, budget, own, s] - losses[baseline, budget, other, s] for s in seeds]
-            found.append(Difference(label, baseline, budget, f"{own} / {other}", mean_interval(best), len(best)))
-    return found
+    baselines = {}
+    for label, row in labels.items():
+        first = rows[0]
+        same_variant = f"{first.model} {row.variant}".strip()
+        baseline = same_variant if row.model != first.model and same_variant in labels else first.label
+        if baseline != label:
+            baselines[label] = baseline
+    return baselines
+
+
+def _compared(label: str, baseline: str, budget: float | None, own: _Losses, other: _Losses) -> Iterator[Difference]:
+    """The differences of one label from its baseline, at one budget."""
+    pairs: dict[str, dict[int, float]] = defaultdict(dict)  # by size and seed
+    for size, seed in own:
+        if (size, seed) in other:
+            pairs[size][seed] = own[size, seed] - other[size, seed]
+
+    def difference(size: str | None, values: Sequence[float]) -> Difference:
+        return Difference(label, baseline, budget, size, mean_interval(values), len(values))
+
+    for size, by_seed in pairs.items():
+        yield difference(size, list(by_seed.values()))
+    common = sorted(set.intersection(*map(set, pairs.values()))) if len(pairs) > 1 else []
+    if not common:
+        return
+    yield difference(None, [float(np.mean([by_seed[seed] for by_seed in pairs.values()])) for seed in common])
+    best, best_other = (
+        min(pairs, key=lambda size: float(np.mean([losses[size, seed] for seed in common]))) for losses in (own, other)
+    )
+    yield difference(f"{best} / {best_other}", [own[best, seed] - other[best_other, seed] for seed in common])

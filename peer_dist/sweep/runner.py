@@ -1,14 +1,15 @@
-"""Runs a sweep, or goes on with it: each run a process of its own, whose folder says how far it is."""
+"""Runs a sweep, or goes on with it: each run is a process of its own, and its folder says how far it is."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,15 +49,17 @@ def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) 
         return sweep.runs
     chosen: set[str] = set()
     for pattern in patterns:
-        found = [
-            run for run in sweep.runs if any(fnmatch(n, pattern) for n in (run.name, run.model, run.size, run.variant))
+        matching = [
+            run
+            for run in sweep.runs
+            if any(fnmatch(name, pattern) for name in (run.name, run.model, run.size, run.variant))
         ]
-        if not found:
+        if not matching:
             raise ConfigError(
                 f"--only: {pattern} is no run, model, size or variant; runs are such as {sweep.runs[-1].name}"
             )
-        chosen |= {run.name for run in found}
-        chosen |= {trial.name for run in found if run.trial is None for trial in sweep.trials(run.model)}
+        chosen |= {run.name for run in matching}
+        chosen |= {trial.name for run in matching if run.trial is None for trial in sweep.trials(run.model)}
     return [run for run in sweep.runs if run.name in chosen]
 
 
@@ -75,7 +78,7 @@ def settled(sweep: Sweep, run: Run, rows: dict[str, Row]) -> Run | None:
 
 
 def runs_table(sweep: Sweep, runs: Sequence[Run]) -> Table:
-    """What ``runs`` are, and what they cost."""
+    """A table of ``runs``, with what they cost and which are done."""
     rows, file = finished(sweep), sweep.path
     table = Table(title=f"{file}: {len(runs)} runs, {sum(run.name in rows for run in runs)} of them done", box=None)
     for column in ("run", "steps", "tokens", "parameters", "active", "FLOPs/token", "FLOPs", ""):
@@ -99,7 +102,7 @@ def runs_table(sweep: Sweep, runs: Sequence[Run]) -> Table:
 def run_sweep(
     sweep: Sweep, runs: Sequence[Run], jobs: int, ranks: int, limit_minutes: float | None, console: Console
 ) -> int:
-    """Run what is not done of ``runs``, and write the results table after each; the exit code.
+    """Run what is not done of ``runs``, and write the results table after each.
 
     A signal, or the end of the time limit, stops the running ones, which save and leave; the same call goes on.
 
@@ -107,11 +110,61 @@ def run_sweep(
         jobs: runs at a time; they share the cores, and the GPUs if there are some.
         ranks: processes of each run.
 
+    Returns:
+        The exit code: DONE, FAILED, or STOPPED where there is more to do.
+
     Raises:
         ConfigError: the ranks do not fit the config or the GPUs, or a run was begun with another config.
     """
-    deadline = None if limit_minutes is None else time.monotonic() + 60 * limit_minutes
+    deadline = math.inf if limit_minutes is None else time.monotonic() + 60 * limit_minutes
     rows, gpus = finished(sweep), _gpus()
+    _check_runs(sweep, runs, jobs, ranks, gpus, rows)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
+    waiting = [run for run in runs if run.name not in rows]
+    failed: list[str] = []
+    stopping = False
+    with StopRequest() as stop, _progress(console) as progress:
+        total = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
+        slots = _Slots(sweep.folder, jobs, ranks, gpus, progress)
+        while True:
+            for ended in slots.reap():
+                row, outcome = ended.outcome(stopping)
+                console.print(f"{ended.run.name}: {outcome}", highlight=False, soft_wrap=True)
+                if row is not None:
+                    _finish(ended.folder, row, sweep.file.keep_checkpoints)
+                    rows |= finished(sweep)  # other tasks of a job array finish runs too
+                    write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
+                    progress.advance(total)
+                    _print_choice(sweep, ended.run, rows, console)
+                elif not stopping:
+                    failed.append(ended.run.name)
+            if not stopping and (stop.received is not None or time.monotonic() >= deadline):
+                stopping = True
+                slots.stop()
+            if not stopping:
+                for slot in slots.free():
+                    run = _take_settled(sweep, waiting, rows)
+                    if run is not None:
+                        slots.start(slot, run)
+            if not slots.running:
+                break
+            time.sleep(_POLL_SECONDS)
+    undone = [run.name for run in runs if run.name not in rows]
+    blocked = [] if stopping else [name for name in undone if name not in failed]
+    for names, state in ((failed, "failed"), (blocked, "not started, for want of their model's trials")):
+        if names:
+            console.print(f"{len(names)} {state}: {', '.join(names)}", highlight=False, soft_wrap=True)
+    if stopping and undone:
+        console.print(f"stopped with {len(undone)} of {len(runs)} runs to do; the same command goes on")
+    console.print(f"results: {sweep.folder / RESULTS}", highlight=False, soft_wrap=True)
+    return FAILED if failed or blocked else STOPPED if undone else DONE
+
+
+def _check_runs(
+    sweep: Sweep, runs: Sequence[Run], jobs: int, ranks: int, gpus: Sequence[str], rows: dict[str, Row]
+) -> None:
+    """Refuse what cannot be run: too few GPUs, a layout that does not fit, a folder begun with another config."""
     if gpus and jobs * ranks > len(gpus):
         raise ConfigError(f"--jobs {jobs} x --ranks {ranks}: needs {jobs * ranks} GPUs, and {len(gpus)} can be seen")
     for run in runs:
@@ -120,56 +173,16 @@ def run_sweep(
         known = settled(sweep, run, rows)
         if known is not None:
             _check_unchanged(sweep.folder / run.name, known)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
-    waiting = [run for run in runs if run.name not in rows]
-    running: dict[int, _Running] = {}  # by slot: its share of the machine
-    failed: list[str] = []
-    stopping = False
-    with StopRequest() as stop, _progress(console) as progress:
-        total = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
-        while True:
-            for slot, child in list(running.items()):
-                progress.update(child.task, completed=child.steps_done())
-                if child.process.poll() is None:
-                    continue
-                del running[slot]
-                progress.remove_task(child.task)
-                row, told = child.ended(stopping)
-                console.print(f"{child.run.name}: {told}", highlight=False, soft_wrap=True)
-                if row is None:
-                    failed += [] if stopping else [child.run.name]
-                    continue
-                _finish(child.folder, row, sweep.file.keep_checkpoints)
-                rows |= finished(sweep)  # other tasks of a job array finish runs too
-                write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
-                progress.advance(total)
-                _tell_choice(sweep, child.run, rows, console)
-            late = deadline is not None and time.monotonic() >= deadline
-            if not stopping and (stop.received is not None or late):
-                stopping = True
-                for child in running.values():
-                    child.process.send_signal(signal.SIGTERM)
-            for slot in range(0 if stopping else jobs):
-                ready = next((run for run in waiting if settled(sweep, run, rows)), None)
-                if slot in running or ready is None:
-                    continue
-                waiting.remove(ready)
-                known = settled(sweep, ready, rows)
-                assert known is not None
-                running[slot] = _start(sweep.folder, known, jobs, ranks, gpus[slot * ranks :][:ranks], progress)
-            if not running:
-                break
-            time.sleep(_POLL_SECONDS)
-    undone = [run.name for run in runs if run.name not in rows]
-    blocked = [] if stopping else [name for name in undone if name not in failed]
-    for names, told in ((failed, "failed"), (blocked, "not started, for want of their model's trials")):
-        if names:
-            console.print(f"{len(names)} {told}: {', '.join(names)}", highlight=False, soft_wrap=True)
-    if stopping and undone:
-        console.print(f"stopped with {len(undone)} of {len(runs)} runs to do; the same command goes on")
-    console.print(f"results: {sweep.folder / RESULTS}", highlight=False, soft_wrap=True)
-    return FAILED if failed or blocked else STOPPED if undone else DONE
+
+
+def _take_settled(sweep: Sweep, waiting: list[Run], rows: dict[str, Row]) -> Run | None:
+    """Take the first run out of ``waiting`` whose learning rates are known; it has them. None if there is none."""
+    for place, run in enumerate(waiting):
+        known = settled(sweep, run, rows)
+        if known is not None:
+            del waiting[place]
+            return known
+    return None
 
 
 def _progress(console: Console) -> Progress:
@@ -193,13 +206,14 @@ class _Running:
     task: TaskID
 
     def steps_done(self) -> int:
+        """Steps that the run has logged so far."""
         try:
             return max(0, sum(1 for _ in (self.folder / "metrics.jsonl").open("rb")) - 1)
         except FileNotFoundError:
             return 0
 
-    def ended(self, stopped: bool) -> tuple[Row | None, str]:
-        """The row of a run that came to its end, and what to say of it."""
+    def outcome(self, stopped: bool) -> tuple[Row | None, str]:
+        """The row of a run that came to its end, else None; and what to say of it."""
         code, path = self.process.returncode, self.folder / "metrics.jsonl"
         metrics = read_metrics(path) if path.is_file() else []
         complete = code == DONE and metrics and metrics[-1]["step"] == self.run.config.train.steps
@@ -210,35 +224,65 @@ class _Running:
             return row, "diverged" if row.val_loss is None else f"loss {row.val_loss:.4f}, {row.train_seconds:.0f} s"
         if stopped:
             return None, f"stopped at step {self.steps_done()} of {self.run.config.train.steps}"
-        words = [line for line in _log(self.folder).read_text(errors="replace").splitlines() if line.strip()]
-        return (
-            None,
-            f"failed (exit code {code}): {words[-1].strip() if words else 'it said nothing'}; see {_log(self.folder)}",
-        )
+        lines = [line.strip() for line in _log(self.folder).read_text(errors="replace").splitlines() if line.strip()]
+        reason = lines[-1] if lines else "it said nothing"
+        return None, f"failed (exit code {code}): {reason}; see {_log(self.folder)}"
 
 
-def _start(folder: Path, run: Run, jobs: int, ranks: int, gpus: Sequence[str], progress: Progress) -> _Running:
-    folder = folder / run.name
-    folder.mkdir(exist_ok=True)
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    launcher = []
-    if ranks > 1:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    threads = max(1, usable_cores() // (jobs * ranks))
-    environment = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
-    if gpus:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-    with _log(folder).open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *launcher, "peer_dist", "train", "--config", str(config)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
-        )
-    return _Running(run, folder, process, progress.add_task(run.name, total=run.config.train.steps))
+class _Slots:
+    """The machine in equal shares of its cores and GPUs, each of which one run has at a time.
+
+    Attributes:
+        running: the run of each slot that has one.
+    """
+
+    def __init__(self, folder: Path, jobs: int, ranks: int, gpus: Sequence[str], progress: Progress) -> None:
+        self.running: dict[int, _Running] = {}
+        self._folder, self._jobs, self._ranks, self._gpus, self._progress = folder, jobs, ranks, gpus, progress
+
+    def free(self) -> list[int]:
+        """The slots without a run."""
+        return [slot for slot in range(self._jobs) if slot not in self.running]
+
+    def start(self, slot: int, run: Run) -> None:
+        """Start a run's process, whose words go to its log."""
+        folder = self._folder / run.name
+        folder.mkdir(exist_ok=True)
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        launcher = []
+        if self._ranks > 1:
+            launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self._ranks), "-m"]
+        threads = max(1, usable_cores() // (self._jobs * self._ranks))
+        environment = {"OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **os.environ}
+        gpus = self._gpus[slot * self._ranks :][: self._ranks]
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        with _log(folder).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *launcher, "peer_dist", "train", "--config", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
+            )
+        task = self._progress.add_task(run.name, total=run.config.train.steps)
+        self.running[slot] = _Running(run, folder, process, task)
+
+    def reap(self) -> Iterator[_Running]:
+        """The runs that have ended, whose slots are free now; of the others the progress is shown."""
+        for slot, child in list(self.running.items()):
+            self._progress.update(child.task, completed=child.steps_done())
+            if child.process.poll() is not None:
+                del self.running[slot]
+                self._progress.remove_task(child.task)
+                yield child
+
+    def stop(self) -> None:
+        """Ask all runs to save and leave."""
+        for child in self.running.values():
+            child.process.send_signal(signal.SIGTERM)
 
 
 def _log(folder: Path) -> Path:
@@ -274,14 +318,15 @@ def _check_unchanged(folder: Path, run: Run) -> None:
                 )
 
 
-def _tell_choice(sweep: Sweep, run: Run, rows: dict[str, Row], console: Console) -> None:
+def _print_choice(sweep: Sweep, run: Run, rows: dict[str, Row], console: Console) -> None:
+    """After a trial, say which learning rates its model has, once they are known."""
     choice = choose_rates(sweep, run.model, rows) if run.trial is not None else None
     if choice is not None:
         console.print(f"{run.model}: {choice}", highlight=False, soft_wrap=True)
 
 
 def _gpus() -> list[str]:
-    """What the runs may share out: CUDA's names of the devices that this process sees."""
+    """The GPUs for the runs: CUDA's names of the devices that this process sees."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

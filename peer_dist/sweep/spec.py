@@ -1,4 +1,4 @@
-"""A sweep's file: models x sizes x variants x budgets x seeds, every run of which becomes a checked config."""
+"""A sweep's file, models x sizes x variants x budgets x seeds, and the checked config of each of its runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _WHOLE_SPLIT = 10**9  # batches; a validation takes at most the split
 
 
 class TuneSection(Section):
-    """Learning rates, chosen per model by as many trials each, at the smallest budget."""
+    """How learning rates are tuned: as many trials for each model, at the smallest budget."""
 
     size: str = Field("", description="the size at which it is done")
     variant: str = Field("", description="the variant; by default the first")
@@ -93,9 +93,9 @@ class SweepFile(Section):
             )
         counts = {name: len(rates) for name, rates in tune.learning_rates.items()}
         if len(set(counts.values())) > 1 or not all(counts.values()):
-            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(
-                f"tune.learning_rates: every model needs the same number of trials, at least 1; got {told}"
+                f"tune.learning_rates: every model needs the same number of trials, at least 1; got {listed}"
             )
         if tune.size not in self.sizes:
             raise ValueError(f"tune.size: {tune.size!r} is none of the sizes ({', '.join(self.sizes)})")
@@ -125,6 +125,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
+        """Tokens that the run trains on."""
         return self.config.train.steps * self.config.train.global_batch_size * self.config.model.seq_length
 
     def at(self, rates: Rates) -> Run:
@@ -137,7 +138,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep: its file, the folder of its runs (each in one of its name), and the runs, trials first."""
+    """A checked sweep.
+
+    Attributes:
+        path: of the sweep's file.
+        folder: holds a folder for each run, of the run's name.
+        runs: the trials come first.
+    """
 
     path: Path
     file: SweepFile
@@ -145,6 +152,7 @@ class Sweep:
     runs: list[Run]
 
     def trials(self, model: str) -> list[Run]:
+        """The runs that try learning rates for ``model``."""
         return [run for run in self.runs if run.model == model and run.trial is not None]
 
 

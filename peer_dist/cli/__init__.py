@@ -1,0 +1,92 @@
+"""The command line: the list of commands, whose code is in this folder's modules, and how mistakes are reported."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperCommand
+
+from peer_dist.cli import checkpoints, data, planning, results, runs
+from peer_dist.ranks.exit_codes import MISTAKE
+
+app = typer.Typer(
+    name="peer-dist",
+    help="Train, evaluate and run PEER language models: a Mixture of a Million Experts over many ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class _WithKeys(TyperCommand):
+    """A command whose help lists every key of the config."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        from peer_dist.config.reference import key_tables
+
+        console = Console()
+        console.print("The config file's sections and keys:\n")
+        for table in key_tables():
+            console.print(table)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from peer_dist import __version__
+
+        typer.echo(f"peer_dist {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+app.command(cls=_WithKeys)(runs.train)
+app.command()(runs.submit)
+app.command()(planning.match)
+app.command()(planning.plan)
+app.command()(data.prepare)
+app.command()(checkpoints.evaluate)
+app.command()(checkpoints.usage)
+app.command()(checkpoints.generate)
+app.command()(checkpoints.export)
+app.command()(results.sweep)
+app.command()(results.plot)
+app.command()(results.report)
+app.command()(runs.doctor)
+
+
+def main() -> None:
+    """Run a command; a mistake of the user is reported in one sentence, with exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+        rank = next((os.environ[name] for name in names if name in os.environ), "0")
+        if rank != "0" and type(error).__name__ != "WorldError":
+            # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
+            time.sleep(15)
+        where = f" (rank {rank})" if rank != "0" else ""
+        Console(stderr=True).print(f"[red]error{where}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(getattr(error, "exit_code", MISTAKE)) from None
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message alone says what to do. Looked up by name: importing the classes would take seconds."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return not names.isdisjoint(
+        {"ConfigError", "DataError", "CheckpointError", "WorldError", "LockError", "SubmitError", "KindError"}
+    )

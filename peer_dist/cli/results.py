@@ -1,0 +1,89 @@
+"""The commands for many runs and their results: sweep, plot, report. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from peer_dist.cli.options import Sbatch, wide_console
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file of the sweep.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the runs. Default: runs/NAME.", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share cores and GPUs.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
+    limit_minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after this; the same command goes on.", show_default=False)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A run, model, size or variant, also with * and ?; repeatable.")
+    ] = None,
+    task: Annotated[int | None, typer.Option(min=0, help="Run this one (from 0) alone.", show_default=False)] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs as a Slurm job array instead.")] = False,
+    sbatch: Sbatch = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs (or the batch script) alone.")] = False,
+) -> None:
+    """Train a grid of models, sizes, budgets and seeds, going on where it was left; results go to results.csv."""
+    from peer_dist.sweep.spec import load_sweep
+
+    if slurm and (only or task is not None or limit_minutes is not None):
+        raise typer.BadParameter("--slurm submits the whole sweep, without --only, --task and --limit-minutes")
+    loaded = load_sweep(file, output or Path("runs") / file.stem)
+    if slurm:
+        from peer_dist.sweep.array import submit_array
+
+        typer.echo(submit_array(loaded, ranks, jobs, sbatch or [], dry_run))
+        return
+    from peer_dist.sweep.runner import run_sweep, runs_table, select
+
+    runs = select(loaded, only or [], task)
+    if dry_run:
+        wide_console().print(runs_table(loaded, runs), highlight=False)
+        return
+    raise typer.Exit(run_sweep(loaded, runs, jobs, ranks, limit_minutes, Console(stderr=True)))
+
+
+def plot(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="Sweeps' folders or results.csv, folders of runs, usage .npz files."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the figures.")],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="isoflop, models, loss, experts, hk or usage; repeatable. Default: all that can be drawn."),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="Size of isoFLOP curves: train_flops_per_token, active_parameters or parameters.")
+    ] = "train_flops_per_token",
+) -> None:
+    """Draw results as PNG and SVG: isoFLOP curves with their optima, losses, usage of experts."""
+    from peer_dist.plots.command import plot as run
+    from peer_dist.plots.command import results_of, tables
+
+    paths = run(inputs, output, kind or [], against)
+    for table in tables(results_of(inputs), against):
+        wide_console().print(table, highlight=False)
+    for path in paths:
+        typer.echo(path)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; several are compared.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="HTML file. Default: report.html, in the run's folder or for several here."
+        ),
+    ] = None,
+) -> None:
+    """What was run and what came of it, as one HTML page that needs nothing else."""
+    from peer_dist.report.page import write_report
+
+    typer.echo(write_report(runs, output))
