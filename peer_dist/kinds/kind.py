@@ -112,8 +112,8 @@ class Kind(ABC, Generic[S]):
         sparse: whether a token meets a part of the layer only. The tensor ranks of a sparse layer share out tokens;
             those of another one share out its matrices.
         routed: whether the section ``router`` applies to it.
-        begins_at_zero: whether it may stand where a run's ``checkpoint.init_from`` has a dense layer: the layer has a
-            ``zero_output()``.
+        begins_at_zero: whether it, a sparse layer with a ``zero_output()``, may stand where a run's
+            ``checkpoint.init_from`` has a dense one.
         resumable: those of its keys that may change when a run is resumed, because they do not change what is computed.
         module: name of the layer within the module that is built, which is part of checkpoints' keys.
         table_names: names of its tables among its parameters.

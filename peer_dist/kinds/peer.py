@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from peer_dist.kinds.cost import Cost, Parts, Shape, matrix
 from peer_dist.kinds.kind import Tables
-from peer_dist.kinds.product_keys import ProductKeyKind, even, norm_shapes, square, vector_norm
+from peer_dist.kinds.product_keys import ProductKeyKind, check_picks, even, norm_shapes, square, vector_norm
 from peer_dist.kinds.routing import projector_shapes, router_cost
 from peer_dist.kinds.section import Section
 
@@ -60,9 +59,7 @@ class PEERSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PEERSection:
-        root = math.isqrt(self.num_experts)
-        if self.top_k > root:
-            raise ValueError(f"top_k ({self.top_k}) must be at most sqrt(num_experts) ({root})")
+        check_picks(self.top_k, self.num_experts, "num_experts")
         return self
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from peer_dist.kinds.cost import Cost, Parts, Shape
-from peer_dist.kinds.product_keys import ProductKeyKind, even, square
+from peer_dist.kinds.product_keys import ProductKeyKind, check_picks, even, square
 from peer_dist.kinds.section import Section
 
 if TYPE_CHECKING:
@@ -51,9 +50,7 @@ class PKMSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PKMSection:
-        root = math.isqrt(self.num_values)
-        if self.top_k > root:
-            raise ValueError(f"top_k ({self.top_k}) must be at most sqrt(num_values) ({root})")
+        check_picks(self.top_k, self.num_values, "num_values")
         if not self.query_projection and self.query_norm != "none":
             raise ValueError(
                 f"query_norm ({self.query_norm}) must be none where query_projection is false: the query is the "

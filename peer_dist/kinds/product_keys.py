@@ -161,3 +161,14 @@ def even(value: int) -> int:
     if value % 2:
         raise ValueError(f"must be even (two sub-keys of half the width); {value} is odd")
     return value
+
+
+def check_picks(top_k: int, rows: int, rows_key: str) -> None:
+    """Refuse more picks of a head than each of its two sets of sub-keys has: the square root of the rows.
+
+    Raises:
+        ValueError: naming both keys.
+    """
+    root = math.isqrt(rows)
+    if top_k > root:
+        raise ValueError(f"top_k ({top_k}) must be at most sqrt({rows_key}) ({root})")

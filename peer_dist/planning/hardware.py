@@ -7,24 +7,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from peer_dist.config import ConfigError
 from peer_dist.config.load import read_tree, sentence
+from peer_dist.kinds.section import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Flops(_Section):
+class Flops(Section):
     """By dtype."""
 
     float32: float = Field(gt=0)
     bfloat16: float = Field(gt=0)
 
 
-class Achievable(_Section):
+class Achievable(Section):
     """What is reached of a device's figures, as fractions; 1 where they were measured."""
 
     flops: float = Field(1.0, gt=0, le=1)
@@ -35,7 +32,7 @@ class Achievable(_Section):
     memory: float = Field(1.0, gt=0, le=1)
 
 
-class Hardware(_Section):
+class Hardware(Section):
     """A device (one rank's) and its links; see ``hardware.yaml``. Bytes, seconds, and bytes/s in one direction.
 
     Attributes:
