@@ -19,7 +19,7 @@ from peer_dist.planning.hardware import load_hardware
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.peak_memory import kept_parts
 from peer_dist.planning.plan import plan
-from peer_dist.planning.state import dense_shapes, shards, state
+from peer_dist.planning.state import checkpoint_bytes, dense_shapes, shards, state
 from peer_dist.planning.traffic import exchange
 from peer_dist.sharding.cost import Routes, bytes_of, exchange_bytes
 from tests.layouts import BATCH, IMPROVED, LAZY, RECURRENT, RMS, SHARED, SIGMA, UNTIED, base_config
@@ -112,6 +112,41 @@ def test_bytes_are_those_of_a_real_run(case, text, tmp_path):
     if case.settings is not COARSE:  # whose picks are no part of this
         chunks = tree["peer"].get("dispatch_chunks", 1)
         assert 0 <= counted - sent <= rings * chunks  # the last byte of a ring's part
+
+
+def saved(rank: int, world_size: int, tree: dict[str, Any]) -> None:
+    from peer_dist.training import Trainer
+
+    trainer = Trainer(parse_config(tree, "test"))
+    trainer.step()
+    trainer.save()
+
+
+@pytest.mark.parametrize(
+    ("mlp", "stage", "precision", "more"),
+    [
+        (
+            ["peer", "dense", "pkm"],
+            3,
+            "fp32",
+            {"table_optimizer": {"name": "rowwise_adagrad"}, "peer": {"num_experts": 4900}},
+        ),
+        (["sigma_moe", "peer", "moe"], 1, "bf16", {"peer": {"table_dtype": "bfloat16", "num_experts": 4900}}),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_is_as_large_as_planned(
+    text: Path, tmp_path: Path, mlp: list[str], stage: int, precision: str, more: dict[str, Any]
+) -> None:
+    """Its files have a header per tensor and layer beside the numbers."""
+    tree = base_config(text, tmp_path) | {"zero": {"stage": stage}, **more}
+    tree["model"] |= {"num_layers": 3, "mlp": mlp, "hidden_size": 128, "num_attention_heads": 4}
+    tree["train"] |= {"precision": precision}
+    run_ranks(saved, 2, tree)
+    (folder,) = Path(tree["checkpoint"]["dir"]).glob("step-*")
+    written = sum(path.stat().st_size for path in folder.rglob("*.distcp"))
+    planned = checkpoint_bytes(parse_config(tree, "test"), 384, 4 if precision == "fp32" else 2)
+    assert planned <= written <= 1.03 * planned
 
 
 def test_all_parameters_are_planned() -> None:
