@@ -67,27 +67,7 @@ def parallel() -> Iterator[Parallel]:
 
 @pytest.fixture
 def small(text, tmp_path) -> dict:
-    """See :func:`small_config`; checkpoints and logs in the test's own folder."""
+    """See :func:`tests.runs.small_config`; checkpoints and logs in the test's own folder."""
+    from tests.runs import small_config
+
     return small_config(text, tmp_path)
-
-
-def small_config(text: Path, folder: Path) -> dict:
-    """A config as plain values: two PEER layers among three, every part of the training step in use."""
-    return {
-        "model": {
-            "num_layers": 3,
-            "hidden_size": 32,
-            "num_attention_heads": 2,
-            "ffn_hidden_size": 48,
-            "seq_length": 32,
-            "mlp": ["peer", "dense", "peer"],
-        },
-        "peer": {"num_experts": 225, "heads": 3, "top_k": 4, "key_dim": 8},
-        "optimizer": {"lr": 2e-3, "warmup_steps": 3, "decay_steps": 40, "grad_clip": 0.5},
-        "table_optimizer": {"lr": 2e-3, "weight_decay": 0.01},
-        "data": {"prefix": str(text)},
-        "train": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 16, "seed": 5, "precision": "fp32"},
-        "evaluation": {"interval": 5, "batches": 2},
-        "checkpoint": {"dir": str(folder / "checkpoints"), "interval": 4},
-        "logging": {"dir": str(folder / "logs"), "interval": 5},
-    }

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import small_config
 from tests.ranks import run_ranks
+from tests.runs import small_config
 
 STEPS = 10
 LOSS, NORM = 1e-5, 1e-4  # relative differences allowed at every step

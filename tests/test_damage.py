@@ -6,14 +6,14 @@ import json
 import os
 import pickle
 import shutil
-import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.checkpoints import seal
 from tests.ranks import run_ranks
-from tests.test_training import losses_of, make_trainer, run_to_the_end, with_keys
+from tests.runs import losses_of, make_trainer, run_to_the_end, with_keys
 
 FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json", "tokenizer.json", "manifest.json"]
 
@@ -34,7 +34,7 @@ DAMAGES = {"cut off": truncate, "flipped": flip, "removed": os.remove}
 @pytest.fixture(scope="module")
 def made(text, tmp_path_factory):
     """A run of six steps with the checkpoints of steps 4 and 6, by two ranks; config and folder."""
-    from tests.conftest import small_config
+    from tests.runs import small_config
 
     folder = tmp_path_factory.mktemp("made")
     tree = with_keys(small_config(text, folder), parallel={"expert": 2}, train={"steps": 6}, evaluation={"interval": 9})
@@ -116,18 +116,6 @@ class Touch:
 
     def __reduce__(self):
         return open, (self.path, "w")
-
-
-def seal(checkpoint):
-    """Make the manifest consistent with the files, as who can write the one can the other."""
-    path = checkpoint / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["checksum"]
-    for name in manifest["files"]:
-        content = (checkpoint / name).read_bytes()
-        manifest["files"][name] = [len(content), zlib.crc32(content)]
-    checksum = zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
-    path.write_text(json.dumps({**manifest, "checksum": checksum}))
 
 
 def test_a_checkpoint_of_a_version_with_more_keys_is_read(copied, tmp_path):

@@ -18,8 +18,8 @@ from peer_dist.planning import calibration
 from peer_dist.planning.state import checkpoint_bytes
 from peer_dist.ranks.examination import Check, Examination, Finding, Ranks, examine
 from peer_dist.ranks.world import World
-from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
+from tests.runs import small_config
 
 
 def _examined(rank, world_size, trouble=None, folder=None, seconds=20.0):

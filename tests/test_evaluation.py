@@ -20,9 +20,8 @@ from peer_dist.data.prepare import read_prepared
 from peer_dist.evaluation.usage_report import HeadUsage
 from peer_dist.measures.held_out import unigram_loss
 from peer_dist.measures.usage import ExpertUsage, share_histogram, uniform_unevenness
-from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
-from tests.test_training import metrics_of, run_to_the_end, with_keys
+from tests.runs import metrics_of, run_to_the_end, small_config, with_keys
 
 # ---------------------------------------------------------------- usage
 
@@ -218,7 +217,7 @@ def evaluated(rank, world_size, tree):
 def counted_once(rank, world_size, tree, layout):
     """Picks per expert and layer over 13 held-out sequences, which no layout divides."""
     from peer_dist.measures.held_out import held_out_loss
-    from tests.test_training import make_trainer
+    from tests.runs import make_trainer
 
     trainer = make_trainer(with_keys(tree, parallel=layout, checkpoint={"dir": f"{tree['checkpoint']['dir']}-none"}))
     parallel, usage = trainer.parallel, trainer._new_usage()

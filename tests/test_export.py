@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.checkpoints import seal
 from tests.layouts import COSINE, IMPROVED, MEMORY, MOE, PER_HEAD, PERCEPTRON, RECURRENT, SHARED, SIGMA, SWITCH, Layout
 from tests.layouts import base_config as layouts_base
 from tests.ranks import Command, run_ranks
-from tests.test_damage import seal
-from tests.test_training import with_keys
+from tests.runs import with_keys
 
 # matrices, layers and columns of tables on different ranks
 SPREAD = Layout(
@@ -97,7 +97,7 @@ print(json.dumps(apart))
 
 
 def trained(rank, world_size, tree):
-    from tests.test_training import make_trainer
+    from tests.runs import make_trainer
 
     trainer = make_trainer(tree)
     for _ in range(2):

@@ -5,9 +5,8 @@ import io
 import pytest
 import torch
 
-from tests.conftest import small_config
 from tests.ranks import run_ranks
-from tests.test_training import make_trainer, with_keys
+from tests.runs import make_trainer, small_config, with_keys
 
 LENGTH = 48
 LONG = "What, wilt thou leave me so unsatisfied, and go? O speak again, bright angel!"

@@ -10,7 +10,7 @@ import torch
 from peer_dist.config import ConfigError, parse_config
 from peer_dist.ranks.signals import StopRequest
 from tests.ranks import run_ranks
-from tests.test_training import losses_of, make_trainer, metrics_of, run_to_the_end, trained, with_keys
+from tests.runs import losses_of, make_trainer, metrics_of, run_to_the_end, trained, with_keys
 
 
 def guard(**keys):

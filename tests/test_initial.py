@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from peer_dist.config import ConfigError, parse_config
 from tests.ranks import run_ranks
-from tests.test_training import losses_of, make_trainer, metrics_of, run_to_the_end, with_keys
+from tests.runs import losses_of, make_trainer, metrics_of, run_to_the_end, with_keys
 
 LLAMA = {
     "model_type": "llama",

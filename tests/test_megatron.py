@@ -31,8 +31,7 @@ from peer_dist.megatron import (
 )
 from peer_dist.megatron.attention import SDPAttention
 from peer_dist.megatron.norm import RMSNorm
-
-from .ranks import run_ranks
+from tests.ranks import run_ranks
 
 VOCAB, EOD, SEQ = 64, 0, 16
 

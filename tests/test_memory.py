@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from peer_dist import ProductKeyMemory
 from peer_dist.sharding import ExpertGroups
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
+from tests.definitions import GATES, all_scores
 from tests.ranks import run_ranks
-from tests.test_layers import GATES, all_scores
-from tests.test_sharding import dense_grads, tokens_of, whole_table
+from tests.shards import dense_grads, tokens_of, whole_table
 
 DIM = 10
 UNPROJECTED = {"query_projection": False, "query_norm": "none", "gate": "relu", "init": "dense", "num_layers": 2}

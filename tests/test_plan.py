@@ -24,8 +24,8 @@ from peer_dist.planning.traffic import exchange
 from peer_dist.sharding.cost import Routes, bytes_of, exchange_bytes
 from tests.layouts import BATCH, IMPROVED, LAZY, RECURRENT, RMS, SHARED, SIGMA, UNTIED, base_config
 from tests.layouts import Layout as Case
+from tests.models import CASES, make
 from tests.ranks import run_ranks
-from tests.test_planning import CASES, make
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

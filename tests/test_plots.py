@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from peer_dist.config import ConfigError
 from peer_dist.plots.command import plot, tables
 from peer_dist.sweep.results import write_results
-from tests.test_sweep import make_row, result_rows
+from tests.results import make_row, result_rows
 
 SIZE = "train_flops_per_token"
 

@@ -5,7 +5,7 @@ import torch
 
 from peer_dist.engines.revival import STARVED, subkey_sources
 from tests.ranks import run_ranks
-from tests.test_training import assert_close, losses_of, make_trainer, metrics_of, run_to_the_end, with_keys
+from tests.runs import assert_close, losses_of, make_trainer, metrics_of, run_to_the_end, with_keys
 
 
 def test_sources_by_hand():

@@ -15,7 +15,7 @@ from peer_dist.ranks.lock import LockError, RunLock
 from peer_dist.ranks.signals import StopRequest
 from peer_dist.training.startup import Startup
 from tests.ranks import run_ranks
-from tests.test_training import make_trainer, metrics_of, scalars_of, with_keys
+from tests.runs import make_trainer, metrics_of, scalars_of, with_keys
 
 
 def coded_run(rank, world_size, tree, stop_at=None, elastic=False):

@@ -22,9 +22,8 @@ from peer_dist.measures.metrics import read_metrics
 from peer_dist.measures.usage_map import usage_map
 from peer_dist.ranks.signals import StopRequest
 from peer_dist.report.page import write_report
-from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
-from tests.test_training import losses_of, metrics_of, with_keys
+from tests.runs import losses_of, metrics_of, small_config, with_keys
 
 PROFILED = range(3, 5)
 

@@ -15,6 +15,7 @@ from peer_dist.sharding import ExpertGroups, GridLayout, dispatch, routed_expert
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
 from peer_dist.sharding.exchange import Traffic, merge_picks
 from tests.ranks import run_ranks
+from tests.shards import dense_grads, tokens_of, whole_table
 
 DIM = 10
 
@@ -28,11 +29,6 @@ def build(options, group):
         for parameter in layer.norm.parameters():
             parameter += torch.linspace(-0.1, 0.1, parameter.numel(), dtype=torch.float64)
     return layer
-
-
-def tokens_of(counts, dim=DIM):
-    torch.manual_seed(5)
-    return [torch.randn(sum(counts), dim, dtype=torch.float64) for _ in ("x", "dy")]
 
 
 def run(layer, x, dy):
@@ -60,11 +56,6 @@ def sharded_case(rank, world_size, cases, counts, columns):
         assert layer.down.shape == (len(layer.layout.rows), len(layer.layout.columns))
         results.append((y, dx, ddown, dup, dense, quiet, layer.traffic.picks_received))
     return results
-
-
-def whole_table(shards, columns):
-    """Of a grid's shards in the domain's order."""
-    return torch.cat([torch.cat(shards[first : first + columns], 1) for first in range(0, len(shards), columns)])
 
 
 LAYERS = {
@@ -131,10 +122,6 @@ def random_case(world_size, generator):
     counts = [draw(0, 1, 2, 9, 30) for _ in range(world_size)]
     counts[draw(*range(world_size))] += 2  # batch norm needs something
     return {"layer": layer, "one_shard": layer["query_norm"] == "layer" and draw(True, False)}, counts, columns
-
-
-def dense_grads(result):
-    return [part.to_dense() if part.is_sparse else part for part in result]
 
 
 def fuzz_cases(rank, world_size, seed, count):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import small_config
 from tests.ranks import run_ranks
+from tests.runs import small_config
 
 MB = 1 << 20
 BUFFER = 2 * MB

@@ -11,9 +11,8 @@ import pytest
 import torch
 import zstandard
 
-from tests.conftest import small_config
 from tests.ranks import Command, run_ranks
-from tests.test_training import run_to_the_end, with_keys
+from tests.runs import run_to_the_end, small_config, with_keys
 
 LENGTH = 32  # of the model's sequences, in bytes
 

@@ -21,10 +21,11 @@ from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks import exit_codes
 from peer_dist.sweep.array import submit_array
 from peer_dist.sweep.fit import differences, fit_parabola, mean_interval, optima, student_t
-from peer_dist.sweep.results import Row, read_results, write_results
+from peer_dist.sweep.results import read_results, write_results
 from peer_dist.sweep.runner import run_sweep, runs_table, select
 from peer_dist.sweep.spec import load_sweep
 from peer_dist.sweep.tuning import choose_rates
+from tests.results import SIZES, losses_around, make_row, result_rows
 
 
 @pytest.fixture(scope="module")
@@ -249,13 +250,6 @@ def test_tuned_runs_use_the_best_trial_and_the_loss_is_the_whole_splits(sweep_tr
 # ---------------------------------------------------------------- tuning
 
 
-def make_row(**values):
-    known = dict.fromkeys(Row.model_fields)
-    known |= {"run": "r", "status": "done", "model": "m", "variant": "", "size": "", "seed": 1, "lr": 1, "table_lr": 1}
-    known |= {"parameters": 1, "active_parameters": 1, "train_flops_per_token": 1, "tokens": 1, "steps": 1}
-    return Row(**{**known, "train_seconds": 1, "tokens_per_second": 1, **values})
-
-
 def test_the_best_mean_is_chosen_and_edges_are_told(sweep_tree, tmp_path):
     rates = {"dense": [1e-3, 2e-3, 4e-3], "peer": [[1e-3, 1e-3], [2e-3, 4e-3], [2e-3, 2e-3]]}
     tree = {**sweep_tree, "seeds": [7, 8], "tune": {"size": "h16", "seeds": [7, 8], "learning_rates": rates}}
@@ -311,17 +305,6 @@ def test_student_t_is_the_tables():
     assert (interval.value, interval.half_width) == (2.0, pytest.approx(4.30265 / math.sqrt(3), rel=1e-5))
 
 
-SIZES = [1e6, 2e6, 4e6, 8e6, 16e6]
-
-
-def losses_around(best, seeds=(1, 2, 3), noise=0.0, rng=None):
-    """Of a parabola with its minimum 2.0 at ``best``; a seed shifts the whole curve by a tenth of its number."""
-    points = [(size, seed) for size in SIZES for seed in seeds]
-    exact = [2 + 0.1 * (seed - 2) + 0.05 * math.log(size / best) ** 2 for size, seed in points]
-    drawn = np.zeros(len(points)) if rng is None else rng.normal(0, noise, len(points))
-    return [size for size, _ in points], [seed for _, seed in points], list(exact + drawn)
-
-
 def test_a_parabola_without_noise_is_found_exactly():
     optimum = fit_parabola("m", 1.0, *losses_around(3e6))
     assert optimum.where == "inside"
@@ -344,18 +327,6 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     losses = np.mean([abs(fit.loss.value - 2.0) <= fit.loss.half_width for fit in fits])
     assert sizes == pytest.approx(0.95, abs=0.02)
     assert losses == pytest.approx(0.95, abs=0.02)
-
-
-def result_rows():
-    """Two models at two budgets: b is better by 0.1 at 1e12 and by as much as the seed at 2e12, in tenths."""
-    rows = []
-    for budget, best in ((1e12, 3e6), (2e12, 40e6)):
-        for model in ("a", "b"):
-            for size, seed, loss in zip(*losses_around(best)):
-                gain = 0.1 * (1 if budget == 1e12 else seed) if model == "b" else 0.0
-                values = {"model": model, "budget": budget, "size": f"{size:g}", "seed": seed, "val_loss": loss - gain}
-                rows.append(make_row(train_flops_per_token=size, **values))
-    return rows
 
 
 def test_optima_and_paired_differences(tmp_path):

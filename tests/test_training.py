@@ -1,6 +1,5 @@
 """The whole training step: against plain PyTorch, over layouts, killed and resumed."""
 
-import copy
 import json
 import math
 import os
@@ -21,42 +20,17 @@ from peer_dist.config import parse_config
 from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks.signals import StopRequest
 from tests.ranks import run_ranks
-
-
-def with_keys(tree, **sections):
-    """A copy of the config with some keys changed."""
-    tree = copy.deepcopy(tree)
-    for section, keys in sections.items():
-        tree.setdefault(section, {}).update(keys)
-    return tree
-
-
-def make_trainer(tree):
-    from peer_dist.training import Trainer
-
-    return Trainer(parse_config(tree, "test"))
-
-
-def trained(rank, world_size, tree, steps):
-    """Losses and gradient norms of the first steps."""
-    trainer = make_trainer(tree)
-    values = [trainer.step() for _ in range(steps)]
-    return [v["train/loss"] for v in values], [v["optimizer/grad_norm"] for v in values]
-
-
-def run_to_the_end(rank, world_size, tree, at=None, sent=signal.SIGKILL):
-    """A whole run as the command makes it; in step ``at``, if given, rank 1 gets a signal."""
-    from peer_dist.training import Trainer
-
-    class Mortal(Trainer):
-        def step(self):
-            if rank == 1 and self.steps_done == at:
-                os.kill(os.getpid(), sent)
-            return super().step()
-
-    with StopRequest() as stop:
-        Mortal(parse_config(tree, "test")).run(stop)
-    return True
+from tests.runs import (
+    assert_close,
+    assert_learns_and_resumes_bit_for_bit,
+    losses_of,
+    make_trainer,
+    metrics_of,
+    run_to_the_end,
+    scalars_of,
+    trained,
+    with_keys,
+)
 
 
 def run_by_the_command(rank, world_size, tree):
@@ -65,27 +39,6 @@ def run_by_the_command(rank, world_size, tree):
 
     dist.destroy_process_group()
     return train(parse_config(tree, "test"))
-
-
-def losses_of(tree):
-    return {line["step"]: line["train/loss"] for line in metrics_of(tree) if "train/loss" in line}
-
-
-def metrics_of(tree):
-    return read_metrics(Path(tree["logging"]["dir"]) / "metrics.jsonl")
-
-
-def scalars_of(tree, name):
-    """What TensorBoard shows: pairs of step and value."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    return [(event.step, event.value) for event in EventAccumulator(tree["logging"]["dir"]).Reload().Scalars(name)]
-
-
-def assert_close(got, want, tolerance):
-    assert len(got) == len(want)
-    for step, (a, b) in enumerate(zip(got, want)):
-        assert a == pytest.approx(b, rel=tolerance), f"step {step + 1}"
 
 
 def plain_training(rank, world_size, tree, steps):
@@ -163,17 +116,6 @@ def test_more_steps_change_nothing_before(small, tmp_path):
     run_ranks(run_to_the_end, 1, with_keys(small, train={"steps": 6}))
     run_ranks(run_to_the_end, 1, small)
     assert losses_of(small) == losses_of(quiet)
-
-
-def assert_learns_and_resumes_bit_for_bit(small, tmp_path):
-    """Ten steps on two ranks, in one run and in two, have the very same losses, which fall."""
-    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
-    run_ranks(run_to_the_end, 2, quiet)
-    run_ranks(run_to_the_end, 2, with_keys(small, train={"steps": 4}))
-    run_ranks(run_to_the_end, 2, small)
-    losses = losses_of(small)
-    assert losses == losses_of(quiet)
-    assert losses[10] < losses[1] - 0.3
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, PEER_LOST
-from tests.ranks import Command
-from tests.test_training import losses_of, with_keys
-
-
-def command(tree, folder, before=None, ranks=2):
-    """`peer-dist train` on two ranks."""
-    config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    return Command(ranks, ["train", "--config", str(config)], folder / "stderr", before)
+from tests.runs import command, losses_of, with_keys
 
 
 def misbehave(rank, who, at, where, how, *more):

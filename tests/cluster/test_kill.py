@@ -20,8 +20,7 @@ import pytest
 
 from peer_dist.ranks.exit_codes import DONE, PEER_LOST
 from tests.ranks import Command
-from tests.test_training import metrics_of, with_keys
-from tests.test_watchdog import command
+from tests.runs import command, metrics_of, with_keys
 
 STEPS = 12
 

@@ -23,7 +23,7 @@ import yaml
 from torch.distributed import TCPStore
 
 from peer_dist.measures.metrics import read_metrics
-from tests.conftest import small_config
+from tests.runs import small_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 

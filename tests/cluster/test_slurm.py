@@ -18,9 +18,8 @@ import yaml
 
 from peer_dist.measures.metrics import read_metrics
 from tests.cluster.slurm import Lab, missing, wait_until
-from tests.conftest import small_config
 from tests.ranks import run_ranks
-from tests.test_training import run_to_the_end, with_keys
+from tests.runs import run_to_the_end, small_config, with_keys
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 MANY = 100_000
