@@ -1,8 +1,8 @@
 """What the operating system says of this machine: its processor, cores and memory, the age and place of its processes.
 
-psutil and py-cpuinfo are asked first. Linux's own files are read here, and nowhere else, for what these two do not
-say: the limits of a container, the identity of a boot, start times that setting the clock does not move, and NVIDIA's
-driver.
+psutil and py-cpuinfo are asked. Linux's own files are read here, and nowhere else, for what these two do not say, or
+take a second to say: the processor's name and instruction sets, the limits of a container, the identity of a boot,
+start times that setting the clock does not move, and NVIDIA's driver.
 """
 
 from __future__ import annotations
@@ -22,8 +22,14 @@ _NVIDIA = Path("/proc/driver/nvidia")
 
 @cache
 def cpu_name() -> str:
-    """The processor's name, or its architecture where it has none. The first call takes about a second."""
-    import cpuinfo  # starts a process: only for those who show the name
+    """The processor's name, or its architecture where it has none.
+
+    py-cpuinfo starts processes, for a second, so it is asked only where the kernel's file does not say.
+    """
+    names = [line.partition(":")[2].strip() for line in _cpu_lines("model name")]
+    if any(names):
+        return next(filter(None, names))
+    import cpuinfo
 
     return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.machine())
 
@@ -31,14 +37,18 @@ def cpu_name() -> str:
 def cpu_features() -> str:
     """What tells kinds of processors apart: name and instruction sets on Linux, elsewhere the architecture alone.
 
-    From the kernel's file: it is part of the key under which compiled kernels are cached, and every process that uses
-    them asks, so py-cpuinfo is too slow.
+    It is part of the key under which compiled kernels are cached, and every process that uses them asks.
     """
+    return "\n".join(_cpu_lines("flags", "Features", "model name")) or platform.machine()
+
+
+def _cpu_lines(*keys: str) -> list[str]:
+    """The different lines of the kernel's file that begin with one of the keys, sorted; none off Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+        return []
+    return sorted({line for line in lines if line.startswith(keys)})
 
 
 def usable_cores() -> int:

@@ -10,7 +10,7 @@ import torch
 from peer_dist.config import ConfigError, parse_config
 from peer_dist.ranks.signals import StopRequest
 from tests.ranks import run_ranks
-from tests.runs import losses_of, make_trainer, metrics_of, run_to_the_end, trained, with_keys
+from tests.runs import in_folder, losses_of, make_trainer, metrics_of, run_to_the_end, trained, with_keys
 
 
 def guard(**keys):
@@ -129,7 +129,7 @@ def test_a_run_without_an_end_to_it_stops_with_a_report(small, stage, table):
     assert str(logs / "diverged-step-00000008.json") in told[0]
     assert (logs / "diverged-step-00000008.txt").read_text().strip() in told[0]
     assert [step["outcome"] for step in report["steps"]] == ["applied"] * 5 + ["gradients not finite"] * 3
-    assert report["steps"][-1]["sequences"] == [7 * 16, 8 * 16]
+    assert report["steps"][-1]["sequences"] == [7 * 8, 8 * 8]
     assert [step["loss"] for step in report["steps"]] == list(losses_of(small).values())
     assert report["steps"][0]["grad_norm"] == metrics_of(small)[1]["optimizer/grad_norm"]
     if table:
@@ -158,7 +158,7 @@ def run_to_the_end_with_a_spike(rank, world_size, tree, at):
 def test_counts_and_window_survive_a_resume(small, tmp_path):
     """A run that left out a step, stopped and resumed, is the run that did not stop."""
     small = with_keys(small, parallel={"expert": 2}, guard={"spike_factor": 1.2, "spike_window": 2})
-    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
+    quiet = in_folder(small, tmp_path / "quiet")
     run_ranks(run_to_the_end_with_a_spike, 2, quiet, 5)
     run_ranks(run_to_the_end_with_a_spike, 2, with_keys(small, train={"steps": 7}), 5)
     manifest = json.loads((Path(small["checkpoint"]["dir"]) / "step-00000007" / "manifest.json").read_text())

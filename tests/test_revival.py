@@ -5,7 +5,16 @@ import torch
 
 from peer_dist.engines.revival import STARVED, subkey_sources
 from tests.ranks import run_ranks
-from tests.runs import assert_close, losses_of, make_trainer, metrics_of, run_to_the_end, with_keys
+from tests.runs import (
+    assert_close,
+    copy_checkpoint,
+    in_folder,
+    losses_of,
+    make_trainer,
+    metrics_of,
+    run_to_the_end,
+    with_keys,
+)
 
 
 def test_sources_by_hand():
@@ -23,7 +32,7 @@ def starved(small):
     return with_keys(
         small,
         peer={"num_experts": 4096, "heads": 2, "top_k": 2, "revive_interval": 4},
-        train={"micro_batch_size": 8},
+        train={"micro_batch_size": 8, "global_batch_size": 16},
     )
 
 
@@ -90,14 +99,13 @@ def test_dead_experts_come_back(starved):
 def test_revival_resumes_bit_for_bit(starved, tmp_path):
     """Saved in the middle of a window, by two ranks: what was counted before decides with what is counted after."""
     starved = with_keys(starved, parallel={"expert": 2}, train={"micro_batch_size": 4})
-    quiet = with_keys(starved, checkpoint={"dir": str(tmp_path / "q")}, logging={"dir": str(tmp_path / "q-logs")})
+    quiet = with_keys(in_folder(starved, tmp_path / "quiet"), checkpoint={"interval": 6})
     run_ranks(run_to_the_end, 2, quiet)
-    run_ranks(run_to_the_end, 2, with_keys(starved, train={"steps": 6}))
+    copy_checkpoint(quiet, starved, 6)
     run_ranks(run_to_the_end, 2, starved)
-    assert losses_of(starved) == losses_of(quiet)
+    assert losses_of(starved) == {step: loss for step, loss in losses_of(quiet).items() if step > 6}
     moved = [{line["step"]: line.get("experts/revived_subkeys") for line in metrics_of(t)} for t in (starved, quiet)]
-    assert moved[0] == moved[1]
-    assert moved[0][8] > 0
-    alone = with_keys(starved, checkpoint={"dir": str(tmp_path / "q")}, train={"steps": 12, "micro_batch_size": 8})
+    assert moved[0][8] == moved[1][8] > 0
+    alone = with_keys(quiet, train={"steps": 12, "micro_batch_size": 8})
     elsewhere = run_ranks(revived, 1, with_keys(alone, parallel={"expert": 1}), 2)[0]
     assert_close(elsewhere[0], run_ranks(revived, 2, with_keys(quiet, train={"steps": 12}), 2)[0][0], 1e-5)

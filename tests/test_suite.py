@@ -23,7 +23,7 @@ def run(text, tmp_path_factory):
     tree = small_config(text, tmp_path_factory.mktemp("run"))
     tree = with_keys(
         tree,
-        train={"steps": 80, "micro_batch_size": 16},
+        train={"steps": 80, "micro_batch_size": 16, "global_batch_size": 16},
         optimizer={"lr": 1e-2, "decay_steps": 80},
         table_optimizer={"lr": 1e-2},
         evaluation={"interval": 80},

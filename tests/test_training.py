@@ -23,11 +23,13 @@ from tests.ranks import run_ranks
 from tests.runs import (
     assert_close,
     assert_learns_and_resumes_bit_for_bit,
+    copy_checkpoint,
     losses_of,
     make_trainer,
     metrics_of,
     run_to_the_end,
     scalars_of,
+    small_config,
     trained,
     with_keys,
 )
@@ -92,11 +94,28 @@ def test_one_rank_equals_plain_pytorch(small):
     assert max(norms) > small["optimizer"]["grad_clip"], "the case must clip"
 
 
-def test_killed_and_resumed_is_bit_for_bit(small, tmp_path):
+TWO_RANKS = {"parallel": {"expert": 2}, "model": {"dropout": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def quiet(text, tmp_path_factory):
+    """A run of two ranks that nothing disturbs."""
+    tree = with_keys(small_config(text, tmp_path_factory.mktemp("quiet")), **TWO_RANKS)
+    run_ranks(run_to_the_end, 2, tree)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def quiet_alone(text, tmp_path_factory):
+    """A run of one rank that nothing disturbs."""
+    tree = small_config(text, tmp_path_factory.mktemp("quiet"))
+    run_ranks(run_to_the_end, 1, tree)
+    return tree
+
+
+def test_killed_and_resumed_is_bit_for_bit(small, quiet, tmp_path):
     """Rank 1 dies in step 7; the same command goes on from step 4 and ends as if nothing had happened."""
-    small = with_keys(small, parallel={"expert": 2}, model={"dropout": 0.1}, train={"steps": 10})
-    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
-    run_ranks(run_to_the_end, 2, quiet)
+    small = with_keys(small, **TWO_RANKS)
     with pytest.raises(AssertionError, match="rank 1 of 2 died"):
         run_ranks(run_to_the_end, 2, small, 7)
     assert sorted(losses_of(small)) == [1, 2, 3, 4, 5, 6, 7]
@@ -109,13 +128,11 @@ def test_killed_and_resumed_is_bit_for_bit(small, tmp_path):
         assert got[10] == want[10], key
 
 
-def test_more_steps_change_nothing_before(small, tmp_path):
+def test_more_steps_change_nothing_before(small, quiet_alone):
     """6 steps and then 4 more are 10 steps: neither the data order nor the schedule knows train.steps."""
-    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
-    run_ranks(run_to_the_end, 1, quiet)
     run_ranks(run_to_the_end, 1, with_keys(small, train={"steps": 6}))
     run_ranks(run_to_the_end, 1, small)
-    assert losses_of(small) == losses_of(quiet)
+    assert losses_of(small) == losses_of(quiet_alone)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +184,9 @@ def written_later(rank, world_size, tree):
     return waited
 
 
-def test_asynchronous_saving(small, tmp_path):
+def test_asynchronous_saving(small, quiet):
     """Training goes on while checkpoints are written, and they are byte for byte those of a run that waits."""
-    small = with_keys(small, parallel={"expert": 2})
-    quiet = with_keys(small, checkpoint={"dir": str(tmp_path / "quiet")}, logging={"dir": str(tmp_path / "quiet-logs")})
-    run_ranks(run_to_the_end, 2, quiet)
+    small = with_keys(small, **TWO_RANKS)
     assert run_ranks(written_later, 2, with_keys(small, checkpoint={"asynchronous": True})) == [[5, 9]] * 2
     assert losses_of(small) == losses_of(quiet)
     for name in ("step-00000008", "step-00000010"):
@@ -306,9 +321,9 @@ def test_the_parts_in_which_tokens_travel_may_change_on_resume(small):
     check_resumable(Path("run"), parse_config(with_keys(small, peer={"dispatch_chunks": 4}), "test"), [], manifest)
 
 
-def test_init_from_takes_the_weights_only(small, tmp_path):
+def test_init_from_takes_the_weights_only(small, quiet, tmp_path):
     """A new run from another's weights: step 0, the other's held-out loss, fresh optimizers and schedule."""
-    run_ranks(run_to_the_end, 2, with_keys(small, parallel={"expert": 2}))
+    copy_checkpoint(quiet, small, 10)
     new = with_keys(
         small,
         train={"steps": 2},
@@ -316,10 +331,10 @@ def test_init_from_takes_the_weights_only(small, tmp_path):
         logging={"dir": str(tmp_path / "new-logs")},
     )
     run_ranks(run_to_the_end, 1, new)
-    first, last = metrics_of(new)[0], metrics_of(small)[-1]
+    first, last = metrics_of(new)[0], metrics_of(quiet)[-1]
     assert first["step"] == 0
     assert first["val/loss"] == pytest.approx(last["val/loss"], rel=1e-6)
-    assert first["val/loss"] < metrics_of(small)[0]["val/loss"] - 0.5
+    assert first["val/loss"] < metrics_of(quiet)[0]["val/loss"] - 0.5
     assert metrics_of(new)[1]["optimizer/lr"] == pytest.approx(2e-3 / 3)
     shutil.rmtree(small["checkpoint"]["dir"])  # from its own first checkpoint on the run does not need it
     assert run_ranks(run_by_the_command, 1, with_keys(new, train={"steps": 3})) == [0]
@@ -404,7 +419,7 @@ def two_rank_traffic(rank, world_size, tree):
 def test_exchange_bytes_are_those_of_all_layers_and_ranks(small):
     results = run_ranks(two_rank_traffic, 2, with_keys(small, parallel={"expert": 2}))
     assert all(sent > 0 for _, sent in results)
-    assert [value for value, _ in results] == [sum(sent for _, sent in results) / (16 * 32)] * 2
+    assert [value for value, _ in results] == [sum(sent for _, sent in results) / (8 * 32)] * 2
 
 
 def loading(rank, world_size, tree):
@@ -417,20 +432,21 @@ def loading_model(rank, world_size, folder):
     load_model(folder, world_size)
 
 
-def test_checkpoints_are_verified_and_kept(small):
+def test_checkpoints_are_verified_and_kept(small, quiet_alone):
     """The newest two stay; half-written ones are ignored; damage and other models are named."""
-    run_ranks(run_to_the_end, 1, small)
     folder = Path(small["checkpoint"]["dir"])
+    shutil.copytree(quiet_alone["checkpoint"]["dir"], folder)
+    shutil.copytree(quiet_alone["logging"]["dir"], small["logging"]["dir"])
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000008", "step-00000010"]
     manifest = json.loads((folder / "step-00000010" / "manifest.json").read_text())
-    assert (manifest["step"], manifest["sequences"]) == (10, 160)
+    assert (manifest["step"], manifest["sequences"]) == (10, 80)
     (folder / ".step-00000012.partial").mkdir()
     (folder / "step-00000014").mkdir()  # no manifest: not complete
 
     with pytest.raises(AssertionError, match=r"model.hidden_size = 32, but the config says 64"):
         run_ranks(loading, 1, with_keys(small, model={"hidden_size": 64}))
-    with pytest.raises(AssertionError, match=r"train.global_batch_size = 16, but the config says 8"):
-        run_ranks(loading, 1, with_keys(small, train={"global_batch_size": 8}))
+    with pytest.raises(AssertionError, match=r"train.global_batch_size = 8, but the config says 4"):
+        run_ranks(loading, 1, with_keys(small, train={"global_batch_size": 4}))
     with pytest.raises(AssertionError, match=r"train.seed = 5, but the config says 6"):
         run_ranks(loading, 1, with_keys(small, train={"seed": 6}))
 
