@@ -85,7 +85,7 @@ def plain_training(rank, world_size, tree, steps):
 
 def test_one_rank_equals_plain_pytorch(small):
     """ZeRO, the tables' optimizer, one global norm, the schedule and accumulation, all against plain code."""
-    small["train"]["micro_batch_size"] = 8
+    small["train"]["micro_batch_size"] = 4
     small["table_optimizer"] |= {"betas": [0.8, 0.9], "eps": 1e-5, "weight_decay": 3.0}
     want_losses, want_norms = run_ranks(plain_training, 1, small, 8)[0]
     losses, norms = run_ranks(trained, 1, small, 8)[0]
@@ -576,4 +576,5 @@ def masks_alive(rank, world_size, tree):
 def test_micro_batches_are_there_one_at_a_time(small, world_size, parallel, most):
     """But for those that a stage's second chunk has yet to see."""
     small = with_keys(small, parallel=parallel, model={"num_layers": 4, "mlp": ["dense", "peer", "peer", "dense"]})
+    small = with_keys(small, train={"global_batch_size": 16}, evaluation={"batches": 2})
     assert run_ranks(masks_alive, world_size, small) == [(8, 16, most)] * world_size
