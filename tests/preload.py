@@ -12,14 +12,11 @@ import torch
 
 torch.set_num_threads(1)
 
-import peer_dist.training.trainer  # noqa: E402, F401  Megatron-core and DeepSpeed with it
 # what DeepSpeed, Megatron-core and TensorBoard import when they are first used
-import deepspeed.module_inject.auto_ep_layer  # noqa: E402
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
-import megatron.core.datasets.gpt_dataset  # noqa: E402
-import tensorboard.plugins.hparams.metadata  # noqa: E402
 import torch.profiler._cupti_monitor  # noqa: E402
-import torch.utils.serialization  # noqa: E402, F401
+import torch.utils.serialization  # noqa: E402
 from PIL import Image  # noqa: E402
+
+import peer_dist.training.trainer  # noqa: E402, F401  Megatron-core and DeepSpeed with it
 
 Image.init()

@@ -13,6 +13,7 @@ import pickle
 import random
 import select
 import socket
+import subprocess
 import tempfile
 import time
 import traceback
@@ -103,13 +104,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         return [results[rank] for rank in range(world_size)]
 
 
-def _command(rank: int, world_size: int, port: int, args: list[str], errors: str, before: Any) -> None:
-    """`peer-dist ARGS` as a launcher starts it: its variables, stderr to a file, the exit code that main gives."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
-    os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_PORT=str(port))
-    target = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(target, 2)
-    os.dup2(target, 1)
+def _command(variables: dict[str, str], args: list[str], files: dict[int, str], before: Any, cwd: str | None) -> None:
+    """`peer-dist ARGS` with variables of a launcher's, its output to files, the exit code that main gives."""
+    os.environ.update(variables)
+    if cwd is not None:
+        os.chdir(cwd)
+    for stream, path in files.items():
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     import sys
 
     import torch
@@ -121,7 +122,7 @@ def _command(rank: int, world_size: int, port: int, args: list[str], errors: str
     sys.argv = ["peer-dist", *args]
     try:
         if before is not None:
-            before[0](rank, *before[1:])
+            before[0](int(variables["RANK"]), *before[1:])
         main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -132,6 +133,24 @@ def _command(rank: int, world_size: int, port: int, args: list[str], errors: str
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(code)
+
+
+def run_command(*args: str, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """`peer-dist ARGS` as nobody but a user starts it, forked instead of started afresh.
+
+    Raises:
+        AssertionError: it did not finish in ``timeout`` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = {stream: str(Path(folder) / str(stream)) for stream in (1, 2)}
+        process = _context.Process(target=_command, args=({}, list(args), files, None, cwd and str(cwd)), daemon=True)
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError(f"peer-dist {' '.join(args)} did not finish in {timeout:.0f} s")
+        out, errors = (Path(path).read_text() for path in files.values())
+        return subprocess.CompletedProcess(list(args), process.exitcode or 0, out, errors)
 
 
 def _free_port() -> int:
@@ -153,17 +172,19 @@ class Command:
     """
 
     def __init__(self, world_size: int, args: list[str], folder: Path, before: tuple[Any, ...] | None = None) -> None:
-        port = _free_port()
+        size, port = str(world_size), str(_free_port())
+        launcher = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         folder.mkdir(parents=True, exist_ok=True)
         self.errors = [folder / f"stderr-{rank}" for rank in range(world_size)]
-        self.processes = [
-            _context.Process(
-                target=_command, args=(rank, world_size, port, args, str(self.errors[rank]), before), daemon=True
+        self.processes = []
+        for rank, errors in enumerate(self.errors):
+            errors.unlink(missing_ok=True)
+            variables = launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = _context.Process(
+                target=_command, args=(variables, args, dict.fromkeys((1, 2), str(errors)), before, None), daemon=True
             )
-            for rank in range(world_size)
-        ]
-        for process in self.processes:
             process.start()
+            self.processes.append(process)
 
     def __enter__(self) -> Command:
         return self

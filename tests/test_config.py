@@ -1,12 +1,10 @@
 """Mistakes in a config: one sentence with file and key, before anything is started."""
 
-import subprocess
-import sys
-
 import pytest
 import yaml
 
 from peer_dist.config import ConfigError, check_world, load_config, parse_config
+from tests.ranks import run_command
 
 
 def load(tmp_path, text, *overrides):
@@ -282,9 +280,7 @@ def test_the_command_says_so_and_leaves(tmp_path, text, message):
     """Exit code 2, the sentence alone on stderr, and no process group (it would write where there is no such host)."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    result = subprocess.run(
-        [sys.executable, "-m", "peer_dist", "train", "--config", str(path)], capture_output=True, text=True, timeout=60
-    )
+    result = run_command("train", "--config", str(path), timeout=60)
     assert result.returncode == 2, result.stderr
     assert message in " ".join(result.stderr.split())
     assert result.stderr.startswith("error: ")
@@ -293,6 +289,6 @@ def test_the_command_says_so_and_leaves(tmp_path, text, message):
 
 
 def test_help_lists_every_key():
-    result = subprocess.run([sys.executable, "-m", "peer_dist", "train", "--help"], capture_output=True, text=True)
+    result = run_command("train", "--help")
     for key in ("num_experts", "table_dtype", "global_batch_size", "init_from", "decay_steps", "expert_tensor"):
         assert key in result.stdout

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from dataclasses import asdict
 
@@ -20,7 +19,7 @@ from peer_dist.data.prepare import read_prepared
 from peer_dist.evaluation.usage_report import HeadUsage
 from peer_dist.measures.held_out import unigram_loss
 from peer_dist.measures.usage import ExpertUsage, share_histogram, uniform_unevenness
-from tests.ranks import Command, run_ranks
+from tests.ranks import Command, run_command, run_ranks
 from tests.runs import metrics_of, run_to_the_end, small_config, with_keys
 
 # ---------------------------------------------------------------- usage
@@ -314,42 +313,21 @@ def test_evaluation_and_generation_at_any_number_of_ranks(run):
 def test_commands(run, tmp_path):
     """prepare, evaluate and generate as a user starts them, one after the other's files."""
 
-    def command(*arguments):
-        return subprocess.Popen(
-            [sys.executable, "-m", "peer_dist", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def output(process):
-        stdout, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr
-        return stdout, stderr
+    def output(*arguments):
+        done = run_command(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, done.stderr
 
     (tmp_path / "in.txt").write_text("To be, or not to be.\n\n" * 100)
-    generate = command(
-        "generate", "--checkpoint", run["checkpoint"]["dir"], "--prompt", "ROMEO:", "--tokens", "9", "--seed", "1"
-    )
-    _, said = output(command("prepare", "-o", str(tmp_path / "set"), str(tmp_path / "in.txt")))
+    trained = "--checkpoint", run["checkpoint"]["dir"]
+    text, speed = output("generate", *trained, "--prompt", "ROMEO:", "--tokens", "9", "--seed", "1")
+    _, said = output("prepare", "-o", str(tmp_path / "set"), str(tmp_path / "in.txt"))
     tokens = read_prepared(str(tmp_path / "set")).tokens
     assert f"{tokens:,} tokens" in " ".join(said.split())
-    evaluate = command(
-        "evaluate",
-        "--checkpoint",
-        run["checkpoint"]["dir"],
-        "--data",
-        str(tmp_path / "set"),
-        "--split",
-        "all",
-        "--json",
-    )
-    text, speed = output(generate)
     assert re.search(r"^\d tokens in .* tokens/s$", speed, re.MULTILINE)
     assert text.startswith("ROMEO:")
     assert len(text) > len("ROMEO:\n")
-    report = json.loads(output(evaluate)[0])
+    report = json.loads(output("evaluate", *trained, "--data", str(tmp_path / "set"), "--split", "all", "--json")[0])
     assert (report["step"], report["split"], report["tokens"]) == (10, "all", (tokens - 1) // 32 * 32)
     assert report["perplexity"] == pytest.approx(math.exp(report["loss"]))
     assert 1 < report["perplexity"] < 257

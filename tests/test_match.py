@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from peer_dist.kinds.cost import merged, total
 from peer_dist.planning.counts import Counts, count
 from peer_dist.sweep.match import Partner, match, misses, overruled
 from tests.models import ROUTERS, make
+from tests.ranks import run_command
 
 VOCAB = 128
 MIDDLE = {"model.mlp": ["dense", "peer", "dense"]}
@@ -117,9 +116,7 @@ def test_mistakes_are_answered(arguments: dict[str, Any], message: str) -> None:
 def test_the_command_writes_runs_of_their_own(text: Path, small: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
     command = ["match", "--config", "run.yaml", "--kind", "dense", "--kind", "moe", "--write", "partners"]
-    result = subprocess.run(
-        [sys.executable, "-m", "peer_dist", *command, "train.steps=12"], cwd=tmp_path, capture_output=True, text=True
-    )
+    result = run_command(*command, "train.steps=12", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert all(word in result.stdout for word in ("peer", "dense", "moe", "query", "deviation"))
     config = load_config(tmp_path / "run.yaml", ["train.steps=12"])

@@ -1,8 +1,6 @@
 """peer-dist plot: which figures come of what, opened as PNG and SVG, with the words that a reader needs."""
 
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -12,6 +10,7 @@ from matplotlib.image import imread
 from peer_dist.config import ConfigError
 from peer_dist.plots.command import plot, tables
 from peer_dist.sweep.results import write_results
+from tests.ranks import run_command
 from tests.results import make_row, result_rows
 
 SIZE = "train_flops_per_token"
@@ -134,8 +133,7 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
 
 def test_the_command(tmp_path):
     write_results(tmp_path / "results.csv", result_rows())
-    command = [sys.executable, "-m", "peer_dist", "plot", str(tmp_path), "--output", str(tmp_path / "figures")]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    told = run_command("plot", str(tmp_path), "--output", str(tmp_path / "figures")).stdout
     assert "Compute-optimal size" in told
     assert "-0.2000 ± 0.2484" in told, "the seeds' differences of 0.1, 0.2 and 0.3"
     assert told.splitlines()[-1] == str(tmp_path / "figures" / "isoflop.svg")

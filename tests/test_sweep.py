@@ -25,6 +25,7 @@ from peer_dist.sweep.results import read_results, write_results
 from peer_dist.sweep.runner import run_sweep, runs_table, select
 from peer_dist.sweep.spec import load_sweep
 from peer_dist.sweep.tuning import choose_rates
+from tests.ranks import run_command
 from tests.results import SIZES, losses_around, make_row, result_rows
 
 
@@ -38,7 +39,7 @@ def sweep_tree(text):
             "data": {"prefix": str(text), "split": "96,2,2"},
             "train": {"micro_batch_size": 8, "global_batch_size": 8, "precision": "fp32"},
         },
-        "budgets": [1e10],
+        "budgets": [3e9],
         "models": {"dense": None, "peer": {"model.mlp": ["dense", "peer", "dense"]}},
         "sizes": {
             "h16": {"model.hidden_size": 16, "model.ffn_hidden_size": 48},
@@ -95,7 +96,7 @@ RATES = {"dense": [1e-3, 2e-3], "peer": [[1e-3, 1e-3], [2e-3, 4e-3]]}
         ({"tokens": 1e6}, "exactly one of budgets and tokens"),
         ({"budget": [1e9]}, "budget: unknown key; did you mean budgets?"),
         ({"models": {"a b": {}}}, "models"),
-        ({"models": {"wide": {"model.hiden_size": 3}}}, "tiny.yaml: wide-h16-1e10-s1: model.hiden_size: unknown key"),
+        ({"models": {"wide": {"model.hiden_size": 3}}}, "tiny.yaml: wide-h16-3e09-s1: model.hiden_size: unknown key"),
         ({"models": {"long": {"train.steps": 3}}}, "models.long: train.steps is set by the sweep itself"),
         ({"budgets": [1e6]}, "dense-h16-1e06-s1: budgets: 9 tokens are 0.03 steps of 256; raise it"),
         ({"seeds": [1, 1]}, "seeds lists a value twice"),
@@ -148,7 +149,7 @@ def swept(sweep_tree, tmp_path_factory):
     path, out = written(sweep_tree, folder), folder / "out"
     sweep = load_sweep(path, out)
     seen = {"sweep": sweep, "out": out, "console": quiet()}
-    blocked = out / "peer-h32-1e10-s1" / "checkpoints"
+    blocked = out / "peer-h32-3e09-s1" / "checkpoints"
     blocked.parent.mkdir(parents=True)
     blocked.touch()  # a file where a folder should be
     seen["failed"] = run_sweep(sweep, select(sweep, task=3), 1, 1, None, seen["console"])
@@ -159,14 +160,14 @@ def swept(sweep_tree, tmp_path_factory):
     process = subprocess.Popen(
         [*command, "--only", "h16"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    metrics = out / "dense-h16-1e10-s1" / "metrics.jsonl"
+    metrics = out / "dense-h16-3e09-s1" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     seen["words"] = process.communicate(timeout=120)[1]
     seen["stopped"] = process.returncode
-    seen["checkpoint"] = sorted(p.name for p in (out / "dense-h16-1e10-s1" / "checkpoints").glob("step-*"))
+    seen["checkpoint"] = sorted(p.name for p in (out / "dense-h16-3e09-s1" / "checkpoints").glob("step-*"))
     seen["resumed"] = run_sweep(sweep, sweep.runs, 2, 1, None, seen["console"])
     seen["said"] = " ".join(seen["console"].file.getvalue().split())
     return seen
@@ -174,8 +175,8 @@ def swept(sweep_tree, tmp_path_factory):
 
 def test_a_failing_run_is_told_and_is_alone(swept):
     assert swept["failed"] == 1
-    assert swept["after failing"] == {"peer-h32-1e10-s1"}, "a task is one run"
-    assert "peer-h32-1e10-s1: failed (exit code 2): error: checkpoint.dir: nothing can be written" in swept["said"]
+    assert swept["after failing"] == {"peer-h32-3e09-s1"}, "a task is one run"
+    assert "peer-h32-3e09-s1: failed (exit code 2): error: checkpoint.dir: nothing can be written" in swept["said"]
 
 
 def test_a_stopped_sweep_goes_on_from_checkpoints(swept):
@@ -185,7 +186,7 @@ def test_a_stopped_sweep_goes_on_from_checkpoints(swept):
     (step,) = swept["checkpoint"]
     stopped_at = int(step.removeprefix("step-"))
     assert 2 <= stopped_at < swept["sweep"].runs[0].config.train.steps
-    assert f"going on from step {stopped_at}" in (swept["out"] / "dense-h16-1e10-s1" / "log.txt").read_text()
+    assert f"going on from step {stopped_at}" in (swept["out"] / "dense-h16-3e09-s1" / "log.txt").read_text()
     assert swept["resumed"] == exit_codes.DONE
 
 
@@ -217,7 +218,7 @@ def test_a_finished_sweep_does_nothing(swept, sweep_tree, tmp_path):
     assert len(read_results(out / "results.csv")) == 4
     other = {**sweep_tree, "models": {**sweep_tree["models"], "dense": {"optimizer.weight_decay": 0.2}}}
     sweep = load_sweep(written(other, tmp_path), out)
-    with pytest.raises(ConfigError, match=r"dense-h16-1e10-s1: was run with optimizer.weight_decay 0.1, .* gives 0.2"):
+    with pytest.raises(ConfigError, match=r"dense-h16-3e09-s1: was run with optimizer.weight_decay 0.1, .* gives 0.2"):
         run_sweep(sweep, sweep.runs, 2, 1, None, quiet())
 
 
@@ -225,7 +226,7 @@ def test_only_some_runs(sweep_tree, tmp_path):
     tree = {**sweep_tree, "tune": {"size": "h16", "learning_rates": RATES}}
     sweep = load_sweep(written(tree, tmp_path), tmp_path)
     names = [run.name for run in select(sweep, ["peer-h32*"])]
-    assert names == ["peer-h16-1e10-s1-trial0", "peer-h16-1e10-s1-trial1", "peer-h32-1e10-s1"], "and their trials"
+    assert names == ["peer-h16-3e09-s1-trial0", "peer-h16-3e09-s1-trial1", "peer-h32-3e09-s1"], "and their trials"
     assert {run.model for run in select(sweep, ["dense"])} == {"dense"}
     for mistake, sentence in (({"patterns": ["x"]}, "--only: x is no run"), ({"task": 8}, "--task: 8 is not below 8")):
         with pytest.raises(ConfigError, match=sentence):
@@ -239,12 +240,11 @@ def test_tuned_runs_use_the_best_trial_and_the_loss_is_the_whole_splits(sweep_tr
     sweep = load_sweep(written(tree, tmp_path), tmp_path / "out")
     assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet()) == exit_codes.DONE
     rows = {row.run: row for row in read_results(tmp_path / "out" / "results.csv")}
-    assert rows["peer-h16-1e10-s1"].lr == rows["peer-h16-1e10-s1"].table_lr == 3e-3
-    assert rows["peer-h32-1e10-s1"].val_loss == rows["peer-h32-1e10-s1-trial1"].val_loss, "the same run"
-    checkpoints = str(tmp_path / "out" / "peer-h16-1e10-s1" / "checkpoints")
-    command = [sys.executable, "-m", "peer_dist", "evaluate", "--checkpoint", checkpoints, "--json"]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert told["loss"] == pytest.approx(rows["peer-h16-1e10-s1"].val_loss, rel=1e-6)
+    assert rows["peer-h16-3e09-s1"].lr == rows["peer-h16-3e09-s1"].table_lr == 3e-3
+    assert rows["peer-h32-3e09-s1"].val_loss == rows["peer-h32-3e09-s1-trial1"].val_loss, "the same run"
+    checkpoints = str(tmp_path / "out" / "peer-h16-3e09-s1" / "checkpoints")
+    told = json.loads(run_command("evaluate", "--checkpoint", checkpoints, "--json").stdout)
+    assert told["loss"] == pytest.approx(rows["peer-h16-3e09-s1"].val_loss, rel=1e-6)
 
 
 # ---------------------------------------------------------------- tuning
