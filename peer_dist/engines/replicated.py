@@ -38,7 +38,8 @@ class ReplicatedEngine(Engine):
         )
         self._inner = self._optimizer.optimizer
         for group in self._inner.param_groups:
-            group["weight_decay"] = adam.weight_decay * group.get("wd_mult", 1.0)  # else its scheduler's work
+            # Megatron leaves wd_mult to its scheduler, which is not used here
+            group["weight_decay"] = adam.weight_decay * group.get("wd_mult", 1.0)
             for main in group["params"]:
                 self._inner.state[main] = {
                     "step": torch.zeros((), dtype=torch.float32, device=main.device),
