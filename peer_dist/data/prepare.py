@@ -200,10 +200,10 @@ def _learn(paths: list[Path], vocab_size: int, folder: Path, max_document: int, 
     """Learn a byte-level BPE vocabulary from the documents of the files, showing progress."""
     task = progress.add_task("learn BPE", total=_total(paths), note="")
     file = folder / "bpe.json"
-    learned = learn_bpe(paths, vocab_size, file, max_document, lambda count: progress.advance(task, count))
-    if learned.vocab_size < vocab_size:
-        _warn(progress, f"the text gives {learned.vocab_size} of the {vocab_size} tokens asked for")
-    return replace(learned, name="bpe")
+    tokenizer = learn_bpe(paths, vocab_size, file, max_document, lambda count: progress.advance(task, count))
+    if tokenizer.vocab_size < vocab_size:
+        _warn(progress, f"the text gives {tokenizer.vocab_size} of the {vocab_size} tokens asked for")
+    return replace(tokenizer, name="bpe")
 
 
 def _publish(written: Path, output: Path) -> None:

@@ -123,14 +123,14 @@ def train_bpe(
 
     with input_files(files) as paths:
         tokenizer.train_from_iterator(documents(paths), trainer)
-    learned = _wrap(tokenizer, os.fspath(output))
+    result = _wrap(tokenizer, os.fspath(output))
     partial = f"{os.fspath(output)}.partial-{os.getpid()}"
     try:
-        learned.save(partial)
+        result.save(partial)
         os.replace(partial, output)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
-    return learned
+    return result
 
 
 def _wrap(tokenizer: Tokenizer, name: str) -> TextTokenizer:

@@ -116,13 +116,13 @@ def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Find
     ranks_on: dict[tuple[str, str], list[int]] = {}  # by host and device
     for rank, value in values.items():
         ranks_on.setdefault((ranks.hosts.get(rank, "?"), value.get("unique", "cpu")), []).append(rank)
-    for (host, unique), sharing in ranks_on.items():
-        first = values[sharing[0]]
-        if unique != "cpu" and len(sharing) > 1:
-            text = f"{ranks.named(sharing)} share one {first['name']}"
+    for (host, unique), sharers in ranks_on.items():
+        first = values[sharers[0]]
+        if unique != "cpu" and len(sharers) > 1:
+            text = f"{ranks.named(sharers)} share one {first['name']}"
             findings.append(Finding("devices", "fail", text, "start one rank per GPU (--nproc-per-node, --gpus)"))
-        elif unique == "cpu" and len(sharing) * first["threads"] > first["cores"]:
-            text = f"{len(sharing)} ranks of {first['threads']} threads on the {first['cores']} cores of {host}"
+        elif unique == "cpu" and len(sharers) * first["threads"] > first["cores"]:
+            text = f"{len(sharers)} ranks of {first['threads']} threads on the {first['cores']} cores of {host}"
             findings.append(Finding("devices", "warn", text, "start fewer ranks, or lower OMP_NUM_THREADS"))
     busy = [rank for rank, value in values.items() if "free" in value and value["free"] < 0.9 * value["total"]]
     if busy:
@@ -388,13 +388,13 @@ def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[
     )
     world, slow = ranks.world_size, []
     speeds: list[str] = []
-    for name, moved in (("all-reduce", 2 * (world - 1) / world), ("all-to-all", (world - 1) / world)):
+    for name, share in (("all-reduce", 2 * (world - 1) / world), ("all-to-all", (world - 1) / world)):
         for size in _SIZES:
             seconds = max(value["seconds"][f"{name} {size}"] for value in values.values())
             if size == _SIZES[0]:
                 speeds.append(f"{name} of {sized(size)} {seconds * 1e3:.2f} ms")
             else:
-                speed = moved * size / seconds / 1e9
+                speed = share * size / seconds / 1e9
                 speeds.append(f"{sized(size)} {speed:.2f} GB/s")
                 if size == _SIZES[-1] and speed < floor:
                     slow.append(name)

@@ -131,15 +131,13 @@ class Engine(abc.ABC):
 
     def _shards_not_finite(self) -> list[str]:
         """Names of the shards whose gradients are not finite."""
-        grads = (
-            (name, shard.grad) for optimizer in self.shard_optimizers for name, shard in optimizer.tables.items()
-        )
+        grads = ((name, shard.grad) for optimizer in self.shard_optimizers for name, shard in optimizer.tables.items())
         return names_not_finite(
             (name, grad._values() if grad is not None and grad.is_sparse else grad) for name, grad in grads
         )
 
     def _finish(self, result: StepResult) -> StepResult:
-        """Update the shards as the dense part was, or drop their gradients if it was not; return ``result``."""
+        """Update the shards if the dense part was updated, else drop their gradients; return ``result``."""
         if result.applied:
             clip = (result.grad_norm + 1e-6) / self.grad_clip if self.grad_clip > 0 else 0.0
             for optimizer in self.shard_optimizers:

@@ -119,8 +119,8 @@ class Revival:
             keys = value.reshape(*moved[number].shape, -1)  # [sets, 2, n, key_dim / 2]
             new = torch.zeros_like(keys)
             if part == "master":
-                near = keys.gather(2, sources[number][..., None].expand_as(keys))
+                copies = keys.gather(2, sources[number][..., None].expand_as(keys))
                 generator = torch.Generator().manual_seed(stream_key(self._seed, f"revival.layer{number}", step))
                 noise = torch.randn(keys.shape, generator=generator).to(keys)
-                new = near + _NOISE * near.square().mean(-1, keepdim=True).sqrt() * noise
+                new = copies + _NOISE * copies.square().mean(-1, keepdim=True).sqrt() * noise
             engine.load_dense_state(name, part, torch.where(moved[number][..., None], new, keys).view_as(value))

@@ -17,7 +17,7 @@ from peer_dist.measures.metrics import EVENTS, IMAGES, metrics_file, read_metric
 
 @dataclass(frozen=True)
 class Series:
-    """A number along the run, at the steps where it is known and finite. It is false if there are none.
+    """A number along the run, at the steps where it is known and finite. A series without points is false.
 
     Attributes:
         step: int64 ``[points]``.

@@ -148,7 +148,7 @@ def share_histogram(shares: Tensor) -> tuple[list[float], list[float]]:
 
 
 class ExpertUsage:
-    """Adds up a layer's gates per expert while it trains; it is made to be the layer's ``on_route``.
+    """Adds up a layer's gates per expert while it trains. Assign it to the layer's ``on_route``.
 
     It holds two numbers of 8 bytes per expert, and a bit per expert and head, on the layer's device. The unevenness of
     single heads would need a number per expert and head; `peer-dist usage` measures it.

@@ -27,8 +27,8 @@ def usage_map(shares: Tensor) -> np.ndarray:
     rows = next(side for side in range(math.isqrt(len(shares)), 0, -1) if len(shares) % side == 0)
     grid = shares.cpu().numpy().reshape(rows, -1)
     for axis in (0, 1):
-        joined = -(-grid.shape[axis] // _PIXELS)
-        starts = np.arange(0, grid.shape[axis], joined)
+        per_pixel = -(-grid.shape[axis] // _PIXELS)
+        starts = np.arange(0, grid.shape[axis], per_pixel)
         counts = np.diff(starts, append=grid.shape[axis])
         grid = np.add.reduceat(grid, starts, axis) / np.expand_dims(counts, 1 - axis)
     with np.errstate(divide="ignore"):

@@ -109,10 +109,10 @@ class _MetadataUnpickler(pickle._Unpickler):
         self._others = others
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class of that name from the allow-list.
+        """The class of that name in the allow-list; for any other, with ``others``, :class:`_Ignored`.
 
         Raises:
-            UntrustedError: it is not in the list.
+            UntrustedError: it is not in the list, and ``others`` is False.
         """
         try:
             return _CLASSES[module, name]
@@ -279,7 +279,7 @@ class LoadTensors(TorchDistLoadShardedStrategy):
     _reader: MetadataReader | None = None
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
-        """Load the tensors of ``sharded_state_dict`` from a checkpoint; return the dict with tensors in their places."""
+        """Load the tensors of ``sharded_state_dict`` from a checkpoint; return the dict with them in their places."""
         shards = [value for value in _values(sharded_state_dict) if isinstance(value, ShardedTensor)]
         by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = mcore_to_pyt_state_dict(by_key, True)

@@ -275,9 +275,9 @@ def _links(here: Here) -> dict[str, dict[str, dict[str, float]]]:
     between = [[node[place] for node in inside] for place in range(min(map(len, inside)))]
     times: dict[str, dict[str, dict[str, float]]] = {}
     for kind, groups in (("node", inside), ("network", between)):
-        several = [ranks for ranks in groups if len(ranks) > 1]
-        process_groups = [dist.new_group(ranks) for ranks in several]  # all ranks must make all of them
-        own = [group for group, ranks in zip(process_groups, several) if here.rank in ranks]
+        members = [ranks for ranks in groups if len(ranks) > 1]
+        process_groups = [dist.new_group(ranks) for ranks in members]  # all ranks must make all of them
+        own = [group for group, ranks in zip(process_groups, members) if here.rank in ranks]
         here.together()
         if own:
             times[kind] = _exchanged(here, own[0])
@@ -289,7 +289,7 @@ def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, dict[str, floa
     """For each collective, seconds of a tiny message and of a large one, and the bytes that a rank sends in that."""
     ranks = group.size()
     times = {}
-    for name, moved in (("all-to-all", (ranks - 1) / ranks), ("all-reduce", 2 * (ranks - 1) / ranks)):
+    for name, share in (("all-to-all", (ranks - 1) / ranks), ("all-reduce", 2 * (ranks - 1) / ranks)):
         seconds = []
         for size in (4 * ranks, _MESSAGE // 4 // ranks * ranks * 4):
             sent = torch.ones(size // 4, device=here.device)
@@ -300,7 +300,7 @@ def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, dict[str, floa
                 else functools.partial(dist.all_reduce, sent, group=group)
             )
             seconds.append(_least(here, run, _ROUNDS))
-        times[name] = {"tiny": seconds[0], "large": seconds[1], "bytes": moved * sent.nbytes}
+        times[name] = {"tiny": seconds[0], "large": seconds[1], "bytes": share * sent.nbytes}
     return times
 
 
@@ -326,8 +326,8 @@ def _judge_links(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Fi
             if name == "all-to-all":  # the collective by which tokens travel to experts
                 rates.values |= {f"{key}_bytes_per_s": _rounded(bandwidth), f"{key}_latency_s": _rounded(latency)}
     if "node_link_latency_s" not in rates.values:
-        instead = ("network", "that between nodes") if "network_latency_s" in rates.values else None
-        _guess(rates, "node_link", instead)
+        substitute = ("network", "that between nodes") if "network_latency_s" in rates.values else None
+        _guess(rates, "node_link", substitute)
     if "network_latency_s" not in rates.values:
         _guess(rates, "network", ("node_link", "that inside the node") if texts else None)
     if rates.guessed:
@@ -337,16 +337,16 @@ def _judge_links(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Fi
     return [Finding("links", "ok", "; ".join(texts))]
 
 
-def _guess(rates: _Rates, key: str, instead: tuple[str, str] | None) -> None:
+def _guess(rates: _Rates, key: str, substitute: tuple[str, str] | None) -> None:
     """Fill in the rates of links that were not measured.
 
     Args:
         key: the hardware file's prefix for the links.
-        instead: the prefix of the links whose rates are taken, and their name; None if no links were measured.
+        substitute: the prefix of the links whose rates are taken, and their name; None if no links were measured.
     """
     for end in ("bytes_per_s", "latency_s"):
-        if instead is not None:
-            value, reason = rates.values[f"{instead[0]}_{end}"], f"{instead[1]} stands there"
+        if substitute is not None:
+            value, reason = rates.values[f"{substitute[0]}_{end}"], f"{substitute[1]} stands there"
         elif end == "bytes_per_s":
             value, reason = rates.values["hbm_bytes_per_s"], "a copy's rate stands there"
         else:

@@ -188,7 +188,7 @@ def _check_runs(
 
 
 def _take_settled(sweep: Sweep, waiting: list[Run], rows: dict[str, Row]) -> Run | None:
-    """Remove the first run with known learning rates from ``waiting``, and return it with these; None if there is none."""
+    """Remove the first run with known learning rates from ``waiting`` and return it with them, or None."""
     for place, run in enumerate(waiting):
         tuned = settled(sweep, run, rows)
         if tuned is not None:

@@ -247,9 +247,7 @@ def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> 
     steps = round(tokens / batch)
     if steps < 2:
         key = "tokens" if budget is None else "budgets"
-        raise ConfigError(
-            f"{source}: {key}: {tokens:,.0f} tokens are {tokens / batch:.2f} steps of {batch}; raise it"
-        )
+        raise ConfigError(f"{source}: {key}: {tokens:,.0f} tokens are {tokens / batch:.2f} steps of {batch}; raise it")
     set_key(tree, ["train", "steps"], steps, source)
     set_key(tree, ["optimizer", "warmup_steps"], min(round(file.warmup_share * steps), steps - 1), source)
     set_key(tree, ["optimizer", "decay_steps"], steps, source)

@@ -35,7 +35,7 @@ class Choice:
 
 
 def choose_rates(sweep: Sweep, model: str, rows: Mapping[str, Row]) -> Choice | None:
-    """The rates with the least mean loss; None as long as trials are missing. The loss of a diverged trial is infinite.
+    """The rates with the least mean loss; None as long as trials are missing. A diverged trial's loss is infinite.
 
     Args:
         sweep: the sweep, which tunes learning rates.
@@ -54,8 +54,8 @@ def choose_rates(sweep: Sweep, model: str, rows: Mapping[str, Row]) -> Choice | 
     means = [fmean(losses_of_seeds) for losses_of_seeds in losses]
     best = means.index(min(means))
     edges = []
-    for name, tried in (("dense", [lr for lr, _ in rates]), ("table", [lr for _, lr in rates if lr is not None])):
-        chosen = rates[best][0 if name == "dense" else 1]
-        if len(set(tried)) > 1 and chosen in (min(tried), max(tried)):
+    for name, rates_tried in (("dense", [lr for lr, _ in rates]), ("table", [lr for _, lr in rates if lr is not None])):
+        rate = rates[best][0 if name == "dense" else 1]
+        if len(set(rates_tried)) > 1 and rate in (min(rates_tried), max(rates_tried)):
             edges.append(name)
     return Choice(rates[best], means[best], tuple(edges))

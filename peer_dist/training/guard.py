@@ -104,9 +104,7 @@ class Guard:
             self._losses.append(loss)
         outcome = "applied" if applied else "loss spike" if spike else "gradients not finite"
         culprits = tuple(sorted(set(not_finite)))
-        self._steps.append(
-            _Step(step, sequences, outcome, _finite_or_none(loss), _finite_or_none(grad_norm), culprits)
-        )
+        self._steps.append(_Step(step, sequences, outcome, _finite_or_none(loss), _finite_or_none(grad_norm), culprits))
 
     @property
     def given_up(self) -> bool:

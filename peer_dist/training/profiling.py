@@ -107,6 +107,7 @@ class Profile:
         console.print(f"profile              {self._folder} (see https://ui.perfetto.dev)", highlight=False)
 
     def _begin(self) -> None:
+        """Start the profilers and the counting of collectives."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._running = ExitStack()
         self._running.enter_context(_watched(self._collectives))
@@ -124,6 +125,7 @@ class Profile:
         )
 
     def _end(self) -> None:
+        """Stop the profilers, if they run, and write what they recorded."""
         if self._running is None:
             return
         self._running.close()
@@ -139,6 +141,7 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _tables(self) -> Iterator[Table]:
+        """Yield tables of collectives, of NCCL's kernels and of the bytes of exchanges, all means per step."""
         steps = len(self._seconds)
         yield _sums_table("collective", "ms waited", self._collectives, steps)
         if self._kernels:

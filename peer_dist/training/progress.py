@@ -57,8 +57,8 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line >= _LOG_SECONDS or step == self._total):
             self._last_line = now
-            left = timedelta(seconds=round((now - self._begin) / (step - self._start) * (self._total - step)))
-            self._console.print(f"step {step}/{self._total}  {status}  ETA {left}", highlight=False)
+            remaining = timedelta(seconds=round((now - self._begin) / (step - self._start) * (self._total - step)))
+            self._console.print(f"step {step}/{self._total}  {status}  ETA {remaining}", highlight=False)
 
     def say(self, status: str) -> None:
         """Show ``status`` in the bar until the next update; log files have no such line."""

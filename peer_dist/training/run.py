@@ -175,10 +175,12 @@ class Run:
         return self._trainer.steps_done % self._config.logging.interval == 0 or self.over
 
     def _add_usage(self) -> None:
+        """Add the usage of experts at the end of a window."""
         if self._logged:
             self._values |= self._trainer.usage_values()
 
     def _compare_ranks(self) -> None:
+        """At the end of a window, print and record ranks that hold up the others."""
         if not self._logged:
             return
         ratio, lines = self._trainer.stragglers.report()
@@ -188,11 +190,13 @@ class Run:
         self._values["speed/slowest_rank_ratio"] = ratio
 
     def _validate(self) -> None:
-        done = self._trainer.steps_done
-        if done % self._config.evaluation.interval == 0 or done == self._config.train.steps:
+        """Validate at each ``evaluation.interval`` and after the last step."""
+        step = self._trainer.steps_done
+        if step % self._config.evaluation.interval == 0 or step == self._config.train.steps:
             self._values |= self._trainer.validate(self._metrics)
 
     def _record(self) -> None:
+        """Write the step's numbers to the metrics."""
         if self._metrics is not None and self._values:
             self._metrics.write(self._trainer.steps_done, self._values)
 
@@ -233,9 +237,11 @@ class Run:
     # Printing and recording.
 
     def _say(self, text: str) -> None:
+        """Print on rank 0."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def _event(self, name: str, **details: object) -> None:
+        """Write an event on rank 0."""
         if self._metrics is not None:
             self._metrics.event(name, self._trainer.steps_done, **details)
 
