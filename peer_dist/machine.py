@@ -1,8 +1,8 @@
-"""What the operating system says of this machine: its processor, cores and memory, the age and place of its processes.
+"""Asks the operating system about this machine: its processor, cores and memory, and the age of its processes.
 
 psutil and py-cpuinfo are asked. Linux's own files are read here, and nowhere else, for what these two do not say, or
 take a second to say: the processor's name and instruction sets, the limits of a container, the identity of a boot,
-start times that setting the clock does not move, and NVIDIA's driver.
+start times that do not change when the clock is set, and NVIDIA's driver.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def cpu_name() -> str:
 
 
 def cpu_features() -> str:
-    """What tells kinds of processors apart: name and instruction sets on Linux, elsewhere the architecture alone.
+    """A text that differs between kinds of processors: name and instruction sets on Linux, else the architecture.
 
     It is part of the key under which compiled kernels are cached, and every process that uses them asks.
     """
@@ -60,7 +60,7 @@ def usable_cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this machine, or the container's limit, leaves."""
+    """Bytes of memory that are free on this machine, or that the container's limit leaves if those are fewer."""
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup of version 2: no limit
@@ -69,9 +69,9 @@ def free_memory() -> int:
 
 
 def process_start(pid: int) -> str:
-    """When a process began, in a unit of the system's own, to be compared for equality within one boot.
+    """The time at which a process began, in a unit of the system's own, to be compared for equality within one boot.
 
-    Empty where no such process runs; one that has ended and is not yet reaped does not.
+    It is empty if no such process runs. One that has ended and is not reaped yet does not run.
     """
     if psutil.LINUX:
         ticks = _start_ticks(pid)
@@ -86,7 +86,7 @@ def process_start(pid: int) -> str:
 
 
 def process_age() -> float:
-    """Seconds since this process began, with what it did before it ran this program."""
+    """Seconds since this process began, which may have been before it ran this program."""
     ticks = _start_ticks(os.getpid()) if psutil.LINUX else None
     if ticks is None:
         return time.time() - psutil.Process().create_time()
@@ -94,10 +94,10 @@ def process_age() -> float:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Clock ticks from the machine's boot to the start of a process; None where it has ended.
+    """Clock ticks from the machine's boot to the start of a process; None if it does not run.
 
-    psutil adds the time of the boot, which is known to the second and moves when the clock is set: the same process
-    would seem to be another one.
+    psutil adds the time of the boot, which is known only to the second and changes when the clock is set, so that the
+    same process would seem to be another one.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -107,10 +107,10 @@ def _start_ticks(pid: int) -> int | None:
 
 
 def process_space() -> str:
-    """Where process ids mean the same: this boot of the kernel and the pid namespace in it.
+    """A name for the space in which process ids are unique: this boot of the kernel and the pid namespace in it.
 
-    Two containers of one machine do not see each other's processes. Empty where Linux does not say; elsewhere the
-    host's name.
+    Two containers on one machine do not see each other's processes. The name is empty if Linux does not tell, and the
+    host's name on other systems.
     """
     if not psutil.LINUX:
         return socket.gethostname()
@@ -122,12 +122,12 @@ def process_space() -> str:
 
 
 def nvidia_driver() -> str | None:
-    """The name and version of NVIDIA's kernel driver; None where it is not loaded."""
+    """The name and version of NVIDIA's kernel driver; None if it is not loaded."""
     with contextlib.suppress(OSError):
         return (_NVIDIA / "version").read_text().splitlines()[0].split("  ")[1].strip()
     return None
 
 
 def has_nvidia_gpus() -> bool:
-    """Whether NVIDIA's driver has found GPUs, even if torch sees none of them."""
+    """Whether NVIDIA's driver has found GPUs, even if torch sees none."""
     return (_NVIDIA / "gpus").exists()

@@ -1,4 +1,4 @@
-"""What a process is doing: named spans, always known to the watchdog, and timed for whoever asks."""
+"""Records what a process is doing in named spans, which the watchdog can always read, and which can be timed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch
 
 
 class StepTimes:
-    """Seconds per span name since :meth:`reset`, forward and backward together.
+    """Seconds by span name since :meth:`reset`, forward and backward passes together.
 
-    On a GPU a span is bracketed by CUDA events, which are read once per step and so cost no
-    synchronisation inside it; on CPU by the clock.
+    On a GPU a span is timed by CUDA events, which are read once per step, so that nothing waits within a step; on a CPU
+    it is timed by the clock.
+
+    Args:
+        device: the device whose work is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Begin empty; ``device`` is that whose work is timed."""
         self._cuda = device.type == "cuda"
         self.reset()
 
@@ -28,7 +30,7 @@ class StepTimes:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def read(self) -> dict[str, float]:
-        """Span name to seconds; waits for the device."""
+        """Seconds by span name. The call waits for the device."""
         if self._events:
             torch.cuda.synchronize()
             for name, start, stop in self._events:
@@ -38,6 +40,7 @@ class StepTimes:
 
     @contextmanager
     def _time(self, name: str) -> Iterator[None]:
+        """A context whose duration is added to the span ``name``."""
         if self._cuda:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -51,41 +54,41 @@ class StepTimes:
 
 
 class Position:
-    """Where this process is. Written by the thread that works, read by the watchdog's.
+    """Where in the run this process is. The working thread writes it, and the watchdog's thread reads it.
 
     Attributes:
-        step: steps done.
-        phase: what the run is at.
+        step: number of the step.
+        phase: what the process does, such as "first step" or "save".
         span: the part of the step; empty between spans.
-        moves: grows with every entering and leaving; while it stands still nothing goes on.
+        moves: number of spans entered and left, and of phases begun; while it does not grow, nothing progresses.
     """
 
     def __init__(self) -> None:
-        """Begin at the start of the run."""
         self.step, self.phase, self.span, self.moves = 0, "start", "", 0
 
     def at(self, phase: str, step: int) -> None:
-        """Say what comes next."""
+        """Begin a phase, in or after step ``step``."""
         self.phase, self.step = phase, step
         self.moves += 1
 
 
 position = Position()
+"""The position of this process."""
 _listener: StepTimes | None = None
 
 
 def listen(times: StepTimes | None) -> None:
-    """Send the spans of this process to ``times``; None stops."""
+    """Time the spans of this process in ``times`` from now on; None stops it."""
     global _listener
     _listener = times
 
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """Mark a part of the step: a range in torch's profiler where one is on, and its time for whoever listens."""
+    """A context that marks a part of the step: for the watchdog, for torch's profiler and for :func:`listen`."""
     position.moves += 1
     outer, position.span = position.span, name
-    # Asked, because a range takes ten microseconds even where nobody records it.
+    # asked first, because a range takes ten microseconds even if no profiler records it
     profiled = torch.autograd._profiler_enabled()
     with torch.profiler.record_function(f"peer/{name}") if profiled else nullcontext():
         if _listener is None:
@@ -93,5 +96,5 @@ def span(name: str) -> Iterator[None]:
         else:
             with _listener._time(name):
                 yield
-    position.span = outer  # not after an error: it tells where that was
+    position.span = outer  # not after an error: then it shows where that was
     position.moves += 1

@@ -1,4 +1,4 @@
-"""Documents out of text files, as a stream: what `prepare` tokenizes and what `train_bpe` learns from."""
+"""Reads text files as a stream of documents, which `prepare` tokenizes and `train_bpe` learns from."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ _UNSOUND = (gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 class DataError(ValueError):
-    """Text or prepared data that cannot be used. Its message says what is wrong, where, and what to do."""
+    """A text or prepared data set cannot be used; the message says what is wrong, where, and what to do."""
 
 
 @contextmanager
 def input_files(inputs: Sequence[str | os.PathLike[str]] | None) -> Iterator[list[Path]]:
-    """The files to read, checked before any work is done; None is the text that ships with the package.
+    """A context with the paths of the files to read, which are checked before any work is done.
+
+    Args:
+        inputs: the files; None for the text that ships with the package.
 
     Raises:
-        DataError: no input at all, or one that is missing, a folder, or of an unknown kind.
+        DataError: there is no input at all, or one is missing, a folder, or of an unknown kind.
     """
     if inputs is None:
         with resources.as_file(resources.files("peer_dist.data") / "tinyshakespeare.txt") as path:
@@ -55,18 +58,19 @@ def read_documents(
     advance: Callable[[int], None] | None = None,
     block: int = _BLOCK,
 ) -> Iterator[str]:
-    """Yield one file's documents; none is empty, and at most a block and one document are held in memory.
+    """Yield one file's documents. None is empty, and at most a block and one document are held in memory.
 
     Args:
-        path: `.txt`, `.jsonl`, or either with `.gz`. JSON lines hold a document each, under the key "text";
+        path: a `.txt` or `.jsonl` file, or either with `.gz`. A JSON line holds one document, under the key "text";
             blank lines and empty texts are left out. A plain text is one document, or several of at most
             ``max_document`` characters, which joined give the text again.
-        max_document: characters; a longer plain text is cut after a blank line, else a line, else anywhere.
-        advance: told how many bytes of the file (compressed, if it is) were read since the last call.
-        block: bytes read at a time.
+        max_document: the most characters of a document of a plain text; a longer text is cut after a blank line,
+            else after a line, else anywhere.
+        advance: a function called with the number of bytes of the file (as compressed) read since its last call.
+        block: number of bytes read at a time.
 
     Raises:
-        DataError: bad UTF-8, bad JSON, a line without a "text" string, a broken gzip, an unreadable file.
+        DataError: the file has bad UTF-8, bad JSON, a line without a "text" string or a broken gzip, or is unreadable.
     """
     if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
         yield from read_json_lines(path, advance, block)
@@ -94,6 +98,7 @@ def cut(blocks: Iterator[str], size: int) -> Iterator[str]:
 
 
 def _cut_point(head: str) -> int:
+    """The number of characters after which to cut: after the last blank line, else the last line, else all."""
     for mark in ("\n\n", "\n\r\n", "\n"):
         at = head.rfind(mark)
         if at >= 0:
@@ -106,14 +111,21 @@ class _Bytes(Protocol):
 
 
 class _Zstd:
-    """Frames one after the other; zstandard's own reader would not tell a file that ends within one."""
+    """A file of zstd frames, decompressed one after the other.
+
+    It notices a file that ends within a frame, which zstandard's own reader does not.
+    """
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._frame = raw, zstandard.ZstdDecompressor().decompressobj()
         self._inside = False
 
     def read(self, size: int, /) -> bytes:
-        """What the next ``size`` bytes of the file, or more if they give nothing, become."""
+        """The decompressed next ``size`` bytes of the file, or of more if they yield nothing; empty at its end.
+
+        Raises:
+            EOFError: the file ends within a frame.
+        """
         while data := self._raw.read(size):
             out = b""
             while data:
@@ -132,6 +144,7 @@ class _Zstd:
 
 
 def _opened(path: Path, raw: IO[bytes]) -> _Bytes:
+    """A reader of a file's decompressed content, by the file's name."""
     if path.suffix.lower() == ".gz":
         return cast(_Bytes, gzip.GzipFile(fileobj=raw))
     if path.suffix.lower() != ".zst":
@@ -140,39 +153,40 @@ def _opened(path: Path, raw: IO[bytes]) -> _Bytes:
 
 
 def read_text(path: Path, advance: Callable[[int], None] | None = None, block: int = _BLOCK) -> Iterator[str]:
-    """Yield one file's text in blocks, none empty; `.gz` and `.zst` are told by the name.
+    """Yield one file's text in blocks, none of them empty. Files named `.gz` and `.zst` are decompressed.
 
     Args:
-        advance: as for :func:`read_documents`.
-        block: bytes of the file read at a time.
+        path: the file.
+        advance: as in :func:`read_documents`.
+        block: number of bytes of the file read at a time.
 
     Raises:
-        DataError: bad UTF-8, a broken .gz or .zst, or an unreadable file.
+        DataError: the file has bad UTF-8, is a broken .gz or .zst, or is unreadable.
     """
     kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower(), "")
     within = " of the uncompressed text" if kind else ""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    done = 0  # bytes given to the decoder, of which it may hold back the last few
-    told = 0
+    decoded = 0  # bytes passed to the decoder, which may hold back the last few
+    position = 0  # in the file, at the last call of advance
     first = True
     try:
         with open(path, "rb") as raw:
             stream = _opened(path, raw)
             while True:
                 data = stream.read(block)
-                held = len(decoder.getstate()[0])
+                held_back = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(data, final=not data)
                 except UnicodeDecodeError as error:
                     raise DataError(
-                        f"{path}: is not UTF-8 at byte {done - held + error.start}{within} ({error.reason}); "
+                        f"{path}: is not UTF-8 at byte {decoded - held_back + error.start}{within} ({error.reason}); "
                         "convert the file to UTF-8"
                     ) from None
-                done += len(data)
+                decoded += len(data)
                 if advance is not None:
-                    advance(raw.tell() - told)
-                    told = raw.tell()
-                if first and text:  # a byte order mark is not text
+                    advance(raw.tell() - position)
+                    position = raw.tell()
+                if first and text:  # a byte order mark is no text
                     text, first = text.removeprefix("\ufeff"), False
                 if text:
                     yield text
@@ -180,23 +194,23 @@ def read_text(path: Path, advance: Callable[[int], None] | None = None, block: i
                     return
     except EOFError:
         raise DataError(
-            f"{path}: the {kind} file ends too early, after {done} bytes of text or a little more; "
+            f"{path}: the {kind} file ends too early, after {decoded} bytes of text or a little more; "
             "copy or compress it again"
         ) from None
     except _UNSOUND as error:
-        raise DataError(f"{path}: is not a sound {kind} file after {done} bytes of text ({error})") from None
+        raise DataError(f"{path}: is not a sound {kind} file after {decoded} bytes of text ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def read_json_lines(path: Path, advance: Callable[[int], None] | None = None, block: int = _BLOCK) -> Iterator[str]:
-    """Yield the string under "text" of every line; blank lines and empty texts are left out.
+    """Yield the string under "text" of every JSON line; blank lines and empty texts are left out.
 
     Args:
-        advance, block: as for :func:`read_text`.
+        path, advance, block: as in :func:`read_text`.
 
     Raises:
-        DataError: as :func:`read_text`, and bad JSON or a line without a "text" string.
+        DataError: as in :func:`read_text`, or a line is no JSON or has no "text" string.
     """
     for number, line in enumerate(lines_of(read_text(path, advance, block)), start=1):
         if not line.strip():
@@ -209,7 +223,7 @@ def read_json_lines(path: Path, advance: Callable[[int], None] | None = None, bl
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise DataError(f'{path}: line {number}: must be an object with a string under "text"')
-        if "\\u" in line:  # JSON can spell half a surrogate pair, which is no character and has no UTF-8
+        if "\\u" in line:  # JSON can escape half a surrogate pair, which is no character and cannot be encoded
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -221,7 +235,7 @@ def read_json_lines(path: Path, advance: Callable[[int], None] | None = None, bl
 
 
 def lines_of(blocks: Iterator[str]) -> Iterator[str]:
-    """Lines of a text that arrives in blocks, without their line feeds; the last may be empty."""
+    """Yield the lines of a text that arrives in blocks, without their line feeds; the last may be empty."""
     pending: list[str] = []
     for block in blocks:
         head, *rest = block.split("\n")

@@ -1,7 +1,7 @@
-"""`peer-dist prepare`: text files into one tokenized data set, complete or absent.
+"""`peer-dist prepare` turns text files into one tokenized data set, which is complete or absent.
 
 ``PREFIX.bin`` and ``PREFIX.idx`` are Megatron's; ``PREFIX.tokenizer.json`` is the tokenizer; ``PREFIX.json``
-says what the set is, and is written last: where it is, the rest is too.
+describes the set. It is written last: if it is there, so is the rest.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
 from peer_dist.data.tokenizer import train_bpe as learn_bpe
 from peer_dist.megatron.indexed_data import IndexedWriter
 
-_BATCH = 1 << 18  # characters given to the tokenizer at a time, which takes some hundred bytes for each
+_BATCH = 1 << 18  # characters tokenized at a time: the tokenizer takes some hundred bytes of memory for each
 _ENDINGS = (".bin", ".idx", ".tokenizer.json", ".json")
 
 
 @dataclass(frozen=True)
 class PreparedSet:
-    """What ``PREFIX.json`` says."""
+    """The description of a prepared data set, which ``PREFIX.json`` holds."""
 
     documents: int
+    """Number of documents."""
     tokens: int
-    """Tokens in all, one end-of-document token per document included."""
+    """Number of tokens, one end-of-document token per document included."""
     vocab_size: int
+    """Token ids are below this."""
     eod: int
+    """The id of the end-of-document token."""
     tokenizer: str
-    """As it was named: `byte`, a file, or `bpe` if it was trained on these inputs."""
+    """The tokenizer's name: `byte`, a file, or `bpe` if it was trained on these inputs."""
     vocabulary: str
     """:attr:`TextTokenizer.digest` of the tokenizer."""
     fingerprint: str
-    """SHA-256 of the tokens as int32."""
+    """SHA-256 of all tokens as int32, in hexadecimal digits."""
     inputs: list[dict[str, str | int]]
     """``path`` and ``bytes`` of each file that was read."""
     sizes: dict[str, int]
-    """Bytes of the .bin and the .idx."""
+    """Bytes of the files ``.bin`` and ``.idx``."""
 
 
 def prepare(
@@ -61,18 +64,21 @@ def prepare(
     """Tokenize text files into the data set ``output``, showing progress.
 
     Args:
-        inputs: .txt and .jsonl files (key "text"), plain or .gz; None is the text that the package ships.
+        inputs: .txt and .jsonl files (key "text"), plain or .gz; None for the text that ships with the package.
         output: the prefix of the files to write; its folder is created if need be.
-        tokenizer: `byte`, or a tokenizer.json.
-        train_bpe: learn a byte-level BPE vocabulary of this size from the inputs instead.
-        max_document: characters; longer .txt files are cut into documents of at most this, at blank lines if
-            they have some, so that documents can be shared out between training, validation and test.
-        force: replace a data set that is there.
-        console: where progress and warnings go; stderr by default.
+        tokenizer: `byte`, or the path of a tokenizer.json.
+        train_bpe: size of a byte-level BPE vocabulary to learn from the inputs instead; None to learn none.
+        max_document: the most characters of a document of a .txt file; longer files are cut, at blank lines if they
+            have some, so that documents can be divided between training, validation and test.
+        force: whether to replace a data set that is there.
+        console: where progress and warnings go; by default stderr.
+
+    Returns:
+        The description of the data set.
 
     Raises:
-        DataError: an input or the tokenizer cannot be used, or the output is there or cannot be written.
-            Nothing is left behind, and a data set that was there is as before.
+        DataError: an input or the tokenizer cannot be used, or the output exists or cannot be written. Nothing is left
+            behind, and a data set that was there is unchanged.
     """
     output = Path(output)
     if max_document < 1:
@@ -85,14 +91,14 @@ def prepare(
     if present and not force:
         raise DataError(f"{present[0]}: is there already; choose another output or replace it with --force")
     with input_files(inputs) as paths:
-        chosen = load_tokenizer(tokenizer) if train_bpe is None else None
+        loaded = load_tokenizer(tokenizer) if train_bpe is None else None
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as partial:
                 with _progress(console) as progress:
-                    if chosen is None:
-                        chosen = _learn(paths, train_bpe or 0, Path(partial), max_document, progress)
-                    summary = _write(paths, Path(partial) / "set", chosen, max_document, progress)
+                    if loaded is None:
+                        loaded = _learn(paths, train_bpe or 0, Path(partial), max_document, progress)
+                    summary = _write(paths, Path(partial) / "set", loaded, max_document, progress)
                 _publish(Path(partial) / "set", output)
         except OSError as error:
             raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
@@ -100,10 +106,13 @@ def prepare(
 
 
 def read_prepared(prefix: str | os.PathLike[str]) -> PreparedSet:
-    """What ``PREFIX.json`` says, checked against the files beside it.
+    """Read the description of a prepared data set, and check it against the files beside it.
+
+    Args:
+        prefix: the prefix of the data set's files.
 
     Raises:
-        DataError: files are missing, or are not what was written.
+        DataError: a file is missing, or is not what was written.
     """
     prefix = os.fspath(prefix)
     advice = "; make it with `peer-dist prepare --output " + prefix + "`"
@@ -115,15 +124,16 @@ def read_prepared(prefix: str | os.PathLike[str]) -> PreparedSet:
     except (OSError, ValueError, TypeError):
         raise DataError(f"{prefix}.json: is not what `peer-dist prepare` writes{advice}") from None
     for ending, size in summary.sizes.items():
-        found = os.path.getsize(prefix + ending)
-        if found != size:
-            raise DataError(f"{prefix}{ending}: has {found} bytes where {size} were written; copy it again")
+        present = os.path.getsize(prefix + ending)
+        if present != size:
+            raise DataError(f"{prefix}{ending}: has {present} bytes where {size} were written; copy it again")
     return summary
 
 
 def _write(
     paths: list[Path], prefix: Path, tokenizer: TextTokenizer, max_document: int, progress: Progress
 ) -> PreparedSet:
+    """Write the four files of a data set under ``prefix``, and return its description."""
     task = progress.add_task("tokenize", total=_total(paths), note="")
     documents = tokens = 0
     digest = hashlib.sha256()
@@ -159,7 +169,7 @@ def _write(
 
 
 def tokenized(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
-    """Each document's tokens and its end, int32; long documents go through the tokenizer in pieces."""
+    """Yield each document's tokens with the end-of-document token, int32; long documents are tokenized in pieces."""
     batch: list[str] = []
     ends: list[bool] = []
     document: list[np.ndarray] = []
@@ -173,31 +183,32 @@ def tokenized(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[np
         batch.clear()
         ends.clear()
 
-    waiting = 0
+    characters = 0  # in the batch
     for text in documents:
         pieces = [text] if len(text) <= _BATCH else list(cut(iter([text]), _BATCH))
         for number, piece in enumerate(pieces, start=1):
             batch.append(piece)
             ends.append(number == len(pieces))
-            waiting += len(piece)
-            if waiting >= _BATCH:
+            characters += len(piece)
+            if characters >= _BATCH:
                 yield from flush()
-                waiting = 0
+                characters = 0
     yield from flush()
 
 
 def _learn(paths: list[Path], vocab_size: int, folder: Path, max_document: int, progress: Progress) -> TextTokenizer:
+    """Learn a byte-level BPE vocabulary from the documents of the files, showing progress."""
     task = progress.add_task("learn BPE", total=_total(paths), note="")
     file = folder / "bpe.json"
-    learned = learn_bpe(paths, vocab_size, file, max_document, lambda count: progress.advance(task, count))
-    if learned.vocab_size < vocab_size:
-        _warn(progress, f"the text gives {learned.vocab_size} of the {vocab_size} tokens asked for")
-    return replace(learned, name="bpe")
+    tokenizer = learn_bpe(paths, vocab_size, file, max_document, lambda count: progress.advance(task, count))
+    if tokenizer.vocab_size < vocab_size:
+        _warn(progress, f"the text gives {tokenizer.vocab_size} of the {vocab_size} tokens asked for")
+    return replace(tokenizer, name="bpe")
 
 
 def _publish(written: Path, output: Path) -> None:
-    """Give the finished files their names; PREFIX.json, by which the set counts as there, leaves first and
-    comes last."""
+    """Rename the finished files. An old PREFIX.json is removed first and the new one comes last: it marks a set as
+    complete."""
     for ending in _ENDINGS:
         with open(f"{written}{ending}", "rb") as file:
             os.fsync(file.fileno())
@@ -211,6 +222,7 @@ def _warn(progress: Progress, message: str) -> None:
 
 
 def _total(paths: list[Path]) -> int:
+    """Bytes of all files."""
     return sum(path.stat().st_size for path in paths)
 
 

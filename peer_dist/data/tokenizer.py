@@ -1,4 +1,4 @@
-"""Text to tokens and back, with Hugging Face tokenizers: bytes by default, so that nothing is downloaded."""
+"""Turns text into tokens and back, with Hugging Face tokenizers: by default bytes, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ END_OF_DOCUMENT = "<|endoftext|>"
 
 @dataclass(frozen=True, eq=False)
 class TextTokenizer:
-    """A tokenizer with an end-of-document token, which no text can produce: spelled out in a text,
-    `<|endoftext|>` is thirteen ordinary characters.
+    """A tokenizer with an end-of-document token that no text can produce.
+
+    Where `<|endoftext|>` is spelled out in a text, it is thirteen ordinary characters.
     """
 
     name: str
-    """`byte`, or the file it came from."""
+    """`byte`, or the file that the tokenizer was loaded from."""
     vocab_size: int
     """Token ids are below this."""
     eod: int
     """The id that ends every document of a prepared data set."""
     digest: str
-    """Names the vocabulary: equal for equal token ids, wherever the file lies."""
+    """A digest of the vocabulary: equal if tokens and their ids are, wherever the file is."""
     _tokenizer: Tokenizer
 
     @property
     def padded_vocab_size(self) -> int:
-        """``vocab_size`` rounded up to a multiple of 128: the rows of the embedding, in any layout."""
+        """``vocab_size`` rounded up to a multiple of 128: the number of the embedding's rows, in any layout."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Tokens, as its file spells them, and their ids."""
+        """The ids of all tokens, by the tokens as the tokenizer's file spells them."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without an end-of-document token."""
+        """The token ids of ``text``, without an end-of-document token."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -53,18 +54,23 @@ class TextTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; ids that stand for nothing (of the padded vocabulary) are left out, bytes that
-        are not UTF-8 become U+FFFD. ``decode(encode(text)) == text`` for byte-level vocabularies.
+        """The text of ``ids``.
+
+        Ids without a token (of the padded vocabulary) are left out, and bytes that are not UTF-8 become U+FFFD. For
+        byte-level vocabularies ``decode(encode(text)) == text``.
         """
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a tokenizer.json that :func:`load_tokenizer` reads."""
+        """Write a tokenizer.json, which :func:`load_tokenizer` reads."""
         Path(path).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
-    """The tokenizer called ``name``: `byte` (257 tokens, ids are byte values) or a path to a tokenizer.json.
+    """Load a tokenizer.
+
+    Args:
+        name: `byte` (257 tokens, whose ids are byte values, and 256 ends a document), or the path of a tokenizer.json.
 
     Raises:
         DataError: the file is missing, is no tokenizer, or has no `<|endoftext|>` token.
@@ -87,14 +93,14 @@ def train_bpe(
     max_document: int = MAX_DOCUMENT,
     advance: Callable[[int], None] | None = None,
 ) -> TextTokenizer:
-    """Learn a byte-level BPE vocabulary from the documents of ``files`` and write it to ``output``.
+    """Learn a byte-level BPE vocabulary from the documents of ``files``, and write it to ``output``.
 
     Args:
-        files: as for `prepare`; None is the text that ships with the package.
-        vocab_size: tokens wanted, `<|endoftext|>` and the 256 bytes included; a short text gives fewer.
-        output: the tokenizer.json to write; its folder exists.
-        max_document: characters per document of a plain text.
-        advance: told how many more bytes of the files were read.
+        files: as in :func:`peer_dist.data.prepare.prepare`; None for the text that ships with the package.
+        vocab_size: number of tokens, `<|endoftext|>` and the 256 bytes included; a short text gives fewer.
+        output: the tokenizer.json to write; its folder must exist.
+        max_document: the most characters of a document of a plain text.
+        advance: a function called with the number of bytes of the files read since its last call.
 
     Raises:
         DataError: a file cannot be used, ``vocab_size`` is below 257, or ``output`` cannot be written.
@@ -117,17 +123,18 @@ def train_bpe(
 
     with input_files(files) as paths:
         tokenizer.train_from_iterator(documents(paths), trainer)
-    learned = _wrap(tokenizer, os.fspath(output))
+    result = _wrap(tokenizer, os.fspath(output))
     partial = f"{os.fspath(output)}.partial-{os.getpid()}"
     try:
-        learned.save(partial)
+        result.save(partial)
         os.replace(partial, output)
     except OSError as error:
         raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
-    return learned
+    return result
 
 
 def _wrap(tokenizer: Tokenizer, name: str) -> TextTokenizer:
+    """The tokenizer as this package uses it: without truncation, padding and special tokens in texts."""
     eod = tokenizer.token_to_id(END_OF_DOCUMENT)
     if eod is None:
         raise DataError(f"{name}: has no {END_OF_DOCUMENT} token; add it to the tokenizer as a special token")
@@ -140,7 +147,8 @@ def _wrap(tokenizer: Tokenizer, name: str) -> TextTokenizer:
 
 
 def _byte_tokenizer() -> Tokenizer:
-    # ByteLevel writes each byte as one printable character: itself if it is one, else one from 256 on
+    """A tokenizer of single bytes, whose ids are their values."""
+    # ByteLevel writes each byte as one printable character: itself if it is printable, else one from 256 on
     characters = {byte: chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
     others = [byte for byte in range(256) if byte not in characters]
     characters |= {byte: chr(256 + number) for number, byte in enumerate(others)}

@@ -1,1 +1,1 @@
-"""``peer-dist doctor``: whether these ranks, on these machines, can train, found out in seconds before a run."""
+"""``peer-dist doctor`` finds out in seconds, before a run, whether these ranks can train on these machines."""

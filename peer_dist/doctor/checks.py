@@ -1,4 +1,4 @@
-"""What is examined before a run: for each check, what a rank measures and how rank 0 judges it."""
+"""The checks before a run: for each of them, what a rank measures and how rank 0 judges it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from peer_dist.ranks.environment import PACKAGES, versions
 from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Verdict
 from peer_dist.units import sized
 
-_MAY_DIFFER = {"driver", "kernel"}  # a run works all the same: worth a warning
+_MAY_DIFFER = {"driver", "kernel"}  # a difference is worth a warning, but a run works
 
 _SHARED_MEMORY = 1 << 30  # bytes of /dev/shm below which NCCL's and data loaders' segments may not fit
-_WRITTEN = 64 << 20  # bytes that each rank writes
+_WRITTEN = 64 << 20  # bytes that each rank writes to measure the disk's speed
 _SLOW_DISK = 20e6  # bytes per second and rank
-_SLOW, _FAR_TOO_SLOW = 1.5, 3.0  # times the median
-_APART, _FAR_APART = 1.0, 60.0  # seconds between clocks
+_SLOW, _FAR_TOO_SLOW = 1.5, 3.0  # times the ranks' median that give a warning and a failure
+_APART, _FAR_APART = 1.0, 60.0  # seconds between clocks that give a warning and a failure
 _SIZES = (64 << 10, 4 << 20, 32 << 20)  # bytes per rank and collective
 
-# Bus bandwidth in GB/s that a healthy machine exceeds: floors to find a wrong network or a broken link by, not
-# promises. Those of gloo were measured on loopback; the others are a fraction of the links' own figures.
+# Bus bandwidths in GB/s that every healthy machine exceeds, low enough that only a wrong network or a broken link stays
+# below. Those of gloo were measured on loopback; the others are a fraction of the links' own figures.
 _FLOORS: tuple[tuple[str, bool, str, float], ...] = (
     # backend, one host, word in the device's name, floor
     ("gloo", True, "", 0.1),
@@ -52,18 +52,20 @@ _FLOORS: tuple[tuple[str, bool, str, float], ...] = (
 
 
 def _versions(here: Here) -> dict[str, str]:
+    """Versions of the packages, the driver and the kernel on this rank, by name."""
     return versions()
 
 
 def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Finding]:
+    """Whether all ranks have the same versions, and those that peer_dist pins."""
     findings = []
     common = {}
-    for name in sorted({name for found in values.values() for name in found}):
-        counts = Counter(found.get(name, "none") for found in values.values())
+    for name in sorted({name for installed in values.values() for name in installed}):
+        counts = Counter(installed.get(name, "none") for installed in values.values())
         common[name] = counts.most_common(1)[0][0]
         for other in counts:
             if other != common[name]:
-                who = ranks.named(rank for rank, found in values.items() if found.get(name, "none") == other)
+                who = ranks.named(rank for rank, installed in values.items() if installed.get(name, "none") == other)
                 findings.append(
                     Finding(
                         "versions",
@@ -82,63 +84,65 @@ def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Fin
                     f"pip install {name}=={pinned}",
                 )
             )
-    told = ", ".join(f"{name} {common[name]}" for name in ("python", *PACKAGES, "cuda", "nccl") if name in common)
-    return findings or [Finding("versions", "ok", told)]
+    text = ", ".join(f"{name} {common[name]}" for name in ("python", *PACKAGES, "cuda", "nccl") if name in common)
+    return findings or [Finding("versions", "ok", text)]
 
 
 def _pins() -> dict[str, str]:
-    """What setup.py pins exactly."""
+    """The versions that setup.py pins exactly, by package."""
     lines = importlib.metadata.requires("peer_dist") or []
     pairs = (line.partition("==") for line in lines if "==" in line and ";" not in line)
     return {name.strip(): version.strip() for name, _, version in pairs}
 
 
 def _devices(here: Here) -> dict[str, Any]:
+    """This rank's GPU and its memory in bytes; without one, its cores and threads."""
     if here.device.type == "cuda":
-        about = torch.cuda.get_device_properties(here.device)
+        properties = torch.cuda.get_device_properties(here.device)
         free, total = torch.cuda.mem_get_info(here.device)
-        unique = str(getattr(about, "uuid", here.device.index))
-        return {"name": about.name, "unique": unique, "free": free, "total": total}
+        unique = str(getattr(properties, "uuid", here.device.index))
+        return {"name": properties.name, "unique": unique, "free": free, "total": total}
     idle_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and has_nvidia_gpus()
     return {"name": "cpu", "cores": usable_cores(), "threads": torch.get_num_threads(), "idle_gpus": idle_gpus}
 
 
 def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    """Whether ranks have devices of one kind and of their own, with free memory, and threads that fit the cores."""
     findings = []
     names = Counter(value["name"] for value in values.values())
     if len(names) > 1:
-        told = ", ".join(f"{count} x {name}" for name, count in names.items())
-        findings.append(Finding("devices", "warn", f"ranks differ: {told}", "the slowest sets the pace of all"))
-    on: dict[tuple[str, str], list[int]] = {}
+        text = ", ".join(f"{count} x {name}" for name, count in names.items())
+        findings.append(Finding("devices", "warn", f"ranks differ: {text}", "the slowest sets the pace of all"))
+    ranks_on: dict[tuple[str, str], list[int]] = {}  # by host and device
     for rank, value in values.items():
-        on.setdefault((ranks.hosts.get(rank, "?"), value.get("unique", "cpu")), []).append(rank)
-    for (host, unique), sharing in on.items():
-        first = values[sharing[0]]
-        if unique != "cpu" and len(sharing) > 1:
-            told = f"{ranks.named(sharing)} share one {first['name']}"
-            findings.append(Finding("devices", "fail", told, "start one rank per GPU (--nproc-per-node, --gpus)"))
-        elif unique == "cpu" and len(sharing) * first["threads"] > first["cores"]:
-            told = f"{len(sharing)} ranks of {first['threads']} threads on the {first['cores']} cores of {host}"
-            findings.append(Finding("devices", "warn", told, "start fewer ranks, or lower OMP_NUM_THREADS"))
-    used = [rank for rank, value in values.items() if "free" in value and value["free"] < 0.9 * value["total"]]
-    if used:
-        least = min(values[rank]["free"] for rank in used)
-        told = f"{ranks.named(used)}: device memory is in use already, {sized(least)} free at the least"
-        findings.append(Finding("devices", "warn", told, "see with nvidia-smi who uses it"))
-    blind = [rank for rank, value in values.items() if value.get("idle_gpus")]
-    if blind:
-        told = f"{ranks.named(blind)}: the machine has GPUs, but torch sees none"
+        ranks_on.setdefault((ranks.hosts.get(rank, "?"), value.get("unique", "cpu")), []).append(rank)
+    for (host, unique), sharers in ranks_on.items():
+        first = values[sharers[0]]
+        if unique != "cpu" and len(sharers) > 1:
+            text = f"{ranks.named(sharers)} share one {first['name']}"
+            findings.append(Finding("devices", "fail", text, "start one rank per GPU (--nproc-per-node, --gpus)"))
+        elif unique == "cpu" and len(sharers) * first["threads"] > first["cores"]:
+            text = f"{len(sharers)} ranks of {first['threads']} threads on the {first['cores']} cores of {host}"
+            findings.append(Finding("devices", "warn", text, "start fewer ranks, or lower OMP_NUM_THREADS"))
+    busy = [rank for rank, value in values.items() if "free" in value and value["free"] < 0.9 * value["total"]]
+    if busy:
+        least = min(values[rank]["free"] for rank in busy)
+        text = f"{ranks.named(busy)}: device memory is in use already, {sized(least)} free at the least"
+        findings.append(Finding("devices", "warn", text, "see with nvidia-smi who uses it"))
+    without_gpus = [rank for rank, value in values.items() if value.get("idle_gpus")]
+    if without_gpus:
+        text = f"{ranks.named(without_gpus)}: the machine has GPUs, but torch sees none"
         findings.append(
-            Finding("devices", "fail", told, "install a torch built for CUDA; pass GPUs into the container")
+            Finding("devices", "fail", text, "install a torch built for CUDA; pass GPUs into the container")
         )
-    some = next(iter(values.values()))
-    told = f"{len(values)} x {some['name']}"
-    told += f", {sized(some['free'])} free" if "free" in some else f", {some['threads']} of {some['cores']} cores each"
-    return findings or [Finding("devices", "ok", told)]
+    one = next(iter(values.values()))
+    text = f"{len(values)} x {one['name']}"
+    text += f", {sized(one['free'])} free" if "free" in one else f", {one['threads']} of {one['cores']} cores each"
+    return findings or [Finding("devices", "ok", text)]
 
 
 def _room(here: Here) -> dict[str, Any]:
-    """Free bytes of memory and, by what it is for, of disk; with the path that was asked about."""
+    """Free bytes of memory and, for each use of a disk, the path asked about, its free bytes and if it is writable."""
     disks = {name: _existing(path) for name, path in here.folders.items()}
     disks["temporary files"] = Path(tempfile.gettempdir())
     disks["caches"] = _existing(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
@@ -154,43 +158,46 @@ def _room(here: Here) -> dict[str, Any]:
 
 
 def _judge_room(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    """Whether memory and disks have room for a run and its checkpoints."""
     findings = []
     needed = _checkpoint_bytes(ranks)
     for name in dict.fromkeys(name for value in values.values() for name in value["disks"]):
         places = {rank: value["disks"][name] for rank, value in values.items() if name in value["disks"]}
-        locked = [rank for rank, (_, _, writable) in places.items() if not writable]
-        if locked and name in ("temporary files", "caches", "/dev/shm"):
-            told = f"{ranks.named(locked)}: {places[locked[0]][0]} ({name}) cannot be written"
+        read_only = [rank for rank, (_, _, writable) in places.items() if not writable]
+        if read_only and name in ("temporary files", "caches", "/dev/shm"):
+            text = f"{ranks.named(read_only)}: {places[read_only[0]][0]} ({name}) cannot be written"
             findings.append(
-                Finding("memory and disk", "warn", told, "set TMPDIR or XDG_CACHE_HOME to a folder that can")
+                Finding("memory and disk", "warn", text, "set TMPDIR or XDG_CACHE_HOME to a folder that can")
             )
         tightest = min(places, key=lambda rank: places[rank][1])
         path, free, _ = places[tightest]
         if name == "/dev/shm" and free < _SHARED_MEMORY and ranks.world_size > 1:
-            told = f"{ranks.named([tightest])}: {sized(free)} of shared memory"
+            text = f"{ranks.named([tightest])}: {sized(free)} of shared memory"
             findings.append(
-                Finding("memory and disk", "warn", told, "start containers with --shm-size=8g or --ipc=host")
+                Finding("memory and disk", "warn", text, "start containers with --shm-size=8g or --ipc=host")
             )
-        elif name == "checkpoint.dir" and needed and free < needed * (1 + _kept(ranks)):
-            told = (
-                f"{path} has {sized(free)} free; a checkpoint takes {sized(needed)} or more, {_kept(ranks) + 1} at once"
+        elif name == "checkpoint.dir" and needed and free < needed * (1 + _checkpoints_kept(ranks)):
+            text = (
+                f"{path} has {sized(free)} free; a checkpoint takes {sized(needed)} or more, "
+                f"{_checkpoints_kept(ranks) + 1} at once"
             )
             verdict: Verdict = "fail" if free < needed else "warn"
-            findings.append(Finding("memory and disk", verdict, told, "choose another checkpoint.dir, or keep fewer"))
+            findings.append(Finding("memory and disk", verdict, text, "choose another checkpoint.dir, or keep fewer"))
         elif name != "/dev/shm" and free < 1 << 30:
-            told = f"{ranks.named([tightest])}: {sized(free)} free at {path} ({name})"
-            findings.append(Finding("memory and disk", "warn", told, "make room, or move it elsewhere"))
+            text = f"{ranks.named([tightest])}: {sized(free)} free at {path} ({name})"
+            findings.append(Finding("memory and disk", "warn", text, "make room, or move it elsewhere"))
     least = min(values, key=lambda rank: values[rank]["memory"])
     if 0 < values[least]["memory"] < 2 << 30:
-        told = f"{ranks.named([least])}: {sized(values[least]['memory'])} of memory"
-        findings.append(Finding("memory and disk", "warn", told, "end other programs there, or raise the limit"))
+        text = f"{ranks.named([least])}: {sized(values[least]['memory'])} of memory"
+        findings.append(Finding("memory and disk", "warn", text, "end other programs there, or raise the limit"))
     disks = ", ".join(f"{name} {sized(free)}" for name, (_, free, _) in values[least]["disks"].items())
     return findings or [Finding("memory and disk", "ok", f"memory {sized(values[least]['memory'])}, {disks}")]
 
 
 def _checkpoint_bytes(ranks: Ranks) -> int:
-    """Bytes of a checkpoint of the configured run, without the embedding where the data are not there yet; 0 without a
-    config.
+    """Bytes of a checkpoint of the configured run; 0 without a config.
+
+    The embedding is left out if the data, which the size of its vocabulary follows from, are not prepared yet.
     """
     config = ranks.config
     if config is None:
@@ -203,7 +210,8 @@ def _checkpoint_bytes(ranks: Ranks) -> int:
     return checkpoint_bytes(config, vocab_size, itemsize)
 
 
-def _kept(ranks: Ranks) -> int:
+def _checkpoints_kept(ranks: Ranks) -> int:
+    """The number of checkpoints that the configured run keeps; 0 without a config."""
     return 0 if ranks.config is None else ranks.config.checkpoint.keep
 
 
@@ -226,14 +234,14 @@ def _judge_layout(values: dict[int, Any], ranks: Ranks) -> list[Finding]:
         crossing = [group for group in groups if len({ranks.hosts.get(rank) for rank in group}) > 1]
         if crossing:
             example = ranks.named(crossing[0])
-            told = f"{name} = {size}: {len(crossing)} of {len(groups)} groups cross hosts, such as {example}"
-            findings.append(Finding("layout", "warn", told, f"{what}: keep {name} within a node"))
-    told = f"{layout.expert_rows(world)} x {layout.expert_tensor} table shards; no column or tensor group crosses hosts"
-    return findings or [Finding("layout", "ok", told)]
+            text = f"{name} = {size}: {len(crossing)} of {len(groups)} groups cross hosts, such as {example}"
+            findings.append(Finding("layout", "warn", text, f"{what}: keep {name} within a node"))
+    text = f"{layout.expert_rows(world)} x {layout.expert_tensor} table shards; no column or tensor group crosses hosts"
+    return findings or [Finding("layout", "ok", text)]
 
 
 def _shared(here: Here) -> dict[str, Any]:
-    """For each folder the ranks whose files this one does not see, though they were written and renamed."""
+    """For each folder of the run, its path and the ranks whose files this rank does not see after they were renamed."""
     unseen = {}
     for name, path in here.folders.items():
         folder = _existing(path)
@@ -247,11 +255,11 @@ def _shared(here: Here) -> dict[str, Any]:
                 file.flush()
                 os.fsync(file.fileno())
             part.rename(mine)
-        wanted = {f"{prefix}{rank}" for rank in range(here.world_size)}
+        expected = {f"{prefix}{rank}" for rank in range(here.world_size)}
         deadline = time.monotonic() + here.seconds / 2 / len(here.folders)
-        while (missing := wanted - set(os.listdir(folder))) and time.monotonic() < deadline:
+        while (missing := expected - set(os.listdir(folder))) and time.monotonic() < deadline:
             time.sleep(0.05)
-        unseen[name] = [str(folder), sorted(int(each.rpartition("-")[2]) for each in missing)]
+        unseen[name] = [str(folder), sorted(int(file_name.rpartition("-")[2]) for file_name in missing)]
         neighbour = (here.rank + 1) % here.world_size
         if not missing and (folder / f"{prefix}{neighbour}").read_bytes() != str(neighbour).encode():
             raise OSError(f"{folder}: the file of rank {neighbour} has other contents here")
@@ -259,25 +267,26 @@ def _shared(here: Here) -> dict[str, Any]:
 
 
 def _judge_shared(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    """Whether every rank sees what the others write in the folders of the run."""
     findings = []
     for name in next(iter(values.values())):
-        wrote = set(values)
-        blind = {rank: set(value[name][1]) & wrote for rank, value in values.items()}
-        blind = {rank: missing for rank, missing in blind.items() if missing}
-        if blind:
-            rank = min(blind, key=lambda each: (-len(blind[each]), each))
-            told = (
-                f"{ranks.named([rank])} does not see what {ranks.named(blind[rank])} wrote in {values[rank][name][0]}"
+        writers = set(values)
+        unseen = {rank: set(value[name][1]) & writers for rank, value in values.items()}
+        unseen = {rank: missing for rank, missing in unseen.items() if missing}
+        if unseen:
+            rank = min(unseen, key=lambda rank: (-len(unseen[rank]), rank))
+            text = (
+                f"{ranks.named([rank])} does not see what {ranks.named(unseen[rank])} wrote in {values[rank][name][0]}"
             )
             findings.append(
-                Finding("shared folders", "fail", told, f"mount the same file system for {name} on every node")
+                Finding("shared folders", "fail", text, f"mount the same file system for {name} on every node")
             )
     places = ", ".join(f"{name} ({place[0]})" for name, place in values[min(values)].items())
     return findings or [Finding("shared folders", "ok", f"every rank sees what the others write: {places}")]
 
 
 def _disk_speed(here: Here) -> float:
-    """Bytes per second that this rank writes while the others do."""
+    """Bytes per second that this rank writes while the others write too."""
     folder = _existing(next(iter(here.folders.values())))
     path = folder / f".doctor-{here.visit}-speed-{here.rank}"
     here.left_behind.append(path)
@@ -292,20 +301,21 @@ def _disk_speed(here: Here) -> float:
 
 
 def _judge_disk_speed(values: dict[int, float], ranks: Ranks) -> list[Finding]:
+    """Whether every rank writes fast enough, and how long a checkpoint takes."""
     total, slowest = sum(values.values()), min(values, key=lambda rank: values[rank])
-    told = f"{total / 1e6:,.0f} MB/s together"
+    text = f"{total / 1e6:,.0f} MB/s together"
     if needed := _checkpoint_bytes(ranks):
-        told += f": a checkpoint of {sized(needed)} or more takes {needed / total:,.1f} s"
+        text += f": a checkpoint of {sized(needed)} or more takes {needed / total:,.1f} s"
     findings = []
     if values[slowest] < _SLOW_DISK:
-        slow = f"{told}; {ranks.named([slowest])} writes {values[slowest] / 1e6:,.0f} MB/s"
+        slow = f"{text}; {ranks.named([slowest])} writes {values[slowest] / 1e6:,.0f} MB/s"
         advice = "choose a faster checkpoint.dir, or checkpoint.asynchronous=true and a longer checkpoint.interval"
         findings.append(Finding("writing", "warn", slow, advice))
-    return findings or [Finding("writing", "ok", told)]
+    return findings or [Finding("writing", "ok", text)]
 
 
 def _clock(here: Here) -> float:
-    """Seconds by which this rank's clock is ahead of rank 0's, as seen when both leave a collective together."""
+    """Seconds by which this rank's clock is ahead of rank 0's, read when both leave a collective call together."""
     ahead = []
     for _ in range(9):
         here.together()
@@ -317,18 +327,19 @@ def _clock(here: Here) -> float:
 
 
 def _judge_clock(values: dict[int, float], ranks: Ranks) -> list[Finding]:
+    """Whether the clocks agree."""
     worst = max(values, key=lambda rank: abs(values[rank]))
-    told = (
+    text = (
         f"{ranks.named([worst])} is {abs(values[worst]):.3f} s {'ahead of' if values[worst] > 0 else 'behind'} rank 0"
     )
     if abs(values[worst]) < _APART:
         return [Finding("clocks", "ok", f"within {abs(values[worst]):.3f} s of rank 0's")]
     verdict: Verdict = "fail" if abs(values[worst]) > _FAR_APART else "warn"
-    return [Finding("clocks", verdict, told, "run chrony or ntpd on every node")]
+    return [Finding("clocks", verdict, text, "run chrony or ntpd on every node")]
 
 
 def _collectives(here: Here) -> dict[str, Any]:
-    """Seconds of each collective by its size, and which gave wrong results."""
+    """Seconds of each collective by its size, the names of those with wrong results, and the device's name."""
     world, rank = here.world_size, here.rank
     seconds: dict[str, float] = {}
     wrong = []
@@ -337,12 +348,12 @@ def _collectives(here: Here) -> dict[str, Any]:
         mine = torch.full((count,), float(rank + 1), device=here.device)
         out = torch.empty_like(mine)
         blocks = torch.arange(world, device=here.device, dtype=torch.float32).repeat_interleave(count // world)
-        sent = blocks + world * rank  # block b of rank r is for rank b and says both
+        sent = blocks + world * rank  # the numbers of rank r for rank b tell both r and b
         runs: dict[str, Callable[[], Any]] = {
             "all-reduce": lambda out=out: dist.all_reduce(out),  # type: ignore[misc]
             "all-to-all": lambda out=out, sent=sent: dist.all_to_all_single(out, sent),  # type: ignore[misc]
         }
-        wanted = {"all-reduce": torch.full_like(mine, world * (world + 1) / 2), "all-to-all": blocks * world + rank}
+        expected = {"all-reduce": torch.full_like(mine, world * (world + 1) / 2), "all-to-all": blocks * world + rank}
         for name, run in runs.items():
             times = []
             for _ in range(4):  # the first makes connections
@@ -352,21 +363,22 @@ def _collectives(here: Here) -> dict[str, Any]:
                 run()
                 here.finish()
                 times.append(time.perf_counter() - start)
-                if not torch.equal(out, wanted[name]):
+                if not torch.equal(out, expected[name]):
                     wrong.append(f"{name} of {sized(size)}")
             seconds[f"{name} {size}"] = min(times[1:])
     return {"seconds": seconds, "wrong": sorted(set(wrong)), "name": _devices(here)["name"]}
 
 
 def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    """Whether collectives give right results, and are as fast as a healthy machine's."""
     if ranks.world_size == 1:
         return [Finding("collectives", "ok", "one rank: nothing to exchange")]
     findings = []
-    bad = {rank: value["wrong"] for rank, value in values.items() if value["wrong"]}
-    if bad:
-        what = ", ".join(sorted({name for names in bad.values() for name in names}))
-        words = f"{ranks.named(bad)}: wrong result of {what}"
-        findings.append(Finding("collectives", "fail", words, "do not train: look for broken links (NCCL_DEBUG=INFO)"))
+    wrong = {rank: value["wrong"] for rank, value in values.items() if value["wrong"]}
+    if wrong:
+        what = ", ".join(sorted({name for names in wrong.values() for name in names}))
+        text = f"{ranks.named(wrong)}: wrong result of {what}"
+        findings.append(Finding("collectives", "fail", text, "do not train: look for broken links (NCCL_DEBUG=INFO)"))
     one_host = len(set(ranks.hosts.values())) == 1
     device = values[min(values)]["name"]
     floor = next(
@@ -375,18 +387,18 @@ def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[
         if backend == ranks.backend and alone == one_host and word in device
     )
     world, slow = ranks.world_size, []
-    told: list[str] = []
-    for name, moved in (("all-reduce", 2 * (world - 1) / world), ("all-to-all", (world - 1) / world)):
+    speeds: list[str] = []
+    for name, share in (("all-reduce", 2 * (world - 1) / world), ("all-to-all", (world - 1) / world)):
         for size in _SIZES:
-            took = max(value["seconds"][f"{name} {size}"] for value in values.values())
+            seconds = max(value["seconds"][f"{name} {size}"] for value in values.values())
             if size == _SIZES[0]:
-                told.append(f"{name} of {sized(size)} {took * 1e3:.2f} ms")
+                speeds.append(f"{name} of {sized(size)} {seconds * 1e3:.2f} ms")
             else:
-                speed = moved * size / took / 1e9
-                told.append(f"{sized(size)} {speed:.2f} GB/s")
+                speed = share * size / seconds / 1e9
+                speeds.append(f"{sized(size)} {speed:.2f} GB/s")
                 if size == _SIZES[-1] and speed < floor:
                     slow.append(name)
-    text = ", ".join(told) + f" (at least {floor} GB/s expected at {sized(_SIZES[-1])})"
+    text = ", ".join(speeds) + f" (at least {floor} GB/s expected at {sized(_SIZES[-1])})"
     if slow:
         advice = "check that NCCL_SOCKET_IFNAME, NCCL_IB_HCA or GLOO_SOCKET_IFNAME name the fast network"
         findings.append(Finding("collectives", "warn", f"slow {' and '.join(slow)}: {text}", advice))
@@ -394,7 +406,7 @@ def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[
 
 
 def _speed(here: Here) -> dict[str, float]:
-    """Seconds of a fixed product and a fixed copy, each the best of many: other programs disturb some of them."""
+    """Seconds of a fixed product and a fixed copy, each the best of many, because other programs disturb some."""
     cuda = here.device.type == "cuda"
     width, dtype = (4096, torch.bfloat16) if cuda else (512, torch.float32)
     a = torch.ones(width, width, dtype=dtype, device=here.device)
@@ -413,30 +425,31 @@ def _speed(here: Here) -> dict[str, float]:
 
 
 def _judge_speed(values: dict[int, dict[str, float]], ranks: Ranks) -> list[Finding]:
+    """Whether all ranks compute and copy about equally fast."""
     findings = []
-    told = []
+    medians = []
     for name in ("product", "copy"):
         median = statistics.median_low([value[name] for value in values.values()])
         slow = {rank: value[name] / median for rank, value in values.items() if value[name] > _SLOW * median}
         if slow:
             worst, usual = max(slow.values()), f"the median of {median * 1e3:.2f} ms"
-            words = f"{ranks.named(sorted(slow))}: a {name} takes up to {worst:.1f} times {usual}"
+            text = f"{ranks.named(sorted(slow))}: a {name} takes up to {worst:.1f} times {usual}"
             verdict: Verdict = "fail" if worst > _FAR_TOO_SLOW else "warn"
             advice = "see what else runs there, its clock rates and temperature; leave the node out of the run"
-            findings.append(Finding("speed of ranks", verdict, words, advice))
-        told.append(f"{name} {median * 1e3:.2f} ms")
-    return findings or [Finding("speed of ranks", "ok", f"{', '.join(told)}; no rank over {_SLOW} times that")]
+            findings.append(Finding("speed of ranks", verdict, text, advice))
+        medians.append(f"{name} {median * 1e3:.2f} ms")
+    return findings or [Finding("speed of ranks", "ok", f"{', '.join(medians)}; no rank over {_SLOW} times that")]
 
 
 def _existing(path: Path) -> Path:
-    """The folder, or the nearest above it that exists: nothing is created before a run."""
+    """The folder, or the nearest one above it that exists: nothing is created before a run."""
     path = path.absolute()
-    return next(each for each in (path, *path.parents) if each.exists())
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Errors name the folder, not the doctor's own file in it."""
+    """A context whose errors name the folder, not the doctor's own file in it."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The command: join the other ranks within a time limit, examine, print on rank 0, leave whatever hangs."""
+"""The command: it joins the other ranks within a time limit, runs the checks, prints on rank 0, and exits."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path | None = None) -> None:
-    """Examine and end the process, with 0, or 1 if a check failed. It does not return: threads may hang.
+    """Run the checks and end the process, with 0, or with 1 if a check failed. It never returns: threads may hang.
 
     Args:
-        hardware: instead measure rates, and write them to this file.
+        config: the config of the run that the checks are for, if there is one.
+        seconds: the time limit of each check.
+        as_json: whether to print one JSON object instead of a table.
+        hardware: the file to write measured rates to, instead of running the checks.
     """
     start = time.monotonic()
     world = World.from_environment()
@@ -48,7 +51,7 @@ def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path 
 
 
 def _joined(world: World, seconds: float) -> Examination | None:
-    """Join the others; a report about it if that does not succeed in time."""
+    """Join the other ranks; return None, or a report of the failure if that does not succeed in time."""
     problem: list[BaseException] = []
     limit = 2 * seconds  # processes of one job do not start at once
 
@@ -66,13 +69,15 @@ def _joined(world: World, seconds: float) -> Examination | None:
     if not problem and not thread.is_alive():
         return None
     address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    why = str(problem[0]).splitlines()[0] if problem else f"not all of them came within {limit:.0f} s"
-    told = f"rank {world.rank} ({socket.gethostname()}) did not join the {world.world_size} ranks at {address}: {why}"
+    reason = str(problem[0]).splitlines()[0] if problem else f"not all of them came within {limit:.0f} s"
+    rank = f"rank {world.rank} ({socket.gethostname()})"
+    text = f"{rank} did not join the {world.world_size} ranks at {address}: {reason}"
     advice = "see that those ranks were started, and that MASTER_ADDR can be reached from each node"
-    return Examination(0, [Finding("joining", "fail", told, advice)])  # every rank prints its own
+    return Examination(0, [Finding("joining", "fail", text, advice)])  # ranks = 0: every rank prints its own report
 
 
 def _print(report: Examination, seconds: float) -> None:
+    """Print a report as a table, and a last line with its verdict."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for finding in report.findings:
         text = escape(finding.told) + (f"\n[dim]-> {escape(finding.advice)}[/]" if finding.advice else "")

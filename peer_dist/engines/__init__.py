@@ -1,4 +1,4 @@
-"""What updates a model's parameters: the dense ones by Megatron or DeepSpeed, shards beside them, under one norm."""
+"""Engines update a model's parameters: Megatron or DeepSpeed the dense ones, and shards beside them, by one norm."""
 
 from peer_dist.engines.engine import MOMENTS, PARTS, DenseAdam, Engine, StepResult
 

@@ -1,4 +1,4 @@
-"""What a run is built of, as its config says: the rank's place among the others, the dtype, the engine."""
+"""Builds the parts of a run that its config describes: the groups of ranks, the dtype and the engine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from peer_dist.optim import TableOptimizer, TableRule
 
 
 def join_groups(config: Config, device: torch.device | None = None) -> Parallel:
-    """Megatron's groups in the config's layout; a collective call.
+    """Make Megatron's groups of ranks in the config's layout. A collective call.
 
     Args:
-        device: see :meth:`peer_dist.megatron.Parallel.initialize`.
+        config: the run's config.
+        device: this rank's device; see :meth:`peer_dist.megatron.Parallel.initialize`.
     """
     layout = config.parallel.model_dump(exclude={"sequence", "batch_p2p"})
     layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
@@ -33,11 +34,13 @@ def dtype_of(config: Config, device_type: str) -> torch.dtype:
 
 
 def make_engine(config: Config, model: nn.ModuleList, parallel: Parallel, dtype: torch.dtype) -> Engine:
-    """What updates the parameters. Collective.
+    """Make the engine that updates the model's parameters. A collective call.
 
     Args:
+        config: the run's config.
         model: from :func:`peer_dist.megatron.build_model`, its shards released.
-        dtype: that it was built with.
+        parallel: from :func:`join_groups`.
+        dtype: the dtype that the model was built with.
     """
     shards, table, dense = shards_of(model), config.table_optimizer, config.optimizer
     copies, data_parallel = parallel.expert_data_group, parallel.data_parallel_size

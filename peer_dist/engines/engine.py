@@ -1,4 +1,4 @@
-"""What the training loop asks of whatever updates the parameters."""
+"""The interface between the training loop and the engines that update a model's parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.tables import TableOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's moments of a parameter."""
 PARTS = (*MOMENTS, "master")
+"""The float32 tensors of a parameter's state: its moments, and the master copy that Adam updates."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class DenseAdam:
     """AdamW over the dense parameters; matrices decay, norms and biases do not.
 
     Attributes:
-        grad_clip: global norm to clip at, tables included; 0 never clips.
+        grad_clip: the global norm, tables included, at which gradients are clipped; 0 never clips.
     """
 
     lr: float
@@ -37,8 +39,8 @@ class StepResult:
     """What an optimizer step did.
 
     Attributes:
-        grad_norm: the norm of all gradients, dense and table, before clipping; inf or nan if not finite.
-        applied: False where non-finite gradients made every rank skip the step.
+        grad_norm: the norm of all gradients, dense and of shards, before clipping; inf or nan if not finite.
+        applied: False if gradients that are not finite made every rank skip the step.
     """
 
     grad_norm: float
@@ -46,23 +48,26 @@ class StepResult:
 
 
 class Engine(abc.ABC):
-    """AdamW over a model's dense parameters, and optimizers of shards in step with it under one global norm.
+    """Updates a model's dense parameters by AdamW, and its shards beside them, under one global norm.
 
-    Args of all engines:
-        model: its shards released.
+    Gradients are averaged over data-parallel ranks: each rank's loss must be scaled so that the average of the ranks'
+    losses is the one to minimize.
+
+    Args:
+        model: this rank's part of the model, its shards released.
         tables: the tables' optimizer, with a learning rate of its own.
-        experts: the optimizer of experts' weights, which follows the dense part's learning rate; None if there are none
-            anywhere in the model.
-
-    Gradients are averaged over data-parallel ranks: scale each rank's loss so that the average is the loss meant.
+        experts: the optimizer of experts' weights, which has the dense part's learning rate; None if there are no such
+            weights anywhere in the model.
+        adam: the dense part's optimizer.
 
     Attributes:
-        parameters: the dense ones that are trained, by their names in ``model.named_parameters()``.
+        parameters: this rank's trained dense parameters, by their names in ``model.named_parameters()``.
+        shard_optimizers: ``tables`` and, if there is one, ``experts``.
     """
 
     grad_clip: float
     _bucket_bytes = 0
-    """Bytes of the buffer in which gradients are reduced."""
+    """Bytes of the buffer in which dense gradients are reduced; 0 if there is none beside the gradients."""
 
     def __init__(
         self, model: nn.Module, tables: TableOptimizer, experts: TableOptimizer | None, adam: DenseAdam
@@ -73,57 +78,66 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def accumulate(self) -> AbstractContextManager[None]:
-        """Forward and backward passes inside add up; the reduction over ranks happens once, on leaving."""
+        """A context that adds up the gradients of the passes inside; on leaving they are reduced over ranks, once."""
 
     @abc.abstractmethod
     def step(self, lr: float, table_lr: float) -> StepResult:
-        """Clip and update everything, or, with non-finite gradients, nothing on any rank."""
+        """Clip the gradients and update all parameters, or none on any rank if a gradient is not finite. Collective.
+
+        Args:
+            lr: learning rate of the dense parameters and of experts' weights.
+            table_lr: learning rate of the tables.
+        """
 
     @abc.abstractmethod
     def skip(self) -> None:
-        """Drop the gradients instead of :meth:`step`, as if the passes had not been; all ranks call it."""
+        """Drop the gradients instead of calling :meth:`step`, as if there had been no passes. All ranks call it."""
 
     @abc.abstractmethod
     def not_finite(self) -> list[str]:
-        """Before :meth:`step`: what has a gradient that is not finite, by name, as far as this rank can see.
+        """Names of the parameters whose gradients on this rank are not finite, to be asked for before :meth:`step`.
 
-        All ranks call it. It takes time: for telling what went wrong.
+        All ranks call it. It reads all gradients, so it is only meant to find out what went wrong.
         """
 
     def memory(self) -> dict[str, HeldBytes]:
-        """What this rank holds at the moment: ``dense``, ``tables`` and, where the model has them, ``experts``."""
-        shards = {name: each.memory() for name, each in zip(("tables", "experts"), self.shard_optimizers)}
+        """Bytes that this rank holds now, by part: ``dense``, ``tables`` and, if the model has them, ``experts``."""
+        shards = {part: optimizer.memory() for part, optimizer in zip(("tables", "experts"), self.shard_optimizers)}
         return {"dense": HeldBytes.of(*self._dense_tensors(), self._bucket_bytes), **shards}
 
     @abc.abstractmethod
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:
-        """All that holds weights, gradients and optimizer states of the dense part on this rank."""
+        """The tensors that hold weights, gradients and optimizer states of the dense part on this rank."""
 
     def _set_shard_lr(self, lr: float, table_lr: float) -> None:
+        """Set the learning rates of experts' weights and of tables."""
         self.tables.set_lr(table_lr)
         if self._experts is not None:
             self._experts.set_lr(lr)
 
     def _shard_norm(self, device: torch.device) -> Tensor:
-        """Reduce the gradients of all shards; their norm over all ranks, a float32 number. Collective."""
+        """Reduce the gradients of all shards and return their norm over all ranks, a float32 scalar. Collective."""
         return torch.stack([optimizer.grad_norm(device) for optimizer in self.shard_optimizers]).norm()
 
     def _set_shard_steps(self, value: int) -> None:
+        """Set the number of updates of all shards."""
         for optimizer in self.shard_optimizers:
             optimizer.steps = value
 
     def _skip_shards(self) -> None:
+        """Drop the gradients of all shards."""
         for optimizer in self.shard_optimizers:
             optimizer.zero_grad()
 
     def _shards_not_finite(self) -> list[str]:
-        grads = ((name, table.grad) for each in self.shard_optimizers for name, table in each.tables.items())
+        """Names of the shards whose gradients are not finite."""
+        grads = ((name, shard.grad) for optimizer in self.shard_optimizers for name, shard in optimizer.tables.items())
         return names_not_finite(
-            (n, grad._values() if grad is not None and grad.is_sparse else grad) for n, grad in grads
+            (name, grad._values() if grad is not None and grad.is_sparse else grad) for name, grad in grads
         )
 
     def _finish(self, result: StepResult) -> StepResult:
-        """The shards' part of a step, after the dense one."""
+        """Update the shards if the dense part was updated, else drop their gradients; return ``result``."""
         if result.applied:
             clip = (result.grad_norm + 1e-6) / self.grad_clip if self.grad_clip > 0 else 0.0
             for optimizer in self.shard_optimizers:
@@ -135,7 +149,7 @@ class Engine(abc.ABC):
     @property
     @abc.abstractmethod
     def steps(self) -> int:
-        """Updates made."""
+        """Number of updates made; steps that were skipped do not count."""
 
     @steps.setter
     @abc.abstractmethod
@@ -143,22 +157,27 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def whole_shapes(self) -> AbstractContextManager[None]:
-        """Inside, every parameter has its whole (tensor-parallel) shape; one that had not has no values to be read."""
+        """A context in which every parameter has the shape that it would have without ZeRO.
+
+        The values of parameters that ZeRO-3 has partitioned cannot be read there.
+        """
 
     @abc.abstractmethod
     def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
-        """``(parameter name, part, whole float32 tensor)`` for each of :data:`PARTS`, the master last.
+        """Yield ``(parameter name, part, float32 tensor)`` for each of :data:`PARTS`, the master last.
 
-        Of all parameters, or of those whose names are in ``only``. A parameter is its master, rounded to its dtype.
+        The tensors have the shapes of :meth:`whole_shapes`. A parameter is its master, rounded to its dtype. A
+        collective call of the data-parallel group: every rank must take every item. ZeRO gathers one at a time.
 
-        A collective over the data parallel group: take every item on every rank. One is made at a time.
+        Args:
+            only: names of the parameters to yield; by default all.
         """
 
     @abc.abstractmethod
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
-        """Put back what :meth:`dense_state` gave, on this rank; the master also becomes the parameter's value."""
+        """Put back, on this rank, what :meth:`dense_state` yielded. The master also becomes the parameter's value."""
 
 
 def names_not_finite(grads: Iterable[tuple[str, Tensor | None]]) -> list[str]:
-    """The names of the gradients that hold a number that is not finite."""
+    """The names of those gradients in which some number is not finite."""
     return [name for name, grad in grads if grad is not None and not bool(grad.isfinite().all())]

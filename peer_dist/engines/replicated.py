@@ -1,4 +1,4 @@
-"""ZeRO-0: every rank has all of the optimizer's state. Megatron's data-parallel wrapper and its Adam."""
+"""ZeRO-0: Megatron's data-parallel wrapper and its Adam, with the whole state of the optimizer on every rank."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from peer_dist.optim import TableOptimizer
 
 
 class ReplicatedEngine(Engine):
-    """See :class:`peer_dist.engines.Engine`. Gradients add up and are reduced in float32.
+    """An :class:`Engine` without ZeRO. Gradients are added up and reduced in float32.
 
     Args:
-        model: from :func:`peer_dist.megatron.build_model`, without its shards (released).
+        model: from :func:`peer_dist.megatron.build_model`, its shards released.
+        tables, experts, adam: see :class:`Engine`.
+        parallel: this rank's groups.
     """
 
     def __init__(
@@ -36,7 +38,8 @@ class ReplicatedEngine(Engine):
         )
         self._inner = self._optimizer.optimizer
         for group in self._inner.param_groups:
-            group["weight_decay"] = adam.weight_decay * group.get("wd_mult", 1.0)  # else the scheduler's work
+            # Megatron leaves wd_mult to its scheduler, which is not used here
+            group["weight_decay"] = adam.weight_decay * group.get("wd_mult", 1.0)
             for main in group["params"]:
                 self._inner.state[main] = {
                     "step": torch.zeros((), dtype=torch.float32, device=main.device),
@@ -45,15 +48,17 @@ class ReplicatedEngine(Engine):
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
+        """Add up gradients in Megatron's float32 buffers, and average them over the data-parallel ranks on leaving."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         yield
         for chunk in self._chunks:
             chunk.finish_grad_sync()
-            chunk.scale_gradients(1 / self._data_parallel_size)  # it has added them up
+            chunk.scale_gradients(1 / self._data_parallel_size)  # they were only added up
 
     def step(self, lr: float, table_lr: float) -> StepResult:
+        """Clip by the norm of dense gradients and shards together, and update both if it is finite."""
         for group in self._inner.param_groups:
             group["lr"] = lr
         self._set_shard_lr(lr, table_lr)
@@ -68,18 +73,21 @@ class ReplicatedEngine(Engine):
         return self._finish(StepResult(norm, applied))
 
     def skip(self) -> None:
+        """Clear the gradients' buffers and the shards' gradients."""
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         self._skip_shards()
 
     def not_finite(self) -> list[str]:
+        """Names of the parameters whose reduced gradients on this rank are not finite."""
         dense = ((name, parameter.main_grad) for name, parameter in self.parameters.items())  # type: ignore[attr-defined]
         return names_not_finite(dense) + self._shards_not_finite()
 
     @property
     def steps(self) -> int:
-        group = self._inner.param_groups[0]  # where apex and TransformerEngine count
+        """Number of updates, as Adam counts them."""
+        group = self._inner.param_groups[0]  # apex and TransformerEngine count there, torch in the state
         return int(group["step"] if "step" in group else self._state(next(iter(self.parameters)))["step"])
 
     @steps.setter
@@ -98,17 +106,20 @@ class ReplicatedEngine(Engine):
 
     @contextlib.contextmanager
     def whole_shapes(self) -> Iterator[None]:
+        """A context without effect: parameters are never partitioned."""
         yield
 
     def _main(self, name: str) -> Tensor:
-        """The float32 parameter that Adam steps."""
+        """The float32 copy of a parameter that Adam updates, or the parameter itself if it is float32."""
         parameter = self.parameters[name]
         return parameter if parameter.dtype == torch.float32 else parameter.main_param  # type: ignore[attr-defined]
 
     def _state(self, name: str) -> dict[str, Tensor]:
+        """Adam's state of a parameter."""
         return self._inner.state[self._main(name)]
 
     def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield Adam's own tensors, which every rank has: nothing is copied or gathered."""
         for name in self.parameters:
             if only is not None and name not in only:
                 continue
@@ -118,6 +129,7 @@ class ReplicatedEngine(Engine):
 
     @torch.no_grad()
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
+        """Copy ``value`` into Adam's tensor and, if it is the master, into the parameter."""
         if part == "master":
             self._main(name).copy_(value)
             self.parameters[name].copy_(value)

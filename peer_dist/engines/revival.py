@@ -1,12 +1,12 @@
-"""Sub-keys that hardly any query picks, and with them the experts that only they lead to, are put to use again.
+"""Puts sub-keys that hardly any query picks to use again, and with them the experts that only they lead to.
 
-An expert is picked where both sub-keys of its key are, so that a dead one cannot be woken by itself: its sub-keys
-serve others. What can be moved is a sub-key. One that took part in fewer picks of a window than 1 / :data:`STARVED`
-of an even share becomes a near copy of one that took part in many, with moments of zero: its experts are picked where
-those of the other are, and training parts the two. The experts' rows stay. Copies of the other's rows are no better:
-a token's picks would be the same experts twice.
+An expert is picked if both sub-keys of its key are, and its sub-keys serve other experts too. So a dead expert cannot
+be revived by itself, but a sub-key can be moved. One that took part in fewer picks of a window than 1 / :data:`STARVED`
+of an even share is starved. It becomes a near copy of a sub-key that took part in many, with moments of zero: its
+experts are picked where those of the other are, and training drives the two apart. The experts' rows are not changed:
+if they were copied too, a token would pick the same expert twice.
 
-Decisions follow from counts over all ranks, and noise from (seed, step, layer): the same in every layout.
+Decisions follow from counts over all ranks, and noise from (seed, step, layer), so both are the same in every layout.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from peer_dist.megatron import Parallel, peer_layers
 from peer_dist.optim.rounding import stream_key
 
 STARVED = 16
-_NOISE = 0.1  # of a moved sub-key, relative to its components
+"""A sub-key with fewer picks than an even share divided by this is starved."""
+_NOISE = 0.1  # standard deviation of a moved sub-key's noise, relative to the root mean square of its components
 
 
 def subkey_sources(use: Tensor) -> Tensor:
-    """Which sub-key each is to be a copy of: itself, but for the starved ones, the most used ones in turn.
+    """Choose for each sub-key which one it becomes a copy of.
 
     Args:
-        use: picks that each took part in, int64 ``[sets, 2, n]``.
+        use: number of picks that each sub-key took part in, int64 ``[sets, 2, n]``.
 
     Returns:
-        int64 ``[sets, 2, n]``.
+        The source of each sub-key, int64 ``[sets, 2, n]``: itself or, for starved ones, the most used ones of its half
+        in turn.
     """
     n = use.shape[-1]
     source = torch.arange(n, device=use.device).repeat(*use.shape[:2], 1)
@@ -44,11 +46,12 @@ def subkey_sources(use: Tensor) -> Tensor:
 
 
 class Revival:
-    """Counts the picks of the PEER layers, and moves starved sub-keys when told to.
+    """Counts the picks of the PEER layers, and moves starved sub-keys in :meth:`revive`.
 
     Args:
-        model: before an engine takes its parameters apart.
-        seed: of the noise.
+        model: this rank's part of the model, before an engine partitions its parameters.
+        parallel: this rank's groups.
+        seed: seed of the noise.
     """
 
     def __init__(self, model: nn.ModuleList, parallel: Parallel, seed: int) -> None:
@@ -56,7 +59,7 @@ class Revival:
         layers = peer_layers(model)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._keys = {number: names[id(layer.keys)] for number, layer in layers.items()}
-        self._use, self._mine = (  # over all ranks; on this one since then
+        self._use, self._mine = (  # picks over all ranks; picks on this rank that are not among them yet
             {
                 number: torch.zeros(layer.keys.shape[:-1].numel(), dtype=torch.int64, device=parallel.device).view(
                     -1, 2, layer.keys.shape[-2]
@@ -67,7 +70,7 @@ class Revival:
         )
 
     def observe(self, number: int, indices: Tensor, gates: Tensor) -> None:
-        """Count picks ``[tokens, heads, top_k]`` of layer ``number``; one with a gate of 0 is none."""
+        """Count picks of layer ``number`` whose gates are not 0; both are ``[tokens, heads, top_k]``."""
         if number in self._mine:
             mine, counted = self._mine[number], (gates != 0).long()
             sets, _, n = mine.shape
@@ -76,9 +79,9 @@ class Revival:
                 mine.view(-1).index_add_(0, (half + first).flatten(), counted.flatten())
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """``(layer, picks per sub-key [sets, 2, n])`` of all ranks since the last revival, for checkpoints.
+        """Yield ``(layer's name, picks per sub-key [sets, 2, n])`` over all ranks since the last revival.
 
-        A collective call. Writing into the tensors loads them.
+        A collective call. Checkpoints save these tensors, and restore them by writing into them.
         """
         for number, mine in self._mine.items():
             dist.all_reduce(mine, group=self._parallel.token_group)
@@ -88,7 +91,15 @@ class Revival:
 
     @torch.no_grad()
     def revive(self, engine: Engine, step: int) -> int:
-        """Move what was starved since the last call; the number of sub-keys. A collective call, between two steps."""
+        """Move the sub-keys that were starved since the last call. A collective call, between two steps.
+
+        Args:
+            engine: has the sub-keys' masters and moments.
+            step: number of the step that has ended, from which the noise follows.
+
+        Returns:
+            The number of sub-keys moved in the whole model.
+        """
         for _ in self.state():
             pass
         sources = {number: subkey_sources(use) for number, use in self._use.items()}
@@ -96,19 +107,20 @@ class Revival:
         self._move_keys(engine, step, sources, moved)
         for use in self._use.values():
             use.zero_()
-        total = torch.tensor(sum(int(each.sum()) for each in moved.values()), device=self._parallel.device)
+        total = torch.tensor(sum(int(changed.sum()) for changed in moved.values()), device=self._parallel.device)
         dist.all_reduce(total, group=self._parallel.pipeline_group)
         return int(total)
 
     def _move_keys(self, engine: Engine, step: int, sources: dict[int, Tensor], moved: dict[int, Tensor]) -> None:
+        """Write the moved sub-keys' masters and moments, for the layers that have any."""
         numbers = {self._keys[number]: number for number in self._keys if moved[number].any()}
         for name, part, value in engine.dense_state(numbers):
             number = numbers[name]
             keys = value.reshape(*moved[number].shape, -1)  # [sets, 2, n, key_dim / 2]
             new = torch.zeros_like(keys)
             if part == "master":
-                near = keys.gather(2, sources[number][..., None].expand_as(keys))
+                copies = keys.gather(2, sources[number][..., None].expand_as(keys))
                 generator = torch.Generator().manual_seed(stream_key(self._seed, f"revival.layer{number}", step))
                 noise = torch.randn(keys.shape, generator=generator).to(keys)
-                new = near + _NOISE * near.square().mean(-1, keepdim=True).sqrt() * noise
+                new = copies + _NOISE * copies.square().mean(-1, keepdim=True).sqrt() * noise
             engine.load_dense_state(name, part, torch.where(moved[number][..., None], new, keys).view_as(value))

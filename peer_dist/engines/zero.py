@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO for the dense part, and the expert tables stepped beside it under one global norm.
+"""DeepSpeed ZeRO for the dense part, and shards updated beside it under one global norm.
 
 No other module imports deepspeed.
 
-The tables are no parameters of the module that DeepSpeed sees: it would broadcast and average what is
-already sharded. What ties the two together is the gradient norm: the tables' part enters DeepSpeed's own
-norm, so that clipping, and skipping a step with non-finite gradients, happen to both alike.
+The shards are no parameters of the module that DeepSpeed sees, because it would broadcast and average what is already
+sharded. The gradient norm ties the two together: the shards' part is added to DeepSpeed's own norm, so that gradients
+are clipped, and steps with gradients that are not finite are skipped, in both alike.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ from peer_dist.layers.product_key_layer import ProductKeyLayer
 from peer_dist.optim import TableOptimizer
 from peer_dist.optim.held_bytes import BUCKET
 
-# A shared-memory extension for CPU collectives, compiled for a minute at first use; gloo serves as well.
+# a shared-memory extension for CPU collectives that takes a minute to compile at first use; gloo serves as well
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
 
 
 class ZeroEngine(Engine):
-    """See :class:`peer_dist.engines.Engine`: DeepSpeed ZeRO-1, 2 or 3.
+    """An :class:`Engine` with DeepSpeed's ZeRO-1, 2 or 3.
 
     Args:
-        model: the stage's chunks of the model, without their shards (released).
-        stage: 1, 2 or 3; 3 for one chunk only.
-        offload: masters and moments stay in host memory, and torch's AdamW steps them there.
+        model: the pipeline stage's chunks of the model, their shards released.
+        tables, experts, adam: see :class:`Engine`.
+        stage: ZeRO's stage: 1, 2 or 3; 3 for a model of one chunk only.
+        offload: whether masters and moments stay in host memory, where torch's AdamW updates them.
         mpu: Megatron's groups in the form that DeepSpeed asks for.
-        dtype: of the model's parameters, float32 or bfloat16.
+        dtype: dtype of the model's parameters, float32 or bfloat16.
     """
 
     def __init__(
@@ -78,11 +79,11 @@ class ZeroEngine(Engine):
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         inner = torch.optim.AdamW(groups, lr=adam.lr, betas=adam.betas, eps=adam.eps, fused=True)
-        # it is allocated whole: one of DeepSpeed's default size would be most of what a small model needs
+        # the bucket is allocated whole: with DeepSpeed's default size it would take most of a small model's memory
         bucket = min(BUCKET, sum(parameter.numel() for parameter in parameters))
         self._bucket_bytes = bucket * parameters[0].element_size()
         config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # counted by us: the schedule runs all micro-batches
+            "train_micro_batch_size_per_gpu": 1,  # not counted by DeepSpeed: Megatron's schedule runs all micro-batches
             "gradient_accumulation_steps": 1,
             "gradient_clipping": adam.grad_clip,
             "steps_per_print": 2**60,
@@ -90,20 +91,20 @@ class ZeroEngine(Engine):
         }
         if offload:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-            config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own is compiled for minutes at first use
+            config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own takes minutes to compile at first use
         if dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True}
-        for parameter in parameters:  # of the two copies of a tied embedding one counts in the norm
+        for parameter in parameters:  # only one of a tied embedding's two copies counts in the norm
             parameter.ds_pipe_replicated = getattr(parameter, "shared", False)  # type: ignore[attr-defined]
-        seen: nn.Module = model
+        module: nn.Module = model
         if stage == 3:
-            (seen,) = model  # whose forward pass starts ZeRO-3's
-            # such a layer reads its sub-modules' parameters itself: they are to be fetched with its own
-            deepspeed.utils.set_z3_leaf_modules(seen, [ProductKeyLayer], raise_if_not_found=False)
+            (module,) = model  # ZeRO-3 hooks into the forward pass of the chunk itself
+            # these layers read their sub-modules' parameters themselves, so they must be gathered together
+            deepspeed.utils.set_z3_leaf_modules(module, [ProductKeyLayer], raise_if_not_found=False)
         os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
-                model=seen, optimizer=inner, config=config, mpu=mpu, dist_init_required=False
+                model=module, optimizer=inner, config=config, mpu=mpu, dist_init_required=False
             )
         self._zero = self._engine.optimizer
         self._init_state()
@@ -117,13 +118,13 @@ class ZeroEngine(Engine):
             )
 
     def _masters(self) -> list[Tensor]:
-        """This rank's partitions of the float32 parameters, which Adam steps."""
+        """This rank's partitions of the float32 masters, which Adam updates."""
         if self._stage == 3:
             return list(self._zero.fp32_partitioned_groups_flat)
         return [flat for group in self._zero.optimizer.param_groups for flat in group["params"]]
 
     def _init_state(self) -> None:
-        """Make Adam's state before the first step, so that it can be saved and loaded at any step."""
+        """Make Adam's state now instead of in the first step, so that it can be saved and loaded before that."""
         inner = self._zero.optimizer
         for flat in self._masters():
             inner.state[flat] = {
@@ -135,11 +136,12 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
+        """Let DeepSpeed add up the gradients of the passes inside, and reduce them once on leaving."""
         with self._engine.coalesce_grad_reduction():
             yield
 
     def _norm_of_shards(self) -> Tensor:
-        """Called by DeepSpeed inside its step."""
+        """The norm of all shards' gradients, or -1 to make DeepSpeed skip its step, within which it is called."""
         if self._skipping:
             return torch.full((), -1.0, device=next(iter(self.parameters.values())).device)
         norm = self._shard_norm(next(iter(self.parameters.values())).device)
@@ -147,6 +149,7 @@ class ZeroEngine(Engine):
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
     def step(self, lr: float, table_lr: float) -> StepResult:
+        """Let DeepSpeed clip and update the dense part by the common norm, and do the same to the shards."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
         self._set_shard_lr(lr, table_lr)
@@ -156,7 +159,7 @@ class ZeroEngine(Engine):
         )
 
     def skip(self) -> None:
-        """By DeepSpeed's own way out of a step whose norm is not finite: it knows all that has to be cleared."""
+        """Make DeepSpeed skip a step as if its norm were not finite: it knows all that has to be cleared."""
         self._skipping = True
         try:
             self._engine.step()
@@ -166,6 +169,7 @@ class ZeroEngine(Engine):
         self._skip_shards()
 
     def not_finite(self) -> list[str]:
+        """Names of the parameters whose gradients, gathered from all ranks, are not finite."""
         dense = ((name, safe_get_full_grad(parameter)) for name, parameter in self.parameters.items())
         return names_not_finite(dense) + self._shards_not_finite()
 
@@ -182,10 +186,11 @@ class ZeroEngine(Engine):
             )
         return zero.bit16_groups_flat, gradients, [*zero.single_partition_of_fp32_groups, *moments]
 
-    # What follows turns ZeRO's partitions into whole parameters and back, so that checkpoints fit any layout.
+    # The methods below turn ZeRO's partitions into whole tensors and back, so that checkpoints fit any layout.
 
     @property
     def steps(self) -> int:
+        """Number of updates, as Adam counts them."""
         return int(next(iter(self._zero.optimizer.state.values()))["step"])
 
     @steps.setter
@@ -196,17 +201,20 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def whole_shapes(self) -> Iterator[None]:
-        apart = [p for p in self.parameters.values() if self._stage == 3 and p.shape != p.ds_shape]  # type: ignore[attr-defined]
-        data = [parameter.data for parameter in apart]
-        for parameter in apart:
+        """A context in which partitioned parameters are expanded from one element without a value."""
+        parameters = self.parameters.values() if self._stage == 3 else ()
+        partitioned = [p for p in parameters if p.shape != p.ds_shape]  # type: ignore[attr-defined]
+        data = [parameter.data for parameter in partitioned]
+        for parameter in partitioned:
             parameter.data = parameter.new_empty(()).expand(parameter.ds_shape)  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            for parameter, value in zip(apart, data):
+            for parameter, value in zip(partitioned, data):
                 parameter.data = value
 
     def dense_state(self, only: Container[str] | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield tensors that DeepSpeed gathers from the data-parallel ranks, one at a time."""
         for name, parameter in self.parameters.items():
             if only is not None and name not in only:
                 continue
@@ -216,13 +224,14 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def load_dense_state(self, name: str, part: str, value: Tensor) -> None:
+        """Copy this rank's part of ``value`` into ZeRO's partition and, if it is the master, into the parameter."""
         parameter = self.parameters[name]
         if self._stage == 3:
             own = self._partition(parameter, value)
             if part == "master":
                 safe_set_local_fp32_param(parameter, own)
                 parameter.ds_tensor.copy_(own)  # type: ignore[attr-defined]
-                if parameter.shape == value.shape:  # small ones stay whole on every rank between passes
+                if parameter.shape == value.shape:  # ZeRO-3 keeps small parameters whole on every rank
                     parameter.copy_(value)
             else:
                 safe_set_local_optimizer_state(parameter, own, part)
@@ -233,7 +242,7 @@ class ZeroEngine(Engine):
             safe_set_full_optimizer_state(parameter, value, part)
 
     def _partition(self, parameter: Any, value: Tensor) -> Tensor:
-        """This rank's part of a parameter, as ZeRO-3 cuts it: flat, padded to equal parts."""
+        """This rank's part of ``value``, as ZeRO-3 partitions ``parameter``: flat, padded to equal parts."""
         size, group = parameter.ds_tensor.ds_numel, parameter.ds_process_group
         padded = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
         return padded.narrow(0, size * dist.get_rank(group), size)
@@ -241,6 +250,6 @@ class ZeroEngine(Engine):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed prints its set-up to stdout."""
+    """A context that hides stdout, where DeepSpeed prints its set-up."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield

@@ -1,1 +1,1 @@
-"""What is measured of a model and a run: held-out loss, usage of experts, and the files of numbers."""
+"""Measures a model and a run: held-out loss, usage of experts, and the files in which the numbers are kept."""

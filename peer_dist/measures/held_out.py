@@ -1,4 +1,4 @@
-"""Micro-batches of sequences, and the loss over held-out ones."""
+"""Makes micro-batches of sequences, and measures the loss over held-out ones."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from peer_dist.megatron import MicroBatch, Parallel, run_forward_backward, segme
 
 
 def perplexity_of(loss: float) -> float:
-    """``exp(loss)``, a number whatever the loss."""
+    """``exp(loss)`` for a loss in nats per token; finite however large the loss is."""
     return math.exp(min(loss, 700.0))
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """A mean loss.
+    """A mean loss over held-out tokens.
 
     Attributes:
-        loss: in nats per token.
-        tokens: how many tokens it is the mean of.
+        loss: the mean, in nats per token.
+        tokens: the number of tokens that it is the mean of.
     """
 
     loss: float
@@ -38,7 +38,16 @@ class HeldOutLoss:
 
 
 def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) -> dict[str, torch.Tensor | None]:
-    """What the model takes, from ``sequences: [b, seq_length + 1]`` int64 on the CPU; every token counts."""
+    """The model's inputs for ``b`` sequences, on ``device``; every token counts in the loss.
+
+    Args:
+        sequences: tokens, ``[b, seq_length + 1]`` int64 on the CPU.
+        eod: the id of the end-of-document token, which attention does not look beyond.
+
+    Returns:
+        ``tokens`` and ``labels``, ``[b, seq_length]`` int64; ``loss_mask``, ``[b, seq_length]`` float32; and
+        ``attention_mask``, see :func:`peer_dist.megatron.segment_mask`.
+    """
     tokens, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
     mask = segment_mask(tokens, eod)
     return {
@@ -53,9 +62,11 @@ class MicroBatches:
     """Micro-batches of a stream's sequences, each made and moved to the device when its turn comes.
 
     Args:
-        positions: where in the stream the sequences of each micro-batch are.
+        stream: where the sequences are read from.
+        positions: for each micro-batch, the positions of its sequences in the stream.
         eod: the id of the end-of-document token.
-        end: sequences from this position on have no weight in the loss; None: all have.
+        device: where the micro-batches go.
+        end: sequences from this position on have no weight in the loss; with None all count.
     """
 
     def __init__(
@@ -86,57 +97,71 @@ def held_out_loss(
     sequences: int | None = None,
     observers: Mapping[int, RouteObserver] | None = None,
 ) -> HeldOutLoss:
-    """Mean loss per token over the first ``sequences`` of ``stream`` (at most all of it, the default).
+    """Measure the mean loss per token over held-out sequences. A collective call: ranks share the sequences.
 
-    In evaluation mode: no dropout, running statistics. Every rank calls it; ranks share the sequences.
+    The model runs in evaluation mode, without dropout and with running statistics.
 
     Args:
-        observers: by number in the whole model, what is told of the picks of this rank's layers, each token's once.
+        model: this rank's part of the model.
+        stream: where the sequences are read from.
+        tokenizer: the tokenizer of the stream's data.
+        micro_batch_size: sequences per micro-batch.
+        sequences: number of sequences to read, from the stream's first on; by default, and at most, all of them.
+        observers: functions called with the picks and gates of this rank's layers, once for each token; by the layers'
+            numbers in the whole model.
     """
     layers = sparse_layers(model) if observers else {}
-    wanted = min(len(stream), sequences if sequences is not None else len(stream))
+    count = min(len(stream), sequences if sequences is not None else len(stream))
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     was_training = model.training
     model.eval()
     try:
         per_pass = micro_batch_size * parallel.data_parallel_size
-        for begin in range(0, wanted, per_pass * parallel.pipeline_size):
+        for begin in range(0, count, per_pass * parallel.pipeline_size):
             own = begin + parallel.data_parallel_rank * micro_batch_size
-            # Enough to fill the pipeline. Every rank takes part in every pass; what lies beyond the end has no weight.
+            # enough to fill the pipeline; all ranks take part in all passes, and sequences past the end have no weight
             positions = [
                 range(own + number * per_pass, own + number * per_pass + micro_batch_size)
                 for number in range(parallel.pipeline_size)
             ]
-            reals = [torch.tensor([position < wanted for position in part]) for part in positions]
+            reals = [torch.tensor([position < count for position in part]) for part in positions]
             for number, observer in (observers or {}).items():
                 layers[number].on_route = _only_real(observer, iter(reals))
-            batches = MicroBatches(stream, positions, tokenizer.eod, parallel.device, end=wanted)
+            batches = MicroBatches(stream, positions, tokenizer.eod, parallel.device, end=count)
             total += run_forward_backward(model, batches, forward_only=True).sum()
     finally:
         model.train(was_training)
         for layer in layers.values():
             layer.on_route = None
-    tokens = wanted * (len(stream.sample(0)) - 1)
+    tokens = count * (len(stream.sample(0)) - 1)
     return HeldOutLoss(float(parallel.total(total)) / tokens, tokens)
 
 
 def _only_real(observer: RouteObserver, reals: Iterator[torch.Tensor]) -> RouteObserver:
-    """Leave out the tokens of sequences that do not count: bool ``[b]`` for each micro-batch, in order."""
+    """A wrapper of ``observer`` that leaves out the tokens of sequences that do not count.
+
+    Args:
+        reals: for each micro-batch in order, bool ``[b]``: whether a sequence counts.
+    """
 
     def observe(indices: torch.Tensor, gates: torch.Tensor) -> None:
         real = next(reals)
         if not real.all():
-            kept = real.to(indices.device).repeat(len(indices) // len(real))  # tokens are ordered [sequence, batch]
-            indices, gates = indices[kept], gates[kept]
+            counts = real.to(indices.device).repeat(len(indices) // len(real))  # tokens are ordered [sequence, batch]
+            indices, gates = indices[counts], gates[counts]
         observer(indices, gates)
 
     return observe
 
 
 def unigram_loss(train: torch.Tensor, held_out: torch.Tensor, vocab_size: int) -> float:
-    """Nats per token of ``held_out`` under the token frequencies of ``train`` (add-one smoothing).
+    """The mean loss of ``held_out``, in nats per token, under the token frequencies of ``train`` (add-one smoothing).
 
-    What a model that ignores context reaches: the line that a trained one must be far below.
+    A model that ignores context reaches this loss; a trained one must be far below it.
+
+    Args:
+        train, held_out: tokens, int64 of any shape.
+        vocab_size: tokens are below this.
     """
     counts = torch.bincount(train.reshape(-1), minlength=vocab_size).double() + 1
     return float(-(counts / counts.sum()).log()[held_out.reshape(-1)].mean())

@@ -1,4 +1,4 @@
-"""How many of the experts are used, and how evenly (PEER, section 3.3.2 and table 3)."""
+"""Measures how many of the experts are used, and how evenly (PEER, section 3.3.2 and table 3)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_DECADES = 5  # on both sides of an even share
-_OVERLAP_TOKENS = 64  # of each forward pass: a mean over tokens needs no more
+_DECADES = 5  # powers of ten that the histogram has on both sides of an even share
+_OVERLAP_TOKENS = 64  # tokens of each forward pass that the heads' overlap is measured on: enough for a mean
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,15 @@ class UsageSummary:
     """Expert usage over a number of tokens.
 
     Attributes:
-        usage_percent: share of experts that any token gave a gate other than 0.
-        top1_usage_percent: share of experts that were the best of some head for some token.
-        dead_experts: experts that no token gave a gate other than 0.
-        never_first_experts: experts that were no head's best for any token.
-        unevenness: ``log N + sum z log z`` in nats, the KL divergence of the gates' distribution ``z`` over
+        usage_percent: percentage of experts to which some token gave a gate other than 0.
+        top1_usage_percent: percentage of experts that were the best of some head for some token.
+        dead_experts: number of experts to which no token gave a gate other than 0.
+        never_first_experts: number of experts that were no head's best for any token.
+        unevenness: ``log N + sum z log z`` in nats, the KL divergence of the gates' distribution ``z`` over the ``N``
             experts from the uniform one; 0 is even.
-        unevenness_if_uniform: what as many equal picks of uniformly random experts would be expected to give:
-            few picks look uneven however they were made.
-        picks_per_expert: mean number of picks.
+        unevenness_if_uniform: the expected unevenness of as many equal picks of uniformly random experts: few picks
+            look uneven even then.
+        picks_per_expert: mean number of picks per expert.
     """
 
     usage_percent: float
@@ -43,7 +43,7 @@ class WindowSummary(UsageSummary):
     """Usage over a window of training steps.
 
     Attributes:
-        picks_per_shard_max_over_mean: imbalance of the picks between equal row ranges, 1 is balanced.
+        picks_per_shard_max_over_mean: picks of the row shard with most of them over the shards' mean; 1 is balanced.
     """
 
     picks_per_shard_max_over_mean: float
@@ -54,9 +54,9 @@ class HeadSpread:
     """How the heads of a layer differ, over a window of training steps.
 
     Attributes:
-        head_top1_usage_percent_min, head_top1_usage_percent_max: over the heads, of the share of experts that were the
-            head's best for some token.
-        head_overlap: share of a head's picks for a token that another head has too, mean over pairs of heads.
+        head_top1_usage_percent_min, head_top1_usage_percent_max: least and largest percentage, over the heads, of
+            experts that were the head's best for some token.
+        head_overlap: fraction of a head's picks for a token that another head has too, the mean over pairs of heads.
     """
 
     head_top1_usage_percent_min: float
@@ -65,10 +65,10 @@ class HeadSpread:
 
 
 def uniform_unevenness(num_experts: int, picks: int) -> float:
-    """Expected unevenness of ``picks`` equal picks of uniformly random experts, in nats.
+    """The expected unevenness of ``picks`` equal picks of uniformly random experts, in nats.
 
-    ``log N - log P + (N / P) E[c log c]`` with ``c`` binomial (P, 1/N). For many picks per expert it tends to
-    ``(N - 1) / (2 P)``.
+    It is ``log N - log P + (N / P) E[c log c]`` with ``c`` binomial (P, 1/N), which tends to ``(N - 1) / (2 P)`` for
+    many picks per expert.
     """
     if num_experts == 1 or picks == 0:
         return 0.0
@@ -88,7 +88,7 @@ def uniform_unevenness(num_experts: int, picks: int) -> float:
 
 
 def unevenness(mass: Tensor) -> float:
-    """``log N + sum z log z`` in nats of ``z = mass / sum of mass``, float64 ``[N]``; 0 where there is none."""
+    """``log N + sum z log z`` in nats for ``z = mass / sum of mass``, float64 ``[N]``; 0 if there is no mass."""
     total = mass.sum()
     if total == 0:
         return 0.0
@@ -97,11 +97,12 @@ def unevenness(mass: Tensor) -> float:
 
 
 def summarize(mass: Tensor, first: Tensor, picks: int) -> UsageSummary:
-    """From what ``picks`` picks left behind.
+    """The summary of some picks.
 
     Args:
-        mass: the gates of each expert, added up, float64 ``[num_experts]``.
-        first: whether each expert was ever the best of a head, bool ``[num_experts]``.
+        mass: sum of the gates of each expert, float64 ``[num_experts]``.
+        first: whether each expert was the best of a head for some token, bool ``[num_experts]``.
+        picks: number of picks, over all tokens and heads.
     """
     n, used, ever_first = mass.numel(), int((mass != 0).sum()), int(first.sum())
     return UsageSummary(
@@ -116,7 +117,11 @@ def summarize(mass: Tensor, first: Tensor, picks: int) -> UsageSummary:
 
 
 def shared_picks(indices: Tensor) -> Tensor:
-    """``[heads, heads]`` int64: picks of ``[tokens, heads, top_k]`` that two heads have both, added up over tokens."""
+    """The number of picks that two heads have in common for a token, summed over tokens: ``[heads, heads]`` int64.
+
+    Args:
+        indices: picked experts, int64 ``[tokens, heads, top_k]``, distinct within a head.
+    """
     heads, top_k = indices.shape[1:]
     number = torch.arange(heads, device=indices.device).repeat_interleave(top_k)
     picks = (indices.flatten(1) * heads + number).sort(1).values
@@ -130,16 +135,23 @@ def shared_picks(indices: Tensor) -> Tensor:
 
 
 def share_histogram(shares: Tensor) -> tuple[list[float], list[float]]:
-    """Numbers of experts in use by log10 of their share (:meth:`ExpertUsage.shares`), and the upper limits."""
+    """A histogram of the experts in use by log10 of their shares.
+
+    Args:
+        shares: from :meth:`ExpertUsage.shares`.
+
+    Returns:
+        The number of experts in each bucket, and the buckets' upper limits.
+    """
     counts = torch.histc(shares[shares != 0].log10().clamp(-_DECADES, _DECADES), 10 * _DECADES, -_DECADES, _DECADES)
     return counts.tolist(), torch.linspace(-_DECADES, _DECADES, 10 * _DECADES + 1)[1:].tolist()
 
 
 class ExpertUsage:
-    """Adds up a layer's gates per expert while it trains; feed it to ``on_route``.
+    """Adds up a layer's gates per expert while it trains. Assign it to the layer's ``on_route``.
 
-    Holds two numbers of 8 bytes per expert, and a bit per expert and head, on the layer's device. The unevenness of
-    single heads would need a number per expert and head: `peer-dist usage` has it.
+    It holds two numbers of 8 bytes per expert, and a bit per expert and head, on the layer's device. The unevenness of
+    single heads would need a number per expert and head; `peer-dist usage` measures it.
     """
 
     def __init__(self, num_experts: int, device: torch.device) -> None:
@@ -149,7 +161,7 @@ class ExpertUsage:
         self._shared = torch.zeros(0, 0, dtype=torch.int64, device=device)
 
     def __call__(self, indices: Tensor, gates: Tensor) -> None:
-        """Add the picks ``[tokens, heads, top_k]`` of one forward pass, best first along the last axis."""
+        """Add a forward pass's picks and gates, both ``[tokens, heads, top_k]``, the best first along the last axis."""
         heads = indices.shape[1]
         if not len(self._shared):
             self._first = self._first.new_zeros(-(-heads // 8), self._first.shape[1])
@@ -167,12 +179,17 @@ class ExpertUsage:
             tensor.zero_()
 
     def shares(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """Each expert's share of the gates, 1 being even: float64 ``[num_experts]``. A collective call."""
+        """Each expert's share of the gates over the mean share, float64 ``[num_experts]``. A collective call."""
         mass = _sum(self._mass, group)
-        return mass * (mass.numel() / max(float(mass.sum()), 1e-300))  # nothing but closed gates: all 0
+        return mass * (mass.numel() / max(float(mass.sum()), 1e-300))  # if all gates are 0, so are the shares
 
     def summary(self, shards: int, group: dist.ProcessGroup | None = None) -> WindowSummary:
-        """Over all tokens seen by the ranks of ``group`` since the last reset. A collective call."""
+        """The usage by all tokens that the ranks of ``group`` have seen since the last reset. A collective call.
+
+        Args:
+            shards: number of row shards, between which the balance is measured.
+            group: the ranks to sum over; None for this rank alone.
+        """
         counts, first = _sum(self._counts, group), torch.zeros_like(self._counts, dtype=torch.bool)
         for byte in self._first:
             first |= _sum((byte != 0).to(torch.uint8), group, dist.ReduceOp.MAX) != 0
@@ -186,7 +203,7 @@ class ExpertUsage:
         )
 
     def head_spread(self, group: dist.ProcessGroup | None = None) -> HeadSpread | None:
-        """The same of single heads; None of a layer that has but one. A collective call."""
+        """How the heads differ since the last reset; None for a layer with a single head. A collective call."""
         heads, n = len(self._shared), self._mass.numel()
         if heads < 2:
             return None
@@ -204,7 +221,7 @@ class ExpertUsage:
 
 
 def _sum(value: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Over the ranks of ``group``; a copy."""
+    """A copy of ``value``, reduced over the ranks of ``group``."""
     value = value.clone()
     if group is not None:
         dist.all_reduce(value, op, group)

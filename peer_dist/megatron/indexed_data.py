@@ -33,10 +33,12 @@ class Vocabulary(Protocol):
     """What a data set needs to know of its tokenizer."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
 
     @property
-    def eod(self) -> int: ...
+    def eod(self) -> int:
+        """The id of the end-of-document token."""
 
 
 class IndexedWriter:
@@ -211,6 +213,7 @@ def _as_rank_zero(build: Any, folder: Path) -> None:
 
 
 def _megatron(module: str) -> ModuleType:
+    """A module of Megatron's data sets, imported without its warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about accelerators' libraries that the data sets do not need
         loaded = importlib.import_module(f"megatron.core.datasets.{module}")

@@ -88,7 +88,8 @@ class _Ignored:
 
     def __setitem__(self, key: Any, value: Any) -> None: ...
 
-    def append(self, value: Any) -> None: ...
+    def append(self, value: Any) -> None:
+        """Ignore the value."""
 
 
 class _MetadataUnpickler(pickle._Unpickler):
@@ -108,6 +109,11 @@ class _MetadataUnpickler(pickle._Unpickler):
         self._others = others
 
     def find_class(self, module: str, name: str) -> Any:
+        """The class of that name in the allow-list; for any other, with ``others``, :class:`_Ignored`.
+
+        Raises:
+            UntrustedError: it is not in the list, and ``others`` is False.
+        """
         try:
             return _CLASSES[module, name]
         except KeyError:
@@ -116,6 +122,7 @@ class _MetadataUnpickler(pickle._Unpickler):
             raise UntrustedError(f"it asks for {module}.{name}, which is no part of a checkpoint") from None
 
     def load_build(self) -> None:
+        """Set the state of an object that this pickle has made; refuse to change anything else."""
         owner = self.stack[-2]
         if type(owner) not in {*_CLASSES.values(), _Ignored} or isinstance(owner, enum.Enum):
             raise UntrustedError(f"it changes {owner!r}, which is not an object of its own")
@@ -272,6 +279,7 @@ class LoadTensors(TorchDistLoadShardedStrategy):
     _reader: MetadataReader | None = None
 
     def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
+        """Load the tensors of ``sharded_state_dict`` from a checkpoint; return the dict with them in their places."""
         shards = [value for value in _values(sharded_state_dict) if isinstance(value, ShardedTensor)]
         by_key, flat_mapping, rename_mapping = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict)
         state = mcore_to_pyt_state_dict(by_key, True)

@@ -1,6 +1,6 @@
-"""``peer-dist doctor --calibrate``: the rates of these machines, measured for ``peer-dist plan``.
+"""``peer-dist doctor --calibrate`` measures the rates of these machines for ``peer-dist plan``.
 
-All ranks measure at the same time, as they will train, and of their rates the slowest counts: it sets the pace.
+All ranks measure at the same time, as they will train, and the slowest rank's rate counts, because it sets the pace.
 """
 
 from __future__ import annotations
@@ -32,26 +32,28 @@ from peer_dist.ranks.world import World
 from peer_dist.sharding.cost import synthetic_picks
 from peer_dist.units import sized
 
-_MESSAGE = 16 << 20  # bytes that a rank has for all others, of which bandwidth is measured
-_TURNS = 3  # of all checks: what slows a machine down lasts for seconds
-_ROUNDS = 8  # of what all ranks do together
-_LAYERS = (2, 8)  # of the models whose difference tells a layer's overhead
-_WORDS = 128  # of their vocabulary
+_MESSAGE = 16 << 20  # bytes of a rank's message to all others, by which bandwidth is measured
+_TURNS = 3  # times that all checks are made: other programs slow a machine down for seconds
+_ROUNDS = 8  # measurements of a call that all ranks make together
+_LAYERS = (2, 8)  # layers of the models whose difference gives a layer's overhead
+_WORDS = 128  # size of their vocabulary
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What is measured, large enough for a kind of device to reach its rate.
+    """Sizes of what is measured, large enough for a kind of device to reach its rate.
 
     Attributes:
-        widths: of square matrices.
-        copied: float32 numbers.
-        experts, dim, tokens, picks, dtype: of the tables, and of what is read from them.
-        width, length: of the layers, and of their sequences, that tell what lies between matrix products.
+        widths: widths of the square matrices to multiply.
+        copy_size: float32 numbers to copy.
+        experts, dim, dtype: rows, columns and dtype of the experts' tables.
+        tokens, picks: number of tokens, and of experts that each of them picks.
+        width, length: the hidden size and the sequence length of the dense layers that are timed for the work between
+            matrix products.
     """
 
     widths: tuple[int, ...]
-    copied: int
+    copy_size: int
     experts: int
     dim: int
     tokens: int
@@ -69,15 +71,20 @@ _SIZES = {
 
 @dataclass
 class _Rates:
-    """What the checks found, on rank 0: the hardware file's keys, and those of them that were not measured."""
+    """The measured rates, on rank 0.
+
+    Attributes:
+        values: the values of the hardware file's keys.
+        guessed: for each of those keys that was not measured, what was written instead.
+        best: by check, the best values that each rank measured in all turns; worse ones are other programs' doing.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     guessed: dict[str, str] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
-    """By check, what each rank measured, of all turns the best: what is worse is other programs' doing."""
 
     def add(self, check: str, values: dict[int, Any]) -> dict[int, Any]:
-        """A turn's values; all turns'."""
+        """Add a turn's values of a check, by rank; return the best ones of all turns."""
         self.best[check] = _better(
             self.best.get(check, values), values, max if check in ("products", "memory") else min
         )
@@ -85,16 +92,17 @@ class _Rates:
 
 
 def calibrate(world: World, path: Path, seconds: float = 30.0) -> Examination:
-    """Measure, and write the hardware file; every rank of the process group calls it, and all get the same report.
+    """Measure the rates and write the hardware file. A collective call; all ranks get the same report.
 
     Args:
-        path: the YAML file, written by rank 0 unless a check failed.
-        seconds: what a check may take in each turn.
+        world: the ranks, which have joined.
+        path: the YAML file, which rank 0 writes unless a check failed.
+        seconds: the time limit of each check in each turn.
 
     Raises:
-        ConfigError: on rank 0, where the file cannot be written.
+        ConfigError: the file cannot be written; on rank 0 only.
     """
-    from peer_dist.engines import building  # noqa: F401  (seconds that are no check's)
+    from peer_dist.engines import building  # noqa: F401  (it takes seconds, which no check's limit should include)
 
     rates = _Rates()
     checks = [
@@ -126,13 +134,16 @@ def calibrate(world: World, path: Path, seconds: float = 30.0) -> Examination:
 
 
 def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, str], ranks: int) -> None:
-    """The file that ``peer-dist plan --gpu FILE`` reads.
+    """Write the file that ``peer-dist plan --gpu FILE`` reads.
 
     Args:
-        guessed: keys that were not measured, and what stands there instead.
+        path: the file; its folder is created if need be.
+        values: the file's values by key; keys without a value are null.
+        guessed: for each key that was not measured, what stands there instead.
+        ranks: number of ranks that measured.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     keys = (
         "name", "device", "memory_bytes", "hbm_bytes_per_s", "flops_per_s", "gather_bytes_per_s",
@@ -140,11 +151,11 @@ def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, 
         "node_link_bytes_per_s", "node_link_latency_s", "network_bytes_per_s", "network_latency_s",
         "layer_overhead_s", "step_overhead_s", "gpus_per_node", "price_per_hour",
     )  # fmt: skip
-    entry = {each: values.get(each) for each in keys}
-    key = re.sub(r"[^a-z0-9]+", "-", str(entry["name"]).lower()).strip("-")
+    entry = {key: values.get(key) for key in keys}
+    name = re.sub(r"[^a-z0-9]+", "-", str(entry["name"]).lower()).strip("-")
     lines = [f"# Measured by peer-dist doctor --calibrate on {ranks} rank(s). Rates are those of one rank."]
-    lines += [f"# {each}: not measured, {instead}" for each, instead in guessed.items()]
-    text = yaml.safe_dump({key: entry}, sort_keys=False, allow_unicode=True)
+    lines += [f"# {key}: not measured, {instead}" for key, instead in guessed.items()]
+    text = yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([*lines, text]), encoding="utf-8")
@@ -153,7 +164,7 @@ def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, 
 
 
 def _times(here: Here, run: Callable[[], Any], rounds: int = 0) -> list[float]:
-    """Seconds of each call after one that warms up: of so many, or of as many as a third of a second has."""
+    """Seconds of each call of ``run`` after a first one: ``rounds`` calls, or at least 5 and for at least 0.3 s."""
     run()
     here.finish()
     times: list[float] = []
@@ -167,20 +178,22 @@ def _times(here: Here, run: Callable[[], Any], rounds: int = 0) -> list[float]:
 
 
 def _least(here: Here, run: Callable[[], Any], rounds: int = 0) -> float:
-    """What comes on top is other programs'."""
+    """Seconds of the fastest call (see :func:`_times`): slower ones were disturbed by other programs."""
     return min(_times(here, run, rounds))
 
 
 def _device(here: Here) -> dict[str, Any]:
+    """This rank's host, its device's name, and the device's bytes of memory."""
     host = socket.gethostname()
     if here.device.type == "cuda":
-        about = torch.cuda.get_device_properties(here.device)
-        return {"host": host, "name": about.name, "bytes": about.total_memory}
+        properties = torch.cuda.get_device_properties(here.device)
+        return {"host": host, "name": properties.name, "bytes": properties.total_memory}
     name = f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
     return {"host": host, "name": name, "bytes": free_memory()}
 
 
 def _judge_device(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    """Add the device's name and memory, and the number of ranks on a host."""
     per_host = Counter(value["host"] for value in values.values())
     shared = 1 if ranks.backend == "nccl" else max(per_host.values())  # CPU ranks share their machine's memory
     first = values[min(values)]
@@ -190,90 +203,93 @@ def _judge_device(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[F
         "memory_bytes": min(value["bytes"] for value in values.values()) // shared,
         "gpus_per_node": max(per_host.values()),
     }
-    told = f"{len(values)} x {first['name']}, {sized(rates.values['memory_bytes'])} each"
+    text = f"{len(values)} x {first['name']}, {sized(rates.values['memory_bytes'])} each"
     if len({value["name"] for value in values.values()}) > 1:
-        return [Finding("device", "warn", f"ranks differ: {told} on rank 0", "calibrate on ranks of one kind")]
-    return [Finding("device", "ok", told)]
+        return [Finding("device", "warn", f"ranks differ: {text} on rank 0", "calibrate on ranks of one kind")]
+    return [Finding("device", "ok", text)]
 
 
 def _products(here: Here) -> dict[str, dict[str, float]]:
     """FLOP/s of square products, by dtype and width."""
-    found: dict[str, dict[str, float]] = {}
+    rates: dict[str, dict[str, float]] = {}
     for name in ("float32", "bfloat16"):
         for width in _SIZES[here.device.type].widths:
             a = torch.ones(width, width, dtype=getattr(torch, name), device=here.device)
             out = torch.empty_like(a)
-            taken = _least(here, functools.partial(torch.mm, a, a, out=out))
-            found.setdefault(name, {})[str(width)] = 2 * width**3 / taken
-    return found
+            seconds = _least(here, functools.partial(torch.mm, a, a, out=out))
+            rates.setdefault(name, {})[str(width)] = 2 * width**3 / seconds
+    return rates
 
 
 def _judge_products(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
-    told = []
+    """Add the FLOP/s of each dtype: the slowest rank's at each width, and of the widths the median."""
+    texts = []
     rates.values["flops_per_s"] = {}
     values = rates.add("products", values)
     for name, by_width in values[min(values)].items():
         slowest = {width: min(value[name][width] for value in values.values()) for width in by_width}
         rates.values["flops_per_s"][name] = _rounded(statistics.median(slowest.values()))
-        told.append(f"{name} " + ", ".join(f"{rate / 1e12:.3g} at {width}" for width, rate in slowest.items()))
-    return [Finding("matrix products", "ok", f"TFLOP/s: {'; '.join(told)} (the file has the median)")]
+        texts.append(f"{name} " + ", ".join(f"{rate / 1e12:.3g} at {width}" for width, rate in slowest.items()))
+    return [Finding("matrix products", "ok", f"TFLOP/s: {'; '.join(texts)} (the file has the median)")]
 
 
 def _memory(here: Here) -> dict[str, float]:
-    """Bytes per second that a large copy reads and writes, and that the experts' kernel reads by its picks."""
+    """Bytes per second that a large copy reads and writes, and that the experts' kernel reads for its picks."""
     sizes = _SIZES[here.device.type]
     shape, dtype = (sizes.experts, sizes.dim), sizes.dtype
-    copied = _copied(here, sizes.copied)
+    copy_rate = _copy_rate(here, sizes.copy_size)
     down, up = (torch.full(shape, sizes.dim**-0.5, dtype=dtype, device=here.device) for _ in range(2))
     x = torch.ones(sizes.tokens, sizes.dim, dtype=dtype, device=here.device)
-    drawn = synthetic_picks(sizes.experts, sizes.tokens, sizes.picks, device=here.device)
-    gate = torch.ones(drawn.numel(), device=here.device)
+    picks = synthetic_picks(sizes.experts, sizes.tokens, sizes.picks, device=here.device)
+    gate = torch.ones(picks.numel(), device=here.device)
     with torch.no_grad():
-        taken = _least(here, lambda: expert_mix(x, Picks.even(drawn), gate, down, up, "gelu"))
-    return {"copy": copied, "gather": 2 * drawn.numel() * sizes.dim * dtype.itemsize / taken}
+        seconds = _least(here, lambda: expert_mix(x, Picks.even(picks), gate, down, up, "gelu"))
+    return {"copy": copy_rate, "gather": 2 * picks.numel() * sizes.dim * dtype.itemsize / seconds}
 
 
-def _copied(here: Here, count: int) -> float:
+def _copy_rate(here: Here, count: int) -> float:
+    """Bytes per second that a copy of ``count`` float32 numbers reads and writes."""
     source = torch.ones(count, device=here.device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _least(here, lambda: target.copy_(source))
 
 
 def _judge_memory(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    """Add the rates of the slowest rank."""
     values = rates.add("memory", values)
-    copied, gathered = (min(value[name] for value in values.values()) for name in ("copy", "gather"))
-    rates.values |= {"hbm_bytes_per_s": _rounded(copied), "gather_bytes_per_s": _rounded(gathered)}
-    told = f"a copy moves {copied / 1e9:.3g} GB/s, experts are gathered at {gathered / 1e9:.3g} GB/s"
-    return [Finding("memory", "ok", told)]
+    copy_rate, gather_rate = (min(value[name] for value in values.values()) for name in ("copy", "gather"))
+    rates.values |= {"hbm_bytes_per_s": _rounded(copy_rate), "gather_bytes_per_s": _rounded(gather_rate)}
+    text = f"a copy moves {copy_rate / 1e9:.3g} GB/s, experts are gathered at {gather_rate / 1e9:.3g} GB/s"
+    return [Finding("memory", "ok", text)]
 
 
 def _links(here: Here) -> dict[str, dict[str, dict[str, float]]]:
-    """By kind of link: for each collective, seconds of a tiny message and of a large one, and the bytes that a rank
-    sends in that.
+    """What :func:`_exchanged` measures for each kind of link, "node" and "network", that there is.
 
-    Inside a node all of its ranks take part; between nodes the ranks of one place in each node do, all at once, so that
-    they share its network as they will.
+    Inside a node all its ranks exchange. Between nodes each rank exchanges with those at its own place in the other
+    nodes, all at once, so that they share a node's network as they do in a run.
     """
     hosts: list[str] = [""] * here.world_size
     dist.all_gather_object(hosts, socket.gethostname())
-    inside = [[rank for rank, host in enumerate(hosts) if host == each] for each in dict.fromkeys(hosts)]
+    inside = [[rank for rank, host in enumerate(hosts) if host == node] for node in dict.fromkeys(hosts)]
     between = [[node[place] for node in inside] for place in range(min(map(len, inside)))]
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    times: dict[str, dict[str, dict[str, float]]] = {}
     for kind, groups in (("node", inside), ("network", between)):
-        several = [ranks for ranks in groups if len(ranks) > 1]
-        made = [dist.new_group(ranks) for ranks in several]  # all ranks make all of them
-        mine = [group for group, ranks in zip(made, several) if here.rank in ranks]
+        members = [ranks for ranks in groups if len(ranks) > 1]
+        process_groups = [dist.new_group(ranks) for ranks in members]  # all ranks must make all of them
+        own = [group for group, ranks in zip(process_groups, members) if here.rank in ranks]
         here.together()
-        if mine:
-            found[kind] = _exchanged(here, mine[0])
+        if own:
+            times[kind] = _exchanged(here, own[0])
         here.together()
-    return found
+    return times
 
 
 def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, dict[str, float]]:
+    """For each collective, seconds of a tiny message and of a large one, and the bytes that a rank sends in that."""
     ranks = group.size()
-    found = {}
-    for name, moved in (("all-to-all", (ranks - 1) / ranks), ("all-reduce", 2 * (ranks - 1) / ranks)):
+    times = {}
+    for name, share in (("all-to-all", (ranks - 1) / ranks), ("all-reduce", 2 * (ranks - 1) / ranks)):
         seconds = []
         for size in (4 * ranks, _MESSAGE // 4 // ranks * ranks * 4):
             sent = torch.ones(size // 4, device=here.device)
@@ -284,14 +300,15 @@ def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, dict[str, floa
                 else functools.partial(dist.all_reduce, sent, group=group)
             )
             seconds.append(_least(here, run, _ROUNDS))
-        found[name] = {"tiny": seconds[0], "large": seconds[1], "bytes": moved * sent.nbytes}
-    return found
+        times[name] = {"tiny": seconds[0], "large": seconds[1], "bytes": share * sent.nbytes}
+    return times
 
 
 def _judge_links(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    """Add bandwidth and latency of the links, or what stands in their place if there are no such links."""
     if "hbm_bytes_per_s" not in rates.values:
         return [Finding("links", "warn", "not judged without what memory does", "see the check of memory")]
-    told = []
+    texts = []
     keys = {"node": "node_link", "network": "network"}
     values = rates.add("links", values)
     for key in rates.guessed:
@@ -302,38 +319,45 @@ def _judge_links(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Fi
         if not measured:
             continue
         for name in measured[0]:
-            latency, large, size = (max(each[name][key] for each in measured) for key in ("tiny", "large", "bytes"))
-            bandwidth = size / max(large - latency, large / 10)  # of a noisy pair no more than ten times what it took
-            told.append(f"{kind}: {name} {bandwidth / 1e9:.3g} GB/s after {latency * 1e6:.0f} µs")
-            if name == "all-to-all":  # what experts need
+            latency, large, size = (max(times[name][key] for times in measured) for key in ("tiny", "large", "bytes"))
+            # noise may make the two times alike: at most ten times the large message's own rate
+            bandwidth = size / max(large - latency, large / 10)
+            texts.append(f"{kind}: {name} {bandwidth / 1e9:.3g} GB/s after {latency * 1e6:.0f} µs")
+            if name == "all-to-all":  # the collective by which tokens travel to experts
                 rates.values |= {f"{key}_bytes_per_s": _rounded(bandwidth), f"{key}_latency_s": _rounded(latency)}
     if "node_link_latency_s" not in rates.values:
-        instead = ("network", "that between nodes") if "network_latency_s" in rates.values else None
-        _guess(rates, "node_link", instead)
+        substitute = ("network", "that between nodes") if "network_latency_s" in rates.values else None
+        _guess(rates, "node_link", substitute)
     if "network_latency_s" not in rates.values:
-        _guess(rates, "network", ("node_link", "that inside the node") if told else None)
+        _guess(rates, "network", ("node_link", "that inside the node") if texts else None)
     if rates.guessed:
-        told.append(f"not measured: {', '.join(rates.guessed)}")
+        texts.append(f"not measured: {', '.join(rates.guessed)}")
         advice = "start it as the run will be started: all ranks of two nodes measure both kinds of links"
-        return [Finding("links", "warn", "; ".join(told), advice)]
-    return [Finding("links", "ok", "; ".join(told))]
+        return [Finding("links", "warn", "; ".join(texts), advice)]
+    return [Finding("links", "ok", "; ".join(texts))]
 
 
-def _guess(rates: _Rates, key: str, instead: tuple[str, str] | None) -> None:
+def _guess(rates: _Rates, key: str, substitute: tuple[str, str] | None) -> None:
+    """Fill in the rates of links that were not measured.
+
+    Args:
+        key: the hardware file's prefix for the links.
+        substitute: the prefix of the links whose rates are taken, and their name; None if no links were measured.
+    """
     for end in ("bytes_per_s", "latency_s"):
-        if instead is not None:
-            value, why = rates.values[f"{instead[0]}_{end}"], f"{instead[1]} stands there"
+        if substitute is not None:
+            value, reason = rates.values[f"{substitute[0]}_{end}"], f"{substitute[1]} stands there"
         elif end == "bytes_per_s":
-            value, why = rates.values["hbm_bytes_per_s"], "a copy's rate stands there"
+            value, reason = rates.values["hbm_bytes_per_s"], "a copy's rate stands there"
         else:
-            value, why = 0.0, "0 stands there"
+            value, reason = 0.0, "0 stands there"
         rates.values[f"{key}_{end}"] = value
-        rates.guessed[f"{key}_{end}"] = why
+        rates.guessed[f"{key}_{end}"] = reason
 
 
 def _overheads(here: Here) -> dict[str, float]:
-    """Seconds of training steps: of two tiny models, which tell what a layer and a step take whatever their sizes, and
-    of one whose layers have sizes.
+    """Seconds of training steps: of two tiny models, which show what a layer and a step take whatever their sizes, and
+    of one with dense layers as large as in training.
     """
     few, many = (_step_seconds(here, _model(layers)) for layers in _LAYERS)
     sizes = _SIZES[here.device.type]
@@ -341,6 +365,7 @@ def _overheads(here: Here) -> dict[str, float]:
 
 
 def _model(layers: int) -> Config:
+    """The config of a tiny model, half of whose layers are PEER layers."""
     return Config.model_validate(
         {
             "model": {
@@ -358,6 +383,7 @@ def _model(layers: int) -> Config:
 
 
 def _dense_model(sizes: _Sizes, ranks: int) -> Config:
+    """The config of a model with two dense layers of full size."""
     return Config.model_validate(
         {
             "model": {
@@ -374,6 +400,7 @@ def _dense_model(sizes: _Sizes, ranks: int) -> Config:
 
 
 def _step_seconds(here: Here, config: Config) -> float:
+    """Seconds of the fastest training step of a model, over a micro-batch of random tokens."""
     from peer_dist.engines.building import dtype_of, join_groups, make_engine
     from peer_dist.measures.held_out import make_micro_batch
     from peer_dist.megatron import build_model, run_forward_backward, sparse_layers
@@ -399,6 +426,7 @@ def _step_seconds(here: Here, config: Config) -> float:
 
 
 def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    """Add the overheads of a layer and of a step, and the rate at which activations move between matrix products."""
     if "network_bytes_per_s" not in rates.values or "flops_per_s" not in rates.values:
         return [Finding("overheads", "warn", "not judged without the other rates", "see the checks before it")]
     values = rates.add("overheads", values)
@@ -406,39 +434,39 @@ def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> lis
     layer = max(0.0, (many - few) / (_LAYERS[1] - _LAYERS[0]))
     step = max(0.0, few - _LAYERS[0] * layer)
     rates.values |= {"layer_overhead_s": _rounded(layer), "step_overhead_s": _rounded(step)}
-    told = f"{layer * 1e3:.2f} ms a layer, forward and backward, half of them PEER; {step * 1e3:.2f} ms a step beside"
+    text = f"{layer * 1e3:.2f} ms a layer, forward and backward, half of them PEER; {step * 1e3:.2f} ms a step beside"
     device = rates.values["device"]
-    known = Hardware.model_validate({**rates.values, "activation_bytes_per_s": 1e30})
+    hardware = Hardware.model_validate({**rates.values, "activation_bytes_per_s": 1e30})
     config = _dense_model(_SIZES[device], len(values))
-    planned = plan(config, len(values), known.gpus_per_node, known, _WORDS).work
-    between = max(dense - planned.times.total, 1e-9)  # what the plan has no other reason for
-    rate = min(planned.activation_bytes / between, known.hbm_bytes_per_s)
+    planned = plan(config, len(values), hardware.gpus_per_node, hardware, _WORDS).work
+    unexplained = max(dense - planned.times.total, 1e-9)  # seconds that the plan has no other reason for
+    rate = min(planned.activation_bytes / unexplained, hardware.hbm_bytes_per_s)
     rates.values["activation_bytes_per_s"] = _rounded(rate)
-    told += (
+    text += (
         f"; activations move at {rate / 1e9:.3g} GB/s: a step of dense layers takes {dense * 1e3:.0f} ms, of which "
         f"products, gradients and the update explain {planned.times.total * 1e3:.0f}"
     )
-    return [Finding("overheads", "ok", told)]
+    return [Finding("overheads", "ok", text)]
 
 
-def _better(one: Any, other: Any, of: Callable[[Any, Any], Any]) -> Any:
-    """The better of two measurements of the same shape, number by number."""
-    return {key: _better(one[key], other[key], of) for key in one} if isinstance(one, dict) else of(one, other)
+def _better(one: Any, other: Any, pick: Callable[[Any, Any], Any]) -> Any:
+    """The better of two measurements of the same shape, number by number; ``pick`` is ``min`` or ``max``."""
+    return {key: _better(one[key], other[key], pick) for key in one} if isinstance(one, dict) else pick(one, other)
 
 
 def _rounded(value: float) -> float:
-    """To three digits: what is measured has no more."""
+    """The value to three digits: measurements are not more precise."""
     return float(f"{value:.3g}")
 
 
 def check_writable(path: Path) -> None:
-    """Before anything is measured.
+    """Check before anything is measured that the hardware file can be written.
 
     Raises:
-        ConfigError: the file cannot be written, or would not be known by its name.
+        ConfigError: the file cannot be written, or ``peer-dist plan`` would not take its name for a file's.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--calibrate {path}: must end in .yaml, by which peer-dist plan knows a file")
-    place = path if path.exists() else next(each for each in path.absolute().parents if each.exists())
+    place = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"--calibrate {path}: cannot be written; name a file in a folder that can")

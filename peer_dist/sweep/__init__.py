@@ -1,1 +1,1 @@
-"""Grids of training runs: the file that describes one, its runs, their results, and fits to these."""
+"""Runs grids of training runs: reads the file that describes one, does its runs, and fits their results."""

@@ -1,4 +1,4 @@
-"""A sweep as Slurm's job arrays: task i is run i."""
+"""Submits a sweep as Slurm's job arrays, of which task i is run i."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ exit "$code"
 
 
 def submit_array(sweep: Sweep, ranks: int, jobs: int, options: Sequence[str], dry_run: bool) -> str:
-    """Submit the sweep's runs, the trials first and the others after them.
+    """Submit the sweep's runs: the trials first, and the others to start after them.
 
     Args:
-        ranks: processes of a run, on one node.
-        jobs: tasks at a time.
-        options: any other of sbatch's.
-        dry_run: submit nothing.
+        sweep: the sweep.
+        ranks: number of processes of a run, all on one node.
+        jobs: number of tasks that run at a time.
+        options: any other options of sbatch's.
+        dry_run: whether to submit nothing.
 
     Returns:
-        What to tell the user: the arrays' numbers and logs, or with ``dry_run`` the script.
+        A text for the user: the arrays' numbers and the folder of their logs, or with ``dry_run`` the script.
 
     Raises:
-        SubmitError: an option is none of sbatch's, or Slurm refuses the job.
+        SubmitError: an option is none of sbatch's, the script cannot be written, or Slurm refuses the job.
     """
     Job(options=options).check()
     folder = (sweep.folder / "slurm").absolute()
@@ -56,7 +57,7 @@ def submit_array(sweep: Sweep, ranks: int, jobs: int, options: Sequence[str], dr
         "requeue": None,
     }
     lines = [f"#SBATCH --{key}" + ("" if v is None else f"={shlex.quote(str(v))}") for key, v in directives.items()]
-    lines += [f"#SBATCH {option}" for option in options]  # the later of two wins
+    lines += [f"#SBATCH {option}" for option in options]  # of two alike the later one counts
     command = [sys.executable, "-m", "peer_dist", "sweep", str(sweep.path), "--output", str(sweep.folder)]
     command += ["--ranks", str(ranks)]
     script = _SCRIPT.format(directives="\n".join(lines), command=shlex.join(command))

@@ -1,7 +1,7 @@
-"""Partners of a model: the same transformer with another kind of feed-forward, at equal cost.
+"""Finds partners of a model: the same transformer with another kind of feed-forward, at equal cost.
 
-The three meanings of equal are those of the papers. ``budget`` (PEER): both runs spend the same training FLOPs, so
-the cheaper model sees more tokens. ``flops``: a token costs the same in the feed-forward layers, routers and retrieval
+The three meanings of equal are those of the papers. ``budget`` (PEER): both runs take the same training FLOPs, so the
+cheaper model sees more tokens. ``flops``: a token costs the same in the feed-forward layers, routers and retrieval
 included. ``params`` (sigma-MoE): the feed-forward layers have the same number of parameters, routers included.
 """
 
@@ -29,33 +29,36 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Partner:
-    """A run, and what it costs."""
+    """A run and its cost."""
 
     kind: str
     """The kind of the layers compared."""
     layers: tuple[int, ...]
     """The layers compared, from 0."""
     config: Config
+    """The run's config."""
     counts: Counts
+    """Parameters and FLOPs of the run's model."""
     deviation: float
-    """How far apart what was made equal is, as a fraction: 0.01 is 1% more. ``budget``: training FLOPs of the run.
-    ``flops``, ``params``: what all feed-forward layers differ by, as a fraction of the reference's compared layers.
+    """The relative difference of what was made equal: 0.01 is 1% more than the reference. For ``budget`` that is the
+    run's training FLOPs; for ``flops`` and ``params`` the difference of all feed-forward layers, divided by those
+    layers of the reference that are compared.
     """
 
     @property
     def tokens(self) -> int:
-        """That the run trains on."""
+        """The number of tokens that the run trains on."""
         train = self.config.train
         return train.steps * train.global_batch_size * self.config.model.seq_length
 
     @property
     def parts(self) -> Parts:
-        """Cost of the compared layers' feed-forwards, added up."""
+        """The costs of the compared layers' feed-forwards, added up."""
         return merged(self.counts.layers[number].feed_forward for number in self.layers)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The kind's sizes, as in its section of the config."""
+        """The kind's sizes, by their keys in its section of the config."""
         return KINDS[self.kind].size(self.config)
 
 
@@ -67,11 +70,11 @@ def match(
     reference_kind: str | None = None,
     tolerance: float = 0.02,
 ) -> list[Partner]:
-    """The run itself, then its partner of each kind.
+    """Find the partners of a run.
 
     ``budget`` keeps all sizes, and sets ``train.steps`` and with them the schedules. ``flops`` and ``params`` keep the
-    steps and change sizes: the first of the kind's free sizes to the nearest there is, the next only where the
-    deviation still exceeds the tolerance. Free are, in this order (``flops``; ``params``):
+    steps and change sizes: the first of the kind's free sizes to the nearest one possible, and the next one only if the
+    deviation still exceeds the tolerance. The free sizes are, in this order (``flops``; ``params``):
 
     - dense: ``model.ffn_hidden_size``, of all the model's dense layers; the same
     - moe: ``expert_hidden_size``; ``num_experts``, ``expert_hidden_size``
@@ -79,21 +82,26 @@ def match(
     - peer: ``top_k``; ``num_experts``, a square
     - pkm: ``top_k``; ``num_values``, a square
 
-    There PEER and product-key memory also take over each other's heads, key width and number of entries, so that
-    retrieval costs the same; PKM's ``top_k`` is then twice PEER's for equal FLOPs, as in the PEER paper.
+    There, PEER and product-key memory also take over each other's heads, key width and number of entries, so that
+    retrieval costs the same. PKM's ``top_k`` is then twice PEER's for equal FLOPs, as in the PEER paper.
 
-    A partner writes to folders of its kind's name within those of the reference, and starts from no weights.
+    A partner writes to folders named after its kind within those of the reference, and starts from new weights.
 
     Args:
         config: the reference run.
-        vocab_size: rows of the embedding, padding included.
-        kinds: of the partners; none named: all but the reference's.
+        vocab_size: number of the embedding's rows, padding included.
+        kinds: the partners' kinds; by default all but the reference's.
         mode: ``budget``, ``flops`` or ``params``.
-        reference_kind: of the layers to replace; None: the only kind that is not dense, or dense if all are.
-        tolerance: see above.
+        reference_kind: the kind of the layers to replace; by default the only kind that is not dense, or dense if all
+            layers are.
+        tolerance: the deviation up to which no further size is changed.
+
+    Returns:
+        The run itself, and then its partner of each kind.
 
     Raises:
-        ConfigError: an unknown kind or mode, no layers of the reference kind, or a partner that cannot be.
+        ConfigError: a kind or the mode is unknown, there are no layers of the reference kind, or a partner is
+            impossible.
     """
     names = tuple(KINDS)
     _known("--mode", mode, MODES)
@@ -101,12 +109,12 @@ def match(
     layers = tuple(number for number, kind in enumerate(config.model.mlp_kinds) if kind == reference)
     if not layers:
         raise ConfigError(f"--reference-kind: model.mlp has no {reference} layer; name a kind that it has")
-    wanted = [_known("--kind", kind, names) for kind in kinds] or [kind for kind in names if kind != reference]
-    if reference in wanted:
+    partner_kinds = [_known("--kind", kind, names) for kind in kinds] or [kind for kind in names if kind != reference]
+    if reference in partner_kinds:
         raise ConfigError(f"--kind: {reference} is the kind of the layers to replace; name another")
     own = Partner(reference, layers, config, count(config, vocab_size), 0.0)
     partners = []
-    for kind in wanted:
+    for kind in partner_kinds:
         start = _replaced(own, kind)
         if mode == "budget":
             partners.append(_equal_budget(own, start, kind, vocab_size))
@@ -117,7 +125,7 @@ def match(
 
 
 def misses(partners: Sequence[Partner], tolerance: float) -> list[str]:
-    """A sentence for each partner that is further from the reference than the tolerance."""
+    """A sentence for each partner whose deviation from the reference exceeds the tolerance."""
     return [
         f"{partner.kind}: the nearest sizes found ({', '.join(f'{k} {v:,}' for k, v in partner.sizes.items())}) differ "
         f"by {partner.deviation:+.1%}, more than {tolerance:.1%}; change one that was not free "
@@ -128,22 +136,22 @@ def misses(partners: Sequence[Partner], tolerance: float) -> list[str]:
 
 
 def overruled(partners: Sequence[Partner], overrides: Sequence[str]) -> list[str]:
-    """A sentence for each override (``section.key=value``) that a partner does not have, because it was made equal."""
+    """A sentence for each override (``section.key=value``) that a partner lacks because it was made equal."""
     sentences = []
     for override in overrides:
         key = override.partition("=")[0]
         section, _, name = key.partition(".")
-        given, *values = [getattr(getattr(partner.config, section, None), name, None) for partner in partners]
+        reference, *values = [getattr(getattr(partner.config, section, None), name, None) for partner in partners]
         sentences += [
-            f"{key}: was given as {given}, and is {value} in the {partner.kind} partner, to be equal"
+            f"{key}: was given as {reference}, and is {value} in the {partner.kind} partner, to be equal"
             for partner, value in zip(partners[1:], values)
-            if value != given and name in (*partner.sizes, "steps", "warmup_steps", "decay_steps")
+            if value != reference and name in (*partner.sizes, "steps", "warmup_steps", "decay_steps")
         ]
     return sentences
 
 
 def comparison(partners: Sequence[Partner]) -> Table:
-    """A column for each of what :func:`match` returned; parameters and FLOPs of layers are sums over those compared."""
+    """A table with a column for each partner; parameters and FLOPs of layers are sums over the compared ones."""
     own = partners[0]
     numbers = ", ".join(str(number + 1) for number in own.layers)
     table = Table(title=f"layer(s) {numbers}; FLOPs per token", title_justify="left", box=None)
@@ -171,7 +179,16 @@ def comparison(partners: Sequence[Partner]) -> Table:
 
 
 def write(partners: Sequence[Partner], folder: Path, name: str, mode: str) -> list[Path]:
-    """Write each partner's config, all that is not the default, to ``folder/name-kind.yaml``, over what is there.
+    """Write each partner's config to ``folder/name-kind.yaml``, replacing what is there; defaults are left out.
+
+    Args:
+        partners: from :func:`match`.
+        folder: where the files go.
+        name: the name of the reference's config file.
+        mode: the mode that the partners were found by, for a comment in the files.
+
+    Returns:
+        The paths of the files.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -183,14 +200,16 @@ def write(partners: Sequence[Partner], folder: Path, name: str, mode: str) -> li
     return paths
 
 
-def _known(option: str, value: str, known: Sequence[_T]) -> _T:
-    for name in known:
-        if name == value:
-            return name
-    raise ConfigError(f"{option}: {value!r} is not known; {', '.join(map(str, known))}")
+def _known(option: str, value: str, choices: Sequence[_T]) -> _T:
+    """The choice that equals ``value``; refuse a value that is none of them."""
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise ConfigError(f"{option}: {value!r} is not known; {', '.join(map(str, choices))}")
 
 
 def _only_kind(config: Config) -> str:
+    """The only kind of layers that is not dense, or dense if all are; refuse a model with several."""
     kinds = list(dict.fromkeys(kind for kind in config.model.mlp_kinds if kind != DENSE.name))
     if len(kinds) > 1:
         raise ConfigError(f"model.mlp: has {' and '.join(kinds)} layers; say with --reference-kind which to replace")
@@ -198,6 +217,7 @@ def _only_kind(config: Config) -> str:
 
 
 def _changed(config: Config, changes: Mapping[str, Any], kind: str) -> Config:
+    """The checked config with other values for some keys; ``kind`` is for error messages."""
     tree = config.model_dump(mode="json")
     for key, value in changes.items():
         section, name = key.split(".")
@@ -206,20 +226,20 @@ def _changed(config: Config, changes: Mapping[str, Any], kind: str) -> Config:
 
 
 def _replaced(own: Partner, kind: str) -> Config:
-    """The run with other layers, all sizes as configured, in folders of its own."""
+    """The config with layers of another kind, with all sizes as configured, and with folders of its own."""
     config = own.config
     mlp = [kind if number in own.layers else other for number, other in enumerate(config.model.mlp_kinds)]
     checkpoints, logs = (
         str(Path(folder).parent / kind / Path(folder).name) for folder in (config.checkpoint.dir, config.logging.dir)
     )
     changes: dict[str, Any] = {"checkpoint.dir": checkpoints, "checkpoint.init_from": None, "logging.dir": logs}
-    if not any(KINDS[name].sparse for name in mlp):  # nothing to share out: the ranks are replicas
+    if not any(KINDS[name].sparse for name in mlp):  # there are no tables to shard: the ranks are replicas
         changes |= {"parallel.expert": 1, "parallel.expert_tensor": 1}
     return _changed(config, {"model.mlp": mlp, **changes}, kind)
 
 
 def _equal_budget(own: Partner, config: Config, kind: str, vocab_size: int) -> Partner:
-    """Stretch steps, warm-up and decay alike."""
+    """The partner of equal training FLOPs: steps, warm-up and decay are stretched alike."""
     counts = count(config, vocab_size)
     factor = own.counts.train_flops_per_token / counts.train_flops_per_token
     changes: dict[str, int] = {"train.steps": max(1, round(config.train.steps * factor))}
@@ -234,6 +254,8 @@ def _equal_budget(own: Partner, config: Config, kind: str, vocab_size: int) -> P
 
 
 def _equal_layers(own: Partner, config: Config, kind: str, mode: Mode, tolerance: float, vocab_size: int) -> Partner:
+    """The partner whose feed-forward layers have equal FLOPs or parameters, which ``mode`` says."""
+
     def amount(parts: Parts) -> int:
         return total(parts).flops if mode == "flops" else total(parts).parameters
 
@@ -250,13 +272,14 @@ def _equal_layers(own: Partner, config: Config, kind: str, mode: Mode, tolerance
         def excess(size: int, key: str = key, config: Config = config) -> int:
             return of_all_layers(count(_changed(config, {key: size}, kind), vocab_size)) - target
 
-        above = bisect_left(sizes, 0, key=excess)  # costs grow with every size
+        above = bisect_left(sizes, 0, key=excess)  # bisection works because costs grow with every size
         size = min(sizes[max(0, above - 1) : above + 1], key=lambda size: abs(excess(size)))
         config, deviation = _changed(config, {key: size}, kind), excess(size) / scale
     return Partner(kind, own.layers, config, count(config, vocab_size), deviation)
 
 
 def _size(partner: Partner, name: str) -> str:
+    """A cell of the table: a size, and whether it is also that of layers that are not compared."""
     if name not in partner.sizes:
         return ""
     others = partner.config.model.mlp_kinds.count(partner.kind) > len(partner.layers)

@@ -1,4 +1,4 @@
-"""The results table: one row a run that came to its end."""
+"""The results table, with one row for each run that has ended."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ RESULTS = "results.csv"
 
 
 class Row(BaseModel):
-    """A run in numbers; None where there is no such number.
+    """The numbers of one run; None for a number that the run does not have.
 
     Attributes:
-        budget: FLOPs; None where tokens are fixed.
-        trial: number of the learning rates tried; None for a run of the grid.
-        parameters, active_parameters: all, and those that a token meets.
+        budget: training FLOPs; None if tokens are fixed.
+        trial: number of the learning rates that the run tries; None for a run of the grid.
+        parameters, active_parameters: number of all parameters, and of those that a token meets.
         num_experts, heads, active_experts: of one expert layer: N (or values), h, and h*k (or experts per token).
-        train_loss: of the last step. val_loss: over the whole validation split, after it. In nats per token.
-        usage_percent, unevenness: over the last window of steps, the mean of the expert layers.
-        train_seconds: of the steps alone, without start, validation and checkpoints.
+        train_loss: loss of the last step, in nats per token.
+        val_loss: loss over the whole validation split after the last step, in nats per token.
+        usage_percent, unevenness: means over the expert layers in the last window of steps.
+        train_seconds: duration of the steps alone, without start, validations and checkpoints.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,12 +64,18 @@ class Row(BaseModel):
 
     @property
     def label(self) -> str:
-        """Model and variant: what is compared."""
+        """Model and variant, which are what is compared."""
         return f"{self.model} {self.variant}".strip()
 
 
 def row_of(run: Run, metrics: Sequence[dict[str, float]], diverged: bool) -> Row:
-    """The numbers of a run that has ended, from its config and the lines of its metrics.jsonl."""
+    """The row of a run that has ended.
+
+    Args:
+        run: the run.
+        metrics: the lines of its metrics.jsonl.
+        diverged: whether it ended because it diverged; a run without a validation loss counts as diverged too.
+    """
     last = metrics[-1] if metrics else {}
     steps = [line for line in metrics if "time/step" in line]
     seconds = sum(line["time/step"] for line in steps)
@@ -106,12 +113,13 @@ def row_of(run: Run, metrics: Sequence[dict[str, float]], diverged: bool) -> Row
 
 
 def _layers_mean(line: dict[str, float], name: str) -> float | None:
+    """The mean over the expert layers of a number in a line of metrics.jsonl; None if it is missing or null."""
     values = [value for key, value in line.items() if re.fullmatch(rf"experts/layer\d+_{name}", key)]
     return fmean(values) if values and None not in values else None
 
 
 def _experts(config: Config) -> tuple[int, int, int] | tuple[None, None, None]:
-    """Experts of a layer, heads and top_k, of the first kind in the model that has some."""
+    """Number of experts (or values) of a layer, heads and top_k, for the first kind in the model that has experts."""
     for kind in config.kinds:
         if tables := kind.tables(config):
             return tables.rows, tables.heads, tables.top_k
@@ -121,7 +129,7 @@ def _experts(config: Config) -> tuple[int, int, int] | tuple[None, None, None]:
 
 
 def write_results(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the table by one of ``rows``, whole or not at all."""
+    """Replace the table by one of ``rows``, completely or not at all."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, Row.model_fields)
@@ -131,10 +139,10 @@ def write_results(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_results(path: Path) -> list[Row]:
-    """The rows of a results table.
+    """Read the rows of a results table.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the file cannot be read, or is no results table.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""Runs a sweep, or goes on with it: each run is a process of its own, and its folder says how far it is."""
+"""Runs a sweep, or goes on with it. Each run is a process of its own, whose state is in its folder."""
 
 from __future__ import annotations
 
@@ -34,12 +34,15 @@ _POLL_SECONDS = 0.5
 
 
 def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) -> list[Run]:
-    """The runs whose name, model, size or variant is one of ``patterns`` (with * and ?), and the trials they need.
+    """Choose runs by the patterns (with * and ?) of their name, model, size or variant, and the trials they need.
 
-    Without patterns all runs; with ``task`` that one alone.
+    Args:
+        sweep: the sweep.
+        patterns: a run is chosen if it fits one of them; by default all are.
+        task: the number of the only run to choose, instead of patterns.
 
     Raises:
-        ConfigError: a pattern fits none, or there is no such task.
+        ConfigError: a pattern fits no run, or there is no such task.
     """
     if task is not None:
         if task >= len(sweep.runs):
@@ -47,7 +50,7 @@ def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) 
         return [sweep.runs[task]]
     if not patterns:
         return sweep.runs
-    chosen: set[str] = set()
+    names: set[str] = set()
     for pattern in patterns:
         matching = [
             run
@@ -58,19 +61,20 @@ def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) 
             raise ConfigError(
                 f"--only: {pattern} is no run, model, size or variant; runs are such as {sweep.runs[-1].name}"
             )
-        chosen |= {run.name for run in matching}
-        chosen |= {trial.name for run in matching if run.trial is None for trial in sweep.trials(run.model)}
-    return [run for run in sweep.runs if run.name in chosen]
+        names |= {run.name for run in matching}
+        names |= {trial.name for run in matching if run.trial is None for trial in sweep.trials(run.model)}
+    return [run for run in sweep.runs if run.name in names]
 
 
 def finished(sweep: Sweep) -> dict[str, Row]:
-    """The rows of the runs that have come to their end, by name."""
+    """The rows of the runs that have ended, by the runs' names."""
     paths = {run.name: sweep.folder / run.name / _RESULT for run in sweep.runs}
-    return {n: Row.model_validate_json(path.read_text(encoding="utf-8")) for n, path in paths.items() if path.is_file()}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
+    return {name: Row.model_validate_json(text) for name, text in texts.items()}
 
 
 def settled(sweep: Sweep, run: Run, rows: dict[str, Row]) -> Run | None:
-    """The run with its tuned learning rates; None while they are not known."""
+    """The run with its tuned learning rates; None as long as they are not known."""
     if sweep.file.tune is None or run.trial is not None:
         return run
     choice = choose_rates(sweep, run.model, rows)
@@ -78,7 +82,7 @@ def settled(sweep: Sweep, run: Run, rows: dict[str, Row]) -> Run | None:
 
 
 def runs_table(sweep: Sweep, runs: Sequence[Run]) -> Table:
-    """A table of ``runs``, with what they cost and which are done."""
+    """A table of runs with their costs, which says which of them are done."""
     rows, file = finished(sweep), sweep.path
     table = Table(title=f"{file}: {len(runs)} runs, {sum(run.name in rows for run in runs)} of them done", box=None)
     for column in ("run", "steps", "tokens", "parameters", "active", "FLOPs/token", "FLOPs", ""):
@@ -102,19 +106,23 @@ def runs_table(sweep: Sweep, runs: Sequence[Run]) -> Table:
 def run_sweep(
     sweep: Sweep, runs: Sequence[Run], jobs: int, ranks: int, limit_minutes: float | None, console: Console
 ) -> int:
-    """Run what is not done of ``runs``, and write the results table after each.
+    """Run those of ``runs`` that are not done, and write the results table after each.
 
-    A signal, or the end of the time limit, stops the running ones, which save and leave; the same call goes on.
+    A signal, or the end of the time limit, asks the running ones to save and leave; the same call goes on later.
 
     Args:
-        jobs: runs at a time; they share the cores, and the GPUs if there are some.
-        ranks: processes of each run.
+        sweep: the sweep, whose other runs are in the table too.
+        runs: the runs to do, from :func:`select`.
+        jobs: number of runs at a time; they share the cores, and the GPUs if there are some.
+        ranks: number of processes of each run.
+        limit_minutes: the time limit; None for no limit.
+        console: where progress and outcomes are printed.
 
     Returns:
-        The exit code: DONE, FAILED, or STOPPED where there is more to do.
+        The exit code: DONE, FAILED, or STOPPED if there is more to do.
 
     Raises:
-        ConfigError: the ranks do not fit the config or the GPUs, or a run was begun with another config.
+        ConfigError: the ranks do not fit the config or the GPUs, or a run was started with another config.
     """
     deadline = math.inf if limit_minutes is None else time.monotonic() + 60 * limit_minutes
     rows, gpus = finished(sweep), _gpus()
@@ -133,7 +141,7 @@ def run_sweep(
                 console.print(f"{ended.run.name}: {outcome}", highlight=False, soft_wrap=True)
                 if row is not None:
                     _finish(ended.folder, row, sweep.file.keep_checkpoints)
-                    rows |= finished(sweep)  # other tasks of a job array finish runs too
+                    rows |= finished(sweep)  # read again: other tasks of a job array finish runs too
                     write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
                     progress.advance(total)
                     _print_choice(sweep, ended.run, rows, console)
@@ -164,24 +172,28 @@ def run_sweep(
 def _check_runs(
     sweep: Sweep, runs: Sequence[Run], jobs: int, ranks: int, gpus: Sequence[str], rows: dict[str, Row]
 ) -> None:
-    """Refuse what cannot be run: too few GPUs, a layout that does not fit, a folder begun with another config."""
+    """Refuse what cannot be run.
+
+    Raises:
+        ConfigError: there are too few GPUs, a layout does not fit the ranks, or a run was started with another config.
+    """
     if gpus and jobs * ranks > len(gpus):
         raise ConfigError(f"--jobs {jobs} x --ranks {ranks}: needs {jobs * ranks} GPUs, and {len(gpus)} can be seen")
     for run in runs:
         check_world(run.config, ranks)
     for run in sweep.runs:
-        known = settled(sweep, run, rows)
-        if known is not None:
-            _check_unchanged(sweep.folder / run.name, known)
+        tuned = settled(sweep, run, rows)
+        if tuned is not None:
+            _check_unchanged(sweep.folder / run.name, tuned)
 
 
 def _take_settled(sweep: Sweep, waiting: list[Run], rows: dict[str, Row]) -> Run | None:
-    """Take the first run out of ``waiting`` whose learning rates are known; it has them. None if there is none."""
+    """Remove the first run with known learning rates from ``waiting`` and return it with them, or None."""
     for place, run in enumerate(waiting):
-        known = settled(sweep, run, rows)
-        if known is not None:
+        tuned = settled(sweep, run, rows)
+        if tuned is not None:
             del waiting[place]
-            return known
+            return tuned
     return None
 
 
@@ -198,7 +210,7 @@ def _progress(console: Console) -> Progress:
 
 @dataclass
 class _Running:
-    """A run's process."""
+    """A run that has a process."""
 
     run: Run
     folder: Path
@@ -206,14 +218,18 @@ class _Running:
     task: TaskID
 
     def steps_done(self) -> int:
-        """Steps that the run has logged so far."""
+        """The number of steps that the run has logged so far."""
         try:
             return max(0, sum(1 for _ in (self.folder / "metrics.jsonl").open("rb")) - 1)
         except FileNotFoundError:
             return 0
 
     def outcome(self, stopped: bool) -> tuple[Row | None, str]:
-        """The row of a run that came to its end, else None; and what to say of it."""
+        """The row of the run and a text about its outcome; without a row the run has not reached an end.
+
+        Args:
+            stopped: whether the run was asked to stop.
+        """
         code, path = self.process.returncode, self.folder / "metrics.jsonl"
         metrics = read_metrics(path) if path.is_file() else []
         complete = code == DONE and metrics and metrics[-1]["step"] == self.run.config.train.steps
@@ -230,10 +246,17 @@ class _Running:
 
 
 class _Slots:
-    """The machine in equal shares of its cores and GPUs, each of which one run has at a time.
+    """The machine in slots with equal shares of its cores and GPUs; one run at a time has a slot.
+
+    Args:
+        folder: holds the folders of the runs.
+        jobs: number of slots.
+        ranks: number of processes of each run.
+        gpus: the GPUs to share, by CUDA's names; empty without GPUs.
+        progress: where the steps of the runs are shown.
 
     Attributes:
-        running: the run of each slot that has one.
+        running: the run of each slot that is not free.
     """
 
     def __init__(self, folder: Path, jobs: int, ranks: int, gpus: Sequence[str], progress: Progress) -> None:
@@ -245,7 +268,7 @@ class _Slots:
         return [slot for slot in range(self._jobs) if slot not in self.running]
 
     def start(self, slot: int, run: Run) -> None:
-        """Start a run's process, whose words go to its log."""
+        """Start a run's process in a free slot; what it prints goes to its log."""
         folder = self._folder / run.name
         folder.mkdir(exist_ok=True)
         config = folder / "config.yaml"
@@ -265,13 +288,13 @@ class _Slots:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
+                start_new_session=True,  # Ctrl-C only reaches this process, which asks the runs to stop
             )
         task = self._progress.add_task(run.name, total=run.config.train.steps)
         self.running[slot] = _Running(run, folder, process, task)
 
     def reap(self) -> Iterator[_Running]:
-        """The runs that have ended, whose slots are free now; of the others the progress is shown."""
+        """Yield the runs that have ended, whose slots are now free, and show the progress of the others."""
         for slot, child in list(self.running.items()):
             self._progress.update(child.task, completed=child.steps_done())
             if child.process.poll() is not None:
@@ -286,29 +309,36 @@ class _Slots:
 
 
 def _log(folder: Path) -> Path:
+    """The log file of a run, in its folder."""
     return folder / "log.txt"
 
 
-def _finish(folder: Path, row: Row, checkpoints: bool) -> None:
-    """Mark the run as finished: from here on it is not run again."""
+def _finish(folder: Path, row: Row, keep_checkpoints: bool) -> None:
+    """Mark a run as finished, so that it is not run again; remove its checkpoints unless they are to be kept."""
     partial = folder / f".{_RESULT}"
     partial.write_text(row.model_dump_json(indent=1), encoding="utf-8")
     os.replace(partial, folder / _RESULT)
-    if not checkpoints:
+    if not keep_checkpoints:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def _in_order(sweep: Sweep, rows: dict[str, Row]) -> list[Row]:
+    """The rows in the order of the sweep's runs."""
     return [rows[run.name] for run in sweep.runs if run.name in rows]
 
 
 def _check_unchanged(folder: Path, run: Run) -> None:
-    """Refuse to mix the results of two files."""
+    """Refuse to mix the results of two versions of a sweep's file in one folder.
+
+    Raises:
+        ConfigError: the run in the folder was started with another config.
+    """
     path = folder / "config.yaml"
     if not path.is_file():
         return
     before, now = load_config(path).model_dump(mode="json"), run.config.model_dump(mode="json")
-    for section, keys in sorted(now.items(), key=lambda item: item[0] != "train"):  # the steps before what follows them
+    # the steps first, because other values follow from them
+    for section, keys in sorted(now.items(), key=lambda item: item[0] != "train"):
         for key, value in keys.items():
             if key != "dir" and before[section][key] != value:
                 steps = " (by its budgets or tokens)" if (section, key) == ("train", "steps") else ""
@@ -319,14 +349,14 @@ def _check_unchanged(folder: Path, run: Run) -> None:
 
 
 def _print_choice(sweep: Sweep, run: Run, rows: dict[str, Row], console: Console) -> None:
-    """After a trial, say which learning rates its model has, once they are known."""
+    """After a model's last trial, print the learning rates that were chosen."""
     choice = choose_rates(sweep, run.model, rows) if run.trial is not None else None
     if choice is not None:
         console.print(f"{run.model}: {choice}", highlight=False, soft_wrap=True)
 
 
 def _gpus() -> list[str]:
-    """The GPUs for the runs: CUDA's names of the devices that this process sees."""
+    """CUDA's names of the GPUs that this process sees, which the runs share."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

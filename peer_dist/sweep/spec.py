@@ -1,4 +1,4 @@
-"""A sweep's file, models x sizes x variants x budgets x seeds, and the checked config of each of its runs."""
+"""Reads a sweep's file, models x sizes x variants x budgets x seeds, and makes the checked config of each run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.+]*$")]
 Overrides = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 Positive = Annotated[float, Field(gt=0)]
 Rates = tuple[float, float | None]
-"""Learning rates of the dense part and of the tables; None: the config's."""
+"""Learning rates of the dense part and of the tables; None stands for the config's."""
 
 _DERIVED = {
     "train.steps",
@@ -34,11 +34,11 @@ _DERIVED = {
     "logging.dir",
 }
 _TUNED = {"optimizer.lr", "table_optimizer.lr"}
-_WHOLE_SPLIT = 10**9  # batches; a validation takes at most the split
+_WHOLE_SPLIT = 10**9  # batches of a validation, which never takes more than the whole split
 
 
 class TuneSection(Section):
-    """How learning rates are tuned: as many trials for each model, at the smallest budget."""
+    """How learning rates are tuned: by the same number of trials for each model, at the smallest budget."""
 
     size: str = Field("", description="the size at which it is done")
     variant: str = Field("", description="the variant; by default the first")
@@ -53,7 +53,7 @@ class TuneSection(Section):
 
 
 class SweepFile(Section):
-    """A sweep."""
+    """The content of a sweep's file."""
 
     base: str | Tree = Field(description="the runs' config: a YAML file relative to this one, or its sections")
     budgets: list[Positive] = Field(default_factory=list, description="training FLOPs of a run")
@@ -71,6 +71,7 @@ class SweepFile(Section):
 
     @model_validator(mode="after")
     def _check(self) -> SweepFile:
+        """Refuse a file that contradicts itself."""
         if bool(self.budgets) == (self.tokens is not None):
             raise ValueError("give exactly one of budgets and tokens")
         for name, values in (("budgets", self.budgets), ("seeds", self.seeds)):
@@ -86,6 +87,7 @@ class SweepFile(Section):
         return self
 
     def _check_tune(self, tune: TuneSection) -> None:
+        """Refuse a section that does not fit the models, sizes and variants."""
         if tune.learning_rates.keys() != self.models.keys():
             raise ValueError(
                 f"tune.learning_rates: is for {', '.join(tune.learning_rates)}, and the models are "
@@ -108,9 +110,12 @@ class Run:
     """One training run.
 
     Attributes:
-        budget: FLOPs; None where tokens are fixed.
-        trial: number of the learning rates it tries, from 0; None: a run of the grid.
-        config: complete but for learning rates that are still to be tuned.
+        name: the name of the run and of its folder.
+        model, size, variant, seed: the run's place in the grid.
+        budget: training FLOPs; None if tokens are fixed.
+        trial: number, from 0, of the learning rates that the run tries; None for a run of the grid.
+        config: the run's config; if learning rates are tuned, :meth:`at` sets them.
+        cost: parameters and FLOPs of the model.
     """
 
     name: str
@@ -125,7 +130,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the run trains on."""
+        """The number of tokens that the run trains on."""
         return self.config.train.steps * self.config.train.global_batch_size * self.config.model.seq_length
 
     def at(self, rates: Rates) -> Run:
@@ -141,9 +146,10 @@ class Sweep:
     """A checked sweep.
 
     Attributes:
-        path: of the sweep's file.
-        folder: holds a folder for each run, of the run's name.
-        runs: the trials come first.
+        path: path of the sweep's file.
+        file: the file's content.
+        folder: holds a folder for each run, named after it.
+        runs: all runs, of which the trials come first.
     """
 
     path: Path
@@ -159,8 +165,12 @@ class Sweep:
 def load_sweep(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Sweep:
     """Read a sweep's file and check every run of it.
 
+    Args:
+        path: the sweep's file.
+        folder: the folder for the runs' folders; nothing is written.
+
     Raises:
-        ConfigError: the file or one of its runs is impossible.
+        ConfigError: the file or the config of one of its runs is invalid.
         DataError: the data are not prepared.
     """
     path, folder = Path(path), Path(folder)
@@ -186,6 +196,7 @@ class _Cell(NamedTuple):
 
 
 def _runs(path: Path, file: SweepFile, base: Tree, folder: Path) -> Iterator[Run]:
+    """Yield the trials of every model, if learning rates are tuned, and then the runs of the grid."""
     budgets: list[float] | list[None] = file.budgets or [None]
     if file.tune is not None:
         least = min(file.budgets) if file.budgets else None
@@ -201,6 +212,18 @@ def _runs(path: Path, file: SweepFile, base: Tree, folder: Path) -> Iterator[Run
 
 
 def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> Run:
+    """The run of a place in the grid, with a checked config.
+
+    Args:
+        path: path of the sweep's file, for error messages.
+        file: the sweep's file.
+        base: the tree of the config that all runs have in common.
+        folder: holds the runs' folders.
+        cell: the run's place.
+
+    Raises:
+        ConfigError: the config is invalid, or the run has fewer than two steps.
+    """
     model, size, variant, budget, seed, trial = cell
     parts = [model, variant, size, "" if budget is None else f"{budget:g}".replace("e+", "e"), f"s{seed}"]
     name = "-".join([part for part in parts if part] + ([] if trial is None else [f"trial{trial}"]))
@@ -213,7 +236,7 @@ def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> 
     for section in ("checkpoint", "logging"):
         inside = folder / name / ("checkpoints" if section == "checkpoint" else "")
         set_key(tree, [section, "dir"], str(inside), source)
-    for key in ("warmup_steps", "decay_steps"):  # of a run with other steps; below come those of this one
+    for key in ("warmup_steps", "decay_steps"):  # of the base, whose number of steps is another; set again below
         tree.get("optimizer", {}).pop(key, None)
     set_key(tree, ["optimizer", "warmup_steps"], 0, source)
     config = parse_config(tree, source)
@@ -223,10 +246,8 @@ def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> 
     batch = config.train.global_batch_size * config.model.seq_length
     steps = round(tokens / batch)
     if steps < 2:
-        given = "tokens" if budget is None else "budgets"
-        raise ConfigError(
-            f"{source}: {given}: {tokens:,.0f} tokens are {tokens / batch:.2f} steps of {batch}; raise it"
-        )
+        key = "tokens" if budget is None else "budgets"
+        raise ConfigError(f"{source}: {key}: {tokens:,.0f} tokens are {tokens / batch:.2f} steps of {batch}; raise it")
     set_key(tree, ["train", "steps"], steps, source)
     set_key(tree, ["optimizer", "warmup_steps"], min(round(file.warmup_share * steps), steps - 1), source)
     set_key(tree, ["optimizer", "decay_steps"], steps, source)
@@ -236,6 +257,7 @@ def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> 
 
 
 def _vocab_size(config: Config) -> int:
+    """The number of the embedding's rows, padding included."""
     from peer_dist.data.stream import open_tokenizer
 
     return open_tokenizer(config.data).padded_vocab_size

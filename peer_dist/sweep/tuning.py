@@ -1,4 +1,4 @@
-"""Which learning rates a model's trials speak for."""
+"""Chooses a model's learning rates by its trials."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class Choice:
     """The best of a model's trials.
 
     Attributes:
-        loss: mean validation loss over the trials' seeds; infinite where every trial diverged.
-        edges: the rates ("dense", "table") that are the least or the largest tried: the best may lie beyond.
+        rates: the learning rates of the best trial.
+        loss: its mean validation loss over the seeds, in nats per token; infinite if every trial diverged.
+        edges: which of the rates ("dense", "table") are the least or the largest tried, so that the best ones may lie
+            beyond.
     """
 
     rates: Rates
@@ -26,17 +28,19 @@ class Choice:
 
     def __str__(self) -> str:
         lr, table_lr = self.rates
-        words = f"lr {lr:g}" + ("" if table_lr is None else f", tables {table_lr:g}") + f" (loss {self.loss:.4f})"
+        text = f"lr {lr:g}" + ("" if table_lr is None else f", tables {table_lr:g}") + f" (loss {self.loss:.4f})"
         if self.edges:
-            words += f"; at the edge of the {' and '.join(self.edges)} rates tried: the best may lie beyond"
-        return words
+            text += f"; at the edge of the {' and '.join(self.edges)} rates tried: the best may lie beyond"
+        return text
 
 
 def choose_rates(sweep: Sweep, model: str, rows: Mapping[str, Row]) -> Choice | None:
-    """The rates with the least mean loss; None while trials are missing. A diverged trial counts as infinite.
+    """The rates with the least mean loss; None as long as trials are missing. A diverged trial's loss is infinite.
 
     Args:
-        rows: those that are there, by run.
+        sweep: the sweep, which tunes learning rates.
+        model: the model's name.
+        rows: the rows of the runs that have ended, by the runs' names.
     """
     assert sweep.file.tune is not None
     rates = sweep.file.tune.trials(model)
@@ -47,11 +51,11 @@ def choose_rates(sweep: Sweep, model: str, rows: Mapping[str, Row]) -> Choice | 
         loss = rows[run.name].val_loss
         assert run.trial is not None
         losses[run.trial].append(math.inf if loss is None else loss)
-    means = [fmean(seeds) for seeds in losses]
+    means = [fmean(losses_of_seeds) for losses_of_seeds in losses]
     best = means.index(min(means))
     edges = []
-    for name, tried in (("dense", [lr for lr, _ in rates]), ("table", [lr for _, lr in rates if lr is not None])):
-        chosen = rates[best][0 if name == "dense" else 1]
-        if len(set(tried)) > 1 and chosen in (min(tried), max(tried)):
+    for name, rates_tried in (("dense", [lr for lr, _ in rates]), ("table", [lr for _, lr in rates if lr is not None])):
+        rate = rates[best][0 if name == "dense" else 1]
+        if len(set(rates_tried)) > 1 and rate in (min(rates_tried), max(rates_tried)):
             edges.append(name)
     return Choice(rates[best], means[best], tuple(edges))

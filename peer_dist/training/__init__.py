@@ -1,4 +1,4 @@
-"""The training loop, and what it shows and watches while it goes on."""
+"""The training loop, with its progress display, its profiler and its guards."""
 
 from peer_dist.training.trainer import Trainer, train
 

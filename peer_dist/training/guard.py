@@ -1,4 +1,4 @@
-"""Steps that would spoil the model are left out, counted, and end the run when there is no end to them."""
+"""Skips steps that would spoil the model, counts them, and stops the run when too many follow one another."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ from typing import Any
 
 from peer_dist.config.schema import GuardConfig
 
-_REMEMBERED = 100  # steps in a report
+_REMEMBERED = 100  # steps that a report lists
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row had to be left out; the message says where the report is. The same on every rank."""
+    """Too many steps in a row were skipped. Every rank raises it; rank 0's message says where the report is."""
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a report tells of a step.
+    """A report's entry for one step.
 
     Attributes:
-        step: its number, counted from 1 as in metrics.jsonl.
-        sequences: the first of the training order that it read, and the one after its last.
-        outcome: "applied", or why it was not: "gradients not finite", "loss spike".
-        loss: null where not finite.
-        grad_norm: before clipping; null where not finite, and of a loss spike, whose norm nobody has computed.
-        not_finite: tensors whose gradients were not finite, where looked for: from the second step in a row on.
+        step: the step's number, counted from 1 as in metrics.jsonl.
+        sequences: positions in the training order of the first sequence that the step read, and of the one after its
+            last.
+        outcome: "applied", or why the step was skipped: "gradients not finite" or "loss spike".
+        loss: mean loss in nats per token; None if it is not finite.
+        grad_norm: the gradients' norm before clipping; None if it is not finite, or after a loss spike, when it is not
+            computed.
+        not_finite: names of the tensors whose gradients were not finite. They are looked for only if the loss is not
+            finite or the step before was skipped.
     """
 
     step: int
@@ -41,10 +44,15 @@ class _Step:
 
 
 class Guard:
-    """Decides which steps are left out, from numbers that are the same on every rank.
+    """Decides which steps are skipped, from numbers that are the same on every rank.
 
-    A loss is a spike when it exceeds the median of the last ``spike_window`` losses that were applied by more than
-    ``spike_factor``. The counts and the window survive in the checkpoint, so that a resumed run decides alike.
+    A loss is a spike if it is larger than ``spike_factor`` times the median of the last ``spike_window`` losses of
+    applied steps. The counts and this window are saved in checkpoints, so that a resumed run decides alike.
+
+    Attributes:
+        not_finite: number of steps skipped because of gradients that were not finite.
+        spikes: number of steps skipped because of a loss spike.
+        in_a_row: number of steps skipped since the last one that was applied.
     """
 
     def __init__(self, config: GuardConfig) -> None:
@@ -55,11 +63,15 @@ class Guard:
 
     @property
     def skipped(self) -> int:
-        """Steps left out since the run's first."""
+        """Number of steps skipped since the run began."""
         return self.not_finite + self.spikes
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a batch of this loss is to be left out; nan is not: its gradients are not finite either."""
+        """Whether the step of a batch with this loss is to be skipped as a spike.
+
+        A loss of nan is no spike: its gradients are not finite either, and the step is skipped for that. Nothing is a
+        spike before the window is full, or with ``spike_factor`` 0.
+        """
         factor = self.config.spike_factor
         full = len(self._losses) == self.config.spike_window
         return factor > 0 and full and loss > factor * statistics.median(self._losses)
@@ -74,24 +86,33 @@ class Guard:
         spike: bool,
         not_finite: list[str],
     ) -> None:
-        """Count what became of a step."""
+        """Count a step by its outcome, and remember it for the report.
+
+        Args:
+            step: its number, counted from 1.
+            sequences: the positions of its first sequence and of the one after its last.
+            loss: mean loss in nats per token.
+            grad_norm: the gradients' norm before clipping; nan if it was not computed.
+            applied: whether the parameters were updated.
+            spike: whether the step was skipped because of :meth:`is_spike`.
+            not_finite: names of tensors whose gradients were not finite.
+        """
         self.spikes += spike
         self.not_finite += not applied and not spike
         self.in_a_row = 0 if applied else self.in_a_row + 1
         if applied and math.isfinite(loss):
             self._losses.append(loss)
         outcome = "applied" if applied else "loss spike" if spike else "gradients not finite"
-        self._steps.append(
-            _Step(step, sequences, outcome, _known(loss), _known(grad_norm), tuple(sorted(set(not_finite))))
-        )
+        culprits = tuple(sorted(set(not_finite)))
+        self._steps.append(_Step(step, sequences, outcome, _finite_or_none(loss), _finite_or_none(grad_norm), culprits))
 
     @property
     def given_up(self) -> bool:
-        """Whether the run is to stop."""
+        """Whether ``max_skipped_steps`` steps in a row were skipped, so that the run must stop; never if that is 0."""
         return 0 < self.config.max_skipped_steps <= self.in_a_row
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint's manifest."""
+        """The counts and the window of losses, for a checkpoint's manifest."""
         return {
             "not_finite": self.not_finite,
             "spikes": self.spikes,
@@ -100,35 +121,46 @@ class Guard:
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state` returned, in a guard that has recorded nothing yet."""
         self.not_finite, self.spikes, self.in_a_row = state["not_finite"], state["spikes"], state["in_a_row"]
         self._losses.extend(state["losses"])
 
     def explain(self, checkpoint: Path | None) -> str:
-        """A paragraph on why the run stops, and where it can go on from."""
-        row = list(self._steps)[-self.in_a_row :]
-        kinds = sorted({step.outcome for step in row})
-        culprits = sorted({name for step in row for name in step.not_finite})
+        """A paragraph that says why the run stops, and from which checkpoint it can go on.
+
+        Args:
+            checkpoint: the newest one; None if there is none.
+        """
+        skipped = list(self._steps)[-self.in_a_row :]
+        reasons = sorted({step.outcome for step in skipped})
+        culprits = sorted({name for step in skipped for name in step.not_finite})
         losses = [step.loss for step in self._steps if step.outcome == "applied" and step.loss is not None]
-        parts = [
-            f"{self.in_a_row} steps in a row, up to step {row[-1].step}, were left out ({', '.join(kinds)}), so the "
-            f"run has stopped (guard.max_skipped_steps = {self.config.max_skipped_steps})."
+        sentences = [
+            f"{self.in_a_row} steps in a row, up to step {skipped[-1].step}, were left out ({', '.join(reasons)}), so "
+            f"the run has stopped (guard.max_skipped_steps = {self.config.max_skipped_steps})."
         ]
         if losses:
-            parts.append(f"The last loss that was applied is {losses[-1]:.4f}.")
+            sentences.append(f"The last loss that was applied is {losses[-1]:.4f}.")
         if culprits:
             shown = ", ".join(culprits[:5]) + (f" and {len(culprits) - 5} more" if len(culprits) > 5 else "")
-            parts.append(f"Gradients that were not finite: {shown}.")
-        parts.append(f"The steps read the sequences {row[0].sequences[0]} to {row[-1].sequences[1] - 1} of the order.")
-        parts.append(
+            sentences.append(f"Gradients that were not finite: {shown}.")
+        first, end = skipped[0].sequences[0], skipped[-1].sequences[1]
+        sentences.append(f"The steps read the sequences {first} to {end - 1} of the order.")
+        sentences.append(
             f"The last good checkpoint is {checkpoint}: go on from it with a lower learning rate or "
             "optimizer.grad_clip, or look at these data."
             if checkpoint is not None
             else "There is no checkpoint from before: start again with a lower learning rate or more warm-up."
         )
-        return " ".join(parts)
+        return " ".join(sentences)
 
     def write_report(self, folder: Path, text: str) -> Path:
-        """``diverged-step-NNNNNNNN.json`` and the same as ``.txt`` in a sentence or two; the first one's path."""
+        """Write ``diverged-step-NNNNNNNN.json``, and ``text`` as ``.txt`` beside it; return the JSON file's path.
+
+        Args:
+            folder: where the files go; it is created if need be.
+            text: from :meth:`explain`.
+        """
         path = folder / f"diverged-step-{self._steps[-1].step:08d}.json"
         content = {
             "summary": text,
@@ -142,5 +174,5 @@ class Guard:
         return path
 
 
-def _known(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None

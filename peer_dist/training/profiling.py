@@ -1,4 +1,4 @@
-"""A few steps looked at closely: a trace and the memory of each rank, and what its collectives moved and waited.
+"""Profiles a few steps: the trace and the memory of each rank, and its collectives' bytes and waiting times.
 
 The trace has the spans of a step (:mod:`peer_dist.tracing`), every operation, every collective with its group and its
 bytes, and the memory in use as a curve; Perfetto (ui.perfetto.dev) and chrome://tracing show it.
@@ -37,11 +37,12 @@ _COLLECTIVES = (
 
 @dataclass
 class _Sum:
-    """Sums over the steps for one collective in one group.
+    """Totals over the profiled steps for one collective in one group.
 
     Attributes:
-        nbytes: of what this rank put in (of what it got, for ``recv``).
-        seconds: for which this rank's host waited; of NCCL's kernels, for which they ran.
+        calls: number of calls.
+        nbytes: bytes that this rank put in (for ``recv``, that it got).
+        seconds: time for which this rank's host waited; for NCCL's kernels, for which they ran.
     """
 
     calls: int = 0
@@ -53,11 +54,11 @@ _Sums = defaultdict[tuple[str, str], _Sum]  # by collective and group
 
 
 class Profile:
-    """Traces some steps of this rank. In all others nothing is measured, and nothing replaced.
+    """Traces some steps of this rank. In all other steps nothing is measured or replaced.
 
     Args:
-        steps: their numbers, counted from 1.
-        folder: of the traces, a file per rank.
+        steps: the numbers of the steps to trace, counted from 1.
+        folder: where the traces are written, a file per rank.
     """
 
     def __init__(self, steps: range, folder: Path) -> None:
@@ -71,7 +72,7 @@ class Profile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step: the first of the steps begins, and the last one writes."""
+        """A context for step ``number``: the first of the steps begins the trace, and the last one writes it."""
         if number not in self._steps:
             yield
             return
@@ -86,12 +87,12 @@ class Profile:
             self._end()
 
     def add_traffic(self, traffic: Traffic) -> None:
-        """What a layer's exchange sent in the step."""
+        """Add the bytes that a layer's exchange sent in this step."""
         if self._running is not None:
             self._sent += traffic.sent
 
     def conclude(self, console: Console) -> None:
-        """At the end of the run: write what is not written yet, and show this rank's collectives."""
+        """Write a trace that the run's end has cut short, and print what this rank's collectives did."""
         self._end()
         if not self._seconds:
             console.print(
@@ -106,11 +107,12 @@ class Profile:
         console.print(f"profile              {self._folder} (see https://ui.perfetto.dev)", highlight=False)
 
     def _begin(self) -> None:
+        """Start the profilers and the counting of collectives."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._running = ExitStack()
         self._running.enter_context(_watched(self._collectives))
         cuda = torch.cuda.is_available()
-        if cuda and "NSYS_PROFILING_SESSION_ID" in os.environ:  # Nsight Systems', which wants the GPU's counters alone
+        if cuda and "NSYS_PROFILING_SESSION_ID" in os.environ:  # only one profiler can use the GPU's counters
             torch.cuda.profiler.start()
             self._running.callback(torch.cuda.profiler.stop)
             self._running.enter_context(torch.autograd.profiler.emit_nvtx())
@@ -123,6 +125,7 @@ class Profile:
         )
 
     def _end(self) -> None:
+        """Stop the profilers, if they run, and write what they recorded."""
         if self._running is None:
             return
         self._running.close()
@@ -138,6 +141,7 @@ class Profile:
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _tables(self) -> Iterator[Table]:
+        """Yield tables of collectives, of NCCL's kernels and of the bytes of exchanges, all means per step."""
         steps = len(self._seconds)
         yield _sums_table("collective", "ms waited", self._collectives, steps)
         if self._kernels:
@@ -151,18 +155,24 @@ class Profile:
 
 
 def _sums_table(name: str, seconds: str, sums: Mapping[tuple[str, str], _Sum], steps: int) -> Table:
+    """A table of means per step, the collective with the most seconds first.
+
+    Args:
+        name: heading of the first column.
+        seconds: heading of the column of times, which are shown in milliseconds.
+    """
     table = Table(name, "group (ranks)", box=None)
     for column in ("calls", "KB", seconds):
         table.add_column(column, justify="right")
-    for (name, group), each in sorted(sums.items(), key=lambda item: -item[1].seconds):
-        mean = each.calls / steps, each.nbytes / steps / 1e3, each.seconds / steps * 1e3
-        table.add_row(name, group, f"{mean[0]:,.1f}", f"{mean[1]:,.1f}", f"{mean[2]:,.2f}")
+    for (collective, group), row in sorted(sums.items(), key=lambda item: -item[1].seconds):
+        calls, kilobytes, milliseconds = row.calls / steps, row.nbytes / steps / 1e3, row.seconds / steps * 1e3
+        table.add_row(collective, group, f"{calls:,.1f}", f"{kilobytes:,.1f}", f"{milliseconds:,.2f}")
     return table
 
 
 @contextmanager
 def _watched(sums: _Sums) -> Iterator[None]:
-    """Within it every collective of this process is counted, and has a range of its own in the trace."""
+    """A context in which every collective of this process is counted in ``sums``, and is a range in the trace."""
     kind = dist.ProcessGroup
     methods = {name: method for name, method in vars(kind).items() if name in _COLLECTIVES}
     for name, method in methods.items():
@@ -175,11 +185,13 @@ def _watched(sums: _Sums) -> Iterator[None]:
 
 
 def _counting(name: str, method: Callable[..., Any], sums: _Sums) -> Callable[..., Any]:
+    """``method`` of a process group, which counts its calls and bytes in ``sums`` and returns a timed handle."""
+
     def call(group: Any, *args: Any, **kwargs: Any) -> Any:
-        # The last of the first two is what is put in: outputs come before it.
-        given = next((each for each in args[1::-1] if isinstance(each, torch.Tensor | list)), [])
+        # outputs come before inputs: of the first two arguments the last tensors are the inputs
+        inputs = next((argument for argument in args[1::-1] if isinstance(argument, torch.Tensor | list)), [])
         label = _group(group.group_desc, group.size())
-        row, nbytes = sums[name, label], _nbytes(given)
+        row, nbytes = sums[name, label], _nbytes(inputs)
         row.calls += 1
         row.nbytes += nbytes
         with record_function(f"{name}, {label}, {nbytes:,} bytes"):
@@ -190,16 +202,17 @@ def _counting(name: str, method: Callable[..., Any], sums: _Sums) -> Callable[..
 
 
 def _group(description: str, size: int) -> str:
-    """Megatron's EXPERT_MODEL_PARALLEL_GROUP of two ranks as `expert model (2)`."""
+    """A group's name for people: Megatron's EXPERT_MODEL_PARALLEL_GROUP of two ranks is `expert model (2)`."""
     return f"{description.lower().removesuffix('_group').replace('_parallel', '').replace('_', ' ')} ({size})"
 
 
-def _nbytes(given: torch.Tensor | list[Any]) -> int:
-    return given.nbytes if isinstance(given, torch.Tensor) else sum(map(_nbytes, given))
+def _nbytes(tensors: torch.Tensor | list[Any]) -> int:
+    """Bytes of a tensor, or of all tensors in nested lists."""
+    return tensors.nbytes if isinstance(tensors, torch.Tensor) else sum(map(_nbytes, tensors))
 
 
 class _Watched:
-    """A collective's handle that adds up for how long the host waits."""
+    """A collective's handle that adds the time for which the host waits to ``row``."""
 
     def __init__(self, work: Any, row: _Sum, label: str) -> None:
         self._work, self._row, self._label = work, row, label
@@ -207,36 +220,37 @@ class _Watched:
     def wait(self, *args: Any, **kwargs: Any) -> Any:
         begin = time.perf_counter()
         with record_function(self._label):
-            done = self._work.wait(*args, **kwargs)
+            result = self._work.wait(*args, **kwargs)
         self._row.seconds += time.perf_counter() - begin
-        return done
+        return result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
 
 
 def _finish_trace(path: Path, kernels: _Sums) -> None:
-    """Draw the allocations of a trace as a curve, and add up what NCCL's kernels did."""
+    """Add a curve of the memory in use to the trace's file, and the calls of NCCL's kernels to ``kernels``."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         trace = json.load(file)
     curve = []
     for event in trace["traceEvents"]:
-        told = event.get("args", {})
+        details = event.get("args", {})
         if event.get("name") == "[memory]":
-            # A CPU's are counted from the beginning of the trace, a GPU's are all.
-            device = "CPU, since the trace began" if told["Device Type"] == 0 else f"GPU {told['Device Id']}"
+            # a CPU's allocations are counted only from the beginning of the trace on
+            device = "CPU, since the trace began" if details["Device Type"] == 0 else f"GPU {details['Device Id']}"
             place = {"ph": "C", "name": "memory (MiB)", "pid": event["pid"], "ts": event["ts"]}
-            curve.append({**place, "args": {device: told["Total Allocated"] / 2**20}})
-        elif event.get("cat") == "kernel" and "Collective name" in told:
-            group = _group(str(told.get("Process Group Description", "")), told.get("Group size", 0))
-            row = kernels[told["Collective name"], group]
+            curve.append({**place, "args": {device: details["Total Allocated"] / 2**20}})
+        elif event.get("cat") == "kernel" and "Collective name" in details:
+            group = _group(str(details.get("Process Group Description", "")), details.get("Group size", 0))
+            row = kernels[details["Collective name"], group]
             row.calls += 1
-            dtype = str(told.get("dtype", "")).lower()
-            row.nbytes += told.get("In msg nelems", 0) * _NCCL_BYTES.get(dtype, 1)
+            dtype = str(details.get("dtype", "")).lower()
+            row.nbytes += details.get("In msg nelems", 0) * _NCCL_BYTES.get(dtype, 1)
             row.seconds += event["dur"] / 1e6
     trace["traceEvents"] += curve
     with gzip.open(path, "wt", encoding="utf-8", compresslevel=5) as file:
         json.dump(trace, file)
 
 
-_NCCL_BYTES = {"float": 4, "bfloat16": 2, "half": 2, "double": 8, "long": 8, "int": 4}  # by the trace's names of dtypes
+# bytes of a number, by the names that a trace has for dtypes
+_NCCL_BYTES = {"float": 4, "bfloat16": 2, "half": 2, "double": 8, "long": 8, "int": 4}

@@ -1,4 +1,4 @@
-"""What rank 0 shows while a run goes on: a bar on a terminal, a line now and then in a log file."""
+"""Shows the progress of a run on rank 0: a bar on a terminal, a line every ten seconds in a log file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ _LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Loss, tokens/s and time left.
+    """A context that shows loss, tokens per second and the time left.
 
     Args:
-        console: quiet on every rank but 0.
-        start, total: steps done before, and in all.
+        console: where to show them; it is quiet on every rank but 0.
+        start: number of steps done before.
+        total: number of steps of the whole run.
     """
 
     def __init__(self, console: Console, start: int, total: int) -> None:
@@ -48,6 +49,7 @@ class Progress:
         self._bar.stop()
 
     def update(self, step: int, values: dict[str, float]) -> None:
+        """Show the numbers of step ``step``, by their names in metrics.jsonl."""
         if "val/perplexity" in values:
             self._validation = f"  val ppl {values['val/perplexity']:.2f}"
         status = f"loss {values['train/loss']:.3f}{self._validation}  {values['speed/tokens_per_second']:,.0f} tokens/s"
@@ -55,8 +57,9 @@ class Progress:
         now = time.monotonic()
         if self._bar.disable and (now - self._last_line >= _LOG_SECONDS or step == self._total):
             self._last_line = now
-            left = timedelta(seconds=round((now - self._begin) / (step - self._start) * (self._total - step)))
-            self._console.print(f"step {step}/{self._total}  {status}  ETA {left}", highlight=False)
+            remaining = timedelta(seconds=round((now - self._begin) / (step - self._start) * (self._total - step)))
+            self._console.print(f"step {step}/{self._total}  {status}  ETA {remaining}", highlight=False)
 
     def say(self, status: str) -> None:
+        """Show ``status`` in the bar until the next update; log files have no such line."""
         self._bar.update(self._task, status=status)

@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: what is said and recorded of it and, in a fixed order, what follows each step."""
+"""Surrounds the steps of a run: prints and records what happens and, in a fixed order, does what follows each step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Run:
-    """One call of :meth:`Trainer.run`. All ranks make it and call its methods together.
+    """One call of :meth:`Trainer.run`. All ranks construct it and call its methods together.
 
     Args:
-        trainer: its steps are the run's.
-        stop: whether a signal asks this process to save and leave.
-        lock: the lock of the run's folder, on rank 0.
+        trainer: the trainer whose steps the run makes.
+        stop: knows whether a signal has asked this process to save and leave.
+        lock: the lock of the run's folder; None on ranks other than 0.
     """
 
     def __init__(self, trainer: Trainer, stop: StopRequest, lock: RunLock | None) -> None:
@@ -38,19 +38,19 @@ class Run:
         self._stop, self._lock = stop, lock
         self._first = trainer.steps_done + 1
         self._console = Console(stderr=True, quiet=trainer.parallel.rank != 0)
-        self._metrics: Metrics | None = None  # on rank 0, from the beginning on
-        self._values: dict[str, float] = {}  # the numbers of the step that has just ended
-        self._saved: dict[str, float] = {}  # those of a save, which the next step's line has
-        self._stopped = False  # by a signal, which some rank has heard
-        self._writing = False  # whether a rank still writes the save that is under way
+        self._metrics: Metrics | None = None  # on rank 0, once the run has begun
+        self._values: dict[str, float] = {}  # numbers to record for the step that has just ended
+        self._saved: dict[str, float] = {}  # numbers of a save, recorded in the next step's line
+        self._stopped = False  # whether some rank has received a signal
+        self._writing = False  # whether some rank is still writing a checkpoint
 
     @property
     def over(self) -> bool:
-        """Whether no step follows: ``train.steps`` are done, or a signal came. The same on every rank."""
+        """Whether no step follows: ``train.steps`` are done, or a signal came. It is the same on every rank."""
         return self._trainer.steps_done >= self._config.train.steps or self._stopped
 
     def introduce(self) -> None:
-        """Say what is trained, and from where on."""
+        """Print what is trained, where, and from which step on."""
         trainer = self._trainer
         if self._lock is not None and self._lock.note:
             self._say(self._lock.note)
@@ -65,7 +65,7 @@ class Run:
             self._say(f"{reason.setting} is not causal: its losses are no language model's")
 
     def begin(self) -> Progress:
-        """Open the record and, in a new run, measure the untrained model; the progress to be shown meanwhile."""
+        """Open the metrics and, in a new run, validate the untrained model; return the progress display."""
         trainer, config = self._trainer, self._config
         hosts = environment(trainer.parallel)
         if trainer.parallel.rank == 0:
@@ -90,35 +90,35 @@ class Run:
         return self._progress
 
     def after_step(self, values: dict[str, float]) -> None:
-        """All that follows a step. The order matters: each line says why it has its place.
+        """Do all that follows a step. The order matters: each line says why it has its place.
 
         Args:
             values: the step's numbers, from :meth:`Trainer.step`.
 
         Raises:
-            LockError: another run has taken the folder over; nothing more was written.
+            LockError: another run has taken over the folder; this run has written nothing since.
             CheckpointError: a checkpoint could not be written.
-            Diverged: too many steps in a row were left out.
+            Diverged: too many steps in a row were skipped.
         """
         self._values, self._saved = self._saved | values, {}
         in_order: tuple[Callable[[], None], ...] = (
-            self._tell_startup,  # first of all: the time to the first step has none of what follows in it
-            self._hear_ranks,  # before anything is written: a run that lost its folder writes no more; and all of
-            # what follows asks whether this step is the last
-            self._finish_save,  # when it has been heard that no rank writes; before a new save, which would wait
+            self._report_startup,  # first: the time to the first step includes nothing of what follows
+            self._hear_ranks,  # before anything is written: a run that lost its folder writes no more; and all that
+            # follows asks whether this step is the last
+            self._finish_save,  # after the ranks said whether they still write; before a new save, which would wait
             self._add_usage,  # before a validation: the routers' losses are those of the last forward pass
-            self._compare_ranks,  # together with usage: both are of the steps since logging.interval
-            self._validate,  # before the record and the progress, which show its perplexity
+            self._compare_ranks,  # together with usage: both cover the last logging.interval steps
+            self._validate,  # before the metrics and the progress, which show its perplexity
             self._record,  # with all numbers; before a save: a run that goes on from it finds this step recorded
             self._show,
-            self._give_up,  # when the step is recorded; before a save: the checkpoints from before are better ones
-            self._save,  # last: a checkpoint is of a step of which nothing is left to do
+            self._give_up,  # after the step is recorded; before a save: earlier checkpoints are better ones
+            self._save,  # last: a checkpoint holds a step of which nothing is left to do
         )
         for act in in_order:
             act()
 
     def end(self) -> int:
-        """Finish what is still written, and say what the run has come to; the process's exit code."""
+        """Wait for a checkpoint that is still being written, print what was reached, and return the exit code."""
         trainer = self._trainer
         position.at("save", trainer.steps_done)
         trainer.store.finish()
@@ -133,14 +133,14 @@ class Run:
         return DONE if trainer.steps_done == self._config.train.steps else stopped_code()
 
     def nothing_to_do(self) -> int:
-        """Say that all steps were done before; the process's exit code."""
+        """Print that all steps were done before; return the exit code."""
         self._say(f"nothing to do: train.steps is {self._config.train.steps}; raise it to go on")
         return DONE
 
-    # What follows a step, in the order of `after_step`.
+    # The parts of `after_step`, in its order.
 
-    def _tell_startup(self) -> None:
-        """Say once how long everything before the first step took, and that one."""
+    def _report_startup(self) -> None:
+        """After the first step, print and record how long it and the phases before it took."""
         startup = self._trainer.startup
         if self._trainer.steps_done != self._first:
             return
@@ -149,7 +149,11 @@ class Run:
         self._values |= {f"startup/{phase.replace(' ', '_')}": seconds for phase, seconds in startup.seconds.items()}
 
     def _hear_ranks(self) -> None:
-        """Whether any rank has a signal, writes, or has lost the lock: signals reach some ranks a step earlier."""
+        """Learn whether any rank got a signal, still writes, or lost the lock: signals reach some ranks a step earlier.
+
+        Raises:
+            LockError: rank 0 has lost the lock.
+        """
         lost = self._lock is not None and self._lock.lost
         flags = [self._stop.received is not None, self._trainer.store.writing, lost]
         on_any = torch.tensor(flags, dtype=torch.float32, device=self._trainer.parallel.device)
@@ -160,20 +164,23 @@ class Run:
             raise LockError(f"{folder}: another run has taken it over; this one wrote no more")
 
     def _finish_save(self) -> None:
+        """Complete the checkpoint that was begun, if all ranks have written their parts."""
         store = self._trainer.store
         if store.unfinished and not self._writing:
             store.finish()
 
     @property
     def _logged(self) -> bool:
-        """Whether the windows of ``logging.interval`` steps end here."""
+        """Whether a window of ``logging.interval`` steps ends here."""
         return self._trainer.steps_done % self._config.logging.interval == 0 or self.over
 
     def _add_usage(self) -> None:
+        """Add the usage of experts at the end of a window."""
         if self._logged:
             self._values |= self._trainer.usage_values()
 
     def _compare_ranks(self) -> None:
+        """At the end of a window, print and record ranks that hold up the others."""
         if not self._logged:
             return
         ratio, lines = self._trainer.stragglers.report()
@@ -183,11 +190,13 @@ class Run:
         self._values["speed/slowest_rank_ratio"] = ratio
 
     def _validate(self) -> None:
-        done = self._trainer.steps_done
-        if done % self._config.evaluation.interval == 0 or done == self._config.train.steps:
+        """Validate at each ``evaluation.interval`` and after the last step."""
+        step = self._trainer.steps_done
+        if step % self._config.evaluation.interval == 0 or step == self._config.train.steps:
             self._values |= self._trainer.validate(self._metrics)
 
     def _record(self) -> None:
+        """Write the step's numbers to the metrics."""
         if self._metrics is not None and self._values:
             self._metrics.write(self._trainer.steps_done, self._values)
 
@@ -195,7 +204,11 @@ class Run:
         self._progress.update(self._trainer.steps_done, self._values)
 
     def _give_up(self) -> None:
-        """If too many steps in a row were left out, leave a report, and the checkpoints as they are."""
+        """If too many steps in a row were skipped, write a report; the checkpoints stay as they are.
+
+        Raises:
+            Diverged: too many steps in a row were skipped.
+        """
         trainer = self._trainer
         if not trainer.guard.given_up:
             return
@@ -210,7 +223,7 @@ class Run:
         raise Diverged(text)
 
     def _save(self) -> None:
-        """Save at the end and at each ``checkpoint.interval``, but not while steps are left out."""
+        """Save at the end, and at each ``checkpoint.interval`` unless the last step was skipped."""
         trainer = self._trainer
         due = trainer.steps_done % self._config.checkpoint.interval == 0 and not trainer.guard.in_a_row
         if not (self.over or due):
@@ -219,26 +232,29 @@ class Run:
         begin = time.perf_counter()
         trainer.save()
         self._saved = trainer.last_save
-        self._event("checkpoint", seconds=time.perf_counter() - begin)  # for which training waited
+        self._event("checkpoint", seconds=time.perf_counter() - begin)  # training waited that long
 
-    # What is said and recorded.
+    # Printing and recording.
 
     def _say(self, text: str) -> None:
+        """Print on rank 0."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def _event(self, name: str, **about: object) -> None:
+    def _event(self, name: str, **details: object) -> None:
+        """Write an event on rank 0."""
         if self._metrics is not None:
-            self._metrics.event(name, self._trainer.steps_done, **about)
+            self._metrics.event(name, self._trainer.steps_done, **details)
 
     def _conclude(self) -> None:
-        """Say in a few lines what the run reached and where everything is."""
+        """Print in a few lines what the run reached and where everything is."""
         trainer = self._trainer
         if trainer.parallel.rank != 0:
             return
         folder = Path(self._config.logging.dir)
-        losses = [line for line in read_metrics(folder / "metrics.jsonl") if line.get("val/perplexity") is not None]
-        if losses:
-            ends = losses[:1] if len(losses) == 1 else [losses[0], losses[-1]]
+        lines = read_metrics(folder / "metrics.jsonl")
+        validations = [line for line in lines if line.get("val/perplexity") is not None]
+        if validations:
+            ends = validations[:1] if len(validations) == 1 else [validations[0], validations[-1]]
             shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {int(line['step'])})" for line in ends)
             self._say(f"held-out perplexity  {shown}")
         self._say(f"checkpoint           {trainer.store.path(trainer.steps_done)}")

@@ -1,4 +1,4 @@
-"""Where the time goes between a process's start and its first step."""
+"""Measures where the time goes between a process's start and the end of its first step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from peer_dist.machine import process_age
 
 
 class Startup:
-    """Seconds by phase, in the order in which they ended; the first begins with the process."""
+    """Measures the phases of a process's start; the first phase begins with the process.
+
+    Attributes:
+        seconds: duration of each phase, in the order in which they ended.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._since = time.monotonic() - process_age()
 
     def ended(self, phase: str) -> None:
-        """All since the last call was ``phase``."""
+        """Count the time since the last call, or since the process began, as ``phase``."""
         now = time.monotonic()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
         self._since = now

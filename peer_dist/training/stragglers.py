@@ -1,4 +1,4 @@
-"""Which rank holds up the others: each one's own work, what it spends waiting left out."""
+"""Finds ranks that hold up the others, by the time of their own work without waiting."""
 
 from __future__ import annotations
 
@@ -11,35 +11,42 @@ import torch.distributed as dist
 from peer_dist.megatron import Parallel
 from peer_dist.ranks.rank_zero import from_every_rank
 
-SLOW = 1.5  # times the median
+SLOW = 1.5  # a rank that takes this many times the median is slow
 _OWN = ("experts", "attention")  # spans without a collective call inside
 
 
 class Stragglers:
-    """Compares ranks over a window of steps. Construction is a collective call.
+    """Compares the ranks' times over a window of steps. All ranks construct it together.
 
     A rank that waits for a slow one takes as long over a step as that one does, so only what it computes by itself
     counts: its experts' products and its attention. Ranks are compared within their pipeline stage, since stages
     have layers of different kinds.
+
+    Args:
+        columns: whether the experts' tables are sharded by columns too.
     """
 
     def __init__(self, parallel: Parallel, columns: bool) -> None:
         self._device = parallel.device
-        # Slices of columns add up their dot products in the middle of the experts' work.
+        # with column shards the experts' span has a collective inside, which adds up partial dot products
         self._own = _OWN[1:] if columns else _OWN
         self._peers = from_every_rank((socket.gethostname(), parallel.pipeline_rank))
         self._steps: list[float] = []
-        self._slow: set[int] = set()  # in the last window
-        self._named: set[int] = set()
+        self._slow: set[int] = set()  # ranks that were slow in the last window
+        self._named: set[int] = set()  # ranks that have been reported, and have been slow ever since
 
     def add(self, spent: dict[str, float]) -> None:
-        """One step of this rank: seconds per span."""
+        """Add one step of this rank: seconds by span."""
         self._steps.append(sum(spent.get(name, 0.0) for name in self._own))
 
     def report(self) -> tuple[float, list[str]]:
-        """The largest ratio of a rank to its stage's median since the last call, and a line for each rank that is slow
-        for the second time in a row, unless that was told. A collective call."""
-        # The median: one hiccup of the machine is no slow rank.
+        """Compare the ranks' median times since the last call. A collective call.
+
+        Returns:
+            The largest ratio of a rank's time to the median of its pipeline stage, at least 1; and a line for each rank
+            that is slow for the second time in a row and has not been reported for that.
+        """
+        # the median of the steps: one hiccup of the machine makes no rank slow
         own = statistics.median(self._steps) if self._steps else 0.0
         self._steps.clear()
         mine = torch.tensor([own], dtype=torch.float32, device=self._device)
@@ -49,7 +56,7 @@ class Stragglers:
         largest, slow = 1.0, {}
         for stage in {stage for _, stage in self._peers}:
             ranks = [rank for rank, peer in enumerate(self._peers) if peer[1] == stage]
-            # The lower of two middle ones: of two ranks, the slow one is not half of its own yardstick.
+            # median_low: of two ranks the slow one is compared with the fast one, not with the mean of both
             usual = statistics.median_low([seconds[rank] for rank in ranks])
             for rank in ranks:
                 ratio = seconds[rank] / usual if usual > 0 else 1.0

@@ -1,4 +1,4 @@
-"""A training run, from the config to the last checkpoint. :meth:`Trainer.step` is the story of a step."""
+"""A training run, from the config to the last checkpoint. :meth:`Trainer.step` is one step of it."""
 
 from __future__ import annotations
 
@@ -48,19 +48,22 @@ from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
 
 Value = TypeVar("Value")
-_NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # of a checkpoint older than the guard
+_NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # for checkpoints older than the guard
 _SPANS = ("retrieve", "dispatch", "experts", "combine", "optimizer")
 
 
 def train(config: Config, profile: range | None = None) -> int:
-    """Train as the config says, from the newest checkpoint if there is one; the process's exit code (of
-    :mod:`peer_dist.ranks.exit_codes`).
+    """Train as the config says, from the newest checkpoint if there is one.
 
     Args:
-        profile: the steps, counted from 1, to trace (see :class:`~peer_dist.training.profiling.Profile`).
+        config: the run's config.
+        profile: the steps to trace, counted from 1 (see :class:`~peer_dist.training.profiling.Profile`).
+
+    Returns:
+        The process's exit code, from :mod:`peer_dist.ranks.exit_codes`.
 
     Raises:
-        ConfigError, DataError: before anything is started, where the config cannot be run.
+        ConfigError, DataError: the config cannot be run; nothing has been started yet.
         LockError: another run writes to this one's folder.
         CheckpointError: a checkpoint cannot be written or read.
     """
@@ -92,11 +95,20 @@ def train(config: Config, profile: range | None = None) -> int:
 
 
 class Trainer:
-    """One run on this rank.
+    """One run on this rank. All ranks construct it together.
 
     Args:
-        startup: what was timed of it so far.
-        profile: steps to trace.
+        config: the run's config.
+        startup: the phases of the process's start that have been timed so far; by default none.
+        profile: the steps to trace, counted from 1; by default none.
+
+    Attributes:
+        steps_done: number of steps since the run's first, those before a resumption included.
+        resumed: whether the run goes on from a checkpoint of its own.
+        parameters: number of trained parameters of the whole model, those in experts included.
+        expert_parameters: number of those that are in tables and experts' weights.
+        layers: this rank's layers with experts, by number in the whole model.
+        last_save: ``checkpoint/...`` numbers of the last :meth:`save`, for the metrics.
 
     Raises:
         DataError, CheckpointError: see :func:`train`.
@@ -108,7 +120,7 @@ class Trainer:
         self.startup = startup or Startup()
         self.parallel = join_groups(config)
         self.dtype = dtype_of(config, self.parallel.device.type)
-        self.data_identity = data_identity(config)  # now: the files may be moved or replaced while the run goes on
+        self.data_identity = data_identity(config)  # read now: the files may be moved or replaced during the run
         self.data = open_data(config.data, config.model.seq_length, config.train.seed)
         self.startup.ended("data")
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
@@ -143,9 +155,11 @@ class Trainer:
         self.usage = self._new_usage()
 
     def _new_usage(self) -> dict[int, ExpertUsage]:
+        """Empty usage of each of this rank's layers with experts, by number in the whole model."""
         return {n: ExpertUsage(layer.num_experts, self.parallel.device) for n, layer in self.layers.items()}
 
     def _resume(self, step: int) -> None:
+        """Restore everything from this run's checkpoint of step ``step``."""
         path = self.store.path(step)
         manifest = read_manifest(path)
         check_resumable(path, self.config, self.data_identity, manifest)
@@ -154,10 +168,14 @@ class Trainer:
         self.guard.load({"not_finite": step - manifest["updates"], **_NO_SPIKES, **manifest.get("guard", {})})
 
     def run(self, stop: StopRequest, lock: RunLock | None = None) -> int:
-        """Train to ``train.steps``, or until a signal; the last state is saved either way. Returns an exit code.
+        """Train to ``train.steps``, or until a signal; the last state is saved either way.
 
         Args:
-            lock: of the run's folder, on rank 0.
+            stop: knows whether a signal has asked this process to save and leave.
+            lock: the lock of the run's folder; None on ranks other than 0.
+
+        Returns:
+            The process's exit code.
 
         Raises:
             LockError, CheckpointError, Diverged: see :meth:`Run.after_step`.
@@ -176,7 +194,12 @@ class Trainer:
         return run.end()
 
     def step(self) -> dict[str, float]:
-        """One optimizer step over a global batch; its numbers, the same on every rank."""
+        """Make one optimizer step over a global batch.
+
+        Returns:
+            The step's numbers, by their names in metrics.jsonl. Losses, learning rates and norms are the same on every
+            rank; times and memory are this rank's.
+        """
         begin = time.perf_counter()
         config, parallel, step = self.config, self.parallel, self.steps_done
         parallel.seed_step(config.train.seed, step)
@@ -188,18 +211,19 @@ class Trainer:
         table_lr = config.table_optimizer.lr * learning_rate_factor(step, *config.table_schedule)
         tokens = config.train.global_batch_size * config.model.seq_length
 
+        logged = (step + 1) % config.logging.interval == 0
         self.times.reset()
         listen(self.times)
         for number, layer in self.layers.items():
             layer.on_route = self._observer(number)
         with self.engine.accumulate():
-            # ZeRO averages over data parallel ranks: with their number in the scale, the sum is the mean loss
+            # engines average gradients over data-parallel ranks: with their number in the scale it is the mean loss's
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
-            held = HeldBytes.sum(self.engine.memory().values()) if (step + 1) % config.logging.interval == 0 else None
+            memory = HeldBytes.sum(self.engine.memory().values()) if logged else None
         loss = float(parallel.total(losses.sum().double())) / tokens
         spike = self.guard.is_spike(loss)
         with span("optimizer"):
-            bad = self._not_finite() if self.guard.in_a_row or not math.isfinite(loss) else []
+            not_finite = self._not_finite() if self.guard.in_a_row or not math.isfinite(loss) else []
             if spike:
                 self.engine.skip()
                 result = StepResult(math.nan, applied=False)
@@ -216,15 +240,16 @@ class Trainer:
         first = step * config.train.global_batch_size
         sequences = (first, first + config.train.global_batch_size)
         self.steps_done += 1
-        self.guard.record(self.steps_done, sequences, loss, result.grad_norm, result.applied, spike, bad)
+        self.guard.record(self.steps_done, sequences, loss, result.grad_norm, result.applied, spike, not_finite)
 
         values = self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
-        if held is not None:
-            values |= {f"memory/{part}_gb": getattr(held, part) / 1e9 for part in ("weights", "gradients", "optimizer")}
+        if memory is not None:
+            parts = ("weights", "gradients", "optimizer")
+            values |= {f"memory/{part}_gb": getattr(memory, part) / 1e9 for part in parts}
         return values | revived
 
     def _observer(self, number: int) -> RouteObserver:
-        """What is told of a layer's picks while it trains."""
+        """The function that is called with layer ``number``'s picks and gates while it trains."""
         usage, revival = self.usage[number], self.revival
         if revival is None:
             return usage
@@ -236,11 +261,11 @@ class Trainer:
         return both
 
     def _not_finite(self) -> list[str]:
-        """The tensors whose gradients are not finite on any rank."""
+        """Names of the tensors whose gradients are not finite on some rank. A collective call."""
         return [name for names in from_every_rank(self.engine.not_finite()) for name in names]
 
     def _micro_batches(self, step: int) -> MicroBatches:
-        """This rank's sequences: micro-step by micro-step, each shared by the data parallel ranks in order."""
+        """This rank's micro-batches of a step; data-parallel ranks have consecutive sequences of each pass."""
         train, parallel = self.config.train, self.parallel
         per_pass = train.micro_batch_size * parallel.data_parallel_size
         first = step * train.global_batch_size + parallel.data_parallel_rank * train.micro_batch_size
@@ -253,6 +278,7 @@ class Trainer:
     def _step_values(
         self, loss: float, result: StepResult, lr: float, table_lr: float, tokens: int, seconds: float
     ) -> dict[str, float]:
+        """The numbers of a step by their names in metrics.jsonl. A collective call if the model has experts."""
         values = {
             "train/loss": loss,
             "train/perplexity": perplexity_of(loss),
@@ -271,14 +297,14 @@ class Trainer:
         if self.expert_parameters:
             traffic = [layer.traffic for layer in self.layers.values()]
             sent, received, routed = self._sums(
-                sum(each.bytes_sent for each in traffic),
-                sum(each.tokens_received for each in traffic),
-                sum(each.tokens for each in traffic),
+                sum(layer_traffic.bytes_sent for layer_traffic in traffic),
+                sum(layer_traffic.tokens_received for layer_traffic in traffic),
+                sum(layer_traffic.tokens for layer_traffic in traffic),
             )
-            for each in traffic:
+            for layer_traffic in traffic:
                 if self.profile is not None:
-                    self.profile.add_traffic(each)
-                each.reset()
+                    self.profile.add_traffic(layer_traffic)
+                layer_traffic.reset()
             values["exchange/bytes_per_token"] = sent / tokens
             if routed:
                 values["exchange/row_shards_hit"] = received / routed / self.config.parallel.expert_tensor
@@ -286,7 +312,10 @@ class Trainer:
         return values
 
     def usage_values(self) -> dict[str, float]:
-        """Expert usage since the last call, and the routers' losses in the last forward pass, per layer."""
+        """Numbers of every layer, by their names in metrics.jsonl. A collective call.
+
+        They are the usage of experts since the last call, and the routers' losses in the last forward pass.
+        """
         values: dict[str, float] = {}
         for number, usage in self.usage.items():
             summary = usage.summary(self.parallel.expert_size, self.parallel.token_group)
@@ -302,12 +331,20 @@ class Trainer:
         return self._of_all_stages(values)
 
     def _of_all_stages(self, values: dict[str, Value]) -> dict[str, Value]:
-        """What the ranks of a pipeline know, on each of them."""
+        """The values of all pipeline stages together, on each rank. A collective call."""
         stages = from_every_rank(values, self.parallel.pipeline_group)
         return {name: value for stage in stages for name, value in stage.items()}
 
     def validate(self, metrics: Metrics | None = None) -> dict[str, float]:
-        """Held-out loss; beside it histograms and pictures of how the gates' mass lies over experts."""
+        """Measure the loss and perplexity of the validation split. A collective call.
+
+        Args:
+            metrics: where to write histograms and pictures of how the gates are spread over experts; None elsewhere
+                than on rank 0.
+
+        Returns:
+            ``val/loss``, in nats per token, and ``val/perplexity``; nothing if there is no validation split.
+        """
         if self.data.validation is None:
             return {}
         config, usage = self.config, self._new_usage()
@@ -321,11 +358,14 @@ class Trainer:
             config.evaluation.batches * config.train.global_batch_size,
             usage,
         )
-        shares = {number: each.shares(self.parallel.token_group) for number, each in usage.items()}
-        drawn = self._of_all_stages(
-            {f"experts/layer{number}": (share_histogram(each), usage_map(each)) for number, each in shares.items()}
+        shares = {number: layer_usage.shares(self.parallel.token_group) for number, layer_usage in usage.items()}
+        pictures = self._of_all_stages(
+            {
+                f"experts/layer{number}": (share_histogram(layer_shares), usage_map(layer_shares))
+                for number, layer_shares in shares.items()
+            }
         )
-        for name, (histogram, pixels) in drawn.items():
+        for name, (histogram, pixels) in pictures.items():
             if metrics is not None:
                 metrics.histogram(f"{name}_log10_share", self.steps_done, *histogram)
                 metrics.image(f"{name}_map", self.steps_done, pixels)
@@ -334,7 +374,7 @@ class Trainer:
         return {"val/loss": result.loss, "val/perplexity": result.perplexity}
 
     def save(self) -> Path:
-        """Write a checkpoint of the present state, or begin to; a collective call."""
+        """Write a checkpoint of the present state, or begin to if asynchronous; return its folder. Collective."""
         position.at("save", self.steps_done)
         begin, wait = time.perf_counter(), not self.config.checkpoint.asynchronous
         info: dict[str, Any] = {
@@ -359,14 +399,14 @@ class Trainer:
         return path
 
     def _sums(self, *values: float) -> list[float]:
-        """Each over all ranks."""
+        """Each value summed over all ranks. A collective call."""
         totals = torch.tensor(values, dtype=torch.float64, device=self.parallel.device)
         dist.all_reduce(totals)
         return totals.tolist()
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or of this process."""
+    """Peak bytes of memory: those of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
