@@ -23,7 +23,7 @@ def command(tree, folder, before=None, ranks=2):
 
 def misbehave(rank, who, at, where, how, *more):
     """Make rank ``who`` do something in a phase of step ``at``."""
-    from peer_dist.checkpoints import store as checkpoints
+    from peer_dist.checkpoints import store
     from peer_dist.tracing import position
     from peer_dist.training import Trainer, trainer
 
@@ -54,7 +54,7 @@ def misbehave(rank, who, at, where, how, *more):
 
         wrap(dispatch, "expert_mix_forward")
     elif where == "save":
-        wrap(checkpoints, "_checksums")
+        wrap(store, "sync_and_checksum")
     elif where == "validation":
         wrap(trainer, "held_out_loss")
 
