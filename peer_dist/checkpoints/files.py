@@ -74,8 +74,8 @@ def from_rank_zero(action: Callable[[], Result]) -> Result:
         try:
             return action()
         except OSError as error:
-            where, why = error.filename or "checkpoint", error.strerror or error
-            raise CheckpointError(f"{where}: {why}; nothing complete was touched") from error
+            file, reason = error.filename or "checkpoint", error.strerror or error
+            raise CheckpointError(f"{file}: {reason}; nothing complete was touched") from error
 
     return on_rank_zero(act, raises=CheckpointError)
 
