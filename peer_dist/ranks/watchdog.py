@@ -175,7 +175,7 @@ class Watchdog:
             self._leave(gone_sentence([0], f"no sign of life for {self._silence[0]:.1f} s", self._beats))
 
     def _reconnect(self, reason: str) -> None:
-        """Connect again after the store failed, and leave if that fails too: then rank 0 is gone. Rank 0 says it only."""
+        """Connect again after the store failed, or leave if that fails too: rank 0 is gone. Rank 0 only says it."""
         patience = max(1.0, 3 * self._interval)
         if self._rank == 0:
             os.write(2, f"the watchdog's store failed: {reason}\n".encode())
