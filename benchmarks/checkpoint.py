@@ -83,8 +83,9 @@ def resident(key: str) -> int:
 
 def run(rank: int, options: argparse.Namespace, folder: str) -> None:
     """A rank: time every action of :data:`NAMES` in turns; rank 0 writes ``rows.json`` into ``folder``."""
+    from peer_dist.checkpoints.manifest import read_manifest
     from peer_dist.checkpoints.state import restore_run
-    from peer_dist.checkpoints.store import read_manifest, verify_checkpoint
+    from peer_dist.checkpoints.store import verify_checkpoint
     from peer_dist.config import parse_config
     from peer_dist.data.prepare import prepare
     from peer_dist.training import Trainer

@@ -131,7 +131,7 @@ def test_a_checkpoint_of_a_version_with_more_keys_is_read(copied, tmp_path):
 
 def stored_configs(rank, world_size, folder):
     """How many configs of the folder's checkpoints are those of this version."""
-    from peer_dist.checkpoints.store import read_manifest
+    from peer_dist.checkpoints.manifest import read_manifest
     from peer_dist.config import parse_config
 
     return len([parse_config(read_manifest(path)["config"], "stored") for path in Path(folder).glob("step-*")])

@@ -64,9 +64,9 @@ def saved(rank: int, world_size: int, folder: str, buffer: int) -> int:
     grown: list[int] = []
     with resident(grown):
         written = dist_checkpoint.save(state, folder)
-    from peer_dist.checkpoints.store import _checksum
+    from peer_dist.checkpoints.files import checksum
 
-    assert written.checksums == {f"__{rank}_0.distcp": _checksum(Path(folder) / f"__{rank}_0.distcp")}
+    assert written.checksums == {f"__{rank}_0.distcp": checksum(Path(folder) / f"__{rank}_0.distcp")}
     return grown[0]
 
 

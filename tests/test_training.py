@@ -154,12 +154,12 @@ def test_bf16_trains_and_resumes_bit_for_bit(small, tmp_path, dtype, parallel, z
 
 def written_later(rank, world_size, tree):
     """A run whose checkpoints are written only when the step after them is done; the steps in which one was."""
-    from peer_dist.checkpoints import store as checkpoints
+    from peer_dist.checkpoints import store
     from peer_dist.training import Trainer
 
     done, waited = threading.Event(), []
 
-    class Later(checkpoints._Writer):
+    class Later(store.FileWriter):
         def run(self):
             done.wait(60)
             super().run()
@@ -178,7 +178,7 @@ def written_later(rank, world_size, tree):
                 done.set()
             return super().save()
 
-    checkpoints._Writer = Later
+    store.FileWriter = Later
     with StopRequest() as stop:
         Watching(parse_config(tree, "test")).run(stop)
     return waited
@@ -202,20 +202,21 @@ def test_asynchronous_saving(small, quiet):
 
 
 def full_disk(rank, world_size, tree):
-    from peer_dist.checkpoints import store as checkpoints
+    from peer_dist.checkpoints import store
+    from peer_dist.megatron import CheckpointError
 
-    class Full(checkpoints._Writer):
+    class Full(store.FileWriter):
         def run(self):
             if rank == 1:
                 self._folder = self._folder / "nowhere"
             super().run()
 
-    checkpoints._Writer = Full
+    store.FileWriter = Full
     trainer = make_trainer(tree)
     trainer.step()
     trainer.save()
     trainer.step()
-    with pytest.raises(checkpoints.CheckpointError, match=r"nowhere/.*No such file or directory; nothing complete"):
+    with pytest.raises(CheckpointError, match=r"nowhere/.*No such file or directory; nothing complete"):
         trainer.store.finish()
     return trainer.store.steps()
 
@@ -302,7 +303,7 @@ def test_the_tables_may_have_a_schedule_of_their_own(small):
 
 
 def test_a_checkpoint_older_than_a_key_is_resumed_at_its_default(small):
-    from peer_dist.checkpoints.store import check_resumable
+    from peer_dist.checkpoints.resuming import check_resumable
     from peer_dist.megatron import CheckpointError
 
     config = parse_config(small, "test")
@@ -315,7 +316,7 @@ def test_a_checkpoint_older_than_a_key_is_resumed_at_its_default(small):
 
 
 def test_the_parts_in_which_tokens_travel_may_change_on_resume(small):
-    from peer_dist.checkpoints.store import check_resumable
+    from peer_dist.checkpoints.resuming import check_resumable
 
     manifest = {"config": parse_config(small, "test").model_dump(mode="json"), "data": []}
     check_resumable(Path("run"), parse_config(with_keys(small, peer={"dispatch_chunks": 4}), "test"), [], manifest)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from peer_dist.ranks.verdict import Beat, Verdict, is_gone, judge, limit
+from peer_dist.ranks.verdict import Beat, Verdict, gone_sentence, judge, limit
 
 SECONDS, INTERVAL = 10.0, 0.5  # soon, after a lost connection, is 2 s
 WORKS = Beat(
@@ -13,9 +13,9 @@ WORKS = Beat(
 WAITS = dataclasses.replace(WORKS, span="dispatch", where="wait at sharding/exchange.py:5", waits=True)
 
 
-def verdict_of(*beats, silent=None, torn=0.0):
-    known = dict.fromkeys(range(len(beats)), 0.0) | (silent or {})
-    return judge(dict(enumerate(beats)), known, torn, SECONDS, INTERVAL)
+def verdict_of(*beats, silence=None, since_loss=0.0):
+    known = dict.fromkeys(range(len(beats)), 0.0) | (silence or {})
+    return judge(dict(enumerate(beats)), known, since_loss, SECONDS, INTERVAL)
 
 
 def still(beat, **changes):
@@ -26,14 +26,14 @@ def still(beat, **changes):
 def test_whoever_works_or_waits_is_left_in_peace():
     assert verdict_of(WORKS, WAITS, WAITS) is None
     assert verdict_of(still(WAITS), dataclasses.replace(WORKS, idle=9.9)) is None, "the one that moved last counts"
-    assert verdict_of(WORKS, WORKS, silent={1: 9.9}) is None
+    assert verdict_of(WORKS, WORKS, silence={1: 9.9}) is None
 
 
 def test_silence_is_the_end_of_a_rank():
-    assert verdict_of(WORKS, WAITS, WORKS, silent={1: 10.1}) == Verdict(
+    assert verdict_of(WORKS, WAITS, WORKS, silence={1: 10.1}) == Verdict(
         "rank 1 is gone: no sign of life for 10.1 s, last in step 3, dispatch, wait at sharding/exchange.py:5", (1,)
     )
-    both = verdict_of(WORKS, WORKS, WORKS, silent={1: 10.1, 2: 12.0})
+    both = verdict_of(WORKS, WORKS, WORKS, silence={1: 10.1, 2: 12.0})
     assert both.text.startswith("ranks 1, 2 are gone: no sign of life for 12.0 s, last in step 3, experts")
     assert both.gone == (1, 2)
 
@@ -42,30 +42,30 @@ def test_silence_is_the_end_of_a_rank():
 def test_long_phases_have_ten_times_as_long(phase):
     long = dataclasses.replace(WORKS, phase=phase, span="", where="")
     assert limit(SECONDS, [WORKS, long]) == 10 * limit(SECONDS, [WORKS]) == 100.0
-    assert verdict_of(WORKS, long, silent={1: 99.0}) is None
-    assert verdict_of(WORKS, long, silent={1: 100.1}).text.endswith(f"100.1 s, last in {phase}")
+    assert verdict_of(WORKS, long, silence={1: 99.0}) is None
+    assert verdict_of(WORKS, long, silence={1: 100.1}).text.endswith(f"100.1 s, last in {phase}")
     assert verdict_of(*[dataclasses.replace(long, idle=99.0)] * 2) is None
     assert verdict_of(dataclasses.replace(long, idle=100.1), still(WORKS)) is None, "one of them is enough"
 
 
 def test_after_a_lost_connection_a_moment_of_silence_is_enough():
     lost = dataclasses.replace(WAITS, lost=True)
-    assert verdict_of(lost, WORKS, silent={1: 1.9}, torn=3.0) is None
-    assert verdict_of(lost, WORKS, silent={1: 2.1}, torn=3.0).gone == (1,)
+    assert verdict_of(lost, WORKS, silence={1: 1.9}, since_loss=3.0) is None
+    assert verdict_of(lost, WORKS, silence={1: 2.1}, since_loss=3.0).gone == (1,)
     saves = dataclasses.replace(WORKS, phase="save")
-    assert verdict_of(lost, saves, silent={1: 2.1}, torn=3.0).gone == (1,), "whatever its phase"
+    assert verdict_of(lost, saves, silence={1: 2.1}, since_loss=3.0).gone == (1,), "whatever its phase"
 
 
 def test_a_lost_connection_between_living_ranks_is_the_networks():
     lost = dataclasses.replace(WAITS, lost=True)
-    assert verdict_of(lost, WORKS, lost, torn=10.0) is None
+    assert verdict_of(lost, WORKS, lost, since_loss=10.0) is None
     wanted = "ranks 0, 2 lost a connection, but every rank is alive: look at the network"
-    assert verdict_of(lost, WORKS, lost, torn=10.1) == Verdict(wanted)
+    assert verdict_of(lost, WORKS, lost, since_loss=10.1) == Verdict(wanted)
 
 
 def test_the_error_of_a_rank_is_quoted_before_its_silence():
     failed = dataclasses.replace(WORKS, failed="KeyError: 'x'", phase="save", span="", where="")
-    got = verdict_of(WAITS, WORKS, failed, silent={1: 10.1, 2: 100.1})
+    got = verdict_of(WAITS, WORKS, failed, silence={1: 10.1, 2: 100.1})
     assert got == Verdict("rank 2 is gone: it failed with KeyError: 'x', last in save", (1, 2))
     assert verdict_of(WAITS, failed) is None, "until it is silent"
 
@@ -88,4 +88,4 @@ def test_if_all_wait_it_is_who_has_begun_the_fewest_collectives():
 
 def test_words_travel_and_may_be_missing():
     assert Beat.parse(still(WAITS, failed="x").json()) == still(WAITS, failed="x")
-    assert is_gone([0], "no answer for 3.0 s", {}) == "rank 0 is gone: no answer for 3.0 s"
+    assert gone_sentence([0], "no answer for 3.0 s", {}) == "rank 0 is gone: no answer for 3.0 s"

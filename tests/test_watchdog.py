@@ -14,7 +14,7 @@ from tests.runs import command, losses_of, with_keys
 
 def misbehave(rank, who, at, where, how, *more):
     """Make rank ``who`` do something in a phase of step ``at``."""
-    from peer_dist.checkpoints import store as checkpoints
+    from peer_dist.checkpoints import store
     from peer_dist.tracing import position
     from peer_dist.training import Trainer, trainer
 
@@ -45,7 +45,7 @@ def misbehave(rank, who, at, where, how, *more):
 
         wrap(dispatch, "expert_mix_forward")
     elif where == "save":
-        wrap(checkpoints, "_checksums")
+        wrap(store, "sync_and_checksum")
     elif where == "validation":
         wrap(trainer, "held_out_loss")
 

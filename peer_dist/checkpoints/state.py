@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model and its engine, as sharded tensors, and how it is put back."""
+"""A model and its engine as the sharded tensors that a checkpoint holds, and how they are restored from one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peer_dist.megatron.dist_checkpoint import (
 
 
 def weights_state(model: Any, parallel: Parallel) -> State:
-    """The model's parameters, buffers and shards, as sharded tensors over their own memory."""
+    """The model's parameters, buffers and shards, as sharded tensors that share their memory."""
     tables = {
         name: table_shard(
             f"tables.{name}", shard.parameter.detach(), shard.offset, shard.shape, parallel.expert_data_rank
@@ -36,17 +36,17 @@ def weights_state(model: Any, parallel: Parallel) -> State:
 
 
 def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival | None = None) -> State:
-    """Everything that training goes on from. A collective call.
+    """Everything that training goes on from, as sharded tensors. A collective call.
 
-    The engine puts together one dense tensor after the other, and the data parallel ranks keep an even share of them
-    each, in host memory: what they write.
+    The engine gathers one tensor of the dense optimizer after the other, and each data parallel rank keeps an even
+    share of them in host memory: those that it writes.
     """
     state, trained = _state_in_place(model, engine, parallel, revival)
     state["optimizer"] = {}
-    given = [0] * parallel.data_parallel_size
+    loads = [0] * parallel.data_parallel_size  # bytes that each data parallel rank writes
     for name, part, value in engine.dense_state():
-        param, writer = trained[name], given.index(min(given))
-        given[writer] += value.nbytes
+        param, writer = trained[name], loads.index(min(loads))
+        loads[writer] += value.nbytes
         if writer != parallel.data_parallel_rank or is_copy(param):
             continue
         value = value.cpu()
@@ -59,7 +59,7 @@ def run_state(model: Any, engine: Engine, parallel: Parallel, revival: Revival |
 def _state_in_place(
     model: Any, engine: Engine, parallel: Parallel, revival: Revival | None
 ) -> tuple[State, dict[str, Sharded]]:
-    """What this rank has the whole of, over its own memory, and, without memory, the engine's parameters, by name."""
+    """The part of the state whose memory lies on this rank, and the engine's parameters by name, without memory."""
     with engine.whole_shapes():
         state = weights_state(model, parallel)
         params = {name: state["model"].pop(name) for name in engine.parameters}
@@ -68,7 +68,7 @@ def _state_in_place(
     state["table_optimizer"] = {}
     for name, part, value in _shard_states(engine):
         shard, copy = shards[name], parallel.expert_data_rank
-        if value.dim() == 1 and shard.column_shard:  # a number a row: every column shard has it
+        if value.dim() == 1 and shard.column_shard:  # one number per row: every column shard has it
             copy += parallel.world_size
         offset, shape = shard.offset[: value.dim()], shard.shape[: value.dim()]
         key = f"optimizer.{part}.tables.{name}"
@@ -81,20 +81,26 @@ def _state_in_place(
 
 
 def _optimizer_key(param: Sharded, part: str) -> str:
+    """The key in the checkpoint of a parameter's master weights or one of its moments."""
     return f"optimizer.{part}.{param.key}"
 
 
 def _shard_states(engine: Engine) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Name of the shard, part of the state, and its tensor, for all of the tables' optimizers."""
     for optimizer in engine.shard_optimizers:
         yield from optimizer.state()
 
 
 @torch.no_grad()
 def restore_weights(path: Path, model: Any, parallel: Parallel, skip: tuple[str, ...] = ()) -> None:
-    """Replace the model's weights by a checkpoint's; its optimizers are not read.
+    """Replace the model's weights by a checkpoint's; optimizers are not read. A collective call.
 
     Args:
+        path: of the checkpoint, written in any layout.
         skip: beginnings of keys that are left as they are.
+
+    Raises:
+        CheckpointError: on every rank, if a tensor is missing or of another shape, or a file is damaged.
     """
     state = {
         part: {name: value for name, value in values.items() if not value.key.startswith(skip)}
@@ -107,7 +113,15 @@ def restore_weights(path: Path, model: Any, parallel: Parallel, skip: tuple[str,
 def restore_run(
     path: Path, model: Any, engine: Engine, parallel: Parallel, step: int, revival: Revival | None = None
 ) -> None:
-    """Continue from a checkpoint: weights, tables, both optimizers, and what the next revival decides by."""
+    """Load weights, tables, both optimizers, and what the next revival decides by. A collective call.
+
+    Args:
+        path: of the checkpoint, written in any layout.
+        step: number of updates that were applied before the checkpoint, which the engine continues to count.
+
+    Raises:
+        CheckpointError: on every rank, if a tensor is missing, unknown or of another shape, or a file is damaged.
+    """
     state, trained = _state_in_place(model, engine, parallel, revival)
     dense = {
         (name, part): unfilled(param, _optimizer_key(param, part), torch.float32)
@@ -127,11 +141,13 @@ def restore_run(
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a loaded value, unless it was read into the target's memory."""
     if target.data_ptr() != value.data_ptr():
         target.copy_(value)
 
 
 def _copy_weights(loaded: State, model: Any) -> None:
+    """Copy the loaded parameters, buffers and table shards into the model."""
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in loaded["model"].items():
         _copy(own[name], value)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from peer_dist.checkpoints.manifest import read_manifest
 from peer_dist.checkpoints.state import restore_weights
-from peer_dist.checkpoints.store import find_checkpoint, read_manifest, verify_checkpoint
+from peer_dist.checkpoints.store import find_checkpoint, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import read_prepared

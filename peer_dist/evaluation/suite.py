@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from peer_dist.checkpoints.store import find_checkpoint, read_manifest
+from peer_dist.checkpoints.manifest import read_manifest
+from peer_dist.checkpoints.store import find_checkpoint
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import tokenized
 from peer_dist.evaluation.evaluation_sets import Document, EvaluationSet, parse_sets

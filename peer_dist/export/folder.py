@@ -17,7 +17,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from peer_dist.checkpoints.store import find_checkpoint, read_manifest, sync, verify_checkpoint
+from peer_dist.checkpoints.files import sync
+from peer_dist.checkpoints.manifest import read_manifest
+from peer_dist.checkpoints.store import find_checkpoint, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.data.documents import DataError
 from peer_dist.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer

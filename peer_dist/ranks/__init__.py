@@ -1,1 +1,1 @@
-"""The processes of a run: who they are, how they meet, agree, watch each other and leave."""
+"""The processes of a run: how they learn their rank, meet, agree, watch each other and leave."""

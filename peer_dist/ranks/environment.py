@@ -1,4 +1,4 @@
-"""What a run is made on: machines, devices, versions, and how ranks share the work."""
+"""What a run runs on: machines, devices, versions, and how ranks share the work."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ PACKAGES = ("peer_dist", "torch", "megatron-core", "deepspeed", "triton", "apex"
 
 
 def environment(parallel: Parallel) -> dict[str, Any]:
-    """Plain values for the record of a run: ``hosts`` (device to ranks, by host), ``layout`` (the sizes of groups) and
-    ``versions``. A collective call.
+    """Plain values for the record of a run. A collective call.
+
+    Returns:
+        ``hosts``: number of ranks by host and device; ``layout``: sizes of the groups; ``versions``: :func:`versions`.
     """
     devices = _devices(parallel.device)
     rows, domain = parallel.expert_size, parallel.experts.domain.size()
@@ -43,23 +45,23 @@ def environment(parallel: Parallel) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of all that can change what a run does, by name."""
-    found = {"python": platform.python_version(), "kernel": platform.release()}
+    """The versions of all software that can change what a run does, by name; what is not installed is left out."""
+    installed = {"python": platform.python_version(), "kernel": platform.release()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    found["torch"] = torch.__version__
+            installed[name] = importlib.metadata.version(name)
+    installed["torch"] = torch.__version__
     if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
+        installed["cuda"] = torch.version.cuda
     if torch.cuda.is_available():
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        installed["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     if driver := nvidia_driver():
-        found["driver"] = driver
-    return found
+        installed["driver"] = driver
+    return installed
 
 
 def _devices(device: torch.device) -> list[str]:
-    """Host and device of every rank. A collective call."""
+    """A text with the host and the device of every rank, in the order of the ranks. A collective call."""
     host = socket.gethostname()
     if device.type == "cuda":
         return from_every_rank(f"{host}: {torch.cuda.get_device_name(device)}")

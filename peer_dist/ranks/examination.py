@@ -1,4 +1,4 @@
-"""How the ranks are examined: each check measures on every rank, and rank 0 judges what they measured.
+"""The examination of ranks: each check measures on every rank, and rank 0 judges what they measured.
 
 Answers travel through torch.distributed's store, not by collectives, so that one rank that hangs is named by the
 others instead of hanging them; and every measurement runs in a thread with a time limit.
@@ -13,6 +13,7 @@ import secrets
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,12 +28,19 @@ from peer_dist.ranks.world import World, named
 Verdict = Literal["ok", "warn", "fail"]
 
 _GRACE = 5.0  # seconds that an answer may take beyond the limit of its check
-_visits = itertools.count()  # tells apart the store's keys of several examinations by the same processes
+_visits = itertools.count()  # keeps apart the store's keys of several examinations by the same processes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found: a sentence, and what to do about it unless it is ok."""
+    """A result of one check.
+
+    Attributes:
+        check: its name.
+        verdict: a run may start with a ``warn``, but not with a ``fail``.
+        told: what was found, a sentence.
+        advice: what to do about it; empty if the verdict is ``ok``.
+    """
 
     check: str
     verdict: Verdict
@@ -42,14 +50,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """All findings of one examination, the same on every rank; ``ranks`` is the number of ranks examined."""
+    """All findings of one examination, the same on every rank.
+
+    Attributes:
+        ranks: number of ranks that were examined.
+        findings: in the order of the checks.
+    """
 
     ranks: int
     findings: list[Finding]
 
     @property
     def ok(self) -> bool:
-        """Whether a run may start: warnings do not speak against it."""
+        """Whether a run may start: nothing failed; there may be warnings."""
         return all(finding.verdict != "fail" for finding in self.findings)
 
     def json(self) -> str:
@@ -65,7 +78,16 @@ class Examination:
 
 @dataclass
 class Here:
-    """What a measurement may ask: this rank and the folders that the run will use."""
+    """What a measurement may ask: this rank and the folders that the run will use.
+
+    Attributes:
+        rank, world_size, local_rank, launcher: see :class:`~peer_dist.ranks.launchers.Launch`.
+        device: this rank's.
+        config: of the run that is examined for, if there is one.
+        visit: a part of names of files: the same on all ranks, another one at each examination.
+        seconds: what a measurement may take.
+        left_behind: files that are removed once every rank has answered.
+    """
 
     rank: int
     world_size: int
@@ -73,19 +95,19 @@ class Here:
     launcher: str
     device: torch.device
     config: Config | None
-    visit: str  # in names of files: the same on all ranks, another at each examination
+    visit: str
     seconds: float
-    left_behind: list[Path] = field(default_factory=list)  # files to remove once every rank has answered
+    left_behind: list[Path] = field(default_factory=list)
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Where the run writes, by its key in the config; without a config, where the process is."""
+        """The folders that the run writes to, by their keys in the config; without a config the working folder."""
         if self.config is None:
             return {"working folder": Path.cwd()}
         return {"checkpoint.dir": Path(self.config.checkpoint.dir), "logging.dir": Path(self.config.logging.dir)}
 
     def finish(self) -> None:
-        """Wait until this rank's device has done all that it was given."""
+        """Wait until this rank's device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -97,7 +119,14 @@ class Here:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Names for ranks in sentences, and what the judges need to know of the world."""
+    """What a judge needs to know of the ranks.
+
+    Attributes:
+        world_size: number of ranks.
+        hosts: of those ranks that have told it.
+        backend: of torch.distributed.
+        config: of the run that is examined for, if there is one.
+    """
 
     world_size: int
     hosts: Mapping[int, str]
@@ -105,7 +134,7 @@ class Ranks:
     config: Config | None
 
     def named(self, ranks: Iterable[int]) -> str:
-        """E.g. ``rank 3 (node2)``, or ``ranks 0 (a), 1 (a) and 14 more``."""
+        """The names of ranks for a sentence: ``rank 3 (node2)``, or ``ranks 0 (a), 1 (a) and 14 more``."""
         return named(ranks, self.hosts)
 
 
@@ -114,10 +143,11 @@ class Check:
     """One thing to examine.
 
     Attributes:
-        measure: runs on every rank; what it returns must be plain enough for JSON.
-        judge: runs on rank 0, with the values of the ranks that could measure.
-        advice: what to do where a rank cannot measure at all.
-        collective: whether every rank must take part; not tried once a rank is lost.
+        name: in the findings.
+        measure: runs on every rank; its result must be plain values that JSON can hold.
+        judge: runs on rank 0, with the results of the ranks that could measure.
+        advice: what to do if a rank cannot measure at all.
+        collective: whether every rank must take part; such a check is not tried once a rank is lost.
     """
 
     name: str
@@ -128,9 +158,10 @@ class Check:
 
 
 def examine(world: World, checks: Sequence[Check], config: Config | None = None, seconds: float = 30.0) -> Examination:
-    """Run all checks on all ranks; every rank of the process group calls it, and all get the same one.
+    """Run all checks on all ranks, and return the same examination on every rank. A collective call.
 
     Args:
+        world: of this process; torch.distributed must be up.
         config: of the run that the checks are for, if there is one.
         seconds: what a check may take; a rank that takes longer is reported, not waited for.
     """
@@ -160,10 +191,10 @@ def examine(world: World, checks: Sequence[Check], config: Config | None = None,
 
 
 def _lead(store: dist.Store, here: Here, checks: Sequence[Check]) -> Examination:
-    """Rank 0: measure like the others, collect, judge."""
+    """Examine on rank 0: measure like the others, collect their results, judge them."""
     hosts: dict[int, str] = {}
-    lost: set[int] = set()  # those that stopped answering
-    stuck = False
+    lost: set[int] = set()  # ranks that stopped answering
+    stuck = False  # whether a measurement still runs on some rank
     findings = []
     for number, check in enumerate([_HOSTS, *checks]):
         if check.collective and (lost or stuck):
@@ -185,19 +216,20 @@ def _lead(store: dist.Store, here: Here, checks: Sequence[Check]) -> Examination
         ranks = Ranks(here.world_size, dict(hosts), dist.get_backend(), here.config)
         if waiting:
             lost |= set(waiting)
-            told = f"{ranks.named(waiting)}: no answer within {here.seconds + _GRACE:.0f} s"
-            findings.append(Finding(check.name, "fail", told, "see what the process does there, if it still lives"))
+            problem = f"{ranks.named(waiting)}: no answer within {here.seconds + _GRACE:.0f} s"
+            findings.append(Finding(check.name, "fail", problem, "see what the process does there, if it still lives"))
         late = [rank for rank, answer in answers.items() if "late" in answer]
         if late:
             stuck = True
-            told = f"{ranks.named(late)}: not done within {here.seconds:.0f} s"
-            findings.append(Finding(check.name, "fail", told, check.advice))
+            problem = f"{ranks.named(late)}: not done within {here.seconds:.0f} s"
+            findings.append(Finding(check.name, "fail", problem, check.advice))
         errors: dict[str, list[int]] = {}
         for rank, answer in answers.items():
             if "error" in answer:
                 errors.setdefault(answer["error"], []).append(rank)
         findings += [
-            Finding(check.name, "fail", f"{ranks.named(who)}: {error}", check.advice) for error, who in errors.items()
+            Finding(check.name, "fail", f"{ranks.named(failed)}: {error}", check.advice)
+            for error, failed in errors.items()
         ]
         if values and not (check.collective and (late or errors or waiting)):
             findings += check.judge(values, ranks)
@@ -212,7 +244,7 @@ def _lead(store: dist.Store, here: Here, checks: Sequence[Check]) -> Examination
 
 
 def _follow(store: dist.Store, here: Here, checks: Sequence[Check]) -> Examination:
-    """Every other rank: measure when rank 0 says so."""
+    """Examine on every other rank: measure when rank 0 says so, and return its examination."""
     patience = 2 * (here.seconds + _GRACE)
     for number, check in enumerate([_HOSTS, *checks]):
         go = _wait(store, f"{number}/go", patience)
@@ -228,13 +260,17 @@ def _follow(store: dist.Store, here: Here, checks: Sequence[Check]) -> Examinati
 
 
 def _without_rank_0(ranks: int, when: str) -> Examination:
+    """What another rank finds if rank 0 does not answer."""
     return Examination(
         ranks, [Finding("ranks", "fail", f"rank 0 stopped answering {when}", "see what its process does")]
     )
 
 
 def _wait(store: dist.Store, key: str, seconds: float) -> str | None:
-    """A key's value, or None if nobody sets it in time. Polls: a waiting store would keep other threads out."""
+    """A key's value; None if nobody sets it within ``seconds``.
+
+    It polls, because a call that waits would keep other threads from the store.
+    """
     deadline = time.monotonic() + seconds
     while not store.check([key]):
         if time.monotonic() > deadline:
@@ -244,7 +280,11 @@ def _wait(store: dist.Store, key: str, seconds: float) -> str | None:
 
 
 def _limited(measure: Callable[[Here], Any], here: Here) -> dict[str, Any]:
-    """The ``value`` measured, the ``error`` raised, or that it is ``late``: then its thread is left to itself."""
+    """Measure in a thread, with a time limit.
+
+    Returns:
+        One entry: the ``value`` measured, the ``error`` raised, or ``late``; a late thread is left running.
+    """
     answer: dict[str, Any] = {}
 
     def run() -> None:
@@ -261,15 +301,14 @@ def _limited(measure: Callable[[Here], Any], here: Here) -> dict[str, Any]:
     return dict(answer) if answer and not thread.is_alive() else {"late": True}
 
 
-def _told_hosts(values: dict[int, Any], ranks: Ranks) -> list[Finding]:
-    counts: dict[str, int] = {}
-    for host in values.values():
-        counts[host] = counts.get(host, 0) + 1
+def _judge_hosts(values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    """One finding that is ok: the number of ranks on each host."""
+    counts = Counter(values.values())
     places = ", ".join(f"{host} x {count}" for host, count in list(counts.items())[:8])
     more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
     noun = "rank" if len(values) == 1 else "ranks"
     return [Finding("ranks", "ok", f"{len(values)} {noun} over {ranks.backend}: {places}{more}")]
 
 
-# The first check of all: afterwards ranks can be named with their hosts.
-_HOSTS = Check("ranks", lambda here: socket.gethostname(), _told_hosts, "see what the process does there")
+# the first check of all: after it, ranks can be named with their hosts
+_HOSTS = Check("ranks", lambda here: socket.gethostname(), _judge_hosts, "see what the process does there")

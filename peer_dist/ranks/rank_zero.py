@@ -1,7 +1,7 @@
-"""What ranks settle together, so that all of them go on or all of them raise the same error.
+"""Calls by which ranks share results and errors, so that all of them go on or all of them raise the same error.
 
 A rank that raises alone leaves the others waiting in their next collective call. So whatever one rank alone does or
-finds out (on the file system, most of all) is told to all before any of them goes on.
+learns (mostly from the file system) is sent to all before any of them goes on.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ Value = TypeVar("Value")
 
 
 def on_rank_zero(action: Callable[[], Value], raises: type[Exception]) -> Value:
-    """What ``action`` returns on rank 0, which alone calls it, on every rank. A collective call.
+    """Call ``action`` on rank 0 alone, and return its result on every rank. A collective call.
 
     Without a process group this process is rank 0.
 
     Args:
-        action: its result can be pickled.
-        raises: the error by which ``action`` says that it failed; its message is all that it holds.
+        action: what rank 0 does; its result must be one that can be pickled.
+        raises: the error by which ``action`` says that it failed. It must be made from its message alone.
 
     Raises:
         Exception: ``raises``, on every rank with the same message, if ``action`` raised it. Any other error is a
@@ -44,12 +44,16 @@ def on_rank_zero(action: Callable[[], Value], raises: type[Exception]) -> Value:
 
 
 def from_every_rank(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """The values that the ranks of ``group`` (default: all) give, in the order of the ranks. A collective call."""
+    """The ``value`` of each rank of ``group`` (default: all ranks), in the order of the ranks. A collective call.
+
+    Args:
+        value: this rank's; it can be pickled.
+    """
     values: list[Value] = [value] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def first_problem(problem: str | None) -> str | None:
-    """The lowest rank's problem, on every rank; None if no rank has one. A collective call."""
+    """The problem of the lowest rank that has one, on every rank; None if no rank has one. A collective call."""
     return next((other for other in from_every_rank(problem) if other is not None), None)

@@ -7,10 +7,13 @@ from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """While active, remembers that one of the signals came; the run looks between steps.
+    """A context that notes one of the signals instead of ending the process; the run looks between steps.
 
     A second one changes nothing, because torchrun passes on the Ctrl-C that the terminal has sent to every rank
     already; SIGQUIT ends a run at once.
+
+    Attributes:
+        received: the signal that came last; None if none came.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -1,6 +1,6 @@
-"""Who is gone or hangs, by what the ranks have told of themselves: no clock, no connection, nothing but the question.
+"""Which rank is gone or hangs, decided from what the ranks report: without a clock or a connection.
 
-:mod:`peer_dist.ranks.watchdog` gathers what is known, asks :func:`judge`, and does what follows.
+:mod:`peer_dist.ranks.watchdog` gathers the reports, asks :func:`judge`, and acts on the verdict.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from dataclasses import asdict, dataclass
 
 from peer_dist.ranks.world import named
 
-_LONG_PHASES, _LONGER = ("start", "first step", "validation", "save"), 10
+_LONG_PHASES = ("start", "first step", "validation", "save")
+_LONG_FACTOR = 10  # by which the limit is longer in these
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank tells of itself, many times within the watchdog's limit.
+    """A rank's report on itself, made many times within the watchdog's limit.
 
     Attributes:
-        number: of this word; while it stays the same the rank has told nothing new.
+        number: of the report; while it stays the same the rank has reported nothing new.
         step, phase, span: where its process is (:class:`peer_dist.tracing.Position`).
-        collectives: how many collectives it has begun.
-        idle: seconds for which nothing of this has changed.
-        where: the line of its main thread, as the end of a sentence.
+        collectives: number of collectives that it has begun.
+        idle: seconds for which none of these has changed.
+        where: the line at which its main thread is, as the end of a sentence.
         waits: whether it waits there for other ranks.
         lost: whether its connection to another rank broke.
-        failed: the error that ends it; empty without.
+        failed: the error that ends it; empty if there is none.
     """
 
     number: int
@@ -56,7 +57,7 @@ class Verdict:
 
     Attributes:
         text: a sentence without its full stop.
-        gone: the ranks that hear no verdict any more.
+        gone: ranks that can no longer receive the verdict.
     """
 
     text: str
@@ -64,42 +65,47 @@ class Verdict:
 
 
 def judge(
-    beats: Mapping[int, Beat], silent: Mapping[int, float], torn: float, seconds: float, interval: float
+    beats: Mapping[int, Beat], silence: Mapping[int, float], since_loss: float, seconds: float, interval: float
 ) -> Verdict | None:
-    """Find who is gone or hangs; None while the run may go on.
+    """The verdict on the ranks that are gone or hang; None while the run may go on.
 
     Args:
-        beats: each rank's last word.
-        silent: seconds since that word was new, by rank.
-        torn: seconds since a rank first said that it lost a connection; 0 while none has.
+        beats: the last report of each rank.
+        silence: seconds since that report was new, by rank.
+        since_loss: seconds since a rank first reported that it lost a connection; 0 while none has.
         seconds: the watchdog's limit.
-        interval: seconds between two words of a rank.
+        interval: seconds between two reports of a rank.
     """
     lost = [rank for rank, beat in beats.items() if beat.lost]
     soon = min(max(1.0, 4 * interval), seconds)
-    gone = [rank for rank, beat in beats.items() if silent[rank] > (soon if lost else limit(seconds, [beat]))]
+    gone = [rank for rank, beat in beats.items() if silence[rank] > (soon if lost else limit(seconds, [beat]))]
     if gone:
         failed = [rank for rank in gone if beats[rank].failed]
         if failed:
-            return Verdict(is_gone(failed, f"it failed with {beats[failed[0]].failed}", beats), tuple(gone))
-        longest = max(silent[rank] for rank in gone)
-        return Verdict(is_gone(gone, f"no sign of life for {longest:.1f} s", beats), tuple(gone))
-    if torn > max(10.0, 10 * interval):
+            return Verdict(gone_sentence(failed, f"it failed with {beats[failed[0]].failed}", beats), tuple(gone))
+        longest = max(silence[rank] for rank in gone)
+        return Verdict(gone_sentence(gone, f"no sign of life for {longest:.1f} s", beats), tuple(gone))
+    if since_loss > max(10.0, 10 * interval):
         return Verdict(f"{named(lost, {})} lost a connection, but every rank is alive: look at the network")
     return _hanging(beats, seconds)
 
 
 def limit(seconds: float, beats: Iterable[Beat]) -> float:
-    """For how long ranks with these last words may be silent: longer in phases that are long and have no spans."""
-    return seconds * (_LONGER if any(beat.phase in _LONG_PHASES for beat in beats) else 1)
+    """The seconds for which ranks with these last reports may be silent: more in long phases without spans.
+
+    Args:
+        seconds: the watchdog's limit.
+    """
+    return seconds * (_LONG_FACTOR if any(beat.phase in _LONG_PHASES for beat in beats) else 1)
 
 
-def is_gone(ranks: Sequence[int], why: str, beats: Mapping[int, Beat]) -> str:
-    """The sentence on ranks that are gone, with where the first of them last was, as far as is known."""
-    return f"{_names(ranks)} gone: {why}{_last_of(beats.get(ranks[0]))}"
+def gone_sentence(ranks: Sequence[int], why: str, beats: Mapping[int, Beat]) -> str:
+    """The sentence that says that ranks are gone, and where the first of them last was, if that is known."""
+    return f"{_subject(ranks)} gone: {why}{_last_place(beats.get(ranks[0]))}"
 
 
 def _hanging(beats: Mapping[int, Beat], seconds: float) -> Verdict | None:
+    """The verdict that ranks hang; None if one of them has moved within the limit."""
     idle = min(beat.idle for beat in beats.values())
     if idle <= limit(seconds, beats.values()):
         return None
@@ -108,21 +114,22 @@ def _hanging(beats: Mapping[int, Beat], seconds: float) -> Verdict | None:
         behind = min((beat.step, beat.collectives) for beat in beats.values())
         culprits = [rank for rank, beat in beats.items() if (beat.step, beat.collectives) == behind]
     if len(culprits) == len(beats):
-        return Verdict(f"all {len(beats)} ranks hang: nothing for {idle:.1f} s{_last_of(beats[0])}")
+        return Verdict(f"all {len(beats)} ranks hang: nothing for {idle:.1f} s{_last_place(beats[0])}")
     waiting = min(beats.keys() - culprits)
     return Verdict(
-        f"{_names(culprits, 'hangs', 'hang')}: nothing for {idle:.1f} s{_last_of(beats[culprits[0]])}; "
-        f"the others wait{_last_of(beats[waiting])} (rank {waiting})"
+        f"{_subject(culprits, 'hangs', 'hang')}: nothing for {idle:.1f} s{_last_place(beats[culprits[0]])}; "
+        f"the others wait{_last_place(beats[waiting])} (rank {waiting})"
     )
 
 
-def _last_of(beat: Beat | None) -> str:
-    """Where a rank last was, as the end of a sentence."""
+def _last_place(beat: Beat | None) -> str:
+    """Where a rank last was, as the end of a sentence; empty if it never reported."""
     if beat is None:
         return ""
     phase = beat.phase + (f" {beat.step}" if beat.phase == "step" else "")
     return f", last in {phase}" + "".join(f", {word}" for word in (beat.span, beat.where) if word)
 
 
-def _names(ranks: Sequence[int], one: str = "is", many: str = "are") -> str:
+def _subject(ranks: Sequence[int], one: str = "is", many: str = "are") -> str:
+    """The beginning of a sentence about ranks: their names, and the verb for one or for many."""
     return f"{named(ranks, {})} {one if len(ranks) == 1 else many}"

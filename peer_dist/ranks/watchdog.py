@@ -1,23 +1,23 @@
 """A rank that dies or hangs is noticed, and every rank leaves, saying which one it was and where.
 
-On each rank a thread tells a store of the watchdog's own, many times in ``seconds``, where its process is: step,
-phase, span (:data:`peer_dist.tracing.position`), how many collectives it has begun, and for how long nothing of this
-has changed. Rank 0, which hosts the store, looks at all of them:
+On each rank a thread reports to a store of the watchdog's own, many times in ``seconds``, where its process is: step,
+phase, span (:data:`peer_dist.tracing.position`), how many collectives it has begun, and for how long none of these has
+changed. Rank 0, which hosts the store, reads all reports:
 
-- **gone**: a rank that has told nothing for ``seconds``; or for a moment only, if another rank's connection broke.
-- **hangs**: nothing has changed on *any* rank for ``seconds``. It is then a rank that does not wait for the others in
-  a collective; if all of them wait, the one that has begun the fewest.
+- **gone**: a rank has reported nothing for ``seconds``; or for a moment only, if another rank's connection broke.
+- **hangs**: nothing has changed on *any* rank for ``seconds``. The culprit is a rank that does not wait for the others
+  in a collective; if all of them wait, the one that has begun the fewest collectives.
 
 Ranks that wait for one that works never leave: what counts is the rank that moved last. Some phases are long and have
-no spans inside, or keep Python's lock (imports, compilers), so that even the thread tells nothing: while a rank is
+no spans inside, or keep Python's lock (imports, compilers), so that even the thread reports nothing: while a rank is
 starting, in its first step, validating or saving, the limit is ten times as long.
 
-The others look at what rank 0 says and whether it still says anything; a broken connection to the store, or none of
-its answers for ``seconds``, means that rank 0 is the one. Time is counted in turns of the thread, so that a process
-that was itself asleep blames nobody.
+The others watch for rank 0's verdict and for its reports. If the connection to the store breaks, or the store does not
+answer for ``seconds``, rank 0 is the culprit. Time is counted in turns of the thread, so that a process that was itself
+asleep blames nobody.
 
-A process whose main thread is stuck in a collective can only be ended from outside of it: all leave by ``os._exit``
-with :data:`~peer_dist.ranks.exit_codes.PEER_LOST`. Checkpoints are complete or absent at any moment: nothing is lost.
+A main thread that is stuck in a collective cannot end its process: another thread does, by ``os._exit`` with
+:data:`~peer_dist.ranks.exit_codes.PEER_LOST`. Checkpoints are complete or absent at any moment: nothing is lost.
 """
 
 from __future__ import annotations
@@ -40,21 +40,23 @@ from torch.distributed import distributed_c10d
 
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.rank_zero import on_rank_zero
-from peer_dist.ranks.verdict import Beat, is_gone, judge, limit
+from peer_dist.ranks.verdict import Beat, gone_sentence, judge, limit
 from peer_dist.tracing import position
 
-_LOSS = re.compile(r"gloo[/:]|Connection closed by peer|Connection reset by peer|NCCL error|ncclRemoteError|NCCL comm")
+_BROKEN = re.compile(
+    r"gloo[/:]|Connection closed by peer|Connection reset by peer|NCCL error|ncclRemoteError|NCCL comm"
+)
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _TORCH = str(Path(dist.__file__).parent) + os.sep
 
 
 class Watchdog:
-    """Watches this process and the others while it is entered; torch.distributed must be up.
+    """A context in which this process and the others are watched; torch.distributed must be up.
 
     Args:
-        seconds: within which a rank that is gone or hangs is noticed; 0: none is looked for, and a broken connection is
-            told without the name of the rank.
-        folder: where NCCL's flight recorder is written, with nccl.
+        seconds: the limit within which a rank that is gone or hangs is noticed; 0 watches nobody, and a broken
+            connection is then reported without the name of the rank.
+        folder: where NCCL's flight recorder is written, with the backend nccl.
     """
 
     def __init__(self, seconds: float, folder: str | os.PathLike[str] = ".") -> None:
@@ -62,16 +64,16 @@ class Watchdog:
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._interval = min(1.0, max(0.05, seconds / 20))
         self._main = threading.get_ident()
-        self._ending, self._left = threading.Event(), threading.Lock()
-        self._lost, self._failed = False, ""  # what this rank tells of its own end
-        self._answered, self._torn = 0.0, 0.0
-        self._beats: dict[int, Beat] = {}
-        self._silent = dict.fromkeys(range(self._ranks), 0.0)
+        self._ending, self._leaving = threading.Event(), threading.Lock()
+        self._lost, self._failed = False, ""  # what this rank reports of its own end
+        self._answered_at, self._since_loss = 0.0, 0.0
+        self._beats: dict[int, Beat] = {}  # the last one of each rank
+        self._silence = dict.fromkeys(range(self._ranks), 0.0)  # seconds since that one was new
 
     def __enter__(self) -> Watchdog:
         if self._seconds and self._ranks > 1:
             self._store = self._meet()
-            for target in (self._talk, self._listen):
+            for target in (self._report, self._watch_store):
                 threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
         return self
 
@@ -87,31 +89,32 @@ class Watchdog:
         if not watching:
             return
         if error is not None:
-            self._failed = _in_a_line(error)
+            self._failed = _one_line(error)
             time.sleep(2 * self._interval)  # until the others know
         self._ending.set()
 
     def _meet(self) -> dist.TCPStore:
-        """A store on rank 0 with a connection of each rank, and a first word of all in it."""
+        """Connect to a new store on rank 0, which then has a first report of each rank. A collective call."""
         patience = max(30.0, self._seconds)
 
         def serve() -> tuple[str, int]:
             host = os.environ.get("MASTER_ADDR", "127.0.0.1")
             store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience))
             store.set("verdict", "")
-            # the server is to outlive this object: others may look once more when this rank is done
-            _kept.append(store)
+            # the server must outlive this object: others may read once more when this rank is done
+            _servers.append(store)
             return host, store.port
 
         self._address = on_rank_zero(serve, raises=RuntimeError)
-        store = _kept[-1] if self._rank == 0 else self._connect(patience)
+        store = _servers[-1] if self._rank == 0 else self._connect(patience)
         store.set(f"beat/{self._rank}", self._beat(0, 0.0).json())
         dist.barrier()
         return store
 
-    # What each rank tells.
+    # What each rank reports
 
     def _beat(self, number: int, idle: float) -> Beat:
+        """This rank's report ``number``, after ``idle`` seconds without a change."""
         where, waits = "", False
         with contextlib.suppress(Exception):  # the frames belong to a thread that goes on meanwhile
             where, waits = self._where()
@@ -129,7 +132,7 @@ class Watchdog:
         )
 
     def _where(self) -> tuple[str, bool]:
-        """The line at which the main thread is, and whether it waits there for other ranks."""
+        """The line of this package at which the main thread is, and whether it waits there for other ranks."""
         frame: FrameType | None = sys._current_frames().get(self._main)
         if frame is None:
             return "", False
@@ -144,34 +147,35 @@ class Watchdog:
         line = f"{shown.f_code.co_filename.removeprefix(_PACKAGE)}:{shown.f_lineno}"
         return f"{call} at {line}" if call else f"at {line} in {shown.f_code.co_name}", waits
 
-    def _talk(self) -> None:
-        """Tell, and hear what the others have told, turn by turn; the only thread that uses the store."""
-        number, idle, before, moved = 0, 0.0, time.monotonic(), None
+    def _report(self) -> None:
+        """Report, and read what the others report, turn by turn; a thread's work, the only one that uses the store."""
+        number, idle, before, last_moves = 0, 0.0, time.monotonic(), None
         while not self._ending.wait(self._interval):
             passed, before = min(time.monotonic() - before, 2 * self._interval), time.monotonic()
             moves = (position.moves, position.step, _collectives())
-            idle = 0.0 if moves != moved else idle + passed
-            number, moved = number + 1, moves
+            idle = 0.0 if moves != last_moves else idle + passed
+            number, last_moves = number + 1, moves
             try:
                 self._turn(self._beat(number, idle), passed)
             except Exception as error:
-                self._reconnect(_in_a_line(error, 200))
+                self._reconnect(_one_line(error, 200))
 
     def _turn(self, beat: Beat, passed: float) -> None:
+        """Send a report and read those of others, ``passed`` seconds after the turn before; leave on a verdict."""
         self._store.set(f"beat/{self._rank}", beat.json())
         verdict = self._store.get("verdict").decode()
         if verdict:
             self._store.set(f"known/{self._rank}", "")
             self._leave(verdict)
-        self._hear(range(self._ranks) if self._rank == 0 else [0], passed)
-        self._answered = time.monotonic()
+        self._read_beats(range(self._ranks) if self._rank == 0 else [0], passed)
+        self._answered_at = time.monotonic()
         if self._rank == 0:
             self._judge()
-        elif self._silent[0] > limit(self._seconds, [self._beats[0]]):
-            self._leave(is_gone([0], f"no sign of life for {self._silent[0]:.1f} s", self._beats))
+        elif self._silence[0] > limit(self._seconds, [self._beats[0]]):
+            self._leave(gone_sentence([0], f"no sign of life for {self._silence[0]:.1f} s", self._beats))
 
     def _reconnect(self, reason: str) -> None:
-        """After the store failed, which may be the end of the run, of rank 0, or of nothing but a connection."""
+        """Connect again after the store failed, or leave if that fails too: rank 0 is gone. Rank 0 only says it."""
         patience = max(1.0, 3 * self._interval)
         if self._rank == 0:
             os.write(2, f"the watchdog's store failed: {reason}\n".encode())
@@ -179,35 +183,37 @@ class Watchdog:
             try:
                 self._store = self._connect(patience)
             except Exception:
-                self._leave(is_gone([0], f"its connection broke ({reason})", self._beats))
+                self._leave(gone_sentence([0], f"its connection broke ({reason})", self._beats))
 
     def _connect(self, patience: float) -> dist.TCPStore:
+        """A new connection to rank 0's store, whose calls fail after ``patience`` seconds."""
         host, port = self._address
         return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience))
 
-    def _hear(self, ranks: Sequence[int], passed: float) -> None:
+    def _read_beats(self, ranks: Sequence[int], passed: float) -> None:
+        """Read the reports of ``ranks``, ``passed`` seconds after the last time."""
         for rank, text in zip(ranks, self._store.multi_get([f"beat/{rank}" for rank in ranks])):
             beat = Beat.parse(text)
             same = rank in self._beats and self._beats[rank].number == beat.number
-            self._silent[rank] = self._silent[rank] + passed if same else 0.0
+            self._silence[rank] = self._silence[rank] + passed if same else 0.0
             self._beats[rank] = beat
 
-    def _listen(self) -> None:
-        """Notice that the store itself does not answer, whose calls may then wait for ever."""
-        unanswered, before = 0.0, self._answered
+    def _watch_store(self) -> None:
+        """Notice that the store does not answer, in whose calls the other thread may wait for ever; a thread's work."""
+        unanswered, before = 0.0, self._answered_at
         while not self._ending.wait(self._interval):
-            unanswered = unanswered + self._interval if self._answered == before else 0.0
-            before = self._answered
+            unanswered = unanswered + self._interval if self._answered_at == before else 0.0
+            before = self._answered_at
             if unanswered > self._seconds and self._rank > 0:
-                self._leave(is_gone([0], f"no answer for {unanswered:.1f} s", self._beats))
+                self._leave(gone_sentence([0], f"no answer for {unanswered:.1f} s", self._beats))
 
-    # What rank 0 makes of it.
+    # What rank 0 decides
 
     def _judge(self) -> None:
-        """Ask for the verdict; if there is one, tell all, and leave when they know."""
+        """Ask for the verdict; if there is one, publish it, and leave when the others know it."""
         if any(beat.lost for beat in self._beats.values()):
-            self._torn += self._interval
-        verdict = judge(self._beats, self._silent, self._torn, self._seconds, self._interval)
+            self._since_loss += self._interval
+        verdict = judge(self._beats, self._silence, self._since_loss, self._seconds, self._interval)
         if verdict is None:
             return
         self._store.set("verdict", verdict.text)
@@ -217,18 +223,18 @@ class Watchdog:
             time.sleep(self._interval / 4)
         self._leave(verdict.text)
 
-    # Leaving.
+    # Leaving
 
     def _await_verdict(self, error: BaseException, watching: bool) -> None:
-        """A connection broke under the main thread: the watchdog knows in a moment who is gone."""
+        """Leave after a connection broke under the main thread; a watchdog knows in a moment which rank is gone."""
         if watching:
             self._lost = True
             time.sleep(30 + 20 * self._interval)  # another thread leaves meanwhile
         self._leave(f"another rank is gone: {_first_line(error)[:200]}")
 
     def _leave(self, verdict: str) -> None:
-        """End this process, whatever its main thread does."""
-        with self._left:  # one thread says it once
+        """Print the verdict and end this process, whatever its main thread does."""
+        with self._leaving:  # one thread says it once
             self._dump_nccl()
             rank = f" (rank {self._rank})" if self._rank else ""
             text = f"error{rank}: {verdict}; start again to go on from the newest checkpoint\n"
@@ -240,7 +246,7 @@ class Watchdog:
             os._exit(PEER_LOST)
 
     def _dump_nccl(self) -> None:
-        """What NCCL's flight recorder has of the last collectives, for torch's own tools. Never run: no GPU here."""
+        """Write NCCL's record of the last collectives, for torch's own tools. Never run yet, for want of a GPU."""
         if dist.is_initialized() and dist.get_backend() == "nccl":
             with contextlib.suppress(Exception):
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -248,11 +254,14 @@ class Watchdog:
                 (self._folder / f"nccl_trace_rank_{self._rank}").write_bytes(trace)
 
 
-_kept: list[dist.TCPStore] = []
+_servers: list[dist.TCPStore] = []
 
 
 def record_nccl(folder: str | os.PathLike[str]) -> None:
-    """Let NCCL record its collectives and write them to ``folder`` when one hangs; before torch.distributed starts."""
+    """Let NCCL record its collectives and write them to ``folder`` when one hangs.
+
+    To be called before torch.distributed starts; without GPUs it does nothing.
+    """
     if not torch.cuda.is_available():
         return
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -261,25 +270,27 @@ def record_nccl(folder: str | os.PathLike[str]) -> None:
 
 
 def is_peer_loss(error: BaseException) -> bool:
-    """Whether an error, or one that it comes from, is a connection to another rank that broke."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, dist.DistError) or (isinstance(seen, RuntimeError) and _LOSS.search(str(seen))):
+    """Whether an error, or one of its causes, means that a connection to another rank broke."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and _BROKEN.search(str(cause))):
             return True
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of an error's message; empty if it has none."""
     return (str(error).splitlines() or [""])[0]
 
 
-def _in_a_line(error: BaseException, most: int | None = None) -> str:
-    return f"{type(error).__name__}: {_first_line(error)[:most]}"
+def _one_line(error: BaseException, characters: int | None = None) -> str:
+    """An error's type and the beginning of its message, at most so many characters of it."""
+    return f"{type(error).__name__}: {_first_line(error)[:characters]}"
 
 
 def _collectives() -> int:
-    """How many collectives this process has begun, in all groups."""
+    """The number of collectives that this process has begun, in all groups; 0 if torch does not say."""
     total = 0
     with contextlib.suppress(Exception):  # torch's own numbers, for its own flight recorder
         for group in list(distributed_c10d._world.pg_map):

@@ -1,4 +1,4 @@
-"""This process among those that one launcher started: its rank, its device, and how it joins the others."""
+"""This process as one of those that a launcher started: its rank, its device, and how it joins the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ class JoinError(WorldError):
 
 
 def named(ranks: Iterable[int], hosts: Mapping[int, str], most: int = 8) -> str:
-    """E.g. ``rank 3 (node2)``, or ``ranks 0 (a), 1 (a) and 14 more``; hosts where they are known."""
+    """The names of ranks for a sentence: ``rank 3 (node2)``, or ``ranks 0 (a), 1 (a) and 14 more``.
+
+    Args:
+        hosts: of those ranks whose host is known.
+        most: number of ranks that are named one by one.
+    """
     listed = sorted(ranks)
     words = [f"{rank} ({hosts[rank]})" if rank in hosts else str(rank) for rank in listed[:most]]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
@@ -38,9 +43,9 @@ class World(Launch):
 
     @classmethod
     def from_environment(cls) -> World:
-        """As the launcher says, in the environment too: torch.distributed, DeepSpeed and Megatron look there.
+        """The world that the launcher describes, with MPI a collective call of all processes.
 
-        With MPI a collective call: all processes that were started together make it.
+        It is also written to the environment variables from which torch.distributed, DeepSpeed and Megatron read it.
 
         Raises:
             WorldError: what the launcher says is incomplete, or its processes cannot find each other.
@@ -61,13 +66,13 @@ class World(Launch):
         """Choose the device and start torch.distributed: nccl with a GPU per rank, gloo without GPUs.
 
         Args:
-            seconds: how long to wait for ranks that are not there; rank 0 names them meanwhile on stderr.
+            seconds: how long to wait for ranks that are missing; rank 0 names them meanwhile on stderr.
 
         Raises:
             WorldError: fewer GPUs than ranks on this machine.
-            JoinError: on every rank that is there, when time is up.
+            JoinError: on every rank that is there, when the time is up.
         """
-        # without it Megatron's sums over tensor ranks do not overlap its products; read when CUDA starts
+        # without it Megatron's sums over tensor ranks do not overlap its products; CUDA reads it at its start
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if torch.cuda.is_available():
             torch.cuda.set_device(self._gpu(torch.cuda.device_count()))
@@ -87,9 +92,13 @@ class World(Launch):
             )
 
     def _roll_call(self, seconds: float) -> dist.Store:
-        """The store where the ranks meet, once all have been there."""
+        """Wait for all ranks, and return the store in which they met.
+
+        Raises:
+            JoinError: not all came within ``seconds``, or rank 0's store cannot be reached.
+        """
         end = time.monotonic() + seconds
-        # torchrun's agent may have made one, for all its attempts
+        # torchrun's agent may have started a store already, for all its attempts
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = self.rank == 0 and not agent
         if serves:
@@ -111,7 +120,7 @@ class World(Launch):
                 f"{self.master_port} within {seconds:.0f} s: see whether rank 0 started, and whether this node reaches "
                 "that address"
             ) from None
-        # nodes differ in how often they restarted, so attempts are told apart only where they would meet
+        # nodes differ in how often they restarted, so attempts have names only where they would share a store
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if agent else 0
         store = dist.PrefixStore(f"peer_dist/{attempt}", server)
         store.set(f"here/{self.rank}", "")
@@ -134,18 +143,22 @@ class World(Launch):
         return store
 
     def _check_port(self) -> None:
-        """Before torch tries, which would tell of a port in use at length."""
+        """Refuse a port that is in use in one sentence, before torch fails on it with many.
+
+        Raises:
+            JoinError: rank 0 cannot listen on it.
+        """
         try:
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's
                 probe.bind(("", self.master_port))
         except OSError as error:
-            what = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
+            problem = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be listened on ({error.strerror})"
             advice = "start again" if self.launcher == "torchrun" else "set MASTER_PORT to a free one"
-            raise JoinError(f"port {self.master_port} {what} on {socket.gethostname()}; {advice}") from None
+            raise JoinError(f"port {self.master_port} {problem} on {socket.gethostname()}; {advice}") from None
 
     def _missing(self, store: dist.Store, end: float) -> str:
-        """Wait for all ranks; the names of those that have not come at the time ``end``, '' if all have."""
+        """Wait for all ranks, and return the names of those that have not come at the time ``end``; '' if all have."""
         names = [f"here/{rank}" for rank in range(self.world_size)]
         while True:
             left = end - time.monotonic()
@@ -163,7 +176,7 @@ class World(Launch):
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
-        """:meth:`join`, and leave at the end."""
+        """A context that joins the others on entering (:meth:`join`) and stops torch.distributed on leaving."""
         self.join()
         try:
             yield
@@ -171,6 +184,11 @@ class World(Launch):
             dist.destroy_process_group()
 
     def _gpu(self, gpus: int) -> int:
+        """The number of this rank's device, of the ``gpus`` that it sees.
+
+        Raises:
+            WorldError: there are fewer than ranks.
+        """
         if gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
             os.environ["LOCAL_RANK"] = "0"  # Slurm shows each task its own GPU only; DeepSpeed reads the variable
             return 0

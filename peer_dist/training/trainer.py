@@ -17,9 +17,11 @@ import torch.distributed as dist
 from rich.console import Console
 
 from peer_dist import __version__
+from peer_dist.checkpoints.manifest import read_manifest
+from peer_dist.checkpoints.resuming import check_resumable, data_identity
 from peer_dist.checkpoints.sources import open_source
 from peer_dist.checkpoints.state import restore_run, run_state
-from peer_dist.checkpoints.store import CheckpointStore, check_resumable, data_identity, read_manifest
+from peer_dist.checkpoints.store import CheckpointStore
 from peer_dist.config import Config, check_folders, check_world
 from peer_dist.data.prepare import read_prepared
 from peer_dist.data.stream import open_data, open_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from peer_dist.checkpoints.sources.foreign_model import ForeignModel
 from peer_dist.config import ConfigError
 from peer_dist.config.load import sentence
 from peer_dist.config.schema import ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import CheckpointError
 
-# our key to theirs, and what it is where config.json does not say
+# our key: theirs, and its value where config.json does not have it
 _KEYS: dict[str, tuple[str, Any]] = {
     "num_layers": ("num_hidden_layers", None),
     "hidden_size": ("hidden_size", None),
@@ -31,15 +33,15 @@ _KEYS: dict[str, tuple[str, Any]] = {
     "tied_embeddings": ("tie_word_embeddings", False),
 }
 _REQUIRED = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-# what there is no counterpart of
-_ONLY: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+# keys that our models have no counterpart of, and the one value that they stand for
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
 
-_OUTSIDE = {
+_OUTSIDE_LAYERS = {
     "embedding.word_embeddings.weight": "model.embed_tokens.weight",
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
-_LAYER = {  # those of several tensors are put together in _qkv and _gate_and_up
+_LAYER = {  # where there are several, LlamaFolder.block puts them together
     "input_layernorm.weight": ("input_layernorm",),
     "self_attention.linear_qkv.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attention.linear_proj.weight": ("self_attn.o_proj",),
@@ -49,19 +51,15 @@ _LAYER = {  # those of several tensors are put together in _qkv and _gate_and_up
 }
 
 
-class LlamaFolder:
-    """A folder of one such model.
-
-    Attributes:
-        model: the model section of a config of the same architecture.
-        names: its keys, as ``config.json`` calls them.
+class LlamaFolder(ForeignModel):
+    """A folder with one such model; ``names`` are the keys of ``config.json``.
 
     Raises:
         CheckpointError: a file is missing or cannot be read.
-        ConfigError: it has what our models have not.
+        ConfigError: the model has something that models of this package do not have.
     """
 
-    names: ClassVar[dict[str, str]] = {ours: theirs for ours, (theirs, _) in _KEYS.items()}
+    names: ClassVar[Mapping[str, str]] = {ours: theirs for ours, (theirs, _) in _KEYS.items()}
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,7 +78,8 @@ class LlamaFolder:
         self._files = self._find_tensors(self._shapes())
 
     @staticmethod
-    def is_one(path: Path) -> bool:
+    def recognizes(path: Path) -> bool:
+        """Whether the folder has a ``config.json``."""
         return (path / "config.json").is_file()
 
     def check_vocabulary(self, tokenizer: TextTokenizer) -> None:
@@ -109,20 +108,20 @@ class LlamaFolder:
                 )
 
     def block(self, key: str, where: tuple[slice, ...]) -> Tensor:
-        """A part of what Megatron calls ``key``; of rows beyond the vocabulary nothing."""
-        if key in _OUTSIDE:
-            return self._read(_OUTSIDE[key], where)
+        """Read a block of the tensor ``key``, which may be several tensors here: see :class:`ForeignModel`."""
+        if key in _OUTSIDE_LAYERS:
+            return self._read(_OUTSIDE_LAYERS[key], where)
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", key)
         assert match is not None, key
         names = [f"model.layers.{match.group(1)}.{name}.weight" for name in _LAYER[match.group(2)]]
         if len(names) == 1:
             return self._read(names[0], where)
         rows = where[0]
-        if len(names) == 2:  # the gate's matrix above the other; a block is of one of them
+        if len(names) == 2:  # the gate's matrix above the other; a block lies within one of them
             hidden = self.model.ffn_hidden_size
             matrix, begin = divmod(rows.start, hidden)
             return self._read(names[matrix], (slice(begin, begin + rows.stop - rows.start),))
-        # group by group its queries, then its key and its value
+        # of each group the rows of its queries, then those of its key and its value
         width, groups = self.model.hidden_size // self.model.num_attention_heads, self.model.query_groups
         heads = [self.model.num_attention_heads // groups, 1, 1]
         first, last = (edge // (sum(heads) * width) for edge in (rows.start, rows.stop))
@@ -138,7 +137,7 @@ class LlamaFolder:
         return part
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the architecture's tensors are called, and their shapes."""
+        """The shapes that the architecture's tensors must have, by name."""
         model, d = self.model, self.model.hidden_size
         keys = d // model.num_attention_heads * model.query_groups
         layer = {
@@ -165,43 +164,60 @@ class LlamaFolder:
         }
 
     def _find_tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
-        """Tensor to file; every file's header is read, so that what is wrong is found now."""
+        """The file of each tensor, by the tensor's name. The header of every file is read, to refuse what is wrong now.
+
+        Args:
+            shapes: of the tensors that must be there.
+
+        Raises:
+            CheckpointError: a file cannot be read, or a tensor is missing or of another shape.
+        """
         index = self.path / "model.safetensors.index.json"
         listed = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         files: dict[str, Path] = {}
-        found: dict[str, tuple[int, ...]] = {}
+        stored: dict[str, tuple[int, ...]] = {}
         for name in sorted(listed):
             try:
                 with safe_open(self.path / name, framework="pt") as file:
-                    found |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in [*file.keys()]}
+                    stored |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in [*file.keys()]}
                     files |= dict.fromkeys([*file.keys()], self.path / name)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{self.path / name}: cannot be read as safetensors ({error})") from None
         for tensor, shape in shapes.items():
-            if found.get(tensor) != shape:
+            if stored.get(tensor) != shape:
                 raise CheckpointError(
-                    f"{self.path}: the tensor {tensor} is {found.get(tensor, 'missing')}, but by config.json {shape}"
+                    f"{self.path}: the tensor {tensor} is {stored.get(tensor, 'missing')}, but by config.json {shape}"
                 )
         return files
 
     def _refuse_what_differs(self, tree: dict[str, Any]) -> None:
+        """Refuse a ``config.json`` of a model that is computed otherwise than ours.
+
+        Raises:
+            ConfigError: naming the first key that says so.
+        """
         scaling = {**(tree.get("rope_scaling") or {}), **tree}
-        found = {
+        values = {  # of each key the value there, and the only one that is accepted
             "model_type": (tree.get("model_type"), "llama"),
             "rope_type": (scaling.get("rope_type", scaling.get("type", "default")), "default"),
-            **{key: (tree.get(key, wanted), wanted) for key, wanted in _ONLY.items()},
+            **{key: (tree.get(key, wanted), wanted) for key, wanted in _FIXED.items()},
         }
         if tree.get("head_dim") is not None:
-            found["head_dim"] = (tree["head_dim"], tree["hidden_size"] // tree["num_attention_heads"])
-        for key, (there, wanted) in found.items():
-            if there != wanted:
+            values["head_dim"] = (tree["head_dim"], tree["hidden_size"] // tree["num_attention_heads"])
+        for key, (value, wanted) in values.items():
+            if value != wanted:
                 raise ConfigError(
-                    f"checkpoint.init_from: {self.path / 'config.json'} has {key} = {there}, but models of this "
+                    f"checkpoint.init_from: {self.path / 'config.json'} has {key} = {value}, but models of this "
                     f"package have {wanted}; take another model"
                 )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

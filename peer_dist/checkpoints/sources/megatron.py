@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
+from peer_dist.checkpoints.manifest import MANIFEST
+from peer_dist.checkpoints.sources.foreign_model import ForeignModel
 from peer_dist.config import ConfigError
 from peer_dist.config.schema import ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
@@ -16,9 +19,9 @@ from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.reader import StoredTensors
 
 _LATEST = "latest_checkpointed_iteration.txt"
-_WORDS = "embedding.word_embeddings.weight"
+_EMBEDDING = "embedding.word_embeddings.weight"
 _HEAD = "output_layer.weight"
-# of a layer, ours to what TransformerEngine's layers call the same, which keep norms with the matrix that follows
+# our name of a layer's tensor: its other name in TransformerEngine's layers, which keep a norm with the next matrix
 _LAYER = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "self_attention.linear_qkv.weight": None,
@@ -27,25 +30,25 @@ _LAYER = {
     "mlp.linear_fc1.weight": None,
     "mlp.linear_fc2.weight": None,
 }
-_OUTSIDE = (_WORDS, "decoder.final_layernorm.weight", _HEAD)
+_OUTSIDE_LAYERS = (_EMBEDDING, "decoder.final_layernorm.weight", _HEAD)
 
 
-class MegatronFolder:
-    """A folder of one, or the newest of a run of Megatron-LM. Nothing in it is run: arguments are not read.
+class MegatronFolder(ForeignModel):
+    """One such checkpoint, or the newest one of a run of Megatron-LM.
 
-    So what shapes do not tell (heads, the base of rotary positions, the norm's epsilon) is taken to be as in the run's
-    config.
+    Nothing in it is run, so its arguments are not read. Whatever shapes do not show (heads, the base of rotary
+    positions, the norm's epsilon) is taken from the run's config.
 
-    Attributes:
-        model: the model section of a config of the same architecture, as far as shapes tell it.
-        names: its keys that have another name there; none.
+    Args:
+        path: of the checkpoint, or of the run's folder.
+        ours: the run's model.
 
     Raises:
         CheckpointError: a file is missing or cannot be read.
-        ConfigError: it has what our models have not.
+        ConfigError: the model has something that models of this package do not have.
     """
 
-    names: ClassVar[dict[str, str]] = {}
+    names: ClassVar[Mapping[str, str]] = {}  # its tensors have our keys
 
     def __init__(self, path: Path, ours: ModelConfig) -> None:
         self.path = _newest(path)
@@ -61,16 +64,17 @@ class MegatronFolder:
         self.model = self._architecture(ours)
 
     @staticmethod
-    def is_one(path: Path) -> bool:
-        return (path / _LATEST).is_file() or ((path / ".metadata").is_file() and not (path / "manifest.json").is_file())
+    def recognizes(path: Path) -> bool:
+        """Whether the folder is a run's of Megatron-LM, or a ``torch_dist`` checkpoint that is not one of ours."""
+        return (path / _LATEST).is_file() or ((path / ".metadata").is_file() and not (path / MANIFEST).is_file())
 
     def check_vocabulary(self, tokenizer: TextTokenizer) -> None:
-        """Refuse a tokenizer of more tokens than the embedding has rows; what they stand for is not written there.
+        """Refuse a tokenizer with more tokens than the embedding has rows; the tokens themselves are not stored.
 
         Raises:
             ConfigError: it has more.
         """
-        rows = self._shapes[_WORDS][0]
+        rows = self._shapes[_EMBEDDING][0]
         if tokenizer.vocab_size > rows:
             raise ConfigError(
                 f"checkpoint.init_from: {self.path} has {rows} rows of embedding, but the data's tokenizer "
@@ -78,62 +82,74 @@ class MegatronFolder:
             )
 
     def block(self, key: str, where: tuple[slice, ...]) -> Tensor:
-        """A part of what our models call ``key``; of rows beyond the vocabulary nothing.
-
-        Raises:
-            CheckpointError: a file is damaged.
-        """
-        stored, place = self._find(key)
-        wanted = [*place, *where]
-        if key in (_WORDS, _HEAD):
+        """Read a block of the tensor ``key``: see :class:`ForeignModel`."""
+        stored, layer = self._locate(key)
+        slices = [*layer, *where]
+        if key in (_EMBEDDING, _HEAD):
             rows = self._shapes[stored][0]
-            wanted[0] = slice(min(where[0].start, rows), min(where[0].stop, rows))
+            slices[0] = slice(min(where[0].start, rows), min(where[0].stop, rows))
         try:
-            return self._tensors.part(stored, wanted)[(0,) * len(place)]
+            return self._tensors.part(stored, slices)[(0,) * len(layer)]
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{self.path}: its {stored} cannot be read ({error})") from None
 
-    def _find(self, key: str) -> tuple[str, tuple[slice, ...]]:
-        """What it is called there, and where in it the layer is, if all layers' are one tensor."""
+    def _locate(self, key: str) -> tuple[str, tuple[slice, ...]]:
+        """The stored tensor that has our ``key``, and the layer's place in it, if it holds all layers.
+
+        Raises:
+            CheckpointError: a layer's tensor is missing.
+        """
         match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", key)
         if match is None:
             return key, ()
         number, name = int(match[1]), match[2]
-        for each in filter(None, (name, _LAYER[name])):
-            if f"decoder.layers.{number}.{each}" in self._shapes:
-                return f"decoder.layers.{number}.{each}", ()
-            if f"decoder.layers.{each}" in self._shapes:
-                return f"decoder.layers.{each}", (slice(number, number + 1),)
+        for stored_name in filter(None, (name, _LAYER[name])):
+            if f"decoder.layers.{number}.{stored_name}" in self._shapes:
+                return f"decoder.layers.{number}.{stored_name}", ()
+            if f"decoder.layers.{stored_name}" in self._shapes:
+                return f"decoder.layers.{stored_name}", (slice(number, number + 1),)
         raise CheckpointError(f"{self.path}: the tensor {key} is missing")
 
     def _count_layers(self) -> int:
+        """The number of layers, each with tensors of its own or all in one; 0 if there is no tensor of a layer."""
         numbers = [int(match[1]) for key in self._shapes if (match := re.match(r"decoder\.layers\.(\d+)\.", key))]
         stacked = [shape[0] for key, shape in self._shapes.items() if re.match(r"decoder\.layers\.[a-z]", key)]
         return max([*(number + 1 for number in numbers), *stacked], default=0)
 
     def _refuse_what_differs(self) -> None:
+        """Refuse a model that has other tensors than ours.
+
+        Raises:
+            ConfigError: a tensor has no counterpart in our models.
+            CheckpointError: a tensor of ours is missing.
+        """
         known = {*_LAYER, *_LAYER.values()}
         for key in self._shapes:
             if not key.startswith(("decoder.", "embedding.", "output_layer.", "mtp.")) or "_extra_state" in key:
-                continue  # the optimizer's, random states
+                continue  # of the optimizer, or of random states
             name = re.sub(r"^decoder\.layers\.(\d+\.)?", "", key)
-            if name not in known and key not in _OUTSIDE:
+            if name not in known and key not in _OUTSIDE_LAYERS:
                 raise ConfigError(
                     f"checkpoint.init_from: {self.path} has the tensor {key}, which models of this package have not "
                     "(they have RMSNorm, rotary positions, dense feed-forwards, and no biases); take another model"
                 )
-        wanted = [*_OUTSIDE[:2], *(f"decoder.layers.{n}.{name}" for n in range(self._layers) for name in _LAYER)]
+        wanted = [*_OUTSIDE_LAYERS[:2], *(f"decoder.layers.{n}.{name}" for n in range(self._layers) for name in _LAYER)]
         for key in wanted:
-            stored, _ = self._find(key)
+            stored, _ = self._locate(key)
             if stored not in self._shapes:
                 raise CheckpointError(f"{self.path}: the tensor {key} is missing")
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Shape of the tensor of this name in the first layer."""
-        stored, place = self._find(f"decoder.layers.0.{name}")
-        return self._shapes[stored][len(place) :]
+        """The shape of a tensor of the first layer."""
+        stored, layer = self._locate(f"decoder.layers.0.{name}")
+        return self._shapes[stored][len(layer) :]
 
     def _architecture(self, ours: ModelConfig) -> ModelConfig:
+        """The run's model, with the sizes that the stored shapes show.
+
+        Raises:
+            ConfigError: the run's number of heads does not fit the shapes.
+        """
         d, hidden = self._shape("mlp.linear_fc2.weight")
         width = d // ours.num_attention_heads
         groups, rest = divmod(self._shape("self_attention.linear_qkv.weight")[0] - d, 2 * max(width, 1))
@@ -157,6 +173,11 @@ class MegatronFolder:
 
 
 def _newest(path: Path) -> Path:
+    """The newest checkpoint of a run of Megatron-LM; ``path`` itself if it is no run's folder.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, or of another format than ``torch_dist``.
+    """
     if not (path / _LATEST).is_file():
         return path
     text = (path / _LATEST).read_text(encoding="utf-8").strip()
