@@ -18,7 +18,7 @@ from peer_dist.planning import calibration
 from peer_dist.planning.state import checkpoint_bytes
 from peer_dist.ranks.examination import Check, Examination, Finding, Ranks, examine
 from peer_dist.ranks.world import World
-from tests.ranks import Command, run_ranks
+from tests.ranks import Command, run_command, run_ranks
 from tests.runs import small_config
 
 
@@ -287,14 +287,12 @@ def test_the_command(tmp_path):
     config.write_text(yaml.safe_dump(small_config(Path("data"), tmp_path)))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = ["peer_dist", "doctor", "--config", str(config)]
-    done = subprocess.run([*torchrun, *command, "--json"], capture_output=True, text=True, env=env, timeout=240)
+    command = ["peer_dist", "doctor", "--config", str(config), "--json"]
+    done = subprocess.run([*torchrun, *command], capture_output=True, text=True, env=env, timeout=240)
     report = Examination.parse(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     assert report.ranks == 2
     assert (done.returncode == 0) == report.ok, done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "parallel.expert=2"], capture_output=True, text=True, env=env, timeout=240
-    )
+    done = run_command("doctor", "--config", str(config), "parallel.expert=2")
     assert done.returncode == 1, done.stderr
     assert "does not divide the 1 rank(s)" in " ".join(done.stdout.split())
     assert "not ready" in done.stdout

@@ -15,14 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from peer_dist.config import parse_config
 from peer_dist.measures.metrics import read_metrics
+from peer_dist.ranks.exit_codes import DONE
 from peer_dist.ranks.signals import StopRequest
 from tests.ranks import run_ranks
 from tests.runs import (
     assert_close,
     assert_learns_and_resumes_bit_for_bit,
+    command,
     copy_checkpoint,
     losses_of,
     make_trainer,
@@ -500,12 +503,10 @@ def test_signals_end_a_run_with_a_checkpoint(small):
 
 
 def torchrun(tree, path, ranks=2):
-    import yaml
-
     path.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.Popen(
-        [*command, "-m", "peer_dist", "train", "--config", str(path)],
+        [*launcher, "-m", "peer_dist", "train", "--config", str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -513,7 +514,7 @@ def torchrun(tree, path, ranks=2):
 
 
 def test_torchrun_saves_and_leaves_on_a_signal(small, tmp_path):
-    """The real command under the real launcher: a signal to one rank, a clean exit, the same command again."""
+    """The real command under the real launcher: a signal to one rank, a clean exit, and the command goes on."""
     small = with_keys(small, parallel={"expert": 2}, train={"steps": 100_000}, checkpoint={"interval": 100_000})
     process = torchrun(small, tmp_path / "run.yaml")
     metrics = Path(small["logging"]["dir"]) / "metrics.jsonl"
@@ -532,10 +533,9 @@ def test_torchrun_saves_and_leaves_on_a_signal(small, tmp_path):
     (saved,) = [int(path.name.removeprefix("step-")) for path in Path(small["checkpoint"]["dir"]).iterdir()]
     assert max(losses_of(small)) == saved
 
-    process = torchrun(with_keys(small, train={"steps": saved + 2}), tmp_path / "run.yaml")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert f"going on from step {saved}" in " ".join(errors.split())
+    with command(with_keys(small, train={"steps": saved + 2}), tmp_path) as run:
+        assert run.codes(60) == [DONE, DONE], run.words(0)
+        assert f"going on from step {saved}" in run.words(0)
     assert max(losses_of(small)) == saved + 2
 
 
