@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 LONGEST = ("training", "watchdog", "layouts", "triton", "doctor", "sharding", "kill", "sweep", "guard", "world")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads of several workers only wait for cores
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the ranks of these tests are CPU processes
 
 

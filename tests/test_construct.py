@@ -69,6 +69,7 @@ CASES_AND_MORE = [
 
 def tree_of(case, small):
     model = {"num_layers": 4, "num_attention_heads": 4, "mlp": ["peer", "dense", "dense", "peer"]}
+    small["train"]["global_batch_size"] = 16  # several micro-batches in any layout
     tree = small | {"model": small["model"] | model, "pkm": {"num_values": 225, "heads": 2, "top_k": 4, "key_dim": 8}}
     return tree | {section: tree.get(section, {}) | keys for section, keys in case.items()}
 

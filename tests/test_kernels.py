@@ -45,9 +45,20 @@ def case(tokens, dim, rows, most, dtype, seed):
     return Picks(offsets, expert), values
 
 
+@pytest.fixture
+def two_threads():
+    """Parallel loops share their work between threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["native", "mkl", "reference"])
 def backend(request, monkeypatch):
     """Each CPU backend in turn, by hiding those that would be chosen before it."""
+    if request.param != "reference":  # whose many small steps share nothing
+        request.getfixturevalue("two_threads")
     if request.param != "native":
         monkeypatch.setattr(native, "available", lambda *tensors: False)
     if request.param == "reference":
@@ -87,7 +98,7 @@ def test_forward_and_gradients(backend, sparse, tokens, dim, rows, most, activat
 
 
 @pytest.fixture(params=["this processor", "any processor"])
-def compiled(request, monkeypatch, tmp_path):
+def compiled(request, two_threads, monkeypatch, tmp_path):
     """native.c for this processor, and as compiled where there are none of its vector instructions."""
     if request.param == "any processor":
         if platform.machine() not in ("x86_64", "AMD64"):
