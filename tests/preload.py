@@ -1,5 +1,7 @@
 """Imported once by the server from which ranks are forked; it must start no threads and run no kernels."""
 
+import contextlib
+import importlib
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -9,14 +11,21 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 
-# what DeepSpeed, Megatron-core and TensorBoard import when they are first used
-import torch.profiler._cupti_monitor  # noqa: E402
-import torch.utils.serialization  # noqa: E402
-from PIL import Image  # noqa: E402
-
 import peer_dist.training.trainer  # noqa: E402, F401  Megatron-core and DeepSpeed with it
 
+# What they and TensorBoard import when they are first used.
+for name in (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "megatron.core.datasets.gpt_dataset",
+    "tensorboard.plugins.hparams.metadata",
+    "torch.profiler._cupti_monitor",
+    "torch.utils.serialization",
+):
+    with contextlib.suppress(ImportError):  # another version has no such module
+        importlib.import_module(name)
 Image.init()

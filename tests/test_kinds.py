@@ -244,9 +244,13 @@ for line in sys.argv[1:]:
     print(">", line, flush=True)
     child = os.fork()
     if not child:
-        sys.argv = shlex.split(line)
-        main()
-        os._exit(0)
+        sys.argv, code = shlex.split(line), 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        os._exit(code or 0)  # tearing all libraries down takes a second
     _, status = os.waitpid(child, 0)
     assert status == 0, line
 """
