@@ -1,6 +1,7 @@
 """Imported once by the server from which ranks are forked; it must start no threads and run no kernels."""
 
 import contextlib
+import gc
 import importlib
 import os
 
@@ -29,3 +30,7 @@ for name in (
     with contextlib.suppress(ImportError):  # another version has no such module
         importlib.import_module(name)
 Image.init()
+
+# Ranks would walk through all of these objects, and copy their pages, whenever they collect garbage.
+gc.collect()
+gc.freeze()

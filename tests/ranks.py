@@ -27,23 +27,22 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
 
 
-def _rank(
-    fn: Callable[..., Any], rank: int, world_size: int, store: str, args: tuple[Any, ...], pipe: Connection
-) -> None:
-    import torch
+def _rank(fn: Callable[..., Any], rank: int, world_size: int, store: str, args: tuple[Any, ...]) -> Any:
     import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    return fn(rank, world_size, *args)
+
+
+def _call(fn: Callable[..., Any], args: tuple[Any, ...], pipe: Connection) -> None:
+    import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{store}",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=60),
-        )
-        result = (True, fn(rank, world_size, *args))
+        result = (True, fn(*args))
     except BaseException:
         result = (False, traceback.format_exc())
     try:
@@ -63,45 +62,52 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         AssertionError: a rank raised (with its traceback), died, or did not finish in ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes: list[Connection] = []
-        processes = []
-        for rank in range(world_size):
-            receiver, sender = _context.Pipe(duplex=False)
-            process = _context.Process(
-                target=_rank,
-                args=(fn, rank, world_size, str(Path(folder) / "store"), args, sender),
-                daemon=True,
-            )
-            process.start()
-            sender.close()
-            pipes.append(receiver)
-            processes.append(process)
-        results: dict[int, Any] = {}
-        deadline = time.monotonic() + timeout
-        try:
-            while len(results) < world_size:
-                open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-                ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
-                if not ready:
-                    missing = [rank for rank in range(world_size) if rank not in results]
-                    raise AssertionError(f"rank(s) {missing} of {world_size} did not finish in {timeout:.0f} s")
-                for pipe in ready:
-                    rank = pipes.index(pipe)  # type: ignore[arg-type]
-                    try:
-                        fine, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
-                    except EOFError:
-                        raise AssertionError(f"rank {rank} of {world_size} died") from None
-                    if not fine:
-                        raise AssertionError(f"rank {rank} of {world_size} raised:\n{value}")
-                    results[rank] = value
-        finally:
-            for pipe in pipes:
-                pipe.close()
-            for process in processes:
-                process.join(timeout=1 if len(results) == world_size else 0)
-                if process.is_alive():
-                    process.kill()
-        return [results[rank] for rank in range(world_size)]
+        store = str(Path(folder) / "store")
+        return run_each(_rank, [(fn, rank, world_size, store, args) for rank in range(world_size)], timeout)
+
+
+def run_each(fn: Callable[..., Any], arguments: list[tuple[Any, ...]], timeout: float = 120) -> list[Any]:
+    """Call ``fn`` with each of the arguments, in a process of its own, all at once; the results in their order.
+
+    Raises:
+        AssertionError: as :func:`run_ranks` does; the place in ``arguments`` is the rank.
+    """
+    pipes: list[Connection] = []
+    processes = []
+    for args in arguments:
+        receiver, sender = _context.Pipe(duplex=False)
+        process = _context.Process(target=_call, args=(fn, args, sender), daemon=True)
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    world_size = len(processes)
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(results) < world_size:
+            open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+            ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = [rank for rank in range(world_size) if rank not in results]
+                raise AssertionError(f"rank(s) {missing} of {world_size} did not finish in {timeout:.0f} s")
+            for pipe in ready:
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    fine, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                except EOFError:
+                    raise AssertionError(f"rank {rank} of {world_size} died") from None
+                if not fine:
+                    raise AssertionError(f"rank {rank} of {world_size} raised:\n{value}")
+                results[rank] = value
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.join(timeout=1 if len(results) == world_size else 0)
+            if process.is_alive():
+                process.kill()
+    return [results[rank] for rank in range(world_size)]
 
 
 def _command(variables: dict[str, str], args: list[str], files: dict[int, str], before: Any, cwd: str | None) -> None:

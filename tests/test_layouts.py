@@ -33,15 +33,15 @@ SAVED = [
 
 
 def saved_on_the_way(rank: int, world_size: int, tree: dict[str, Any]) -> list[float]:
-    """A checkpoint after five steps, and the losses of the next five."""
+    """A checkpoint after three steps, and the losses of the next three."""
     from peer_dist.config import parse_config
     from peer_dist.training import Trainer
 
     trainer = Trainer(parse_config(tree, "test"))
-    for _ in range(5):
+    for _ in range(3):
         trainer.step()
     trainer.save()
-    return [trainer.step()["train/loss"] for _ in range(5)]
+    return [trainer.step()["train/loss"] for _ in range(3)]
 
 
 QUICK = [layout for layout in SAVED if layout.quick]
@@ -71,11 +71,11 @@ COARSE = [
 def test_a_checkpoint_of_any_layout_loads_into_any_other(
     saver: Layout, loaders: list[Layout], text: Path, tmp_path: Path
 ) -> None:
-    """The next five losses are the undisturbed run's."""
+    """The next three losses are the undisturbed run's."""
     base = base_config(text, tmp_path)
     wanted = run_ranks(saved_on_the_way, saver.ranks, saver.config(base))[0]
     for loader in loaders:
-        for losses, *_ in run_ranks(trained, loader.ranks, loader.config(base), 5):
+        for losses, *_ in run_ranks(trained, loader.ranks, loader.config(base), 3):
             assert losses == pytest.approx(wanted, rel=1e-5), f"loaded into {loader}"
 
 

@@ -156,10 +156,8 @@ def swept(sweep_tree, tmp_path_factory):
     seen["after failing"] = {p.name for p in out.iterdir() if p.is_dir()}
     blocked.unlink()
     seen["at once"] = run_sweep(sweep, sweep.runs, 1, 1, 0, quiet())
-    command = [sys.executable, "-m", "peer_dist", "sweep", str(path), "-o", str(out), "--jobs", "2"]
-    process = subprocess.Popen(
-        [*command, "--only", "h16"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "peer_dist", "sweep", str(path), "-o", str(out), "--only", "dense-h16*"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = out / "dense-h16-3e09-s1" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3) and time.monotonic() < deadline:

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, PEER_LOST
+from tests.ranks import run_ranks
 from tests.runs import command, losses_of, with_keys
 
 
@@ -118,6 +120,25 @@ def test_without_a_watchdog_a_broken_connection_is_still_one_sentence(watched, t
         assert run.codes(60) == [PEER_LOST, -signal.SIGKILL]
         assert "error: another rank is gone: " in run.words(0)
         assert "Traceback" not in run.words(0)
+
+
+def threads_left(rank, world_size, folder):
+    """Names of the watchdog's threads after it, each of whose turns had taken a while."""
+    from peer_dist.ranks.watchdog import Watchdog
+
+    class Slow(Watchdog):
+        def _turn(self, beat, passed):
+            super()._turn(beat, passed)
+            time.sleep(0.5)
+
+    with Slow(4, folder):
+        time.sleep(0.3)
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("watchdog")]
+
+
+def test_its_threads_end_before_python_does(tmp_path):
+    """One that is inside the store when Python shuts down would abort a process that has done its work."""
+    assert run_ranks(threads_left, 2, str(tmp_path)) == [[], []]
 
 
 def diverge(rank):

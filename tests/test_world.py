@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-import subprocess
 import sys
 import types
 
@@ -11,6 +10,7 @@ import pytest
 
 from peer_dist.ranks.launchers import Launch, WorldError, discover, expand_hosts, tasks_per_node
 from peer_dist.ranks.world import World
+from tests.ranks import run_each
 
 TORCHRUN = {
     "RANK": "3",
@@ -205,52 +205,40 @@ def test_the_environment_gets_what_libraries_read(monkeypatch):
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("localhost", str(world.master_port))
 
 
-def _joins(
-    world_size: int, ranks: list[int], seconds: float, port: int = 0, launcher: str = "torchrun"
-) -> dict[int, "subprocess.Popen[str]"]:
-    """Processes that are those ranks of a world, on hosts named a, b, ..., and join it; at a free port if at none."""
+def _join(rank, world_size, port, seconds, launcher):
+    """What this rank of a world, on hosts named a, b, ..., says of its joining."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # torchrun's agents count restarts each by itself
+    try:
+        World(rank, world_size, 0, 2, launcher, "127.0.0.1", port, tuple("abcde")).join(seconds)
+    except RuntimeError as error:
+        return f"{type(error).__name__} {error}"
+    return "joined"
+
+
+def _joins(world_size, ranks, seconds, port=0, launcher="torchrun"):
+    """What those ranks say, which come at once; at a free port if at none."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = port or probe.getsockname()[1]
-    program = (
-        "import sys; from peer_dist.ranks.world import World; rank, size, port = map(int, sys.argv[1:4])\n"
-        "world = World(rank, size, 0, 2, sys.argv[5], '127.0.0.1', port, tuple('abcde'))\n"
-        "try: world.join(float(sys.argv[4])); print('joined')\n"
-        "except RuntimeError as error: print(type(error).__name__, error)"
-    )
-    return {
-        rank: subprocess.Popen(
-            [sys.executable, "-c", program, *map(str, (rank, world_size, port, seconds, launcher))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # torchrun's agents count restarts each by itself
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_RESTART_COUNT": str(rank)},
-        )
-        for rank in ranks
-    }
+    return dict(zip(ranks, run_each(_join, [(rank, world_size, port, seconds, launcher) for rank in ranks])))
 
 
 def test_ranks_that_do_not_come_are_named():
-    ended = {rank: job.communicate(timeout=120)[0] for rank, job in _joins(5, [0, 2, 4], 10).items()}
-    for said in ended.values():
-        assert said.startswith("JoinError ranks 1 (b), 3 (d) of 5 did not come within 10 s: see in their logs")
+    for said in _joins(5, [0, 2, 4], 3).values():
+        assert said.startswith("JoinError ranks 1 (b), 3 (d) of 5 did not come within 3 s: see in their logs")
 
 
 def test_without_rank_0_the_others_say_where_it_should_be():
-    ended = {rank: job.communicate(timeout=120)[0] for rank, job in _joins(3, [1, 2], 3).items()}
-    for rank, said in ended.items():
+    for rank, said in _joins(3, [1, 2], 3).items():
         assert said.startswith(f"JoinError rank {rank} ({socket.gethostname()}) did not reach rank 0 at 127.0.0.1:")
 
 
 def test_a_port_in_use_is_told_in_one_sentence():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        said = _joins(2, [0], 10, port, "Slurm (srun)")[0].communicate(timeout=120)
-    sentence = f"port {port} is in use on {socket.gethostname()}; set MASTER_PORT to a free one"
-    assert said == (f"JoinError {sentence}\n", "")
+        (said,) = _joins(2, [0], 10, port, "Slurm (srun)").values()
+    assert said == f"JoinError port {port} is in use on {socket.gethostname()}; set MASTER_PORT to a free one"
 
 
 def test_all_come():
-    ended = {rank: job.communicate(timeout=120)[0] for rank, job in _joins(3, [2, 0, 1], 60).items()}
-    assert set(ended.values()) == {"joined\n"}
+    assert set(_joins(3, [2, 0, 1], 60).values()) == {"joined"}

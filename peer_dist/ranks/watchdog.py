@@ -65,6 +65,7 @@ class Watchdog:
         self._interval = min(1.0, max(0.05, seconds / 20))
         self._main = threading.get_ident()
         self._ending, self._leaving = threading.Event(), threading.Lock()
+        self._threads: list[threading.Thread] = []
         self._lost, self._failed = False, ""  # what this rank reports of its own end
         self._answered_at, self._since_loss = 0.0, 0.0
         self._beats: dict[int, Beat] = {}  # the last one of each rank
@@ -74,7 +75,9 @@ class Watchdog:
         if self._seconds and self._ranks > 1:
             self._store = self._meet()
             for target in (self._report, self._watch_store):
-                threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
+                thread = threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
         return self
 
     def __exit__(
@@ -92,6 +95,9 @@ class Watchdog:
             self._failed = _one_line(error)
             time.sleep(2 * self._interval)  # until the others know
         self._ending.set()
+        for thread in self._threads:
+            # Python would end a thread that comes out of the store's C++ while it shuts down, and C++ aborts on that.
+            thread.join(self._interval + 1)
 
     def _meet(self) -> dist.TCPStore:
         """Connect to a new store on rank 0, which then has a first report of each rank. A collective call."""
