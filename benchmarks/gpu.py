@@ -22,7 +22,7 @@ from layer import check, twins
 from measure import device_name, large_copy, seconds, show, write_json
 from torch import Tensor
 
-from peer_dist.kernels import Picks, _backend, expert_mix
+from peer_dist.kernels import Picks, backend, expert_mix
 
 
 def products(case: Case, device: torch.device, rounds: int, clones: dict[str, Path | None]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def products(case: Case, device: torch.device, rounds: int, clones: dict[str, Pa
     problem = Problem(case, device)
     x, dy, down, up = (t.detach() for t in (problem.x, problem.dy, problem.down, problem.up))
     gate, picks = problem.gate.detach().reshape(-1), Picks.even(problem.expert)
-    ops = _backend(x, down, up)
+    ops = backend(x, down, up)
 
     def backward(dtype: torch.dtype) -> tuple[Tensor, ...]:
         fresh = Picks(picks.offsets, picks.expert)  # sorts anew
@@ -87,7 +87,7 @@ def published(problem: Problem, clones: dict[str, Path | None]) -> dict[str, Cal
         sys.path.insert(0, str(clones["memory"]))
         from lingua.product_key.xformer_embeddingbag import xformers_embedding_bag
 
-        ops = _backend(x, up)
+        ops = backend(x, up)
         half = lambda: xformers_embedding_bag(problem.expert, up, gate.to(up.dtype), mode="sum")  # noqa: E731
         mine = lambda: ops.mix(gate.reshape(-1), up, Picks.even(problem.expert))  # noqa: E731
         torch.testing.assert_close(half().float(), mine().float(), rtol=3e-2, atol=3e-2)

@@ -168,6 +168,25 @@ def _free_port() -> int:
             return port
 
 
+class Forked:
+    """`peer-dist ARGS` alone, its output in a file, seen as a :class:`subprocess.Popen` is."""
+
+    def __init__(self, args: list[str], output: Path) -> None:
+        self.returncode: int | None = None
+        self._process = _context.Process(
+            target=_command, args=({}, args, dict.fromkeys((1, 2), str(output)), None, None), daemon=True
+        )
+        self._process.start()
+
+    def poll(self) -> int | None:
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+
 class Command:
     """`peer-dist` on some ranks, forked instead of started afresh, whose exit codes and words are of interest.
 

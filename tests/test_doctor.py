@@ -28,7 +28,7 @@ def _examined(rank, world_size, trouble=None, folder=None, seconds=20.0):
     # Ranks of a busy machine differ for no fault of theirs.
     _replace(ours, "speed of ranks", lambda here: {"product": 0.01, "copy": 0.01})
     if trouble is not None:
-        checks._WRITTEN, checks._SIZES = 1 << 20, (1 << 10, 1 << 12, 1 << 14)
+        checks.WRITTEN_BYTES, checks.COLLECTIVE_BYTES = 1 << 20, (1 << 10, 1 << 12, 1 << 14)
     if trouble is not None and rank == world_size - 1:
         trouble(ours)
     config = None
@@ -308,9 +308,10 @@ def test_names_of_many_ranks():
 
 def _calibrated(rank, world_size, path, hosts):
     calibration.socket.gethostname = lambda: hosts[rank]
-    calibration._TURNS = 2 if world_size == 1 else 1
-    calibration._SIZES["cpu"] = calibration._Sizes((64, 128), 1 << 16, 32**2, 64, 64, torch.float32)
-    return calibration.calibrate(World(rank, world_size, rank, world_size), Path(path), 60.0).json()
+    calibration.SIZES["cpu"] = calibration.Sizes((64, 128), 1 << 16, 32**2, 64, 64, torch.float32)
+    return calibration.calibrate(
+        World(rank, world_size, rank, world_size), Path(path), 60.0, turns=2 if world_size == 1 else 1
+    ).json()
 
 
 @pytest.mark.parametrize("hosts", ["aab", "a"])

@@ -103,13 +103,13 @@ def compiled(request, two_threads, monkeypatch, tmp_path):
     if request.param == "any processor":
         if platform.machine() not in ("x86_64", "AMD64"):
             pytest.skip("its flag is for x86")
-        flags = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in native._FLAGS)
-        monkeypatch.setattr(native, "_FLAGS", flags)
+        flags = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in native.FLAGS)
+        monkeypatch.setattr(native, "FLAGS", flags)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        native._library.cache_clear()
+        native.load_library.cache_clear()
     yield
     if request.param == "any processor":
-        native._library.cache_clear()
+        native.load_library.cache_clear()
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -171,7 +171,7 @@ def test_picks_grouped_by_row(rows):
 @pytest.mark.parametrize("stream", [False, True])
 def test_table_gradients_as_written_by_any_processor(compiled, sparse, dtype, stream, monkeypatch):
     """Rows that begin at whole cache lines and others, past the caches and not, with a NaN and a row never picked."""
-    monkeypatch.setattr(native, "_STREAM_BYTES", -1 if stream else 1 << 60)
+    monkeypatch.setattr(native, "STREAM_BYTES", -1 if stream else 1 << 60)
     for dim in (64, 100, 256):
         picks, (x, gate, down, up) = case(50, dim, 40, 9, torch.float32, dim)
         x.data[3, 5] = math.nan
@@ -320,39 +320,39 @@ def test_the_native_backend_is_built_here_and_missed_nowhere(monkeypatch, tmp_pa
     """It compiles into the user's cache; without a compiler, or with a broken one, MKL serves."""
     picks, (x, gate, down, up) = case(9, 20, 30, 6, torch.float32, 3)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
+    native.load_library.cache_clear()
     want = expert_mix(x, picks, gate, down, up, "gelu")
     assert len(list((tmp_path / "peer_dist").glob("expert_mix-*.so"))) == 1
     for compiler, path in (("false", os.environ["PATH"]), ("cc", "")):
         monkeypatch.setenv("CC", compiler)
         monkeypatch.setenv("PATH", path)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / compiler))
-        native._library.cache_clear()
+        native.load_library.cache_clear()
         assert not native.available(x, down, up)
         torch.testing.assert_close(expert_mix(x, picks, gate, down, up, "gelu"), want)
-    native._library.cache_clear()
+    native.load_library.cache_clear()
 
 
 def test_the_native_backend_can_be_built_ahead(monkeypatch, tmp_path):
     """Where there is no compiler, or the cache cannot be written, the best library for the processor serves."""
     picks, (x, gate, down, up) = case(9, 20, 30, 6, torch.float32, 3)
     want = expert_mix(x, picks, gate, down, up, "gelu")
-    monkeypatch.setattr(native, "_BUILT", tmp_path / "built")
+    monkeypatch.setattr(native, "BUILT", tmp_path / "built")
     made = native.build_ahead()
     loaded = []
     monkeypatch.setattr(native.ctypes, "CDLL", lambda path, load=ctypes.CDLL: loaded.append(Path(path)) or load(path))
     monkeypatch.setenv("PATH", "")
     usable = [path for path in made if native._LEVELS.get(native._ahead()[path], set()) <= _features()]
     for left in range(len(usable)):
-        native._library.cache_clear()
+        native.load_library.cache_clear()
         assert native.available(x, down, up)
         torch.testing.assert_close(expert_mix(x, picks, gate, down, up, "gelu"), want)
         assert loaded[-1] == usable[left]
         usable[left].unlink()
     monkeypatch.setattr(native, "cpu_features", lambda: "flags : fpu sse2")
-    native._library.cache_clear()
+    native.load_library.cache_clear()
     assert not native.available(x, down, up) or platform.machine() != "x86_64"
-    native._library.cache_clear()
+    native.load_library.cache_clear()
 
 
 def _features() -> set[str]:

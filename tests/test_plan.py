@@ -38,11 +38,11 @@ def held_and_planned(rank: int, world_size: int, tree: dict[str, Any]) -> tuple[
     tree["logging"]["interval"] = 1
     trainer = Trainer(parse_config(tree, "test"))
     config, sent, picked = trainer.config, [], []
-    observe = trainer._observer
+    observe = trainer.route_observer
     reset = Traffic.reset
     trainer.step()
     Traffic.reset = lambda self: (sent.append(self.bytes_sent), reset(self))[1]
-    trainer._observer = lambda number: (
+    trainer.route_observer = lambda number: (
         lambda indices, gates: (
             picked.append((number - 1, indices.flatten(1))),
             observe(number)(indices, gates),

@@ -25,7 +25,7 @@ from peer_dist.sweep.results import read_results, write_results
 from peer_dist.sweep.runner import run_sweep, runs_table, select
 from peer_dist.sweep.spec import load_sweep
 from peer_dist.sweep.tuning import choose_rates
-from tests.ranks import run_command
+from tests.ranks import Forked, run_command
 from tests.results import SIZES, losses_around, make_row, result_rows
 
 
@@ -52,6 +52,11 @@ def written(tree, folder):
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def forked(arguments, environment, log):
+    """A run's process, without the seconds in which libraries are imported."""
+    return Forked(list(arguments[1:]), log)
 
 
 def quiet():
@@ -152,7 +157,7 @@ def swept(sweep_tree, tmp_path_factory):
     blocked = out / "peer-h32-3e09-s1" / "checkpoints"
     blocked.parent.mkdir(parents=True)
     blocked.touch()  # a file where a folder should be
-    seen["failed"] = run_sweep(sweep, select(sweep, task=3), 1, 1, None, seen["console"])
+    seen["failed"] = run_sweep(sweep, select(sweep, task=3), 1, 1, None, seen["console"], forked)
     seen["after failing"] = {p.name for p in out.iterdir() if p.is_dir()}
     blocked.unlink()
     seen["at once"] = run_sweep(sweep, sweep.runs, 1, 1, 0, quiet())
@@ -166,7 +171,7 @@ def swept(sweep_tree, tmp_path_factory):
     seen["words"] = process.communicate(timeout=120)[1]
     seen["stopped"] = process.returncode
     seen["checkpoint"] = sorted(p.name for p in (out / "dense-h16-3e09-s1" / "checkpoints").glob("step-*"))
-    seen["resumed"] = run_sweep(sweep, sweep.runs, 2, 1, None, seen["console"])
+    seen["resumed"] = run_sweep(sweep, sweep.runs, 2, 1, None, seen["console"], forked)
     seen["said"] = " ".join(seen["console"].file.getvalue().split())
     return seen
 
@@ -236,7 +241,7 @@ def test_tuned_runs_use_the_best_trial_and_the_loss_is_the_whole_splits(sweep_tr
     tree = {**sweep_tree, "models": {"peer": sweep_tree["models"]["peer"]}, "keep_checkpoints": True}
     tree["tune"] = {"size": "h32", "learning_rates": {"peer": [[1e-6, 1e-6], [3e-3, 3e-3]]}}
     sweep = load_sweep(written(tree, tmp_path), tmp_path / "out")
-    assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet()) == exit_codes.DONE
+    assert run_sweep(sweep, sweep.runs, 2, 1, None, quiet(), forked) == exit_codes.DONE
     rows = {row.run: row for row in read_results(tmp_path / "out" / "results.csv")}
     assert rows["peer-h16-3e09-s1"].lr == rows["peer-h16-3e09-s1"].table_lr == 3e-3
     assert rows["peer-h32-3e09-s1"].val_loss == rows["peer-h32-3e09-s1-trial1"].val_loss, "the same run"

@@ -175,8 +175,8 @@ def test_popular_experts_are_summed_in_pieces(monkeypatch):
     """Runs of a piece, one more, several and none, and pieces to spare."""
     monkeypatch.setattr(kernels, "PIECE", 8)
     launched = []
-    launch = kernels._launch
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k)))
+    launch = kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k)))
     expert = torch.repeat_interleave(torch.tensor([0, 1, 2, 4, 5]), torch.tensor([8, 9, 40, 1, 16]))
     generator = torch.Generator().manual_seed(1)
     expert = expert[torch.randperm(74, generator=generator)].to(DEVICE)
@@ -237,7 +237,7 @@ def test_the_halves_alone(way, monkeypatch):
 @runs_kernels
 @pytest.mark.parametrize("sparse", [False, True])
 def test_behind_expert_mix(sparse, monkeypatch):
-    monkeypatch.setattr(package, "_backend", lambda *tensors: kernels)
+    monkeypatch.setattr(package, "backend", lambda *tensors: kernels)
     generator = torch.Generator().manual_seed(8)
     picks = picks_of([4, 0, 9], 6, generator)
     x, dy, *tables = inputs(picks, 20, 6, generator, torch.bfloat16, torch.float32)
@@ -253,7 +253,7 @@ def test_behind_expert_mix(sparse, monkeypatch):
 @runs_kernels
 @pytest.mark.parametrize("sparse", [False, True])
 def test_behind_value_mix(sparse, monkeypatch):
-    monkeypatch.setattr(package, "_backend", lambda *tensors: kernels)
+    monkeypatch.setattr(package, "backend", lambda *tensors: kernels)
     generator = torch.Generator().manual_seed(9)
     picks = picks_of([4, 0, 9], 6, generator)
     _, dy, gate, values, _ = inputs(picks, 20, 6, generator, torch.float32, torch.bfloat16)
@@ -372,7 +372,7 @@ def launches(dtype, dim, monkeypatch):
         picks = picks_of([count, count], 8, generator)
         x, dy, gate, down, up = (v.to("cpu") for v in inputs(picks, dim, 8, generator, dtype, dtype))
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "_launch", record)
+            patch.setattr(kernels, "launch", record)
             patch.setattr(kernels, "EXPERT_MAJOR", WAYS[way]["EXPERT_MAJOR"])
             if way == "by expert":
                 patch.setattr(kernels, "L2_BYTES", dim * 8 * dtype.itemsize // 4)  # a fourth of the table

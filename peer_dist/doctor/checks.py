@@ -30,11 +30,11 @@ from peer_dist.units import sized
 _MAY_DIFFER = {"driver", "kernel"}  # a difference is worth a warning, but a run works
 
 _SHARED_MEMORY = 1 << 30  # bytes of /dev/shm below which NCCL's and data loaders' segments may not fit
-_WRITTEN = 64 << 20  # bytes that each rank writes to measure the disk's speed
+WRITTEN_BYTES = 64 << 20  # bytes that each rank writes to measure the disk's speed
 _SLOW_DISK = 20e6  # bytes per second and rank
 _SLOW, _FAR_TOO_SLOW = 1.5, 3.0  # times the ranks' median that give a warning and a failure
 _APART, _FAR_APART = 1.0, 60.0  # seconds between clocks that give a warning and a failure
-_SIZES = (64 << 10, 4 << 20, 32 << 20)  # bytes per rank and collective
+COLLECTIVE_BYTES = (64 << 10, 4 << 20, 32 << 20)  # bytes per rank and collective
 
 # Bus bandwidths in GB/s that every healthy machine exceeds, low enough that only a wrong network or a broken link stays
 # below. Those of gloo were measured on loopback; the others are a fraction of the links' own figures.
@@ -293,11 +293,11 @@ def _disk_speed(here: Here) -> float:
     block = os.urandom(1 << 20)
     start = time.perf_counter()
     with _writing(folder), open(path, "wb") as file:
-        for _ in range(_WRITTEN // len(block)):
+        for _ in range(WRITTEN_BYTES // len(block)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-    return _WRITTEN / (time.perf_counter() - start)
+    return WRITTEN_BYTES / (time.perf_counter() - start)
 
 
 def _judge_disk_speed(values: dict[int, float], ranks: Ranks) -> list[Finding]:
@@ -343,7 +343,7 @@ def _collectives(here: Here) -> dict[str, Any]:
     world, rank = here.world_size, here.rank
     seconds: dict[str, float] = {}
     wrong = []
-    for size in _SIZES:
+    for size in COLLECTIVE_BYTES:
         count = size // 4 // world * world
         mine = torch.full((count,), float(rank + 1), device=here.device)
         out = torch.empty_like(mine)
@@ -389,16 +389,16 @@ def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[
     world, slow = ranks.world_size, []
     speeds: list[str] = []
     for name, share in (("all-reduce", 2 * (world - 1) / world), ("all-to-all", (world - 1) / world)):
-        for size in _SIZES:
+        for size in COLLECTIVE_BYTES:
             seconds = max(value["seconds"][f"{name} {size}"] for value in values.values())
-            if size == _SIZES[0]:
+            if size == COLLECTIVE_BYTES[0]:
                 speeds.append(f"{name} of {sized(size)} {seconds * 1e3:.2f} ms")
             else:
                 speed = share * size / seconds / 1e9
                 speeds.append(f"{sized(size)} {speed:.2f} GB/s")
-                if size == _SIZES[-1] and speed < floor:
+                if size == COLLECTIVE_BYTES[-1] and speed < floor:
                     slow.append(name)
-    text = ", ".join(speeds) + f" (at least {floor} GB/s expected at {sized(_SIZES[-1])})"
+    text = ", ".join(speeds) + f" (at least {floor} GB/s expected at {sized(COLLECTIVE_BYTES[-1])})"
     if slow:
         advice = "check that NCCL_SOCKET_IFNAME, NCCL_IB_HCA or GLOO_SOCKET_IFNAME name the fast network"
         findings.append(Finding("collectives", "warn", f"slow {' and '.join(slow)}: {text}", advice))

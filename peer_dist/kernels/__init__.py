@@ -34,7 +34,8 @@ __all__ = [
 _MKL, _REFERENCE = Composed(mkl), Composed(reference)
 
 
-def _backend(x: Tensor, *tables: Tensor) -> Any:
+def backend(x: Tensor, *tables: Tensor) -> Any:
+    """The module, or the composed ops, that compute the mix for these tensors' devices and dtypes."""
     if x.is_cuda:
         from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
 
@@ -91,7 +92,7 @@ def expert_mix_forward(
     Returns:
         ``y [tokens, dim]`` and the pre-activations ``x_t . down_e``, ``[picks]``, both in at least float32.
     """
-    ops = _backend(x, down, up)
+    ops = backend(x, down, up)
     with span("experts"):
         if sum_columns is None:
             return ops.forward(x.contiguous(), picks, gate, down, up, activation)
@@ -119,7 +120,7 @@ def expert_mix_backward(
         ``dx [tokens, dim]`` and per pick ``dgate``, ``dpre`` and ``hidden`` (the gated activation), of which the last
         two are for :func:`expert_table_grads`; all in at least float32.
     """
-    ops = _backend(x, down, up)
+    ops = backend(x, down, up)
     with span("experts"):
         x, dy = x.contiguous(), dy.contiguous()
         if sum_columns is None:
@@ -146,7 +147,7 @@ def expert_table_grads(
 
 
 def _table_grads(sums: list[tuple[Tensor, Tensor]], picks: Picks, table: Tensor, sparse: bool) -> list[Tensor]:
-    ops = _backend(sums[0][1], table)
+    ops = backend(sums[0][1], table)
     sums = [(weight, x.contiguous()) for weight, x in sums]
     with span("experts"):
         if not sparse:
@@ -160,12 +161,12 @@ def _table_grads(sums: list[tuple[Tensor, Tensor]], picks: Picks, table: Tensor,
 
 def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``, at least float32."""
-    return _backend(weight, table).mix(weight, table, picks)
+    return backend(weight, table).mix(weight, table, picks)
 
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]``, at least float32."""
-    return _backend(x, table).dots(x.contiguous(), table, picks)
+    return backend(x, table).dots(x.contiguous(), table, picks)
 
 
 def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = False) -> Tensor:
@@ -204,7 +205,7 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
         picks: the rows that each token reads.
         out: ``[rows, dim]``, at least float32; a table that is small beside the number of picks.
     """
-    _backend(x, x).table_grad(weight, x, picks, out)
+    backend(x, x).table_grad(weight, x, picks, out)
 
 
 def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

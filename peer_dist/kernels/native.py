@@ -26,18 +26,18 @@ from peer_dist.kernels.allocation import gradient_memory
 from peer_dist.kernels.picks import Picks
 from peer_dist.machine import cpu_features
 
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # What libraries are built for ahead, best first, and the processor's features that each needs: an image meets other
 # processors than the one that it was built on.
 _LEVELS = {
     "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
     "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
 }
-_BUILT = Path(__file__).parent / "built"
+BUILT = Path(__file__).parent / "built"
 _KINDS = {"gelu": 0, "relu": 1, "silu": 2}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MOST_TOP_K = 64  # as in native.c
-_STREAM_BYTES = 1 << 24  # of gradients written past the caches: more than would stay there
+STREAM_BYTES = 1 << 24  # of gradients written past the caches: more than would stay there
 
 
 def available(x: Tensor, *tables: Tensor) -> bool:
@@ -45,14 +45,14 @@ def available(x: Tensor, *tables: Tensor) -> bool:
     return (
         all(tensor.device.type == "cpu" and tensor.dtype in _SUFFIX for tensor in (x, *tables))
         and all(table.is_contiguous() and table.dtype == tables[0].dtype for table in tables)
-        and _library() is not None
+        and load_library() is not None
     )
 
 
 def searches(scores: Tensor, top_k: int) -> bool:
     """Whether :func:`top_pairs` can serve these scores ``[queries, n]``: float32 on a CPU, ``top_k`` at most 64."""
     fine = scores.device.type == "cpu" and scores.dtype == torch.float32 and top_k <= _MOST_TOP_K
-    return fine and _library() is not None
+    return fine and load_library() is not None
 
 
 def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def _sum_segments(
     """Write each picked row's gradients, to ``rows`` or one after the other."""
     for (weight, x), out in zip(sums, grads):
         weight, x = weight.float().contiguous(), x.float().contiguous()
-        arguments = (weight, x, token, order, starts, rows, int(out.nbytes > _STREAM_BYTES), out)
+        arguments = (weight, x, token, order, starts, rows, int(out.nbytes > STREAM_BYTES), out)
         _call(f"table_grad_{_SUFFIX[out.dtype]}", starts.numel() - 1, x.shape[1], *arguments)
 
 
@@ -173,7 +173,7 @@ def _check(picks: Picks, table: Tensor) -> None:
 
 def _call(name: str, *arguments: Tensor | int | None) -> int:
     """Call a function of native.c; Python's lock is let go of meanwhile."""
-    library = _library()
+    library = load_library()
     assert library is not None
     function = getattr(library, name)
     function.restype = ctypes.c_int64  # of those that return something
@@ -187,18 +187,18 @@ def _call(name: str, *arguments: Tensor | int | None) -> int:
 
 
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     """The compiled library; None where there is no compiler that builds it, and none was built ahead."""
     compiler = _compiler()
     if compiler is None:
         return _built_ahead()
     # a home folder may be shared by machines of several kinds
-    key = hashlib.sha256(b"\0".join([_source(), " ".join((compiler, *_FLAGS)).encode(), cpu_features().encode()]))
+    key = hashlib.sha256(b"\0".join([_source(), " ".join((compiler, *FLAGS)).encode(), cpu_features().encode()]))
     name = f"expert_mix-{key.hexdigest()[:16]}.so"
     try:
         cached = _cache_folder() / name
         if not cached.exists():
-            _compile(compiler, _FLAGS, _source(), cached)
+            _compile(compiler, FLAGS, _source(), cached)
         return ctypes.CDLL(str(cached))
     except (OSError, subprocess.CalledProcessError):
         return _built_ahead()
@@ -225,7 +225,7 @@ def build_ahead() -> list[Path]:
     compiler = _compiler()
     if compiler is None:
         raise RuntimeError("no C compiler: set CC, or install gcc")
-    portable = tuple(flag for flag in _FLAGS if not flag.startswith("-march"))
+    portable = tuple(flag for flag in FLAGS if not flag.startswith("-march"))
     for target, level in _ahead().items():
         target.parent.mkdir(exist_ok=True)
         try:
@@ -249,7 +249,7 @@ def _ahead() -> dict[Path, str]:
     """Where libraries built ahead from this source lie, best first, and the level that each is for ("": any)."""
     version, machine = hashlib.sha256(_source()).hexdigest()[:16], os.uname().machine
     levels = _LEVELS if machine == "x86_64" else [""]
-    return {_BUILT / f"expert_mix-{level or machine}-{version}.so": level for level in levels}
+    return {BUILT / f"expert_mix-{level or machine}-{version}.so": level for level in levels}
 
 
 def _compile(compiler: str, flags: tuple[str, ...], source: bytes, target: Path) -> None:

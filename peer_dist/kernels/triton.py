@@ -366,7 +366,7 @@ def _runs_kernel(  # type: ignore[no-untyped-def]
 # Launches.
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | None, num_warps: int, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | None, num_warps: int, **constants: Any) -> None:
     """Run a kernel on the device of its first argument; an empty grid is no launch."""
     for tensor in args:
         if isinstance(tensor, Tensor) and not tensor.is_contiguous():
@@ -423,7 +423,7 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     out = torch.empty(slices, count, dtype=dtype, device=x.device)
     grid = (triton.cdiv(count, tile["BLOCK_K"]), slices)
     args = x.contiguous(), table, picks.token, picks.expert, order, out, count
-    _launch(_dots_kernel, grid, *args, DIM=dim, WIDTH=width, ACC=_acc(dtype), **tile)
+    launch(_dots_kernel, grid, *args, DIM=dim, WIDTH=width, ACC=_acc(dtype), **tile)
     return out[0] if slices == 1 else out.sum(0)
 
 
@@ -441,7 +441,7 @@ def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | Non
     tile = _tile(width or dim, table.element_size())
     grid = (picks.tokens, triton.cdiv(dim, tile["BLOCK_D"]))
     args = weight.contiguous(), table, picks.offsets, picks.expert, out
-    _launch(_mix_kernel, grid, *args, DIM=dim, ACC=_acc(wide), **tile)
+    launch(_mix_kernel, grid, *args, DIM=dim, ACC=_acc(wide), **tile)
     return out
 
 
@@ -479,7 +479,7 @@ def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, act
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     args = x.contiguous(), picks.offsets, picks.expert, gate.contiguous(), down, up, pre, y, None, None, None
     constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": False, "ACC": _acc(dtype)}
-    _launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
+    launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
     return y, pre
 
 
@@ -508,7 +508,7 @@ def backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     args = dy.contiguous(), picks.offsets, picks.expert, gate.contiguous(), up, down, pre, dx, dgate, dpre, hidden
     constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": True, "ACC": _acc(pre.dtype)}
-    _launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
+    launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
     return dx, dgate, dpre, hidden
 
 
@@ -670,6 +670,6 @@ def _run_sums(operands: _RunSums, add: bool) -> None:
         base = F.pad(in_run.cumsum(0), (1, 0))
         owner = torch.searchsorted(base[1:], torch.arange(pieces, device=base.device), right=True)
         partial = torch.empty(pieces, 2, dim, dtype=operands.dtype, device=operands.x.device)
-        _launch(_pieces_kernel, (pieces, slices), *operands.read, base, owner, partial, runs, size, **constants)
+        launch(_pieces_kernel, (pieces, slices), *operands.read, base, owner, partial, runs, size, **constants)
     grads = operands.ddown, operands.dup
-    _launch(_runs_kernel, (runs, slices), *operands.read, base, partial, *grads, ADD=add, **constants)
+    launch(_runs_kernel, (runs, slices), *operands.read, base, partial, *grads, ADD=add, **constants)

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import Picks, mix, table_grad, top_pairs
 
-_CHUNK = {"cpu": 256, "cuda": 8192}  # tokens; on a CPU the scores of one head's chunk stay in cache
+CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}  # tokens; on a CPU the scores of one head's chunk stay in cache
 
 
 def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def project_and_retrieve(
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
-    step = _CHUNK[x.device.type]
+    step = CHUNK_TOKENS[x.device.type]
     for begin in range(0, x.shape[0], step):
         yield slice(begin, begin + step)
 

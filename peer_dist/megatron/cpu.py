@@ -123,9 +123,10 @@ def install() -> bool:
         warnings.simplefilter("ignore")
         for name in _MODULES:
             importlib.import_module(name)
-    logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, level in {"megatron.core": logging.WARNING, **dict.fromkeys(_NOISY, logging.ERROR)}.items():
+        logger = logging.getLogger(name)
+        if logger.level != level:  # setting it clears the caches of all loggers, which takes milliseconds
+            logger.setLevel(level)
     if torch.cuda.is_available():
         return False
 

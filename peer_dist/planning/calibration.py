@@ -33,14 +33,13 @@ from peer_dist.sharding.cost import synthetic_picks
 from peer_dist.units import sized
 
 _MESSAGE = 16 << 20  # bytes of a rank's message to all others, by which bandwidth is measured
-_TURNS = 3  # times that all checks are made: other programs slow a machine down for seconds
 _ROUNDS = 8  # measurements of a call that all ranks make together
 _LAYERS = (2, 8)  # layers of the models whose difference gives a layer's overhead
 _WORDS = 128  # size of their vocabulary
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Sizes of what is measured, large enough for a kind of device to reach its rate.
 
     Attributes:
@@ -63,9 +62,9 @@ class _Sizes:
     length: int = 256
 
 
-_SIZES = {
-    "cpu": _Sizes((256, 512, 1024), 1 << 25, 512**2, 256, 1024, torch.float32),
-    "cuda": _Sizes((2048, 4096, 8192), 1 << 28, 1024**2, 1024, 8192, torch.bfloat16, width=2048, length=2048),
+SIZES = {
+    "cpu": Sizes((256, 512, 1024), 1 << 25, 512**2, 256, 1024, torch.float32),
+    "cuda": Sizes((2048, 4096, 8192), 1 << 28, 1024**2, 1024, 8192, torch.bfloat16, width=2048, length=2048),
 }
 
 
@@ -91,13 +90,14 @@ class _Rates:
         return self.best[check]
 
 
-def calibrate(world: World, path: Path, seconds: float = 30.0) -> Examination:
+def calibrate(world: World, path: Path, seconds: float = 30.0, turns: int = 3) -> Examination:
     """Measure the rates and write the hardware file. A collective call; all ranks get the same report.
 
     Args:
         world: the ranks, which have joined.
         path: the YAML file, which rank 0 writes unless a check failed.
         seconds: the time limit of each check in each turn.
+        turns: how often all checks are made; the best values count, for other programs slow a machine for seconds.
 
     Raises:
         ConfigError: the file cannot be written; on rank 0 only.
@@ -124,7 +124,7 @@ def calibrate(world: World, path: Path, seconds: float = 30.0) -> Examination:
             collective=True,
         ),
     ]
-    for _ in range(_TURNS):
+    for _ in range(turns):
         report = examine(world, checks, seconds=seconds)
         if not report.ok:
             break
@@ -213,7 +213,7 @@ def _products(here: Here) -> dict[str, dict[str, float]]:
     """FLOP/s of square products, by dtype and width."""
     rates: dict[str, dict[str, float]] = {}
     for name in ("float32", "bfloat16"):
-        for width in _SIZES[here.device.type].widths:
+        for width in SIZES[here.device.type].widths:
             a = torch.ones(width, width, dtype=getattr(torch, name), device=here.device)
             out = torch.empty_like(a)
             seconds = _least(here, functools.partial(torch.mm, a, a, out=out))
@@ -235,7 +235,7 @@ def _judge_products(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list
 
 def _memory(here: Here) -> dict[str, float]:
     """Bytes per second that a large copy reads and writes, and that the experts' kernel reads for its picks."""
-    sizes = _SIZES[here.device.type]
+    sizes = SIZES[here.device.type]
     shape, dtype = (sizes.experts, sizes.dim), sizes.dtype
     copy_rate = _copy_rate(here, sizes.copy_size)
     down, up = (torch.full(shape, sizes.dim**-0.5, dtype=dtype, device=here.device) for _ in range(2))
@@ -360,7 +360,7 @@ def _overheads(here: Here) -> dict[str, float]:
     of one with dense layers as large as in training.
     """
     few, many = (_step_seconds(here, _model(layers)) for layers in _LAYERS)
-    sizes = _SIZES[here.device.type]
+    sizes = SIZES[here.device.type]
     return {"few": few, "many": many, "dense": _step_seconds(here, _dense_model(sizes, here.world_size))}
 
 
@@ -382,7 +382,7 @@ def _model(layers: int) -> Config:
     )
 
 
-def _dense_model(sizes: _Sizes, ranks: int) -> Config:
+def _dense_model(sizes: Sizes, ranks: int) -> Config:
     """The config of a model with two dense layers of full size."""
     return Config.model_validate(
         {
@@ -437,7 +437,7 @@ def _judge_overheads(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> lis
     text = f"{layer * 1e3:.2f} ms a layer, forward and backward, half of them PEER; {step * 1e3:.2f} ms a step beside"
     device = rates.values["device"]
     hardware = Hardware.model_validate({**rates.values, "activation_bytes_per_s": 1e30})
-    config = _dense_model(_SIZES[device], len(values))
+    config = _dense_model(SIZES[device], len(values))
     planned = plan(config, len(values), hardware.gpus_per_node, hardware, _WORDS).work
     unexplained = max(dense - planned.times.total, 1e-9)  # seconds that the plan has no other reason for
     rate = min(planned.activation_bytes / unexplained, hardware.hbm_bytes_per_s)

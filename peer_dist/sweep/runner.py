@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Protocol
 
 import yaml
 from rich.console import Console
@@ -103,8 +104,41 @@ def runs_table(sweep: Sweep, runs: Sequence[Run]) -> Table:
     return table
 
 
+class Process(Protocol):
+    """What a sweep asks of a run's process, as of a :class:`subprocess.Popen`."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """The exit code, which ``returncode`` is from then on; None while the process runs."""
+        ...
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        ...
+
+
+def start_process(arguments: Sequence[str], environment: dict[str, str], log: Path) -> Process:
+    """Start ``python -m ARGUMENTS``, whose output is appended to ``log``."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,  # Ctrl-C only reaches this process, which asks the runs to stop
+        )
+
+
 def run_sweep(
-    sweep: Sweep, runs: Sequence[Run], jobs: int, ranks: int, limit_minutes: float | None, console: Console
+    sweep: Sweep,
+    runs: Sequence[Run],
+    jobs: int,
+    ranks: int,
+    limit_minutes: float | None,
+    console: Console,
+    start: Callable[[Sequence[str], dict[str, str], Path], Process] = start_process,
 ) -> int:
     """Run those of ``runs`` that are not done, and write the results table after each.
 
@@ -117,6 +151,7 @@ def run_sweep(
         ranks: number of processes of each run.
         limit_minutes: the time limit; None for no limit.
         console: where progress and outcomes are printed.
+        start: starts a run's process, of the arguments of ``python -m``, its environment and its log file.
 
     Returns:
         The exit code: DONE, FAILED, or STOPPED if there is more to do.
@@ -134,7 +169,7 @@ def run_sweep(
     stopping = False
     with StopRequest() as stop, _progress(console) as progress:
         total = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
-        slots = _Slots(sweep.folder, jobs, ranks, gpus, progress)
+        slots = _Slots(sweep.folder, jobs, ranks, gpus, progress, start)
         while True:
             for ended in slots.reap():
                 row, outcome = ended.outcome(stopping)
@@ -154,7 +189,7 @@ def run_sweep(
                 for slot in slots.free():
                     run = _take_settled(sweep, waiting, rows)
                     if run is not None:
-                        slots.start(slot, run)
+                        slots.fill(slot, run)
             if not slots.running:
                 break
             time.sleep(_POLL_SECONDS)
@@ -214,7 +249,7 @@ class _Running:
 
     run: Run
     folder: Path
-    process: subprocess.Popen[bytes]
+    process: Process
     task: TaskID
 
     def steps_done(self) -> int:
@@ -254,20 +289,30 @@ class _Slots:
         ranks: number of processes of each run.
         gpus: the GPUs to share, by CUDA's names; empty without GPUs.
         progress: where the steps of the runs are shown.
+        start: starts a run's process.
 
     Attributes:
         running: the run of each slot that is not free.
     """
 
-    def __init__(self, folder: Path, jobs: int, ranks: int, gpus: Sequence[str], progress: Progress) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        jobs: int,
+        ranks: int,
+        gpus: Sequence[str],
+        progress: Progress,
+        start: Callable[[Sequence[str], dict[str, str], Path], Process],
+    ) -> None:
         self.running: dict[int, _Running] = {}
+        self._start = start
         self._folder, self._jobs, self._ranks, self._gpus, self._progress = folder, jobs, ranks, gpus, progress
 
     def free(self) -> list[int]:
         """The slots without a run."""
         return [slot for slot in range(self._jobs) if slot not in self.running]
 
-    def start(self, slot: int, run: Run) -> None:
+    def fill(self, slot: int, run: Run) -> None:
         """Start a run's process in a free slot; what it prints goes to its log."""
         folder = self._folder / run.name
         folder.mkdir(exist_ok=True)
@@ -281,15 +326,8 @@ class _Slots:
         gpus = self._gpus[slot * self._ranks :][: self._ranks]
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        with _log(folder).open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *launcher, "peer_dist", "train", "--config", str(config)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C only reaches this process, which asks the runs to stop
-            )
+        arguments = [*launcher, "peer_dist", "train", "--config", str(config)]
+        process = self._start(arguments, environment, _log(folder))
         task = self._progress.add_task(run.name, total=run.config.train.steps)
         self.running[slot] = _Running(run, folder, process, task)
 

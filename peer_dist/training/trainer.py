@@ -217,7 +217,7 @@ class Trainer:
         self.times.reset()
         listen(self.times)
         for number, layer in self.layers.items():
-            layer.on_route = self._observer(number)
+            layer.on_route = self.route_observer(number)
         with self.engine.accumulate():
             # engines average gradients over data-parallel ranks: with their number in the scale it is the mean loss's
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
@@ -250,7 +250,7 @@ class Trainer:
             values |= {f"memory/{part}_gb": getattr(memory, part) / 1e9 for part in parts}
         return values | revived
 
-    def _observer(self, number: int) -> RouteObserver:
+    def route_observer(self, number: int) -> RouteObserver:
         """The function that is called with layer ``number``'s picks and gates while it trains."""
         usage, revival = self.usage[number], self.revival
         if revival is None:
