@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -277,21 +276,14 @@ def test_room_is_judged(tmp_path):
 
 
 def test_the_command(tmp_path):
-    """Under torchrun: a table, one JSON object, and the exit codes."""
-    import subprocess
-    import sys
-
+    """On two ranks: one JSON object; alone: a table; and the exit codes."""
     config = tmp_path / "run.yaml"
-    import yaml
-
     config.write_text(yaml.safe_dump(small_config(Path("data"), tmp_path)))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command = ["peer_dist", "doctor", "--config", str(config), "--json"]
-    done = subprocess.run([*torchrun, *command], capture_output=True, text=True, env=env, timeout=240)
-    report = Examination.parse(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    assert report.ranks == 2
-    assert (done.returncode == 0) == report.ok, done.stderr
+    with Command(2, ["doctor", "--config", str(config), "--json"], tmp_path / "out") as command:
+        codes = command.codes(120)
+        report = Examination.parse(next(x for x in command.errors[0].read_text().splitlines() if x.startswith("{")))
+        assert report.ranks == 2
+        assert codes == [0 if report.ok else 1] * 2, command.words(0)
     done = run_command("doctor", "--config", str(config), "parallel.expert=2")
     assert done.returncode == 1, done.stderr
     assert "does not divide the 1 rank(s)" in " ".join(done.stdout.split())
