@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from peer_dist.megatron import Parallel
 
 # Files that take longest, longest first: a worker that meets one of them last would finish long after the others.
-LONGEST = ("training", "watchdog", "layouts", "triton", "doctor", "sharding", "kill", "sweep", "guard", "world")
+LONGEST = ("training", "layouts", "watchdog", "sharding", "doctor", "kernels", "guard", "triton", "sweep", "kinds")
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads of several workers only wait for cores
