@@ -29,6 +29,8 @@ class PeerConfig(PretrainedConfig):
 
 
 class PeerForCausalLM(PreTrainedModel, GenerationMixin):
+    """The exported model as transformers loads, runs and generates with it."""
+
     config_class = PeerConfig
     base_model_prefix = "model"
     _no_split_modules: ClassVar[list[str]] = ["Layer"]
@@ -43,6 +45,7 @@ class PeerForCausalLM(PreTrainedModel, GenerationMixin):
         """Weights come from the folder's files."""
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding of the tokens."""
         return self.model.embedding
 
     def forward(

@@ -41,6 +41,7 @@ class CoarseKind(Kind[S]):
         return {**router_cost(config, experts.number), "experts": picked}
 
     def shapes(self, config: Config, tensor: int) -> Iterator[Shape]:
+        """The router's parameters; those of experts are counted with them."""
         yield from projector_shapes(config)
         yield from logits_shapes(config, self.experts(config).number)
 

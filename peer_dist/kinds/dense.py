@@ -25,6 +25,7 @@ class DenseKind(Kind[Any]):
     sizes = ("ffn_hidden_size",)
 
     def keys(self, config: Config) -> ModelConfig:
+        """The section ``model``: a dense layer has none of its own."""
         return config.model
 
     def cost(self, config: Config) -> Parts:
@@ -37,6 +38,7 @@ class DenseKind(Kind[Any]):
         return {"feed_forward": matrix(d, activation_outputs(config) * hidden) + down}
 
     def shapes(self, config: Config, tensor: int) -> Iterator[Shape]:
+        """The two matrices, of whose hidden units each tensor rank has a part."""
         d, hidden = config.model.hidden_size, config.model.ffn_hidden_size
         yield activation_outputs(config) * hidden // tensor, d
         yield d, hidden // tensor
@@ -47,6 +49,7 @@ class DenseKind(Kind[Any]):
         return (5 if swiglu else 2) * hidden, (4 if swiglu else 2) * hidden
 
     def check(self, config: Config) -> None:
+        """Refuse the largest hidden units of a layer that tensor ranks divide."""
         tensor = config.parallel.tensor
         if tensor > 1 and config.model.ffn_top_k:
             raise ValueError(
@@ -60,16 +63,19 @@ class DenseKind(Kind[Any]):
         return [(self.key("ffn_hidden_size"), range(tensor, LARGEST, tensor))]
 
     def build(self, context: BuildContext, number: int) -> ModuleSpec:
+        """Megatron's own MLP."""
         from peer_dist.megatron.feed_forward import dense_spec
 
         return dense_spec(context)
 
     def exported(self) -> type[ExportedLayer]:
+        """A block of two matrices."""
         from peer_dist.export.layers.dense import MLP
 
         return MLP
 
     def stored_key(self, name: str, number: int) -> str:
+        """The layer's matrices have their names in Megatron's checkpoints."""
         return f"decoder.layers.{number - 1}.mlp.linear_{name}"
 
 

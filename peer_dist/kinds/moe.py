@@ -72,10 +72,12 @@ class MoEKind(CoarseKind[MoESection]):
         return 6 if config.model.ffn_activation == "swiglu" else 3
 
     def size(self, config: Config) -> dict[str, int]:
+        """The values of :attr:`sizes`; experts without a width of their own are as wide as a dense layer."""
         hidden = self.keys(config).expert_hidden_size or config.model.ffn_hidden_size
         return {**super().size(config), "expert_hidden_size": hidden}
 
     def not_causal(self, config: Config) -> NotCausal | None:
+        """Experts that choose tokens look at all of a sequence."""
         if self.keys(config).routing == "token_choice":
             return None
         return NotCausal("its experts choose tokens", "moe.routing expert_choice", "token_choice")
@@ -87,12 +89,14 @@ class MoEKind(CoarseKind[MoESection]):
         return [(self.key("num_experts"), range(fewest, LARGEST)), width] if mode == "params" else [width]
 
     def build(self, context: BuildContext, number: int) -> ModuleSpec:
+        """Experts of Megatron's behind our router."""
         from peer_dist.megatron.feed_forward import CoarseMLP, sparse_spec
         from peer_dist.megatron.moe import moe
 
         return sparse_spec(CoarseMLP, context, number, build=moe)
 
     def exported(self) -> type[ExportedLayer]:
+        """A mixture of experts."""
         from peer_dist.export.layers.moe import MoE
 
         return MoE

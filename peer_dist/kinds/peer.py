@@ -93,6 +93,7 @@ class PEERKind(ProductKeyKind[PEERSection]):
         return parts
 
     def shapes(self, config: Config, tensor: int) -> Iterator[Shape]:
+        """Those of the retrieval, and of what else the layer has: key norm, output gate, dense block, router."""
         peer, d = self.keys(config), config.model.hidden_size
         yield from projector_shapes(config)
         yield from self.retrieval_shapes(config)
@@ -104,6 +105,7 @@ class PEERKind(ProductKeyKind[PEERSection]):
             yield peer.heads * peer.key_dim, config.router.state_size
 
     def kept(self, config: Config, itemsize: int) -> tuple[float, float]:
+        """That of the retrieval, and the output gate's, the dense block's and the router's activations."""
         peer, d = self.keys(config), config.model.hidden_size
         kept, working = super().kept(config, itemsize)
         if peer.output_gate:
@@ -115,21 +117,26 @@ class PEERKind(ProductKeyKind[PEERSection]):
         return kept, working
 
     def tables(self, config: Config) -> Tables:
+        """The experts' down and up tables, to whose owners tokens travel in ``dispatch_chunks`` parts."""
         return replace(super().tables(config), chunks=self.keys(config).dispatch_chunks)
 
     def layers_per_pool(self, config: Config) -> int:
+        """The section's ``layers_per_pool``."""
         return self.keys(config).layers_per_pool
 
     def check(self, config: Config) -> None:
+        """Refuse a router that picks no rows of tables."""
         if config.router.kind == "cosine":
             raise ValueError("router.kind cosine is for moe and sigma_moe, but model.mlp has peer layers; use another")
 
     def build(self, context: BuildContext, number: int) -> ModuleSpec:
+        """A PEER layer on the model's expert groups."""
         from peer_dist.megatron.feed_forward import PEERMLP, sparse_spec
 
         return sparse_spec(PEERMLP, context, number)
 
     def exported(self) -> type[ExportedLayer]:
+        """A PEER layer."""
         from peer_dist.export.layers.peer import PEER
 
         return PEER

@@ -75,6 +75,7 @@ class PKMKind(ProductKeyKind[PKMSection]):
     tokens_travel = False
 
     def projected(self, config: Config) -> bool:
+        """Whether queries are projected; otherwise they are the input's halves."""
         return self.keys(config).query_projection
 
     def cost(self, config: Config) -> Parts:
@@ -85,14 +86,17 @@ class PKMKind(ProductKeyKind[PKMSection]):
         return {**self.retrieval_cost(config), "values": values}
 
     def shapes(self, config: Config, tensor: int) -> Iterator[Shape]:
+        """Those of the retrieval alone."""
         return self.retrieval_shapes(config)
 
     def build(self, context: BuildContext, number: int) -> ModuleSpec:
+        """A product-key memory on the model's expert groups."""
         from peer_dist.megatron.feed_forward import PKMMLP, sparse_spec
 
         return sparse_spec(PKMMLP, context, number)
 
     def exported(self) -> type[ExportedLayer]:
+        """A product-key memory."""
         from peer_dist.export.layers.product_key_memory import ProductKeyMemory
 
         return ProductKeyMemory

@@ -21,17 +21,34 @@ class ProductKeySection(Protocol):
     """The keys that sections of such layers share."""
 
     @property
-    def heads(self) -> int: ...
+    def heads(self) -> int:
+        """Number of retrieval heads."""
+        ...
+
     @property
-    def top_k(self) -> int: ...
+    def top_k(self) -> int:
+        """Rows that a head picks."""
+        ...
+
     @property
-    def key_dim(self) -> int: ...
+    def key_dim(self) -> int:
+        """Width of a query and of a whole key."""
+        ...
+
     @property
-    def query_norm(self) -> str: ...
+    def query_norm(self) -> str:
+        """Norm of the queries: batch, layer, rms or none."""
+        ...
+
     @property
-    def shared_keys(self) -> bool: ...
+    def shared_keys(self) -> bool:
+        """Whether all heads have the same sub-keys."""
+        ...
+
     @property
-    def table_dtype(self) -> Literal["float32", "bfloat16"]: ...
+    def table_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Dtype of the tables' weights."""
+        ...
 
 
 S = TypeVar("S", bound=ProductKeySection)
@@ -61,6 +78,7 @@ class ProductKeyKind(Kind[S]):
         return self.keys(config).key_dim if self.projected(config) else config.model.hidden_size
 
     def tables(self, config: Config) -> Tables:
+        """One row of each table for every pick of every head."""
         section = self.keys(config)
         return Tables(
             self.table_names,
@@ -72,6 +90,7 @@ class ProductKeyKind(Kind[S]):
         )
 
     def batch_statistics(self, config: Config) -> int:
+        """The queries' features, with BatchNorm; without it none."""
         section = self.keys(config)
         return section.heads * section.key_dim if section.query_norm == "batch" else 0
 

@@ -43,6 +43,7 @@ class SigmaMoEKind(CoarseKind[SigmaMoESection]):
     section = SigmaMoESection
 
     def experts(self, config: Config) -> Experts:
+        """Experts of two matrices without a gate."""
         sigma = self.keys(config)
         return Experts(sigma.num_experts, sigma.top_k, sigma.expert_hidden_size, sigma.expert_hidden_size)
 
@@ -59,12 +60,14 @@ class SigmaMoEKind(CoarseKind[SigmaMoESection]):
         return [(self.key("top_k"), range(1, sigma.num_experts + 1)), width]
 
     def build(self, context: BuildContext, number: int) -> ModuleSpec:
+        """Experts of Megatron's behind a router of sigmoid scores."""
         from peer_dist.megatron.feed_forward import CoarseMLP, sparse_spec
         from peer_dist.megatron.moe import sigma_moe
 
         return sparse_spec(CoarseMLP, context, number, build=sigma_moe)
 
     def exported(self) -> type[ExportedLayer]:
+        """A σ-MoE layer."""
         from peer_dist.export.layers.moe import SigmaMoE
 
         return SigmaMoE

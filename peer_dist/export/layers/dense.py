@@ -38,4 +38,5 @@ class MLP(ExportedLayer):
     def of(
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> MLP:
+        """Build a block as wide as the model's ``intermediate_size``."""
         return cls(config["hidden_size"], config["intermediate_size"], config["ffn_activation"], config["ffn_top_k"])

@@ -86,6 +86,7 @@ class MoE(MixtureOfExperts):
     def of(
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> MoE:
+        """Build a layer whose experts are as wide as a dense one unless its section says otherwise."""
         hidden = section["expert_hidden_size"] or config["intermediate_size"]
         router = _router(config, section, state_size, section["score"], section["normalize"], section["expert_bias"])
         return cls(router, _experts(config, section, hidden, config["ffn_activation"]))
@@ -98,6 +99,7 @@ class SigmaMoE(MixtureOfExperts):
     def of(
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> SigmaMoE:
+        """Build a layer of ReLU experts, whose router has no bias and whose scores are not normalized."""
         router = _router(config, section, state_size, "sigmoid", normalize=False, bias=False)
         return cls(router, _experts(config, section, section["expert_hidden_size"], "relu"))
 

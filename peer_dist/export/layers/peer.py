@@ -36,6 +36,7 @@ class PEER(ProductKeyLayer):
         self.gate_out = linear(width, width) if section["output_gate"] else None
 
     def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
+        """Mix the picked experts' outputs; add the dense block, and apply the output gate, where the layer has them."""
         owner = self._tables_of[0] if self._tables_of else self
         hidden = self.activation(wide(owner.down[rows] @ x[:, :, None]))[..., 0] * gates
         y = (hidden[:, None].to(x.dtype) @ owner.up[rows])[:, 0]
@@ -49,5 +50,6 @@ class PEER(ProductKeyLayer):
     def of(
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> PEER:
+        """Build a layer, with its own tables or those of ``tables_of``."""
         assert tables_of is None or isinstance(tables_of, PEER)
         return cls(config["hidden_size"], section, state_size, tables_of)

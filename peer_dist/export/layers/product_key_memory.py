@@ -19,10 +19,12 @@ class ProductKeyMemory(ProductKeyLayer):
         self.values = nn.Parameter(torch.empty(section["num_values"], width))
 
     def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
+        """Sum the picked values, weighted by their gates."""
         return (gates[:, None].to(x.dtype) @ self.values[rows])[:, 0]
 
     @classmethod
     def of(
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> ProductKeyMemory:
+        """Build a layer; it shares its values with no other one."""
         return cls(config["hidden_size"], section)

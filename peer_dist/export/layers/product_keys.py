@@ -110,4 +110,5 @@ class ProductKeyLayer(ExportedLayer):
         return rows.transpose(0, 1).flatten(1), gates.transpose(0, 1).flatten(1)
 
     def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
+        """The output of tokens, of the rows that they picked; the kind of layer says how."""
         raise NotImplementedError
