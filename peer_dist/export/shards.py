@@ -56,7 +56,7 @@ def write_shards(folder: Path, entries: list[Entry], limit: int) -> int:
     """Write files of at most ``limit`` bytes (or one tensor) and their index; the tensors' bytes."""
     shards: list[list[Entry]] = [[]]
     for entry in entries:
-        if shards[-1] and sum(each.bytes for each in shards[-1]) + entry.bytes > limit:
+        if shards[-1] and sum(placed.bytes for placed in shards[-1]) + entry.bytes > limit:
             shards.append([])
         shards[-1].append(entry)
     homes: dict[str, str] = {}

@@ -48,7 +48,7 @@ class Decoder:
             )
             return logits, lambda logits, non_loss_data: logits[:, -1]
 
-        made = get_forward_backward_func()(
+        logits = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=[iter([tokens])],
             model=list(self._model),
@@ -59,4 +59,4 @@ class Decoder:
             collect_non_loss_data=True,
         )
         self._context.sequence_len_offset += tokens.shape[1]
-        return made[0] if made else tokens.new_empty(0, dtype=torch.float32)
+        return logits[0] if logits else tokens.new_empty(0, dtype=torch.float32)

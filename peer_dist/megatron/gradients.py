@@ -30,7 +30,7 @@ def finalize_gradients(chunks: list[Any], *_: Any, **__: Any) -> None:
             total = torch.stack([_grad(copy) for copy in copies]).sum(0)
             for copy in copies:
                 _grad(copy).copy_(total)
-        _sum_over(parallel_state.get_pipeline_model_parallel_group(), [each for copies in cores for each in copies])
+        _sum_over(parallel_state.get_pipeline_model_parallel_group(), [copy for copies in cores for copy in copies])
 
 
 def _sum_over(group: dist.ProcessGroup | None, parameters: Iterable[nn.Parameter]) -> None:

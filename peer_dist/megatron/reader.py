@@ -256,18 +256,18 @@ class StoredTensors:
 
 def _gathered(blocks: Sequence[_Block], where: Sequence[slice]) -> torch.Tensor:
     """What the blocks of a tensor have of a part of it, which they cover; only rows that are needed are read."""
-    made = torch.empty([each.stop - each.start for each in where], dtype=blocks[0].dtype)
+    part = torch.empty([wanted.stop - wanted.start for wanted in where], dtype=blocks[0].dtype)
     for block in blocks:
         common = [
             slice(max(wanted.start, begin), min(wanted.stop, begin + size))
             for wanted, begin, size in zip(where, block.offset, block.shape)
         ]
-        if all(each.start < each.stop for each in common):
+        if all(c.start < c.stop for c in common):
             rows, *others = (slice(c.start - begin, c.stop - begin) for c, begin in zip(common, block.offset))
             place = tuple(slice(c.start - wanted.start, c.stop - wanted.start) for c, wanted in zip(common, where))
             whole = (slice(None), *others)
-            made[place] = block.rows(rows.start, rows.stop)[whole]
-    return made
+            part[place] = block.rows(rows.start, rows.stop)[whole]
+    return part
 
 
 class LoadTensors(TorchDistLoadShardedStrategy):

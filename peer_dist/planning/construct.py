@@ -127,19 +127,19 @@ def built(ranks: Sequence[RankModel]) -> list[Table]:
     for link in ("inside a node", "between nodes"):
         sent.add_column(f"{link}, GB", justify="right")
     groups = _table("groups", "rank", *ranks[0].groups)
-    for each in ranks:
-        first = (str(each.rank), str(each.stage), _span(list(each.layers)))
-        for part, memory in each.memory.items():
+    for built in ranks:
+        first = (str(built.rank), str(built.stage), _span(list(built.layers)))
+        for part, memory in built.memory.items():
             sizes = (memory.weights, memory.gradients, memory.optimizer, memory.buckets, memory.total)
-            held.add_row(*first, part, f"{each.parameters[part]:,}", *(f"{size / 1e9:.3f}" for size in sizes))
+            held.add_row(*first, part, f"{built.parameters[part]:,}", *(f"{size / 1e9:.3f}" for size in sizes))
             first = ("", "", "")
-        number = str(each.rank)
-        for routing, moved in each.exchange.items():
+        number = str(built.rank)
+        for routing, moved in built.exchange.items():
             sent.add_row(
                 number, routing, f"{moved.hits:.2f}", f"{moved.inside / 1e9:.3f}", f"{moved.between / 1e9:.3f}"
             )
             number = ""
-        groups.add_row(str(each.rank), *(_span(members) for members in each.groups.values()))
+        groups.add_row(str(built.rank), *(_span(members) for members in built.groups.values()))
     return [held, sent, groups]
 
 

@@ -125,7 +125,7 @@ class Layout:
     def kinds(self, stage: int) -> Counter[tuple[str, int]]:
         """How many layers a stage has of each kind, and with so many forward passes: 2 where they are recomputed."""
         kinds, recomputed = self.config.model.mlp_kinds, self.config.train.recompute_layers
-        layers = (each for chunk in self.layers(stage) for each in enumerate(chunk))
+        layers = (numbered for chunk in self.layers(stage) for numbered in enumerate(chunk))
         return Counter((kinds[layer], 2 if number < recomputed else 1) for number, layer in layers)
 
     def in_flight(self, stage: int) -> int:
