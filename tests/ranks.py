@@ -110,7 +110,7 @@ def run_each(fn: Callable[..., Any], arguments: list[tuple[Any, ...]], timeout: 
     return [results[rank] for rank in range(world_size)]
 
 
-def _command(variables: dict[str, str], args: list[str], files: dict[int, str], before: Any, cwd: str | None) -> None:
+def _command(variables: dict[str, str], args: list[str], files: dict[int, Path], before: Any, cwd: str | None) -> None:
     """`peer-dist ARGS` with variables of a launcher's, its output to files, the exit code that main gives."""
     os.environ.update(variables)
     if cwd is not None:
@@ -148,14 +148,14 @@ def run_command(*args: str, cwd: Path | None = None, timeout: float = 120) -> su
         AssertionError: it did not finish in ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files = {stream: str(Path(folder) / str(stream)) for stream in (1, 2)}
+        files = {stream: Path(folder) / str(stream) for stream in (1, 2)}
         process = _context.Process(target=_command, args=({}, list(args), files, None, cwd and str(cwd)), daemon=True)
         process.start()
         process.join(timeout)
         if process.is_alive():
             process.kill()
             raise AssertionError(f"peer-dist {' '.join(args)} did not finish in {timeout:.0f} s")
-        out, errors = (Path(path).read_text() for path in files.values())
+        out, errors = (path.read_text() for path in files.values())
         return subprocess.CompletedProcess(list(args), process.exitcode or 0, out, errors)
 
 
@@ -174,7 +174,7 @@ class Forked:
     def __init__(self, args: list[str], output: Path) -> None:
         self.returncode: int | None = None
         self._process = _context.Process(
-            target=_command, args=({}, args, dict.fromkeys((1, 2), str(output)), None, None), daemon=True
+            target=_command, args=({}, args, dict.fromkeys((1, 2), output), None, None), daemon=True
         )
         self._process.start()
 
@@ -192,7 +192,7 @@ class Command:
 
     Args:
         args: of the command line.
-        folder: of its stderr files.
+        folder: of what the ranks write, to ``outputs`` and ``errors``.
         before: a function and its arguments, called as ``fn(rank, *args)`` in each process before the command.
     """
 
@@ -200,14 +200,16 @@ class Command:
         size, port = str(world_size), str(_free_port())
         launcher = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         folder.mkdir(parents=True, exist_ok=True)
-        self.errors = [folder / f"stderr-{rank}" for rank in range(world_size)]
+        self.outputs, self.errors = (
+            [folder / f"{name}-{rank}" for rank in range(world_size)] for name in ("out", "err")
+        )
         self.processes = []
-        for rank, errors in enumerate(self.errors):
-            errors.unlink(missing_ok=True)
+        for rank in range(world_size):
+            files = {1: self.outputs[rank], 2: self.errors[rank]}
+            for file in files.values():
+                file.write_bytes(b"")
             variables = launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _context.Process(
-                target=_command, args=(variables, args, dict.fromkeys((1, 2), str(errors)), before, None), daemon=True
-            )
+            process = _context.Process(target=_command, args=(variables, args, files, before, None), daemon=True)
             process.start()
             self.processes.append(process)
 
@@ -228,4 +230,4 @@ class Command:
 
     def words(self, rank: int) -> str:
         """What a rank wrote, its lines joined."""
-        return " ".join(self.errors[rank].read_text().split())
+        return " ".join((self.errors[rank].read_text() + self.outputs[rank].read_text()).split())

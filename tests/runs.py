@@ -74,7 +74,7 @@ def run_to_the_end(rank, world_size, tree, at=None, sent=signal.SIGKILL):
 
 
 def command(tree, folder, before=None, ranks=2):
-    """`peer-dist train` on two ranks."""
+    """`peer-dist train` on ``ranks`` ranks."""
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
     return Command(ranks, ["train", "--config", str(config)], folder / "stderr", before)

@@ -1,5 +1,8 @@
 """Mistakes in a config: one sentence with file and key, before anything is started."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -286,6 +289,16 @@ def test_the_command_says_so_and_leaves(tmp_path, text, message):
     assert result.stderr.startswith("error: ")
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_a_fresh_process_says_nothing_else(tmp_path):
+    """Nor does what it imports: the mistake is found after the libraries are there."""
+    (tmp_path / "run.yaml").write_text("data: {prefix: a}\nparallel: {expert: 2}")
+    command = [sys.executable, "-m", "peer_dist", "train", "--config", str(tmp_path / "run.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: parallel.expert: 2 does not divide the 1 rank(s)")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_help_lists_every_key():

@@ -111,6 +111,3 @@ def test_a_recurrent_router_adds_what_its_paper_says() -> None:
         for kind in ("linear", "recurrent")
     )
     assert recurrent - linear == pytest.approx(3.5e6, rel=0.05)
-
-
-# ---------------------------------------------------------------- partners

@@ -281,7 +281,7 @@ def test_the_command(tmp_path):
     config.write_text(yaml.safe_dump(small_config(Path("data"), tmp_path)))
     with Command(2, ["doctor", "--config", str(config), "--json"], tmp_path / "out") as command:
         codes = command.codes(120)
-        report = Examination.parse(next(x for x in command.errors[0].read_text().splitlines() if x.startswith("{")))
+        report = Examination.parse(command.outputs[0].read_text())
         assert report.ranks == 2
         assert codes == [0 if report.ok else 1] * 2, command.words(0)
     done = run_command("doctor", "--config", str(config), "parallel.expert=2")

@@ -18,6 +18,17 @@ def test_the_processor_has_a_name_and_cores():
     assert 0 < machine.free_memory() <= psutil.virtual_memory().total
 
 
+def test_a_processor_of_which_the_kernel_does_not_say_the_name(monkeypatch):
+    named = machine.cpu_name()
+    monkeypatch.setattr(machine, "_cpu_lines", lambda *keys: [])
+    machine.cpu_name.cache_clear()
+    assert machine.cpu_name().strip()
+    assert machine.cpu_features() == platform.machine()
+    monkeypatch.undo()
+    machine.cpu_name.cache_clear()
+    assert machine.cpu_name() == named
+
+
 def test_a_container_limits_memory(monkeypatch, tmp_path):
     real = machine.Path
     monkeypatch.setattr(machine, "Path", lambda path: tmp_path if path == "/sys/fs/cgroup" else real(path))

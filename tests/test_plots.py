@@ -133,7 +133,9 @@ def test_what_cannot_be_drawn_is_one_sentence(tmp_path):
 
 def test_the_command(tmp_path):
     write_results(tmp_path / "results.csv", result_rows())
-    told = run_command("plot", str(tmp_path), "--output", str(tmp_path / "figures")).stdout
+    done = run_command("plot", str(tmp_path), "--output", str(tmp_path / "figures"))
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
     assert "Compute-optimal size" in told
     assert "-0.2000 ± 0.2484" in told, "the seeds' differences of 0.1, 0.2 and 0.3"
     assert told.splitlines()[-1] == str(tmp_path / "figures" / "isoflop.svg")

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,8 @@ def written(tree, folder):
 
 def forked(arguments, environment, log):
     """A run's process, without the seconds in which libraries are imported."""
+    assert arguments[:2] == ["peer_dist", "train"]
+    assert environment.keys() >= os.environ.keys() | {"OMP_NUM_THREADS"}
     return Forked(list(arguments[1:]), log)
 
 
@@ -161,7 +164,7 @@ def swept(sweep_tree, tmp_path_factory):
     seen["after failing"] = {p.name for p in out.iterdir() if p.is_dir()}
     blocked.unlink()
     seen["at once"] = run_sweep(sweep, sweep.runs, 1, 1, 0, quiet())
-    command = [sys.executable, "-m", "peer_dist", "sweep", str(path), "-o", str(out), "--only", "dense-h16*"]
+    command = [sys.executable, "-m", "peer_dist", "sweep", str(path), "-o", str(out), "--jobs", "2", "--only", "h16"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = out / "dense-h16-3e09-s1" / "metrics.jsonl"
     deadline = time.monotonic() + 120

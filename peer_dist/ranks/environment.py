@@ -65,7 +65,7 @@ def _devices(device: torch.device) -> list[str]:
     host = socket.gethostname()
     if device.type == "cuda":
         return from_every_rank(f"{host}: {torch.cuda.get_device_name(device)}")
-    asks = from_every_rank(host).index(host) == dist.get_rank()  # one rank of a machine: the answer takes a second
+    asks = from_every_rank(host).index(host) == dist.get_rank()  # one rank of a machine: the answer can take a second
     names = {name: cpu for name, cpu in from_every_rank((host, cpu_name() if asks else None)) if cpu is not None}
     threads = from_every_rank((host, torch.get_num_threads()))
     return [f"{host}: {names[host]}, {count} threads" for host, count in threads]

@@ -96,7 +96,8 @@ class Watchdog:
             time.sleep(2 * self._interval)  # until the others know
         self._ending.set()
         for thread in self._threads:
-            # Python would end a thread that comes out of the store's C++ while it shuts down, and C++ aborts on that.
+            # Python would end a thread that comes out of the store's C++ while it shuts down, and C++ aborts on that. A
+            # thread that a broken store holds for longer is left behind.
             thread.join(self._interval + 1)
 
     def _meet(self) -> dist.TCPStore:

@@ -35,7 +35,7 @@ _POLL_SECONDS = 0.5
 
 
 def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) -> list[Run]:
-    """Choose runs by the patterns (with * and ?) of their name, model, size or variant, and the trials they need.
+    """Choose runs by patterns (with * and ?) for their name, model, size or variant, and the trials they need.
 
     Args:
         sweep: the sweep.

@@ -139,7 +139,7 @@ def test_commands_run_as_a_plain_user(image: str) -> None:
 
 
 def test_kernels_need_no_compiler(image: str) -> None:
-    program = "import shutil; from peer_dist.kernels import native; print(shutil.which('cc'), native._library())"
+    program = "import shutil; from peer_dist.kernels import native; print(shutil.which('cc'), native.load_library())"
     compiler, _, library = _call(*RUN, image, "python3", "-c", program).strip().partition(" ")
     assert compiler == "None"
     assert "kernels/built/expert_mix-" in library
