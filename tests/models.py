@@ -1,10 +1,14 @@
-"""Small models of every kind of layer, as configs."""
+"""Small models of every kind of layer, as configs, and a batch of tokens."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from peer_dist.config import Config, parse_config
+
+VOCAB, EOD, SEQ = 64, 0, 16
 
 SMALL: dict[str, Any] = {
     "model": {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 48, "seq_length": 16},
@@ -51,3 +55,35 @@ CASES = [
     *({"model.mlp": "moe", **router} for router in ROUTERS),
     *({"model.mlp": ["peer", "dense", "peer"], **router} for router in ROUTERS[:3]),
 ]
+
+
+def make_config(peer: dict[str, Any] | None = None, **model: Any) -> Config:
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 64,
+        "seq_length": SEQ,
+    }
+    return Config.model_validate(
+        {
+            "model": {**sizes, "mlp": ["dense", "peer"], **model},
+            "peer": {"num_experts": 64, "heads": 2, "top_k": 4, "key_dim": 8, **(peer or {})},
+            "data": {"prefix": "unused"},
+        }
+    )
+
+
+def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor | None]:
+    from peer_dist.megatron import segment_mask
+
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCAB, (size, SEQ), generator=generator)
+    tokens[0, 5] = EOD
+    mask = (torch.rand(size, SEQ, generator=generator) > 0.2).float()
+    return {
+        "tokens": tokens,
+        "labels": tokens.roll(-1, 1),
+        "loss_mask": mask,
+        "attention_mask": segment_mask(tokens, EOD),
+    }

@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from peer_dist.config import Config
 from peer_dist.measures.held_out import make_micro_batch
 from peer_dist.megatron import (
     CheckpointError,
@@ -31,39 +30,8 @@ from peer_dist.megatron import (
 )
 from peer_dist.megatron.attention import SDPAttention
 from peer_dist.megatron.norm import RMSNorm
+from tests.models import EOD, SEQ, VOCAB, make_batch, make_config
 from tests.ranks import run_ranks
-
-VOCAB, EOD, SEQ = 64, 0, 16
-
-
-def make_config(peer: dict[str, Any] | None = None, **model: Any) -> Config:
-    sizes = {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 2,
-        "ffn_hidden_size": 64,
-        "seq_length": SEQ,
-    }
-    return Config.model_validate(
-        {
-            "model": {**sizes, "mlp": ["dense", "peer"], **model},
-            "peer": {"num_experts": 64, "heads": 2, "top_k": 4, "key_dim": 8, **(peer or {})},
-            "data": {"prefix": "unused"},
-        }
-    )
-
-
-def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor | None]:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, VOCAB, (size, SEQ), generator=generator)
-    tokens[0, 5] = EOD
-    mask = (torch.rand(size, SEQ, generator=generator) > 0.2).float()
-    return {
-        "tokens": tokens,
-        "labels": tokens.roll(-1, 1),
-        "loss_mask": mask,
-        "attention_mask": segment_mask(tokens, EOD),
-    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in is for machines without CUDA")

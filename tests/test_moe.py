@@ -20,9 +20,9 @@ from peer_dist.layers.recurrence import RouterCore
 from peer_dist.layers.router import LinearLogits, Router, Rule
 from peer_dist.megatron import Parallel, build_model, run_forward_backward, shards_of, sparse_layers
 from peer_dist.megatron.feed_forward import sparse_mlps
+from tests.models import VOCAB, make_batch, make_config
 from tests.ranks import run_ranks
 from tests.runs import assert_learns_and_resumes_bit_for_bit, metrics_of, run_to_the_end, with_keys
-from tests.test_megatron import VOCAB, make_batch, make_config
 
 SCALE = 0.7
 

@@ -311,15 +311,15 @@ def _judge_links(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Fi
     texts = []
     keys = {"node": "node_link", "network": "network"}
     values = rates.add("links", values)
-    for key in rates.guessed:
-        del rates.values[key]
+    for guess in rates.guessed:
+        del rates.values[guess]
     rates.guessed.clear()
     for kind, key in keys.items():
         measured = [value[kind] for value in values.values() if kind in value]
         if not measured:
             continue
         for name in measured[0]:
-            latency, large, size = (max(times[name][key] for times in measured) for key in ("tiny", "large", "bytes"))
+            latency, large, size = (max(times[name][part] for times in measured) for part in ("tiny", "large", "bytes"))
             # noise may make the two times alike: at most ten times the large message's own rate
             bandwidth = size / max(large - latency, large / 10)
             texts.append(f"{kind}: {name} {bandwidth / 1e9:.3g} GB/s after {latency * 1e6:.0f} µs")
