@@ -32,7 +32,7 @@ setup_environment() {
         # torch first and by itself: a plain range would take the newest build there is
         "$venv/bin/python" -c 'import torch' 2>/dev/null ||
             "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
-        # compat: a path, not an import hook, or the clone's own folder would be the package to a Python started beside it
+        # compat: a path, not an import hook; or a Python started beside the clone takes its folder for the package
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat \
             --editable "$ROOT$extras"
         touch "$stamp"
