@@ -243,6 +243,7 @@ def test_a_checkpoint_of_a_grid_loads_elsewhere(small):
 def test_row_wise_optimizers_in_any_layout(small, kind):
     """A grid with copies trains as one rank does; its checkpoint, a number a row, goes on in another layout."""
     small["train"]["global_batch_size"] = 16  # two passes a step
+    small["model"] |= {"num_layers": 2, "mlp": ["peer", "dense"]}
     small = with_keys(small, table_optimizer={"name": kind}, train={"steps": 4})
     want, norms = run_ranks(trained, 1, with_keys(small, train={"micro_batch_size": 8}), 6)[0]
     grid = with_keys(small, train={"micro_batch_size": 1}, parallel={"expert": 2, "expert_tensor": 2})
@@ -261,6 +262,7 @@ def test_row_wise_optimizers_in_any_layout(small, kind):
 def test_lazy_training_in_any_layout(small, kind):
     """10 steps that touch few of many experts: row shards, column shards and copies train as one rank does."""
     small["train"]["global_batch_size"] = 16  # two passes a step
+    small["model"] |= {"num_layers": 2, "mlp": ["peer", "dense"]}
     small["peer"].update(num_experts=2500, heads=2, top_k=2)
     small["table_optimizer"].update(name=kind, lazy=True, lr=0.03, weight_decay=5.0)
     small = with_keys(small, model={"seq_length": 16})
