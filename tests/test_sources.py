@@ -337,6 +337,8 @@ def write_megatron(rank, world_size, folder, changes, names=()):
         for name in names:
             tensor.key = tensor.key.replace(name, FUSED[name])
     dist_checkpointing.save({"model": state, "iteration": 7}, str(newest))
+    for child in multiprocessing.active_children():  # this rank leaves in a way that would leave it behind
+        child.kill()
     mask = torch.ones(24, 24, dtype=torch.bool).triu(1)[None, None]
     with torch.no_grad():
         logits = model(TOKENS, torch.arange(24).expand(2, -1), mask, runtime_gather_output=True)
