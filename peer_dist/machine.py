@@ -26,9 +26,9 @@ def cpu_name() -> str:
 
     py-cpuinfo starts processes, for a second, so it is asked only where the kernel's file does not say.
     """
-    names = [line.partition(":")[2].strip() for line in _cpu_lines("model name")]
-    if any(names):
-        return next(filter(None, names))
+    for line in _cpu_lines("model name"):
+        if name := line.partition(":")[2].strip():
+            return name
     import cpuinfo
 
     return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.machine())
@@ -57,6 +57,12 @@ def usable_cores() -> int:
     if hasattr(process, "cpu_affinity"):  # macOS binds no process to cores
         return len(process.cpu_affinity())
     return psutil.cpu_count() or 1
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists, absolute: for questions about what is not created yet."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def free_memory() -> int:

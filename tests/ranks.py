@@ -110,7 +110,7 @@ def run_each(fn: Callable[..., Any], arguments: list[tuple[Any, ...]], timeout: 
     return [results[rank] for rank in range(world_size)]
 
 
-def _command(variables: dict[str, str], args: list[str], files: dict[int, Path], before: Any, cwd: str | None) -> None:
+def _command(args: list[str], files: dict[int, Path], variables: dict[str, str], before: Any, cwd: Path | None) -> None:
     """`peer-dist ARGS` with variables of a launcher's, its output to files, the exit code that main gives."""
     os.environ.update(variables)
     if cwd is not None:
@@ -141,6 +141,21 @@ def _command(variables: dict[str, str], args: list[str], files: dict[int, Path],
         os._exit(code)
 
 
+def _start_command(
+    args: list[str],
+    stdout: Path,
+    stderr: Path,
+    variables: dict[str, str] | None = None,
+    before: Any = None,
+    cwd: Path | None = None,
+) -> Any:
+    """The process of a command, forked and started."""
+    files = {1: stdout, 2: stderr}
+    process = _context.Process(target=_command, args=(args, files, variables or {}, before, cwd), daemon=True)
+    process.start()
+    return process
+
+
 def run_command(*args: str, cwd: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     """`peer-dist ARGS` as nobody but a user starts it, forked instead of started afresh.
 
@@ -148,15 +163,13 @@ def run_command(*args: str, cwd: Path | None = None, timeout: float = 120) -> su
         AssertionError: it did not finish in ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files = {stream: Path(folder) / str(stream) for stream in (1, 2)}
-        process = _context.Process(target=_command, args=({}, list(args), files, None, cwd and str(cwd)), daemon=True)
-        process.start()
+        stdout, stderr = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = _start_command(list(args), stdout, stderr, cwd=cwd)
         process.join(timeout)
         if process.is_alive():
             process.kill()
             raise AssertionError(f"peer-dist {' '.join(args)} did not finish in {timeout:.0f} s")
-        out, errors = (path.read_text() for path in files.values())
-        return subprocess.CompletedProcess(list(args), process.exitcode or 0, out, errors)
+        return subprocess.CompletedProcess(list(args), process.exitcode or 0, stdout.read_text(), stderr.read_text())
 
 
 def _free_port() -> int:
@@ -173,10 +186,7 @@ class Forked:
 
     def __init__(self, args: list[str], output: Path) -> None:
         self.returncode: int | None = None
-        self._process = _context.Process(
-            target=_command, args=({}, args, dict.fromkeys((1, 2), output), None, None), daemon=True
-        )
-        self._process.start()
+        self._process = _start_command(args, output, output)
 
     def poll(self) -> int | None:
         self.returncode = self._process.exitcode
@@ -204,14 +214,11 @@ class Command:
             [folder / f"{name}-{rank}" for rank in range(world_size)] for name in ("out", "err")
         )
         self.processes = []
-        for rank in range(world_size):
-            files = {1: self.outputs[rank], 2: self.errors[rank]}
-            for file in files.values():
+        for rank, files in enumerate(zip(self.outputs, self.errors)):
+            for file in files:
                 file.write_bytes(b"")
             variables = launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _context.Process(target=_command, args=(variables, args, files, before, None), daemon=True)
-            process.start()
-            self.processes.append(process)
+            self.processes.append(_start_command(args, *files, variables, before))
 
     def __enter__(self) -> Command:
         return self

@@ -13,7 +13,7 @@ import torch
 
 from tests.checkpoints import seal
 from tests.ranks import run_ranks
-from tests.runs import losses_of, make_trainer, run_to_the_end, with_keys
+from tests.runs import in_folder, losses_of, make_trainer, run_to_the_end, with_keys
 
 FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json", "tokenizer.json", "manifest.json"]
 
@@ -47,7 +47,7 @@ def copied(made, tmp_path):
     """That run, in a folder of the test's own."""
     tree, folder = made
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    return with_keys(tree, checkpoint={"dir": str(tmp_path / "checkpoints")}, logging={"dir": str(tmp_path / "logs")})
+    return in_folder(tree, tmp_path)
 
 
 def what_is_said(rank, world_size, trees):

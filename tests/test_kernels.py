@@ -24,8 +24,7 @@ from peer_dist.kernels import (
     top_pairs,
     value_mix,
 )
-
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+from tests.definitions import ACTIVATIONS
 
 
 def plain(x, token, expert, gate, down, up, activation):

@@ -23,7 +23,7 @@ from peer_dist.measures.usage_map import usage_map
 from peer_dist.ranks.signals import StopRequest
 from peer_dist.report.page import write_report
 from tests.ranks import Command, run_ranks
-from tests.runs import losses_of, metrics_of, small_config, with_keys
+from tests.runs import in_folder, losses_of, metrics_of, small_config, with_keys
 
 PROFILED = range(3, 5)
 
@@ -120,7 +120,7 @@ def test_profile(run, tmp_path):
     tokens = tree["train"]["global_batch_size"] * tree["model"]["seq_length"]
     both = [line["exchange/bytes_per_token"] * tokens for line in metrics_of(tree) if line["step"] in PROFILED]
     assert float(table[1].replace(",", "")) == pytest.approx(np.mean(both) / 2 / 1e3, rel=0.1), "one rank of two"
-    quiet = with_keys(tree, logging={"dir": str(tmp_path / "logs")}, checkpoint={"dir": str(tmp_path / "checkpoints")})
+    quiet = in_folder(tree, tmp_path)
     run_ranks(whole_run, 2, quiet)
     assert losses_of(tree) == losses_of(quiet), "a profiled step computes the same"
 

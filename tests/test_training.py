@@ -27,6 +27,7 @@ from tests.runs import (
     assert_learns_and_resumes_bit_for_bit,
     command,
     copy_checkpoint,
+    in_folder,
     losses_of,
     make_trainer,
     metrics_of,
@@ -332,12 +333,8 @@ def test_the_parts_in_which_tokens_travel_may_change_on_resume(small):
 def test_init_from_takes_the_weights_only(small, quiet, tmp_path):
     """A new run from another's weights: step 0, the other's held-out loss, fresh optimizers and schedule."""
     copy_checkpoint(quiet, small, 10)
-    new = with_keys(
-        small,
-        train={"steps": 2},
-        checkpoint={"dir": str(tmp_path / "new"), "init_from": small["checkpoint"]["dir"]},
-        logging={"dir": str(tmp_path / "new-logs")},
-    )
+    new = in_folder(small, tmp_path / "new")
+    new = with_keys(new, train={"steps": 2}, checkpoint={"init_from": small["checkpoint"]["dir"]})
     run_ranks(run_to_the_end, 1, new)
     first, last = metrics_of(new)[0], metrics_of(quiet)[-1]
     assert first["step"] == 0

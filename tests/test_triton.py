@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import peer_dist.kernels as package
 from peer_dist.kernels import Picks
+from tests.definitions import ACTIVATIONS
 
 triton = pytest.importorskip("triton")
 
@@ -29,7 +30,6 @@ from peer_dist.kernels import triton as kernels  # noqa: E402
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 BF16 = 8e-3 if INTERPRETED else 4e-3  # one rounding to nearest; the interpreter truncates
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 WAYS = {  # each to be taken at the small sizes of tests
     "token-major": {"EXPERT_MAJOR": 1e9},
     "by expert": {"EXPERT_MAJOR": 0.0, "L2_BYTES": 600, "NARROWEST": 1},  # slices of the columns where dim allows

@@ -21,7 +21,7 @@ from peer_dist.config import ConfigError, check_world
 from peer_dist.data.documents import DataError
 from peer_dist.data.stream import open_tokenizer
 from peer_dist.engines.building import dtype_of
-from peer_dist.machine import free_memory, has_nvidia_gpus, usable_cores
+from peer_dist.machine import free_memory, has_nvidia_gpus, nearest_existing, usable_cores
 from peer_dist.planning.state import checkpoint_bytes
 from peer_dist.ranks.environment import PACKAGES, versions
 from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Verdict
@@ -143,9 +143,9 @@ def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Find
 
 def _room(here: Here) -> dict[str, Any]:
     """Free bytes of memory and, for each use of a disk, the path asked about, its free bytes and if it is writable."""
-    disks = {name: _existing(path) for name, path in here.folders.items()}
+    disks = {name: nearest_existing(path) for name, path in here.folders.items()}
     disks["temporary files"] = Path(tempfile.gettempdir())
-    disks["caches"] = _existing(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
+    disks["caches"] = nearest_existing(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"))
     disks["/dev/shm"] = Path("/dev/shm")
     return {
         "memory": free_memory(),
@@ -244,7 +244,7 @@ def _shared(here: Here) -> dict[str, Any]:
     """For each folder of the run, its path and the ranks whose files this rank does not see after they were renamed."""
     unseen = {}
     for name, path in here.folders.items():
-        folder = _existing(path)
+        folder = nearest_existing(path)
         prefix = f".doctor-{here.visit}-{name}-"
         mine = folder / f"{prefix}{here.rank}"
         part = mine.with_name(mine.name + ".part")
@@ -287,7 +287,7 @@ def _judge_shared(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Findi
 
 def _disk_speed(here: Here) -> float:
     """Bytes per second that this rank writes while the others write too."""
-    folder = _existing(next(iter(here.folders.values())))
+    folder = nearest_existing(next(iter(here.folders.values())))
     path = folder / f".doctor-{here.visit}-speed-{here.rank}"
     here.left_behind.append(path)
     block = os.urandom(1 << 20)
@@ -439,12 +439,6 @@ def _judge_speed(values: dict[int, dict[str, float]], ranks: Ranks) -> list[Find
             findings.append(Finding("speed of ranks", verdict, text, advice))
         medians.append(f"{name} {median * 1e3:.2f} ms")
     return findings or [Finding("speed of ranks", "ok", f"{', '.join(medians)}; no rank over {_SLOW} times that")]
-
-
-def _existing(path: Path) -> Path:
-    """The folder, or the nearest one above it that exists: nothing is created before a run."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 @contextlib.contextmanager

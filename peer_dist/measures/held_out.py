@@ -147,8 +147,8 @@ def _only_real(observer: RouteObserver, reals: Iterator[torch.Tensor]) -> RouteO
     def observe(indices: torch.Tensor, gates: torch.Tensor) -> None:
         real = next(reals)
         if not real.all():
-            counts = real.to(indices.device).repeat(len(indices) // len(real))  # tokens are ordered [sequence, batch]
-            indices, gates = indices[counts], gates[counts]
+            counted = real.to(indices.device).repeat(len(indices) // len(real))  # tokens are ordered [sequence, batch]
+            indices, gates = indices[counted], gates[counted]
         observer(indices, gates)
 
     return observe

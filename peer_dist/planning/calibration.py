@@ -24,7 +24,7 @@ import yaml
 from peer_dist.config import Config, ConfigError
 from peer_dist.kernels import Picks, expert_mix
 from peer_dist.kinds import DENSE, PEER
-from peer_dist.machine import cpu_name, free_memory
+from peer_dist.machine import cpu_name, free_memory, nearest_existing
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.plan import plan
 from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
@@ -467,6 +467,5 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--calibrate {path}: must end in .yaml, by which peer-dist plan knows a file")
-    place = path if path.exists() else next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not os.access(place, os.W_OK):
+    if path.is_dir() or not os.access(nearest_existing(path), os.W_OK):
         raise ConfigError(f"--calibrate {path}: cannot be written; name a file in a folder that can")

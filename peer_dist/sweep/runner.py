@@ -118,6 +118,10 @@ class Process(Protocol):
         ...
 
 
+# of the arguments of `python -m`, the environment and the log file
+StartProcess = Callable[[Sequence[str], dict[str, str], Path], Process]
+
+
 def start_process(arguments: Sequence[str], environment: dict[str, str], log: Path) -> Process:
     """Start ``python -m ARGUMENTS``, whose output is appended to ``log``."""
     with log.open("ab") as file:
@@ -138,7 +142,7 @@ def run_sweep(
     ranks: int,
     limit_minutes: float | None,
     console: Console,
-    start: Callable[[Sequence[str], dict[str, str], Path], Process] = start_process,
+    start: StartProcess = start_process,
 ) -> int:
     """Run those of ``runs`` that are not done, and write the results table after each.
 
@@ -302,7 +306,7 @@ class _Slots:
         ranks: int,
         gpus: Sequence[str],
         progress: Progress,
-        start: Callable[[Sequence[str], dict[str, str], Path], Process],
+        start: StartProcess,
     ) -> None:
         self.running: dict[int, _Running] = {}
         self._start = start

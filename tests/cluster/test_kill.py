@@ -20,7 +20,7 @@ import pytest
 
 from peer_dist.ranks.exit_codes import DONE, PEER_LOST
 from tests.ranks import Command
-from tests.runs import command, metrics_of, with_keys
+from tests.runs import command, in_folder, metrics_of, with_keys
 
 STEPS = 12
 
@@ -135,11 +135,7 @@ def killed_again_and_again(small, tmp_path, seed, moments, saves):
     )
 
     def place(name):
-        return with_keys(
-            small,
-            checkpoint={"dir": str(tmp_path / name / "checkpoints")},
-            logging={"dir": str(tmp_path / name / "logs")},
-        )
+        return in_folder(small, tmp_path / name)
 
     quiet = place("quiet")
     with command(quiet, tmp_path, (arm, str(tmp_path), None)) as run:

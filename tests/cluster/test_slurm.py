@@ -19,7 +19,7 @@ import yaml
 from peer_dist.measures.metrics import read_metrics
 from tests.cluster.slurm import Lab, missing, wait_until
 from tests.ranks import run_ranks
-from tests.runs import run_to_the_end, small_config, with_keys
+from tests.runs import in_folder, losses_of, run_to_the_end, small_config, with_keys
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 MANY = 100_000
@@ -100,15 +100,10 @@ class Run:
 
     def undisturbed(self, steps: int) -> dict[int, float]:
         """The losses of the same run at the same layout, left alone."""
-        folder = self.folder / "quiet"
-        quiet = with_keys(
-            self.tree,
-            train={"steps": steps},
-            checkpoint={"dir": str(folder / "checkpoints"), "interval": MANY},
-            logging={"dir": str(folder / "logs")},
-        )
+        quiet = in_folder(self.tree, self.folder / "quiet")
+        quiet = with_keys(quiet, train={"steps": steps}, checkpoint={"interval": MANY})
         run_ranks(run_to_the_end, 4, quiet, timeout=600)
-        return {int(x["step"]): x["train/loss"] for x in read_metrics(folder / "logs" / "metrics.jsonl") if x["step"]}
+        return losses_of(quiet)
 
 
 def environment(folder: Path) -> Path:
