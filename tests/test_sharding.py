@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from peer_dist import PEER
 from peer_dist.sharding import ExpertGroups, GridLayout, dispatch, routed_experts
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
-from peer_dist.sharding.exchange import Traffic, merge_picks
+from peer_dist.sharding.exchange import MergedPicks, Traffic
 from tests.ranks import run_ranks
 from tests.shards import dense_grads, tokens_of, whole_table
 
@@ -476,13 +476,20 @@ def test_tables_over_other_ranks_are_not_shared():
 def test_merging_adds_gates(tokens, picks, experts, seed):
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(experts, (tokens, picks), generator=generator)
-    gates = torch.rand(tokens, picks, generator=generator, dtype=torch.float64)
-    token, expert, gate = merge_picks(indices, gates)
-    dense = torch.zeros(tokens, experts, dtype=torch.float64).scatter_add_(1, indices, gates)
-    rebuilt = torch.zeros_like(dense)
-    rebuilt[token, expert] = gate
+    gates = torch.rand(tokens, picks, generator=generator, dtype=torch.float64, requires_grad=True)
+    merged = MergedPicks.of(indices)
+    sent = merged.kept.view(-1).nonzero()[:, 0]
+    sent = sent[torch.randperm(len(sent), generator=generator)]
+    expert = merged.expert.view(-1)[sent]
+    token = sent // picks
+    gate = merged.gates(gates, sent)
+    dense = torch.zeros(tokens, experts, dtype=torch.float64).scatter_add(1, indices, gates)
+    rebuilt = torch.zeros_like(dense).index_put((token, expert), gate)
     torch.testing.assert_close(rebuilt, dense, rtol=1e-14, atol=1e-14)
     assert len({*zip(token.tolist(), expert.tolist())}) == token.numel()
+    weight = torch.rand(tokens, experts, generator=generator, dtype=torch.float64)
+    got, want = (torch.autograd.grad((each * weight).sum(), gates)[0] for each in (rebuilt, dense))
+    torch.testing.assert_close(got, want)
 
 
 def initial_tables(rank, world_size, columns):

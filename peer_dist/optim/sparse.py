@@ -38,7 +38,7 @@ def sum_over_copies(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
     """
     ranks, size = dist.get_world_size(group), grad.shape[0]
     rows, values = grad.indices()[0], grad.values()
-    edges = torch.tensor([first_of(size, rank, ranks) for rank in range(ranks + 1)], device=rows.device)
+    edges = first_of(size, torch.arange(ranks + 1, device=rows.device), ranks)
     send, receive = _counts(torch.searchsorted(rows, edges).diff(), group)
     rows, values = (_exchange(tensor, send, receive, group) for tensor in (rows, values))
     touched, place = torch.unique(rows, return_inverse=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peer_dist.sharding.exchange import merge_picks
+from peer_dist.sharding.exchange import MergedPicks
 from peer_dist.sharding.grid import first_of
 
 COUNT = 4  # bytes of a row number, and of a token's number of picks
@@ -213,9 +213,10 @@ def synthetic_picks(
 
 def _hits(indices: Tensor, num_experts: int, row_shards: int) -> tuple[Tensor, Tensor]:
     """``[row shards]`` int64 each: the tokens that hit a shard, and the distinct picks of them that it has."""
-    starts = torch.tensor([first_of(num_experts, shard, row_shards) for shard in range(row_shards)])
-    token, expert, _ = merge_picks(indices, torch.zeros(indices.shape))
-    owner = torch.bucketize(expert, starts, right=True) - 1
+    starts = first_of(num_experts, torch.arange(row_shards), row_shards)
+    merged = MergedPicks.of(indices)
+    token = merged.kept.nonzero()[:, 0]
+    owner = torch.bucketize(merged.expert[merged.kept], starts, right=True) - 1
     picks = torch.bincount(token * row_shards + owner, minlength=len(indices) * row_shards)
     picks = picks.view(len(indices), row_shards)  # of each token in each row shard
     return (picks > 0).sum(0), picks.sum(0)

@@ -34,7 +34,7 @@ from peer_dist.kernels import (
     value_mix,
     value_table_grad,
 )
-from peer_dist.sharding.exchange import Arrival, ExchangePlan, Traffic, merge_picks, plan_exchange
+from peer_dist.sharding.exchange import Arrival, ExchangePlan, MergedPicks, Traffic, plan_exchange
 from peer_dist.sharding.grid import GridLayout
 from peer_dist.tracing import span
 
@@ -129,9 +129,9 @@ def _planned(
 ) -> tuple[Tensor, _Transit]:
     """The gates ``[sent picks]`` in sending order, and the plan, nothing under way yet."""
     with span("dispatch"):
-        token, expert, gate = merge_picks(indices, gates)
-        plan, order = plan_exchange(token, expert, len(indices), layout, traffic, parts)
-        return gate[order], _Transit(plan)
+        picks = MergedPicks.of(indices)
+        plan, sent = plan_exchange(picks, layout, traffic, parts)
+        return picks.gates(gates, sent), _Transit(plan)
 
 
 class _Transit:

@@ -15,11 +15,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import Picks
 from peer_dist.sharding.grid import ExpertGroups, GridLayout
@@ -285,65 +288,112 @@ class ExchangePlan:
         return value
 
 
-def merge_picks(indices: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Join the picks of one expert by several heads of a token: their gates add.
+@dataclass(frozen=True)
+class MergedPicks:
+    """The picks of each token by ascending expert, where those of one expert by several heads are one.
 
-    Args:
-        indices: ``[tokens, picks]`` int64 expert numbers.
-        gates: ``[tokens, picks]``.
+    Nothing here depends on how many are left, so that the host need not wait for the device to know.
 
-    Returns:
-        ``token``, ``expert`` and ``gate`` of the distinct picks, each ``[distinct]``, in order of token and
-        then expert. ``gate`` is differentiable in ``gates``.
+    Attributes:
+        expert: ``[tokens, picks]`` int64, ascending within a token.
+        order: ``[tokens, picks]`` int64, the places among the token's picks that they come from.
+        kept: ``[tokens, picks]`` bool, the last pick of each expert.
     """
-    expert, order = indices.sort(dim=1)
-    first = torch.ones_like(expert, dtype=torch.bool)
-    first[:, 1:] = expert[:, 1:] != expert[:, :-1]
-    token, column = first.nonzero(as_tuple=True)
-    slot = first.reshape(-1).cumsum(0) - 1
-    merged = gates.new_zeros(token.numel()).index_add(0, slot, gates.gather(1, order).reshape(-1))
-    return token, expert[token, column], merged
+
+    expert: Tensor
+    order: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(cls, indices: Tensor) -> MergedPicks:
+        """The merged picks of ``indices: [tokens, picks]`` int64 expert numbers."""
+        expert, order = indices.sort(dim=1, stable=True)
+        kept = torch.ones_like(expert, dtype=torch.bool)
+        kept[:, :-1] = expert[:, 1:] != expert[:, :-1]
+        return cls(expert, order, kept)
+
+    def gates(self, gates: Tensor, sent: Tensor) -> Tensor:
+        """The sum of the gates of each expert of a token, in a fixed order of the sum; differentiable in ``gates``.
+
+        Args:
+            gates: ``[tokens, picks]``, in the order of the indices.
+            sent: ``[sent picks]`` int64, kept places, each once, in the flattened ``[tokens * picks]``.
+
+        Returns:
+            ``[sent picks]``.
+        """
+        return _MergedGates.apply(gates, self, sent)
+
+
+class _MergedGates(torch.autograd.Function):
+    """:meth:`MergedPicks.gates`. An ``index_add`` would be atomic on GPUs, and its order that of the moment."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, picks: MergedPicks, sent: Tensor) -> Tensor:
+        ctx.save_for_backward(picks.order, picks.kept, sent)
+        total, step = gates.gather(1, picks.order), 1
+        while step < total.shape[1]:  # a scan: each takes the sum up to twice as many places back, of its own expert
+            same = picks.expert[:, step:] == picks.expert[:, :-step]
+            total[:, step:] += torch.where(same, total[:, :-step], 0.0)
+            step *= 2
+        return total.view(-1)[sent]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dsent: Tensor) -> tuple[Tensor, None, None]:
+        order, kept, sent = ctx.saved_tensors
+        flat = kept.view(-1)
+        number = flat.cumsum(0) - flat.to(torch.int64)  # of the expert among those of all tokens
+        of_expert = torch.empty_like(dsent).index_copy_(0, number[sent], dsent)
+        return (
+            torch.empty_like(order, dtype=dsent.dtype).scatter_(1, order, of_expert[number].view_as(order)),
+            None,
+            None,
+        )
 
 
 def plan_exchange(
-    token: Tensor, expert: Tensor, tokens: int, layout: GridLayout, traffic: Traffic, parts: int = 1
+    picks: MergedPicks, layout: GridLayout, traffic: Traffic, parts: int = 1
 ) -> tuple[ExchangePlan, Tensor]:
     """Work out, with every other owner, who sends what to whom. Collective over the layout's domain.
 
     Args:
-        token, expert: ``[distinct]`` int64, from :func:`merge_picks`.
-        tokens: rows at home.
+        picks: of the tokens at home.
         layout: the grid of owners.
         traffic: adds up what was sent.
         parts: number of contiguous parts in which they travel, the same on all ranks; some may be empty.
 
     Returns:
-        The plan, and ``order: [distinct]`` int64, which puts distinct picks into sending order.
+        The plan, and ``sent: [sent picks]`` int64, the kept places of ``[tokens * picks]`` in sending order.
     """
     groups = layout.groups
     assert groups is not None
-    starts = layout.first_rows(expert.device)
-    owner = torch.bucketize(expert, starts, right=True) - 1
-    order = torch.argsort(owner, stable=True)
-    owner, token, local = owner[order], token[order], (expert - starts[owner])[order]
+    tokens, of_token = picks.expert.shape
+    starts, blocks = layout.first_rows(picks.expert.device), layout.row_shards * parts
+    token = torch.arange(tokens, device=starts.device)
     part = ((token + 1) * parts - 1) // max(1, tokens)  # part p begins with token first_of(tokens, p, parts)
+    owner = torch.bucketize(picks.expert, starts, right=True) - 1
+    block = torch.where(picks.kept, owner * parts + part[:, None], blocks).to(torch.int32)  # the others come last
+    block, sent = block.view(-1).sort(stable=True)
 
+    token = sent // max(1, of_token)
     fresh = torch.ones_like(token, dtype=torch.bool)  # the first pick of a (shard, token) pair
-    fresh[1:] = (owner[1:] != owner[:-1]) | (token[1:] != token[:-1])
-    begin = fresh.nonzero().squeeze(1)
-    picks_of_token = torch.diff(begin, append=begin.new_tensor([token.numel()])).to(torch.int32)
+    fresh[1:] = (block[1:] != block[:-1]) | (token[1:] != token[:-1])
+    messages = F.pad(fresh.cumsum(0), (1, 0))
+    edges = torch.searchsorted(block, torch.arange(blocks + 1, dtype=torch.int32, device=block.device))
+    counts = torch.stack([messages[edges].diff(), edges.diff()], dim=1)
+    sizes, received = _exchange_counts(counts.view(layout.row_shards, parts, 2), layout, traffic)
+    sent_tokens, sent_picks = sizes.sum((0, 1)).tolist()
 
-    block = owner * parts + part
-    blocks = layout.row_shards * parts
-    counts = [torch.bincount(block[begin], minlength=blocks), torch.bincount(block, minlength=blocks)]
-    sent, received = _exchange_counts(torch.stack(counts, dim=1).view(layout.row_shards, parts, 2), layout, traffic)
+    sent = sent[:sent_picks]
+    begin = torch.searchsorted(messages[1:], torch.arange(1, sent_tokens + 1, device=messages.device))
+    picks_of_token = F.pad(begin, (0, 1), value=sent_picks).diff().to(torch.int32)
+    local = picks.expert.view(-1)[sent] - starts[block[:sent_picks] // parts]
     token_route, pick_route = (
-        ColumnRoute.of(sent[..., unit], received[..., unit], layout, traffic) for unit in (_TOKENS, _PICKS)
+        ColumnRoute.of(sizes[..., unit], received[..., unit], layout, traffic) for unit in (_TOKENS, _PICKS)
     )
     picks_of_token = token_route.at_owners(token_route.start_to_owners(picks_of_token, "picks").wait(), "picks")
     rows = pick_route.at_owners(pick_route.start_to_owners(local.to(torch.int32), "picks").wait(), "picks")
-    offsets = torch.zeros(picks_of_token.numel() + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(picks_of_token, 0, out=offsets[1:])
     traffic.picks_received += rows.numel()
     traffic.tokens += tokens
     traffic.tokens_received += picks_of_token.numel()
@@ -351,19 +401,19 @@ def plan_exchange(
         layout=layout,
         groups=groups,
         traffic=traffic,
-        parts=_parts(token[begin], sent, received, layout),
+        parts=_parts(token[begin], sizes, received, layout),
         route=pick_route,
         tokens=tokens,
-        picks=Picks(offsets, rows.long()),
+        picks=Picks(F.pad(picks_of_token.cumsum(0), (1, 0)), rows.long()),
     )
-    return plan, order
+    return plan, sent
 
 
 def _exchange_counts(sent: Tensor, layout: GridLayout, traffic: Traffic) -> tuple[np.ndarray, np.ndarray]:
     """Tell the other owners how much they will receive, and wait for the device: all_to_all wants sizes on the host.
 
     Args:
-        sent: ``[row, part, 2]`` int64, the tokens and the picks that this home sends to each row shard.
+        sent: ``[row, part, 2]`` int64 on the device, the tokens and the picks that this home sends to each row shard.
 
     Returns:
         ``sent``, and ``[row, column, part, 2]`` int64, what the home ``row, column`` sends to this row shard; both on
@@ -375,8 +425,13 @@ def _exchange_counts(sent: Tensor, layout: GridLayout, traffic: Traffic) -> tupl
     traffic.sent["counts"] += (len(sent) - 1) * sent[0].nbytes
     sizes = [len(sent)] * layout.column_shards
     received = _pass_on(received, sizes, layout.groups, traffic, "counts").view(-1, *sent.shape).transpose(0, 1)
-    counts = torch.cat([sent[:, None], received], dim=1).cpu().numpy()  # small sums are fast there
+    counts = on_host(torch.cat([sent[:, None], received], dim=1))
     return counts[:, 0], counts[:, 1:]
+
+
+def on_host(counts: Tensor) -> np.ndarray:
+    """Numbers on the host, where small sums are fast: the one wait for the device in a forward pass of a layer."""
+    return counts.cpu().numpy()
 
 
 def _parts(token: Tensor, sent: np.ndarray, received: np.ndarray, layout: GridLayout) -> list[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -62,8 +63,15 @@ class ExpertGroups:
         return cls(group, rows, column)
 
 
-def first_of(size: int, shard: int, shards: int) -> int:
-    """The first row or column of shard number ``shard``, of ``size`` in all; ``size`` for the number ``shards``."""
+_Number = TypeVar("_Number", int, Tensor)
+
+
+def first_of(size: int, shard: _Number, shards: int) -> _Number:
+    """The first row or column of shard number ``shard``, of ``size`` in all; ``size`` for the number ``shards``.
+
+    Args:
+        shard: a number, or int64 numbers on any device, whose results stay there.
+    """
     return size * shard // shards
 
 
@@ -136,4 +144,4 @@ class GridLayout:
 
     def first_rows(self, device: torch.device) -> Tensor:
         """``[row_shards]`` int64: the first global row of every row shard."""
-        return torch.tensor([self.first_row(shard) for shard in range(self.row_shards)], device=device)
+        return first_of(self.num_experts, torch.arange(self.row_shards, device=device), self.row_shards)
