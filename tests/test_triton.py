@@ -332,6 +332,35 @@ def test_order_is_chosen_by_bytes(tokens, rows, expected):
 
 
 @compiles
+@pytest.mark.parametrize("dim", [64, 5])
+def test_no_part_of_the_tokens_compiles_a_kernel_again(dim, monkeypatch):
+    """Parts begin anywhere: what a kernel is compiled for must not depend on where, nor on how many picks there are."""
+    variants = [set(), set()]
+    for count, variant in zip((1, 3), variants):  # picks of the first token, in front of the part
+
+        def record(kernel, grid, *args, num_warps, variant=variant, **constants):
+            kinds = [
+                (parameter.name, value.dtype, parameter.do_not_specialize_on_alignment or value.data_ptr() % 16)
+                if isinstance(value, torch.Tensor)
+                else (parameter.name, None if value is None else parameter.do_not_specialize or value)
+                for parameter, value in zip(kernel.params, args)
+            ]
+            variant.add((kernel.__name__, str(kinds), num_warps, str(constants)))
+
+        monkeypatch.setattr(kernels, "launch", record)
+        generator = torch.Generator().manual_seed(0)
+        picks = picks_of([count, 600 + count], 8, generator)
+        x, dy, gate, down, up = (v.cpu() for v in inputs(picks, dim, 8, generator, torch.bfloat16, torch.bfloat16))
+        x, dy, gate = x[1:], dy[1:], gate[count:]
+        part = Picks((picks.offsets[1:] - count).cpu(), picks.expert[count:].cpu())
+        _, pre = kernels.forward(x, part, gate, down, up, "gelu")
+        _, _, dpre, hidden = kernels.backward(dy, x, part, pre, gate, down, up, "gelu")
+        kernels.mix(kernels.dots(x, down, part), up, part)
+        kernels.table_grads([(dpre, x), (hidden, dy)], part, 8)
+    assert variants[0] == variants[1]
+
+
+@compiles
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_through_the_interpreter(which):
     options = ["-n", "0", "-p", "no:cacheprovider", "-m", which, "--durations=0"]
@@ -389,23 +418,31 @@ def launches(dtype, dim, monkeypatch):
 
 
 def compiled(kernel, args, num_warps, constants, capability):
-    """As the launcher's just-in-time compilation would: pointers of 16 bytes' alignment, block sizes as constants."""
-    from triton.backends.compiler import GPUTarget
+    """As the launcher's just-in-time compilation would: pointers of 16 bytes' alignment but for those by pick, block
+    sizes as constants.
+    """
+    from triton.backends import compiler
     from triton.compiler import ASTSource
 
-    signature, constexprs, attributes = {}, dict(constants), {}
-    for index, (name, value) in enumerate(zip(kernel.arg_names, args)):
+    signature, constexprs, aligned = {}, dict(constants), []
+    for index, (parameter, value) in enumerate(zip(kernel.params, args)):
         if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = POINTERS[value.dtype]
+            if not parameter.do_not_specialize_on_alignment:
+                aligned.append(index)
         elif value is None:
-            signature[name], constexprs[name] = "constexpr", None
+            constexprs[parameter.name] = None
         else:
-            signature[name] = "i32"
-    signature |= dict.fromkeys(constants, "constexpr")
+            signature[parameter.name] = "i32"
+    if hasattr(compiler, "AttrsDescriptor"):  # up to Triton 3.2, of torch 2.6
+        attributes = compiler.AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+    else:
+        attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+        signature |= dict.fromkeys(constexprs, "constexpr")
+        signature = {name: signature[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs, attributes)
     options = {"num_warps": num_warps, **kernels.OPTIONS}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=compiler.GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(binary, folder):
@@ -418,6 +455,8 @@ def resources(binary, folder):
 
 
 def check_compilation(dtype, dim, capability, monkeypatch, folder):
+    if capability == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("this Triton's assembler is older than sm_100")
     kinds = set()
     for kernel, args, num_warps, constants in launches(dtype, dim, monkeypatch):
         binary = compiled(kernel, args, num_warps, constants, capability)
@@ -430,7 +469,7 @@ def check_compilation(dtype, dim, capability, monkeypatch, folder):
         row_offsets = re.findall(r"arith\.(?:muli|shli) .*: tensor<\d+x1xi(\d+)>", binary.asm["ttir"])
         assert set(row_offsets) == {"64"}, f"{name}: offsets of rows must be 64 bits wide"
         if dim * dtype.itemsize % 16 == 0:
-            assert "ld.global.v4.b32" in binary.asm["ptx"], f"{name}: loads are not 16 bytes wide"
+            assert re.search(r"ld\.global\S*\.v4\.[buf]32", binary.asm["ptx"]), f"{name}: loads are not 16 bytes wide"
         kinds.add(kernel.__name__)
     wide = {"_token_kernel"} if dim > kernels.MAX_BLOCK_D else set()
     assert kinds == {name for name in vars(kernels) if name.endswith("_kernel")} - wide

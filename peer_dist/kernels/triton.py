@@ -39,6 +39,7 @@ through it either way, so that more picks a row cannot gain much. Hence :data:`E
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,19 @@ OPTIONS = {"enable_fp_fusion": True}
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
 
+BY_PICK = ("offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token", "order", "weight")
+"""Parameters with a number for each pick. Those of a part of the tokens begin anywhere, and their alignment is of no
+use to a kernel: to compile it once more for each would stop some ranks in mid-training, and others not."""
+
+
 def _jit(function: Any) -> Any:
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    names = inspect.signature(function).parameters
+    return triton.jit(
+        do_not_specialize_on_alignment=[name for name in BY_PICK if name in names],
+        do_not_specialize=[name for name in ("picks", "runs", "size") if name in names],
+    )(function)
 
 
 def available(*tensors: Tensor) -> bool:
@@ -377,6 +389,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | None, num_w
         kernel[grid](*args, num_warps=num_warps, **OPTIONS, **constants)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """``x`` contiguous and from a multiple of 16 bytes on, as new memory is.
+
+    A part of the tokens begins elsewhere where a row is no such multiple: a kernel would be compiled once more for it.
+    """
+    x = x.contiguous()
+    return x if x.storage_offset() * x.element_size() % 16 == 0 else x.clone()
+
+
 def _tile(width: int, itemsize: int, tile_bytes: int = TILE_BYTES, columns: int = 16) -> dict[str, int]:
     """Block sizes and warps for rows of ``width`` columns: at most ``columns`` of them a thread, 16-byte loads."""
     block_d = min(MAX_BLOCK_D, max(16, triton.next_power_of_2(width)))
@@ -422,7 +443,7 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     slices = triton.cdiv(dim, width)
     out = torch.empty(slices, count, dtype=dtype, device=x.device)
     grid = (triton.cdiv(count, tile["BLOCK_K"]), slices)
-    args = x.contiguous(), table, picks.token, picks.expert, order, out, count
+    args = _rows(x), table, picks.token, picks.expert, order, out, count
     launch(_dots_kernel, grid, *args, DIM=dim, WIDTH=width, ACC=_acc(dtype), **tile)
     return out[0] if slices == 1 else out.sum(0)
 
@@ -477,7 +498,7 @@ def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, act
     dtype = _wide(x, down, up, gate)
     pre = torch.empty(picks.expert.numel(), dtype=dtype, device=x.device)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    args = x.contiguous(), picks.offsets, picks.expert, gate.contiguous(), down, up, pre, y, None, None, None
+    args = _rows(x), picks.offsets, picks.expert, gate.contiguous(), down, up, pre, y, None, None, None
     constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": False, "ACC": _acc(dtype)}
     launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
     return y, pre
@@ -506,7 +527,7 @@ def backward(
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    args = dy.contiguous(), picks.offsets, picks.expert, gate.contiguous(), up, down, pre, dx, dgate, dpre, hidden
+    args = _rows(dy), picks.offsets, picks.expert, gate.contiguous(), up, down, pre, dx, dgate, dpre, hidden
     constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": True, "ACC": _acc(pre.dtype)}
     launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
     return dx, dgate, dpre, hidden
@@ -617,8 +638,8 @@ class _RunSums:
             token=picks.token,
             dpre=dpre.contiguous(),
             hidden=None if hidden is None else hidden.contiguous(),
-            x=x.contiguous(),
-            dy=None if dy is None else dy.contiguous(),
+            x=_rows(x),
+            dy=None if dy is None else _rows(dy),
             bounds=bounds,
             ddown=grads[0],
             dup=grads[1] if len(sums) == 2 else None,

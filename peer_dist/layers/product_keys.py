@@ -68,13 +68,14 @@ def _search(
     wide = torch.promote_types(keys.dtype, torch.float32)
     indices = torch.empty(tokens, heads, top_k, dtype=torch.int64, device=keys.device)
     best = torch.empty(tokens, heads, top_k, dtype=wide, device=keys.device)
-    per_head = keys.expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
-    scores = keys.new_empty(0)  # one memory for the scores of all chunks
+    # wide before the product, which would else round scores to bfloat16 and make ties of neighbours
+    per_head = keys.to(wide).expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
+    scores = per_head.new_empty(0)  # one memory for the scores of all chunks
     for chunk, query in queries:
-        halves = query.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
+        halves = query.to(wide).unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
         scores.resize_(2, len(query), keys.shape[-2])
         for head in range(heads):
-            first, second = torch.bmm(halves[head], per_head[head], out=scores).to(wide)
+            first, second = torch.bmm(halves[head], per_head[head], out=scores)
             indices[chunk, head], best[chunk, head] = top_pairs(first, second, top_k)
     return indices, best
 

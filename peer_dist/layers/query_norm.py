@@ -132,7 +132,7 @@ class QueryBatchNorm(ExactBuffers):
         """The normalised queries of ``query [tokens, heads, key_dim]``, in its shape and dtype."""
         x = at_least_float32(query.flatten(1))
         if self.training:
-            sums = self._total(torch.cat([x.sum(0), x.new_tensor([x.shape[0]])]))
+            sums = self._total(torch.cat([x.sum(0), x.new_full((1,), x.shape[0])]))  # filled there: no copy to wait for
             count = sums[-1].detach().clamp(min=1)
             mean = sums[:-1] / count
             var = self._total((x - mean).square().sum(0)) / count

@@ -110,7 +110,7 @@ class TableOptimizer:
                 self._adamw.state[master] = {"step": step, **self._moments[name]}
         if rule.lazy:
             for table in self.tables.values():
-                table.register_post_accumulate_grad_hook(_merge_grad)
+                _merge_as_it_comes(table)
 
     @property
     def lazy(self) -> bool:
@@ -304,7 +304,21 @@ class TableOptimizer:
         return HeldBytes.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
 
 
-def _merge_grad(table: Tensor) -> None:
-    """Merge the gradient after each micro-batch, so that their sum is no longer than the rows touched by any."""
-    assert table.grad is not None
-    table.grad = merge(table.grad)
+def _merge_as_it_comes(table: Tensor) -> None:
+    """Keep the gradient merged after each micro-batch, so that it is no longer than the rows touched by any.
+
+    The first one of a step is merged as a layer made it. Accumulation forgets that, and to see it in the rows would be
+    to wait for the device.
+    """
+    merged = False
+
+    def before(grad: Tensor) -> None:
+        nonlocal merged
+        merged = table.grad is None and grad.is_coalesced()
+
+    def after(_: Tensor) -> None:
+        assert table.grad is not None
+        table.grad = table.grad._coalesced_(True) if merged else merge(table.grad)
+
+    table.register_hook(before)
+    table.register_post_accumulate_grad_hook(after)
