@@ -70,7 +70,7 @@ def large_copy(device: torch.device) -> tuple[int, Callable[[], Any]]:
 
 
 def cached_read(device: torch.device) -> tuple[int, Callable[[], Any]]:
-    """A sum that reads 4 MB again and again, which stay in the L2 of a GPU, to be timed among others; the bytes read."""
+    """A sum that reads 4 MB again and again, which stay in a GPU's L2, to be timed among others; the bytes read."""
     source = torch.randn(1 << 20, device=device)
     repeated = source.expand(256 if device.type == "cuda" else 16, -1)
     return repeated.numel() * source.element_size(), lambda: repeated.sum(1)
