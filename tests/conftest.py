@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 # Files that take longest, longest first: a worker that meets one of them last would finish long after the others.
 LONGEST = ("training", "layouts", "watchdog", "sharding", "doctor", "kernels", "guard", "triton", "sweep", "kinds")
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads of several workers only wait for cores
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the ranks of these tests are CPU processes
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -31,9 +29,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Tests of a cluster have the machine to themselves, one after the other."""
-    if config.option.markexpr.startswith("cluster"):
+    """Tests of a cluster, and of a GPU, have the machine to themselves, one after the other. All others see no GPU."""
+    if config.option.markexpr.startswith(("cluster", "gpu")):
         config.option.numprocesses, config.option.dist = None, "no"
+    if not config.option.markexpr.startswith("gpu"):  # before torch is imported; workers inherit it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

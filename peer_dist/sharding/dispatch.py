@@ -36,12 +36,13 @@ from peer_dist.kernels import (
 )
 from peer_dist.sharding.exchange import Arrival, ExchangePlan, MergedPicks, Traffic, plan_exchange
 from peer_dist.sharding.grid import GridLayout
-from peer_dist.tracing import span
+from peer_dist.tracing import span, untraced
 
 Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """The two halves of a dense block beside the experts; see :func:`routed_experts`."""
 
 
+@untraced
 def routed_experts(
     x: Tensor,
     indices: Tensor,
@@ -89,6 +90,7 @@ def routed_experts(
     return y if other is None else y + other
 
 
+@untraced
 def routed_values(
     indices: Tensor,
     gates: Tensor,
