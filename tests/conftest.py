@@ -54,13 +54,15 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
-    """Megatron's groups of one rank, in this process."""
+    """Megatron's groups of one rank, in this process, which has a GPU only where tests of one run."""
+    import torch
     import torch.distributed as dist
 
     from peer_dist.megatron import Parallel
 
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         groups = Parallel.initialize()
         yield groups
         groups.destroy()

@@ -76,7 +76,7 @@ def routed_experts(
         ``[tokens, dim]``. The gradients of ``down`` and ``up`` are summed over the tokens of all ranks of the
         domain: those of the SUM of the ranks' losses.
     """
-    if layout.row_shards * layout.column_shards == 1:
+    if not layout.spread:
         traffic.picks_received += indices.numel()
         y = expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
         return y if beside is None else y + beside[1](beside[0](x))
@@ -117,7 +117,7 @@ def routed_values(
         ``[tokens, dim]``. The gradient of ``values`` is that of the SUM of the ranks' losses, as with
         :func:`routed_experts`.
     """
-    if layout.row_shards * layout.column_shards == 1:
+    if not layout.spread:
         traffic.picks_received += indices.numel()
         return value_mix(gates.reshape(-1), values, Picks.even(indices), sparse_grad).to(dtype)
     gate, transit = _planned(indices, gates, layout, traffic)
