@@ -59,7 +59,11 @@ def test_float32(kind, options):
     assert_same(run(on_device, x.float().to(DEVICE), dy.float().to(DEVICE)), run(layer, x, dy), 2e-5)
 
 
-COARSE = {"heads": 2, "top_k": 2, "experts": 8**2}  # few picks, far apart from those that are not picked: rounding moves none
+COARSE = {
+    "heads": 2,
+    "top_k": 2,
+    "experts": 8**2,
+}  # few picks, which rounding does not move
 ROUNDED = [
     (PEER, {"query_norm": "layer"}), (PEER, {"query_norm": "batch"}), (ProductKeyMemory, {"query_norm": "rms"}),
 ]  # fmt: skip
