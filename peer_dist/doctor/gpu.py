@@ -446,9 +446,9 @@ def _judge_layer(device_type: str, values: dict[int, dict[str, Any]], ranks: Ran
     times = value["seconds"] / floor
     text = (
         f"forward and backward {value['seconds'] * 1e3:.2f} ms, {times:.1f} times the floor of {floor * 1e3:.2f} ms, "
-        f"in which a copy at {value['copy_bytes_per_s'] / 1e9:,.0f} GB/s moves the {value['floor_bytes'] / 1e9:.3g} GB of "
-        f"picked rows, gradients and tokens ({value['experts']} experts of width {sizes.dim}, {sizes.heads} heads x "
-        f"{sizes.top_k}, {sizes.tokens} tokens, {str(sizes.dtype).rpartition('.')[2]})"
+        f"in which a copy moves the {value['floor_bytes'] / 1e9:.3g} GB of picked rows, gradients and tokens at "
+        f"{value['copy_bytes_per_s'] / 1e9:,.0f} GB/s ({value['experts']} experts of width {sizes.dim}, "
+        f"{sizes.heads} heads x {sizes.top_k}, {sizes.tokens} tokens, {str(sizes.dtype).rpartition('.')[2]})"
     )
     if len(timed) > 1:
         text = f"slowest is {ranks.named([slowest])}: {text}"
