@@ -36,9 +36,13 @@ WAYS = {  # each to be taken at the small sizes of tests
     "wide": {"EXPERT_MAJOR": 1e9, "MAX_BLOCK_D": 32, "MAX_GRAD_BLOCK_D": 32},  # rows too wide for one program
 }
 
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="no GPU: run by test_through_the_interpreter"
-)
+
+def runs_kernels(test):
+    """On a GPU where there is one and tests see it, else interpreted."""
+    elsewhere = DEVICE == "cpu" and not INTERPRETED
+    return pytest.mark.gpu(pytest.mark.skipif(elsewhere, reason="no GPU: run by test_through_the_interpreter")(test))
+
+
 compiles = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels have nothing to compile")
 
 
@@ -281,19 +285,53 @@ def test_mistakes_are_named():
         kernels.table_grads([(gate, x), (gate, dy)], picks, 5, out=(down, up))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs 13 GB of GPU memory")
-def test_tables_of_more_than_two_to_the_31_elements():
-    rows, dim = 2**19 + 2, 4096
-    down, up = (torch.randn(rows, dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    x = torch.randn(2, dim, dtype=torch.bfloat16, device=DEVICE)
-    picks = Picks.even(torch.tensor([[rows - 1, 0, 7], [rows - 2, rows - 1, 1]], device=DEVICE))
-    gate = torch.rand(6, device=DEVICE)
-    y, _ = kernels.forward(x, picks, gate, down, up, "gelu")
-    few = Picks(picks.offsets, torch.arange(6, device=DEVICE))
-    want, _ = kernels.forward(x, few, gate, down[picks.expert], up[picks.expert], "gelu")
-    assert y.equal(want)
-    (ddown,) = kernels.table_grads([(gate, x)], picks, rows, dtype=torch.bfloat16)
-    torch.testing.assert_close(ddown[-1].float(), gate[0] * x[0].float() + gate[4] * x[1].float(), rtol=1e-2, atol=1e-2)
+SIZES = [(1, 1000), (16, 1024), (100, 1000), (512, 412)] if INTERPRETED else itertools.product(
+    [1, 16, 100, 512], [412, 1000, 1024]
+)  # fmt: skip
+
+
+@runs_kernels
+@pytest.mark.parametrize(("each", "dim"), SIZES)
+def test_picks_of_a_token(dim, each):
+    """Tables that are read row by row and, with eight and more picks a row, by expert."""
+    tokens = 1 if INTERPRETED else 256
+    generator = torch.Generator().manual_seed(each)
+    picks = picks_of([each] * tokens, 64 if INTERPRETED else 2**14, generator)
+    rows = 64 if INTERPRETED else 2**14
+    values = inputs(picks, dim, rows, generator, torch.bfloat16, torch.bfloat16)
+    close(ours(*values, picks, "gelu"), plain(*values, picks, "gelu"), BF16)
+
+
+@runs_kernels
+def test_offsets_beyond_two_to_the_31():
+    """Of tables and of tokens. Interpreted, they are memory that is hardly touched; a GPU needs 17 GB."""
+    many, dim = 2**19 + 2, 4096
+    last = many - 1
+    down, up = (torch.empty(many, dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    picks = Picks.even(torch.tensor([[last, 0, 7], [last - 1, last, 1]], device=DEVICE))
+    for table in (down, up):
+        table[picks.expert] = torch.randn(6, dim, dtype=torch.bfloat16, device=DEVICE)
+    x, gate = torch.randn(2, dim, dtype=torch.bfloat16, device=DEVICE), torch.rand(6, device=DEVICE)
+    small = Picks(picks.offsets, torch.arange(6, device=DEVICE)), down[picks.expert], up[picks.expert]
+    y, pre = kernels.forward(x, picks, gate, down, up, "gelu")
+    want = kernels.forward(x, small[0], gate, *small[1:], "gelu")
+    assert y.equal(want[0])
+    got = kernels.backward(x, x, picks, pre, gate, down, up, "gelu")
+    for one, other in zip(got, kernels.backward(x, x, small[0], pre, gate, *small[1:], "gelu")):
+        assert one.equal(other)
+    # `down` as tokens, the last of which picks three rows of `x`
+    offsets = torch.zeros(many + 1, dtype=torch.int64, device=DEVICE)
+    offsets[-1] = 3
+    few = Picks(offsets, torch.tensor([1, 0, 1], device=DEVICE))
+    dots = kernels.dots(down, x, few)
+    torch.testing.assert_close(dots, (down[last].float() * x[few.expert].float()).sum(1), rtol=1e-4, atol=1e-3)
+    (grad,) = kernels.table_grads([(gate[:3], down)], few, 2)
+    torch.testing.assert_close(grad, torch.stack([gate[1], gate[0] + gate[2]])[:, None] * down[last].float())
+    if DEVICE == "cuda":  # half a million programs
+        (ddown,) = kernels.table_grads([(gate, x)], picks, many, dtype=torch.bfloat16)
+        want = gate[0] * x[0].float() + gate[4] * x[1].float()
+        torch.testing.assert_close(ddown[last].float(), want, rtol=1e-2, atol=1e-2)
+        assert kernels.mix(gate[:3], x, few)[last].equal(kernels.mix(gate[:3], x, Picks(offsets[-2:], few.expert))[0])
 
 
 @compiles
@@ -361,6 +399,8 @@ def test_no_part_of_the_tokens_compiles_a_kernel_again(dim, monkeypatch):
 
 
 @compiles
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_through_the_interpreter(which):
     options = ["-n", "0", "-p", "no:cacheprovider", "-m", which, "--durations=0"]
