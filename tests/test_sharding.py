@@ -14,6 +14,7 @@ from peer_dist import PEER
 from peer_dist.sharding import ExpertGroups, GridLayout, dispatch, routed_experts
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
 from peer_dist.sharding.exchange import MergedPicks, Traffic
+from tests.gpu.device import DEVICE
 from tests.ranks import run_ranks
 from tests.shards import dense_grads, tokens_of, whole_table
 
@@ -21,18 +22,19 @@ DIM = 10
 
 
 def build(options, group):
-    layer = PEER(seed=11, dtype=torch.float64, group=group, **({"dim": DIM} | options["layer"]))
+    layer = PEER(seed=11, dtype=torch.float64, group=group, device="cpu", **({"dim": DIM} | options["layer"]))
     with torch.no_grad():
         if options.get("one_shard"):  # every query prefers the first sub-keys, so all picks are low rows
             layer.norm.bias.view(layer.heads, -1)[:, 0] = 50.0
             layer.keys[..., 0, :, 0] = -torch.arange(layer.keys.shape[-2], dtype=torch.float64)
         for parameter in layer.norm.parameters():
             parameter += torch.linspace(-0.1, 0.1, parameter.numel(), dtype=torch.float64)
-    return layer
+    return layer.to(DEVICE)
 
 
 def run(layer, x, dy):
     """Two passes (statistics run), the second one's output and gradients, then evaluation mode's output."""
+    x, dy = x.to(DEVICE), dy.to(DEVICE)
     layer(x)
     x = x.clone().requires_grad_()
     y = layer(x)

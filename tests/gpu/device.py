@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor, multiprocessing, nn
 
 from peer_dist.kernels import Picks
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.sharding import exchange
+from tests.ranks import run_ranks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -90,3 +93,41 @@ def waits_are_named(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     finally:
         if DEVICE.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
+
+
+def on_host(value: Any) -> Any:
+    """What a rank of a GPU returns, its tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_host(part) for key, part in value.items()}
+    return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _gpu_rank(
+    rank: int, world_size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], results: Any
+) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    results.put((rank, on_host(fn(rank, world_size, *args))))
+    dist.barrier(device_ids=[rank])
+    dist.destroy_process_group()
+
+
+def run_on_devices(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """``fn(rank, world_size, *args)`` over NCCL on a GPU for each rank, or on CPU ranks; the results in rank order."""
+    if DEVICE.type == "cpu":
+        return run_ranks(fn, world_size, *args)
+    results = multiprocessing.get_context("spawn").SimpleQueue()
+    found: dict[int, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world_size, f"{folder}/store", fn, args, results)
+        ranks = multiprocessing.spawn(_gpu_rank, arguments, world_size, join=False)
+        while len(found) < world_size:
+            if results.empty():
+                ranks.join(timeout=0.1)  # raises what a rank raised
+            else:
+                found.update([results.get()])
+        while not ranks.join():
+            pass
+    return [found[rank] for rank in range(world_size)]

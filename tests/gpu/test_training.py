@@ -283,7 +283,7 @@ torch.cuda.set_device(0)
 dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
 dist.all_reduce(torch.ones(3, device="cuda"))
 trace = pickle.loads(torch._C._distributed_c10d._dump_nccl_trace())
-assert [entry["profiling_name"] for entry in trace["entries"]] == ["nccl:all_reduce"], trace
+assert any("all_reduce" in entry["profiling_name"] for entry in trace["entries"]), trace
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert result.returncode == 0, result.stderr
