@@ -497,7 +497,7 @@ def resources(binary, folder):
 def check_compilation(dtype, dim, capability, monkeypatch, folder):
     if capability == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("this Triton's assembler is older than sm_100")
-    kinds = set()
+    most = {}  # by kernel: registers, bytes spilled and bytes of shared memory
     for kernel, args, num_warps, constants in launches(dtype, dim, monkeypatch):
         binary = compiled(kernel, args, num_warps, constants, capability)
         registers, stack = resources(binary, folder)
@@ -510,9 +510,28 @@ def check_compilation(dtype, dim, capability, monkeypatch, folder):
         assert set(row_offsets) == {"64"}, f"{name}: offsets of rows must be 64 bits wide"
         if dim * dtype.itemsize % 16 == 0:
             assert re.search(r"ld\.global\S*\.v4\.[buf]32", binary.asm["ptx"]), f"{name}: loads are not 16 bytes wide"
-        kinds.add(kernel.__name__)
+        used = registers, stack, binary.metadata.shared
+        most[kernel.__name__] = tuple(map(max, used, most.get(kernel.__name__, used)))
     wide = {"_token_kernel"} if dim > kernels.MAX_BLOCK_D else set()
-    assert kinds == {name for name in vars(kernels) if name.endswith("_kernel")} - wide
+    assert most.keys() == {name for name in vars(kernels) if name.endswith("_kernel")} - wide
+    return most
+
+
+@compiles
+def test_table_of_resources(monkeypatch, tmp_path):
+    """The one in docs/performance.md, of rows of 1024."""
+    page = (Path(__file__).parent.parent / "docs" / "performance.md").read_text()
+    version = re.search(r"compiled by Triton (\S+):", page)[1]
+    if version != triton.__version__:
+        pytest.skip(f"the table is of Triton {version}")
+    cases = list(itertools.product([torch.bfloat16, torch.float32], [80, 90, 100]))
+    columns = [check_compilation(dtype, 1024, capability, monkeypatch, tmp_path) for dtype, capability in cases]
+    names = [f"{str(dtype).rpartition('.')[2]}, sm_{capability}" for dtype, capability in cases]
+    lines = [["kernel", *names], ["---"] * (1 + len(names))]
+    for kernel in sorted(columns[0]):
+        lines.append([f"`{kernel}`", *("{} / {} / {}".format(*column[kernel]) for column in columns)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    assert table in page, f"docs/performance.md needs this table:\n{table}"
 
 
 @compiles
