@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,6 +58,32 @@ def test_only_megatron_sees_the_stand_in() -> None:
     ):
         with pytest.raises((RuntimeError, AssertionError)):
             call()
+
+
+def test_a_transformer_engine_that_cannot_be_loaded_is_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Megatron looks whether there is one, and falls over one that is broken."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "common.py").write_text("")
+    (package / "pytorch.py").write_text("from . import common\nraise ImportError('undefined symbol: x\\nmore')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = dict(sys.modules)
+    try:
+        cpu._without_broken_extras()
+        for name in ("transformer_engine", "transformer_engine.common", "transformer_engine.pytorch.distributed"):
+            with pytest.raises(ModuleNotFoundError):
+                importlib.import_module(name)
+    finally:
+        for name in sys.modules.keys() - before.keys():
+            del sys.modules[name]
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "TransformerEngine cannot be imported and is not used; install one that fits this torch, or none "
+        "(ImportError: undefined symbol: x)"
+    )
 
 
 # ---------------------------------------------------------------- norm and attention
@@ -441,6 +469,8 @@ def layout(rank: int, world_size: int) -> dict[str, Any]:
             mpu.get_data_parallel_rank(),
         ),
         "mpu data": mpu.get_data_parallel_group_ranks(),
+        "one group": groups.experts.rows is groups.experts.domain and groups.token_group is groups.data_parallel_group,
+        "columns": groups.experts.columns,
     }
     groups.destroy()
     Parallel.initialize(expert=4).destroy()
@@ -458,6 +488,8 @@ def test_groups_of_two_experts_by_two_copies() -> None:
             "stage": (True, True, 1),
             "mpu": (1, 0, rank),
             "mpu data": [0, 1, 2, 3],
+            "one group": True,
+            "columns": None,
         }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import sys
 import types
@@ -30,9 +31,14 @@ _MODULES = (
     "megatron.core.optimizer",
 )
 
-# Loggers that warn about what is intended here, at every layer or step: a feed-forward module that Megatron
-# does not know, and dropout on CPU moving the CPU's random state.
-_NOISY = ("megatron.core.transformer.transformer_layer", "megatron.core.tensor_parallel.random")
+# Loggers, and from which level on they are heard.
+_LEVELS = {
+    "megatron.core": logging.WARNING,
+    # warns of each feed-forward module that Megatron does not know, which is all of ours
+    "megatron.core.transformer.transformer_layer": logging.ERROR,
+}
+# With the stand-in dropout moves the CPU's random state, as it should; with CUDA that warning would mean a mistake.
+_LEVELS_ON_CPU = {"megatron.core.tensor_parallel.random": logging.ERROR}
 
 
 class _Proxy(types.ModuleType):
@@ -111,6 +117,25 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _without_broken_extras() -> None:
+    """Hide a TransformerEngine that cannot be imported: Megatron, which can do without, would fail on it."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ModuleNotFoundError:  # which Megatron expects
+        return
+    except Exception as error:  # built for another torch or CUDA, which shows in many ways
+        reason = (str(error).splitlines() or [""])[0]
+        logging.getLogger(__name__).warning(
+            "TransformerEngine cannot be imported and is not used; install one that fits this torch, or none "
+            f"({type(error).__name__}: {reason})"
+        )
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
 def install() -> bool:
     """Import Megatron-core quietly and, where there is no CUDA, let its modules see the CPU.
 
@@ -121,13 +146,16 @@ def install() -> bool:
     """
     with warnings.catch_warnings():  # apex and TransformerEngine are optional, and say so ten times
         warnings.simplefilter("ignore")
+        if "megatron.core" not in sys.modules:
+            _without_broken_extras()
         for name in _MODULES:
             importlib.import_module(name)
-    for name, level in {"megatron.core": logging.WARNING, **dict.fromkeys(_NOISY, logging.ERROR)}.items():
+    stands_in = not torch.cuda.is_available()
+    for name, level in {**_LEVELS, **(_LEVELS_ON_CPU if stands_in else {})}.items():
         logger = logging.getLogger(name)
         if logger.level != level:  # setting it clears the caches of all loggers, which takes milliseconds
             logger.setLevel(level)
-    if torch.cuda.is_available():
+    if not stands_in:
         return False
 
     for name, module in list(sys.modules.items()):
