@@ -189,6 +189,20 @@ def test_attention_as_on_cuda_is_the_same(
         assert torch.equal(attention(*inputs, mask), want[0])
 
 
+def test_groups_without_a_fused_kernel_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA there is none for groups with a mask; here there is, so one is denied."""
+    seen = []
+
+    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> bool:
+        seen.append((query.shape[1], key.shape[1], value.shape[1], options["enable_gqa"]))
+        return not options["enable_gqa"]
+
+    monkeypatch.setattr(attention_module, "varies", lambda device: True)
+    monkeypatch.setattr(attention_module, "_fused", fused)
+    test_attention_is_the_formula(2, documents=True)
+    assert seen == [(4, 2, 2, True), (4, 4, 4, False)]
+
+
 class Seen(torch.autograd.Function):
     """The identity; whether torch's strict flag is on, forward and backward, goes to a list. It may raise."""
 

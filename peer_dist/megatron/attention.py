@@ -77,9 +77,6 @@ class SDPAttention(torch.nn.Module):
         # Without sequence parallelism the tensor ranks share the default stream, and their heads must not.
         forked = dropout > 0 and not self.sequence_parallel
         with span("attention"), get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
-            if attention_mask is not None and key.shape[2] != query.shape[2]:
-                # torch's only fused kernel that takes a mask takes no groups; without it all scores would be held
-                key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
             context = _attend(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
@@ -95,11 +92,19 @@ class SDPAttention(torch.nn.Module):
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """torch's attention, with the same bits each time, gradients included."""
-    attend: Callable[..., Tensor] = functools.partial(F.scaled_dot_product_attention, **options)
     if not varies(query.device):
-        return attend(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value, **options)
     with sdpa_kernel(_KERNELS):
-        # plain products repeat anyway, and torch's flag would refuse them
-        if torch._fused_sdp_choice(query, key, value, **options) == SDPBackend.MATH.value:
-            return attend(query, key, value)
-        return with_repeatable_backward(attend, query, key, value)
+        if options["enable_gqa"] and not _fused(query, key, value, **options):
+            # The fused kernel for masks and for float32 takes no groups; without one all scores would be held.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+            options["enable_gqa"] = False
+        attend: Callable[..., Tensor] = functools.partial(F.scaled_dot_product_attention, **options)
+        if _fused(query, key, value, **options):
+            return with_repeatable_backward(attend, query, key, value)
+        return attend(query, key, value)  # plain products, which repeat, and which torch's flag would refuse
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> bool:
+    """Whether torch would take a fused kernel."""
+    return torch._fused_sdp_choice(query, key, value, **options) != SDPBackend.MATH.value

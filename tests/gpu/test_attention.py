@@ -42,6 +42,23 @@ def test_two_runs_give_the_same_bits(groups: int, documents: bool, dtype: torch.
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the kernels, and the count of memory, are CUDA's")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_scores_of_groups_are_never_held(documents: bool, dtype: torch.dtype) -> None:
+    config = SimpleNamespace(kv_channels=CHANNELS, attention_dropout=0.0, sequence_parallel=False)
+    query, key, value = (
+        torch.randn(SEQ, BATCH, n, CHANNELS, device=DEVICE, dtype=dtype, requires_grad=True)
+        for n in (HEADS, HEADS // 4, HEADS // 4)
+    )
+    mask = torch.ones(BATCH, 1, SEQ, SEQ, dtype=torch.bool, device=DEVICE).triu(1) if documents else None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    SDPAttention(config, layer_number=1)(query, key, value, mask).sum().backward()
+    scores = BATCH * HEADS * SEQ * SEQ * 4
+    assert torch.cuda.max_memory_allocated() - before < scores
+
+
 @pytest.mark.parametrize("channels", [8, 12])  # flash pads what is no multiple of 8
 def test_gradients_are_those_of_the_formula(channels: int) -> None:
     config = SimpleNamespace(kv_channels=channels, attention_dropout=0.0, sequence_parallel=False)
