@@ -11,15 +11,24 @@
 # images have as peer-dist-torchrun.
 set -euo pipefail
 
+# NVIDIA's images start everything through a script of theirs, which looks after CUDA on older drivers; what it has to
+# say goes to stderr, so that the output is the program's alone.
+start() {
+    local nvidia=/opt/nvidia/nvidia_entrypoint.sh
+    [ -x "$nvidia" ] || exec "$@"
+    exec 3>&1 "$nvidia" bash -c 'exec "$@" >&3 3>&-' bash "$@" >&2
+}
+
 [ $# -gt 0 ] || set -- --help
 if [[ $1 != -* ]] && command -v -- "$1" >/dev/null; then
-    exec "$@"
+    start "$@"
 fi
 case $1 in
     train | evaluate | generate | doctor)
         if [ -n "${RANKS_PER_NODE:-}" ]; then
-            PYTHON=python3 exec peer-dist-torchrun "$@"
+            export PYTHON=python3
+            start peer-dist-torchrun "$@"
         fi
         ;;
 esac
-exec peer-dist "$@"
+start peer-dist "$@"

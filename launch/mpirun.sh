@@ -10,6 +10,8 @@
 # MPIRUN (mpirun)     which one; it must be of the MPI that mpi4py loads in PYTHON (MPI4PY_LIBMPI names another)
 # MPIRUN_ARGUMENTS    more of them, for one: --mca oob_tcp_if_include eth0
 # PYTHON (python)     of an environment that has peer_dist
+#
+# Exported variables of NCCL, gloo, torch, CUDA, Triton and OpenMP reach the ranks on all nodes.
 set -euo pipefail
 MPIRUN="${MPIRUN:-mpirun}"
 command -v "$MPIRUN" >/dev/null || {
@@ -17,6 +19,7 @@ command -v "$MPIRUN" >/dev/null || {
     exit 2
 }
 
+prefixes="NCCL|GLOO|TORCH|PYTORCH|CUDA|CUBLAS|TRITON|OMP"
 arguments=(-n "${RANKS:-2}")
 version="$("$MPIRUN" --version 2>&1 || true)"
 if [[ "$version" == *"Open MPI"* ]]; then
@@ -24,10 +27,10 @@ if [[ "$version" == *"Open MPI"* ]]; then
     arguments+=(--oversubscribe --bind-to none)
     [ "$(id -u)" != 0 ] || arguments+=(--allow-run-as-root) # containers are often root
     [ -z "${HOSTS:-}" ] || arguments+=(--host "$HOSTS")
-    # daemons on other nodes pass on only what is named
-    for name in PYTHONPATH LD_LIBRARY_PATH MPI4PY_LIBMPI OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
-        [ -z "${!name:-}" ] || arguments+=(-x "$name")
-    done
+    # daemons on other nodes pass on only what is named, and all ranks need the same settings
+    while read -r name; do
+        arguments+=(-x "$name")
+    done < <(compgen -e | grep -E "^(($prefixes)_.+|PYTHONPATH|LD_LIBRARY_PATH|MPI4PY_LIBMPI|CC)\$")
 else
     [ -z "${HOSTS:-}" ] || arguments+=(-hosts "$HOSTS")
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.utils.checkpoint import checkpoint
 
 from peer_dist.measures.held_out import make_micro_batch
 from peer_dist.megatron import (
@@ -28,8 +30,10 @@ from peer_dist.megatron import (
     segment_mask,
     token_losses,
 )
+from peer_dist.megatron import attention as attention_module
 from peer_dist.megatron.attention import SDPAttention
 from peer_dist.megatron.norm import RMSNorm
+from peer_dist.megatron.repeatable import with_repeatable_backward
 from tests.models import EOD, SEQ, VOCAB, make_batch, make_config
 from tests.ranks import run_ranks
 
@@ -127,6 +131,113 @@ def test_attention_dropout_uses_the_tracked_stream(parallel: Parallel) -> None:
     assert torch.equal(before, torch.get_rng_state())
     attention.eval()
     assert torch.equal(attention(q, k, v, None), attention(q, k, v, None))
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attention_as_on_cuda_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, groups: int, documents: bool, dtype: torch.dtype
+) -> None:
+    """There it is a node of its own, recomputed or not."""
+    inputs = [torch.randn(SEQ, 2, n, 8, dtype=dtype, requires_grad=True) for n in (4, groups, groups)]
+    mask = make_batch()["attention_mask"] if documents else None
+    attention = make_attention()
+
+    def run(recompute: bool) -> list[torch.Tensor]:
+        out = checkpoint(attention, *inputs, mask, use_reentrant=True) if recompute else attention(*inputs, mask)
+        out.square().sum().backward()
+        gradients = [tensor.grad for tensor in inputs]
+        for tensor in inputs:
+            tensor.grad = None
+        return [out.detach(), *gradients]
+
+    want = run(recompute=False)
+    monkeypatch.setattr(attention_module, "varies", lambda device: True)
+    for recompute in (False, True):
+        got = run(recompute)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+    with torch.no_grad():
+        assert torch.equal(attention(*inputs, mask), want[0])
+
+
+def test_groups_without_a_fused_kernel_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA there is none for groups with a mask; here there is, so one is denied."""
+    seen = []
+
+    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> bool:
+        seen.append((query.shape[1], key.shape[1], value.shape[1], options["enable_gqa"]))
+        return not options["enable_gqa"]
+
+    monkeypatch.setattr(attention_module, "varies", lambda device: True)
+    monkeypatch.setattr(attention_module, "_fused", fused)
+    test_attention_is_the_formula(2, documents=True)
+    assert seen == [(4, 2, 2, True), (4, 4, 4, False)]
+
+
+class Seen(torch.autograd.Function):
+    """The identity; whether torch's strict flag is on, forward and backward, goes to a list. It may raise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seen: list[bool], fails: bool) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        ctx.seen, ctx.fails = seen, fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.seen.append(torch.are_deterministic_algorithms_enabled())
+        if ctx.fails:
+            raise RuntimeError("out of memory")
+        return 2 * gradient, None, None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("users", [(False, False), (True, True)])
+def test_the_strict_flag_is_on_for_a_stretch_of_backward(
+    users: tuple[bool, bool], fails: bool, recompute: bool
+) -> None:
+    """And then it is again what it was, after an error too."""
+    x = torch.ones(3, requires_grad=True)
+    before, inside, after = [], [], []
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        x = Seen.apply(x, before, False)
+        x = with_repeatable_backward(lambda x: Seen.apply(x, inside, fails), x)
+        return Seen.apply(x, after, False)
+
+    def flag() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    strict, filled = users[0], torch.utils.deterministic.fill_uninitialized_memory
+    torch._C._set_deterministic_algorithms(users[0], warn_only=users[1])
+    try:
+        y = checkpoint(model, x, use_reentrant=True) if recompute else model(x)
+        with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
+            y.sum().backward()
+        assert flag() == users
+        assert torch.utils.deterministic.fill_uninitialized_memory is filled
+    finally:
+        torch._C._set_deterministic_algorithms(False, warn_only=False)
+    assert inside[-1] is True
+    assert set(inside[:-1]) == {strict}
+    assert set(before) | set(after) == {strict}
+    assert fails or x.grad.tolist() == [8.0] * 3
+
+
+def test_a_stretch_with_several_inputs_and_outputs() -> None:
+    """Those without gradients among them."""
+    a, b, index = torch.randn(4, 3, requires_grad=True), torch.randn(4), torch.tensor([0, 2, 2, 3, 0])
+
+    def stretch(a: torch.Tensor, b: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return a[index] * 2, b[index], index + 1
+
+    outputs = with_repeatable_backward(stretch, a, b, index)
+    assert [output.requires_grad for output in outputs] == [True, False, False]
+    (got,) = torch.autograd.grad(outputs[0].square().sum(), a)
+    (want,) = torch.autograd.grad(stretch(a, b, index)[0].square().sum(), a)
+    assert torch.equal(got, want)
 
 
 # ---------------------------------------------------------------- documents
@@ -344,6 +455,8 @@ def layout(rank: int, world_size: int) -> dict[str, Any]:
             mpu.get_data_parallel_rank(),
         ),
         "mpu data": mpu.get_data_parallel_group_ranks(),
+        "one group": groups.experts.rows is groups.experts.domain and groups.token_group is groups.data_parallel_group,
+        "columns": groups.experts.columns,
     }
     groups.destroy()
     Parallel.initialize(expert=4).destroy()
@@ -361,6 +474,8 @@ def test_groups_of_two_experts_by_two_copies() -> None:
             "stage": (True, True, 1),
             "mpu": (1, 0, rank),
             "mpu data": [0, 1, 2, 3],
+            "one group": True,
+            "columns": None,
         }
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor, nn
 
 from peer_dist.config import Config, ConfigError
 from peer_dist.layers.recurrence import RouterCore
 from peer_dist.layers.router import LinearLogits, Router, Rule
-from peer_dist.megatron import Parallel, build_model, run_forward_backward, shards_of, sparse_layers
+from peer_dist.megatron import Parallel, build_model, moe, run_forward_backward, shards_of, sparse_layers
 from peer_dist.megatron.feed_forward import sparse_mlps
 from tests.models import VOCAB, make_batch, make_config
 from tests.ranks import run_ranks
@@ -104,6 +105,23 @@ def test_moe_is_its_definition(parallel: Parallel, section: dict[str, Any]) -> N
     x = torch.randn(16, 3, 32, dtype=torch.float64, requires_grad=True)
     logits = x @ layer.router.logits.weight.T
     assert_same(layer, x, layer(x, x), plain_moe(layer, x, logits, section))
+
+
+@pytest.mark.parametrize("section", [MOE[0], MOE[1], MOE[-1]], ids=str)
+def test_moe_as_on_cuda(parallel: Parallel, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any]) -> None:
+    """Where a token's experts are added up by atomics, torch's strict flag is on, there and in the gradient's sum."""
+    strict: list[bool] = []
+
+    def unpermute(*args: Any, **options: Any) -> Tensor:
+        strict.append(torch.are_deterministic_algorithms_enabled())
+        return megatrons(*args, **options)
+
+    megatrons = token_dispatcher.unpermute
+    monkeypatch.setattr(token_dispatcher, "unpermute", unpermute)
+    monkeypatch.setattr(moe, "varies", lambda device: True)
+    test_moe_is_its_definition(parallel, section)
+    assert strict == [section is not MOE[0]]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_cosine_router(parallel: Parallel) -> None:

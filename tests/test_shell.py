@@ -1,5 +1,6 @@
 """Scripts and Dockerfiles pass their linters, and the small rules in them hold."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -86,6 +87,47 @@ def test_entrypoint(entrypoint) -> None:
     lost = entrypoint("train", RANKS_PER_NODE="1", NNODES="2")
     assert lost.returncode == 2
     assert "RDZV_ENDPOINT" in lost.stderr
+
+
+def test_entrypoint_in_nvidias_image(tmp_path: Path) -> None:
+    """Through its own script, whose words are not among the program's."""
+    nvidia = tmp_path / "nvidia.sh"
+    nvidia.write_text('#!/bin/bash\necho "== PyTorch =="\nexport COMPAT=yes\nexec "$@"\n')
+    program = tmp_path / "peer-dist"
+    program.write_text('#!/bin/sh\necho "$COMPAT" "$#" "$@"\necho warning >&2\nexit 3\n')
+    script = tmp_path / "entrypoint.sh"
+    script.write_text(
+        (ROOT / "docker/entrypoint.sh").read_text().replace("/opt/nvidia/nvidia_entrypoint.sh", str(nvidia))
+    )
+    for file in (nvidia, program, script):
+        file.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run([script, "prepare", "a b"], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "yes 2 prepare a b\n", "== PyTorch ==\nwarning\n")
+
+
+@pytest.mark.parametrize("mpi", ["Open MPI 5", "HYDRA"])
+def test_mpirun_hands_settings_on(tmp_path: Path, mpi: str) -> None:
+    """Open MPI's daemons on other nodes pass on what is named; MPICH's pass on everything."""
+    program = tmp_path / "mpirun"
+    program.write_text(f'#!/bin/bash\n[ "$1" = --version ] && echo "{mpi}" && exit\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    settings = {
+        "NCCL_IB_HCA": "mlx5",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # hides them all
+        "TRITON_CACHE_DIR": "/tmp/a b",
+        "OMP_NUM_THREADS": "2",
+        "LD_LIBRARY_PATH": "/lib/x",
+        "CC": "gcc",
+    }
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCHELASTIC_RUN_ID": "x", "NCCL": "x", "HOME": "/root", **settings}
+    done = subprocess.run([ROOT / "launch/mpirun.sh", "train"], capture_output=True, text=True, env=env, check=True)
+    arguments = done.stdout.splitlines()
+    handed = {after for word, after in itertools.pairwise(arguments) if word == "-x"}
+    assert handed == (settings.keys() if "Open" in mpi else set())
+    assert arguments[-4:] == ["python", "-m", "peer_dist", "train"]
 
 
 def test_healthcheck(tmp_path: Path) -> None:

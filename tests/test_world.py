@@ -8,6 +8,8 @@ import tempfile
 import types
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from peer_dist.ranks.launchers import Launch, WorldError, discover, expand_hosts, tasks_per_node
 from peer_dist.ranks.world import World
@@ -206,26 +208,46 @@ def test_the_environment_gets_what_libraries_read(monkeypatch):
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("localhost", str(world.master_port))
 
 
-def _join(rank, world_size, port, seconds, launcher):
-    """What becomes of the joining of this rank of a world, on hosts named a, b, ..., and what it wrote on stderr."""
+def _join(rank, world_size, port, seconds, launcher, gpus=None):
+    """What becomes of the joining of this rank of a world, on hosts named a, b, ..., and what it wrote on stderr.
+
+    The GPUs that it sees are given by their names, if any; then the answer has its device and LOCAL_RANK too.
+    """
+    if gpus is not None:
+        os.environ["LOCAL_RANK"] = str(rank)
+        chosen = _see(gpus[rank])
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # torchrun's agents count restarts each by itself
     with tempfile.TemporaryFile() as errors:
         os.dup2(errors.fileno(), 2)
         outcome = "joined"
         try:
-            World(rank, world_size, 0, 2, launcher, "127.0.0.1", port, tuple("abcde")).join(seconds)
+            local_rank = 0 if gpus is None else rank
+            World(rank, world_size, local_rank, 2, launcher, "127.0.0.1", port, tuple("abcde")).join(seconds)
+            if gpus is not None:
+                outcome = f"joined with {chosen} as {os.environ['LOCAL_RANK']}"
         except RuntimeError as error:
             outcome = f"{type(error).__name__} {error}"
         errors.seek(0)
         return outcome, errors.read().decode()
 
 
-def _joins(world_size, ranks, seconds, port=0, launcher="torchrun"):
+def _see(gpus):
+    """Let this process see those GPUs; the list will have the numbers of the chosen ones."""
+    chosen, kept = [], []
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: len(gpus)
+    torch.cuda.set_device = chosen.append
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(uuid=gpus[device])
+    dist.init_process_group = lambda backend, store, **_: kept.append(store) if backend == "nccl" else 1 / 0
+    return chosen
+
+
+def _joins(world_size, ranks, seconds, port=0, launcher="torchrun", gpus=None):
     """What those ranks say, which come at once; at a free port if at none."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = port or probe.getsockname()[1]
-    return dict(zip(ranks, run_each(_join, [(rank, world_size, port, seconds, launcher) for rank in ranks])))
+    return dict(zip(ranks, run_each(_join, [(rank, world_size, port, seconds, launcher, gpus) for rank in ranks])))
 
 
 def test_ranks_that_do_not_come_are_named():
@@ -248,3 +270,48 @@ def test_a_port_in_use_is_told_in_one_sentence():
 
 def test_all_come():
     assert {said for said, _ in _joins(3, [2, 0, 1], 60).values()} == {"joined"}
+
+
+def test_each_rank_has_a_gpu():
+    """Of all that it sees by its number on the machine, or the only one: launchers may show each rank its own."""
+    assert [said for said, _ in _joins(2, [0, 1], 60, gpus=["xy", "xy"]).values()] == [
+        "joined with [0] as 0",
+        "joined with [1] as 1",
+    ]
+    assert {said for said, _ in _joins(2, [0, 1], 60, gpus=["x", "y"]).values()} == {"joined with [0] as 0"}
+
+
+def test_ranks_that_share_a_gpu_are_told():
+    told = "2 ranks were started on a machine with 1 GPU(s); start one rank per GPU, or hide the GPUs with CUDA"
+    for said, _ in _joins(3, [0, 1, 2], 60, gpus=["x", "y", "x"]).values():
+        assert said.startswith(f"WorldError ranks 0 (a), 2 (c): {told}")
+    with pytest.raises(WorldError, match=r"rank 5: 4 ranks were started on a machine with 2 GPU\(s\)"):
+        World(5, 8, 2, 4, "torchrun", "127.0.0.1", 1)._gpu(2)
+
+
+def _nccl(chosen):
+    os.environ.update(chosen)
+    _see("x")
+    World(0, 1, 0, 1, "single process").join()
+    return {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+
+
+def test_nccl_adds_up_in_one_order_unless_the_user_chose():
+    choices = [{}, {"NCCL_ALGO": "Ring"}, {"NCCL_NVLS_ENABLE": "1"}]
+    assert run_each(_nccl, [(chosen,) for chosen in choices]) == [{"NCCL_NVLS_ENABLE": "0"}, *choices[1:]]
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_an_error_does_not_wait_for_other_ranks(monkeypatch, backend):
+    """With nccl the end of torch.distributed would, for what they never began."""
+    ended = []
+    monkeypatch.setattr(World, "join", lambda self: None)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(backend))
+    world = World(0, 1, 0, 1, "single process")
+    with pytest.raises(MemoryError), world.joined():
+        raise MemoryError
+    assert ended == ([] if backend == "nccl" else ["gloo"])
+    with world.joined():
+        pass
+    assert ended[-1:] == [backend]

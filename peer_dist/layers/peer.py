@@ -176,8 +176,8 @@ class PEER(ProductKeyLayer):
 
     @torch.no_grad()
     def reset_parameters(self, output_std: float | None = None, seed: int | None = None) -> None:
-        """Draw all weights anew, but for another layer's tables; see the class. Independent of the sharding for a given
-        ``seed`` and device.
+        """Draw all weights anew, but for another layer's tables; see the class. For a given ``seed`` they are the same
+        in any sharding, and those of the tables on devices of one model, which draw them.
         """
         if self.keys.is_meta:
             return
@@ -215,9 +215,9 @@ class PEER(ProductKeyLayer):
 
     def _gate_energy(self, seed: int) -> float:
         """``E[sum over distinct experts of (sum of its gates)^2]`` for standard normal queries."""
-        generator = torch.Generator(self.keys.device).manual_seed(seed + 3)
-        query = torch.randn(64, self.heads, self.key_dim, generator=generator, device=self.keys.device)
-        indices, scores = retrieve(query, self._product_keys().float(), self.top_k)
+        generator = torch.Generator().manual_seed(seed + 3)
+        query = torch.randn(64, self.heads, self.key_dim, generator=generator, device="cpu")
+        indices, scores = retrieve(query.to(self.keys.device), self._product_keys().float(), self.top_k)
         gates, indices = GATES[self.gate](scores).flatten(1), indices.flatten(1)
         energy = sum(float((g[:, None] * g * (index[:, None] == index)).sum()) for g, index in zip(gates, indices))
         return max(energy / len(gates), 1e-12)

@@ -117,20 +117,23 @@ class ProductKeyLayer(nn.Module):
         return indices, gates
 
     def _reset_retrieval(self, seed: int) -> torch.Generator:
-        """Queries from N(0, 1/dim), keys uniformly from +-1/sqrt(key_dim/2); the generator that drew them."""
-        generator = torch.Generator(self.keys.device).manual_seed(seed)
+        """Queries from N(0, 1/dim), keys uniformly from +-1/sqrt(key_dim/2); the generator that drew them.
+
+        What all ranks have alike is drawn on the CPU: GPUs of another model would draw other numbers.
+        """
+        generator = torch.Generator().manual_seed(seed)
         # drawn in float32 whatever the dtype, so that the dtype only rounds
         if self.query is not None:
             self._draw(self.query, self.dim**-0.5, generator)
         bound = (self.key_dim / 2) ** -0.5
-        keys = torch.empty(self.keys.shape, device=self.keys.device)
+        keys = torch.empty(self.keys.shape, device="cpu")
         self.keys.copy_(keys.uniform_(-bound, bound, generator=generator))
         if not isinstance(self.norm, nn.Identity):
             self.norm.reset_parameters()  # type: ignore[operator]
         return generator
 
     def _draw(self, linear: nn.Linear, std: float, generator: torch.Generator) -> None:
-        drawn = torch.empty(linear.weight.shape, device=self.keys.device)
+        drawn = torch.empty(linear.weight.shape, device="cpu")
         linear.weight.copy_(drawn.normal_(0, std, generator=generator))
 
     def _drawn_seed(self) -> int:

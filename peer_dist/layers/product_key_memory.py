@@ -111,7 +111,9 @@ class ProductKeyMemory(ProductKeyLayer):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draw all weights anew; see the class. Independent of the sharding for a given ``seed`` and device."""
+        """Draw all weights anew; see the class. For a given ``seed`` they are the same in any sharding, and those of
+        the table on devices of one model, which draw them.
+        """
         if self.keys.is_meta:
             return
         if seed is None:
@@ -119,7 +121,7 @@ class ProductKeyMemory(ProductKeyLayer):
         generator = self._reset_retrieval(seed)
         std = self.dim**-0.5
         if self.init == "dense":
-            keys = torch.empty(self.keys.shape, device=self.keys.device)
+            keys = torch.empty(self.keys.shape, device="cpu")
             self.keys.copy_(keys.normal_(0, (2 / (self.key_dim * self.num_layers)) ** 0.5, generator=generator))
             std = (2 / (self.num_experts * self.num_layers)) ** 0.5
         self._draw_rows(self.values, std, seed + 1)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peer_dist.tracing import span
+
+from .repeatable import varies, with_repeatable_backward
+
+# cuDNN's kernel, which torch would prefer on new GPUs, is not among them: nothing makes its gradients repeatable.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class SDPAttention(torch.nn.Module):
@@ -68,7 +77,7 @@ class SDPAttention(torch.nn.Module):
         # Without sequence parallelism the tensor ranks share the default stream, and their heads must not.
         forked = dropout > 0 and not self.sequence_parallel
         with span("attention"), get_cuda_rng_tracker().fork() if forked else contextlib.nullcontext():
-            context = F.scaled_dot_product_attention(
+            context = _attend(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
@@ -79,3 +88,23 @@ class SDPAttention(torch.nn.Module):
                 enable_gqa=query.shape[2] != key.shape[2],
             )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """torch's attention, with the same bits each time, gradients included."""
+    if not varies(query.device):
+        return F.scaled_dot_product_attention(query, key, value, **options)
+    with sdpa_kernel(_KERNELS):
+        if options["enable_gqa"] and not _fused(query, key, value, **options):
+            # The fused kernel for masks and for float32 takes no groups; without one all scores would be held.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+            options["enable_gqa"] = False
+        attend: Callable[..., Tensor] = functools.partial(F.scaled_dot_product_attention, **options)
+        if _fused(query, key, value, **options):
+            return with_repeatable_backward(attend, query, key, value)
+        return attend(query, key, value)  # plain products, which repeat, and which torch's flag would refuse
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> bool:
+    """Whether torch would take a fused kernel."""
+    return torch._fused_sdp_choice(query, key, value, **options) != SDPBackend.MATH.value

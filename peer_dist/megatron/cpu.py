@@ -34,9 +34,14 @@ _MODULES = (
     "megatron.core.optimizer",
 )
 
-# Loggers that warn about what is intended here, at every layer or step: a feed-forward module that Megatron
-# does not know, and dropout on CPU moving the CPU's random state.
-_NOISY = ("megatron.core.transformer.transformer_layer", "megatron.core.tensor_parallel.random")
+# Loggers, and from which level on they are heard.
+_LEVELS = {
+    "megatron.core": logging.WARNING,
+    # warns of each feed-forward module that Megatron does not know, which is all of ours
+    "megatron.core.transformer.transformer_layer": logging.ERROR,
+}
+# With the stand-in dropout moves the CPU's random state, as it should; with CUDA that warning would mean a mistake.
+_LEVELS_ON_CPU = {"megatron.core.tensor_parallel.random": logging.ERROR}
 
 
 class _Proxy(types.ModuleType):
@@ -148,11 +153,12 @@ def install() -> bool:
         warnings.simplefilter("ignore")
         for name in _MODULES:
             importlib.import_module(name)
-    for name, level in {"megatron.core": logging.WARNING, **dict.fromkeys(_NOISY, logging.ERROR)}.items():
+    stands_in = not torch.cuda.is_available()
+    for name, level in {**_LEVELS, **(_LEVELS_ON_CPU if stands_in else {})}.items():
         logger = logging.getLogger(name)
         if logger.level != level:  # setting it clears the caches of all loggers, which takes milliseconds
             logger.setLevel(level)
-    if torch.cuda.is_available():
+    if not stands_in:
         return False
 
     for name, module in list(sys.modules.items()):

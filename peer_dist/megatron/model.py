@@ -115,6 +115,7 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
         cross_entropy_loss_fusion=False,
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=config.parallel.batch_p2p,
+        batch_p2p_sync=False,  # what streams wait for, hosts need not
         finalize_model_grads_func=finalize_gradients,
         cuda_graph_scope=[],  # the default's deprecation warning
     )

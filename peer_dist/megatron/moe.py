@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from peer_dist import kinds
 from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
 from peer_dist.sharding import Shard, Traffic, release
+
+from .repeatable import repeatable, varies, with_repeatable_backward
 
 if TYPE_CHECKING:
     from .build_context import BuildContext
@@ -83,10 +86,14 @@ class CoarseMoE(MoELayer):
         if self.on_route is not None and not rule.expert_choice and not is_recomputation():
             best = torch.where(picked, gates.detach(), -1).topk(rule.top_k, dim=-1)  # an expert chosen may weigh 0
             self.on_route(best.indices[:, None], best.values[:, None])
-        tokens, weights = self.dispatch(*self.preprocess(hidden, gates, picked))
+        # Two addends are the same in either order; more are not, nor their gradients.
+        reordered = varies(hidden.device) and (rule.expert_choice or rule.top_k > 2)
+        preprocess = partial(with_repeatable_backward, self.preprocess) if reordered else self.preprocess
+        tokens, weights = self.dispatch(*preprocess(hidden, gates, picked))
         self._count(tokens, weights)
         output, _ = self.routed_experts_compute(tokens, weights)
-        return self.postprocess(self.combine(output), None)
+        with repeatable() if reordered else contextlib.nullcontext():
+            return self.postprocess(self.combine(output), None)
 
     def _count(self, tokens: Tensor, weights: Tensor) -> None:
         """What this pass sends to other ranks, tokens and weights out and results home, and the gradients after it."""

@@ -98,20 +98,25 @@ class Parallel:
             expert_tensor_parallel_size=expert_tensor,
             create_gloo_process_groups=False,
         )
+        # Groups of the same ranks are one here: NCCL would have a communicator for each.
+        rows = domain = parallel_state.get_expert_tensor_and_model_parallel_group()
+        columns = None
+        if expert_tensor > 1:
+            rows = parallel_state.get_expert_model_parallel_group()
+            columns = parallel_state.get_expert_tensor_parallel_group()
+        token_group = data_parallel_group = parallel_state.get_data_parallel_group()
+        if tensor > 1:
+            token_group = parallel_state.get_tensor_and_data_parallel_group()
         parallel = cls(
             rank=dist.get_rank(),
             world_size=world_size,
             device=device or _own_device(),
             tensor_group=parallel_state.get_tensor_model_parallel_group(),
             pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
-            data_parallel_group=parallel_state.get_data_parallel_group(),
-            token_group=parallel_state.get_tensor_and_data_parallel_group(),
+            data_parallel_group=data_parallel_group,
+            token_group=token_group,
             virtual_pipeline_size=virtual_pipeline,
-            experts=ExpertGroups(
-                domain=parallel_state.get_expert_tensor_and_model_parallel_group(),
-                rows=parallel_state.get_expert_model_parallel_group(),
-                columns=parallel_state.get_expert_tensor_parallel_group(),
-            ),
+            experts=ExpertGroups(domain, rows, columns),
             expert_data_group=parallel_state.get_expert_data_parallel_group(),
         )
         parallel.seed_step(seed, 0)

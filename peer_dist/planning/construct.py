@@ -228,7 +228,7 @@ def build_rank(
         "expert columns": parallel.experts.columns,
         "expert data": parallel.expert_data_group,
     }
-    ranks = {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
+    ranks = {name: [rank] if group is None else dist.get_process_group_ranks(group) for name, group in groups.items()}
     chunks: list[Any] = list(model)
     numbers = [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
     layers = {number: config.model.mlp_kinds[number - 1] for number in sorted(numbers)}

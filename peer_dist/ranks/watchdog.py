@@ -88,7 +88,7 @@ class Watchdog:
             self._await_verdict(error, watching)
         if error is None and self._ranks > 1:
             # Launchers may end the others as soon as one rank leaves with a code; whoever comes late is still watched.
-            dist.barrier()
+            _barrier()
         if not watching:
             return
         if error is not None:
@@ -115,7 +115,7 @@ class Watchdog:
         self._address = on_rank_zero(serve, raises=RuntimeError)
         store = _servers[-1] if self._rank == 0 else self._connect(patience)
         store.set(f"beat/{self._rank}", self._beat(0, 0.0).json())
-        dist.barrier()
+        _barrier()
         return store
 
     # What each rank reports
@@ -259,6 +259,12 @@ class Watchdog:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
                 (self._folder / f"nccl_trace_rank_{self._rank}").write_bytes(trace)
+
+
+def _barrier() -> None:
+    """Wait for all ranks; nccl wants to be told on which device, or guesses and warns."""
+    nccl = dist.get_backend() == "nccl"
+    dist.barrier(device_ids=[torch.cuda.current_device()] if nccl else None)
 
 
 _servers: list[dist.TCPStore] = []

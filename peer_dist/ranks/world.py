@@ -38,6 +38,13 @@ def named(ranks: Iterable[int], hosts: Mapping[int, str], most: int = 8) -> str:
     return ("rank " if len(listed) == 1 else "ranks ") + ", ".join(words) + more
 
 
+def _too_few_gpus(who: str, ranks: int, gpus: int) -> str:
+    return (
+        f"{who}: {ranks} ranks were started on a machine with {gpus} GPU(s); start one rank per GPU, or hide the GPUs "
+        "with CUDA_VISIBLE_DEVICES="
+    )
+
+
 class World(Launch):
     """This process among those that were started together, and where they meet."""
 
@@ -69,14 +76,21 @@ class World(Launch):
             seconds: how long to wait for ranks that are missing; rank 0 names them meanwhile on stderr.
 
         Raises:
-            WorldError: fewer GPUs than ranks on this machine.
+            WorldError: fewer GPUs than ranks on this machine; on every rank, if some see one GPU, and the same.
             JoinError: on every rank that is there, when the time is up.
         """
+        only_gpu = ""
         # without it Megatron's sums over tensor ranks do not overlap its products; CUDA reads it at its start
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if torch.cuda.is_available():
-            torch.cuda.set_device(self._gpu(torch.cuda.device_count()))
+            gpus = torch.cuda.device_count()
+            torch.cuda.set_device(self._gpu(gpus))
+            if gpus == 1:
+                only_gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(0).uuid}"
             backend = "nccl"
+            # NVSwitches add up in whatever order messages come: gradients would differ from run to run
+            if not os.environ.keys() & {"NCCL_ALGO", "NCCL_NVLS_ENABLE"}:
+                os.environ["NCCL_NVLS_ENABLE"] = "0"
         else:
             backend = "gloo"
             self._share_cores()
@@ -85,16 +99,20 @@ class World(Launch):
         else:
             dist.init_process_group(
                 backend,
-                store=self._roll_call(seconds),
+                store=self._roll_call(seconds, only_gpu),
                 rank=self.rank,
                 world_size=self.world_size,
                 timeout=timedelta(minutes=30),  # for rank 0 to index a large data set while the others wait
             )
 
-    def _roll_call(self, seconds: float) -> dist.Store:
+    def _roll_call(self, seconds: float, only_gpu: str) -> dist.Store:
         """Wait for all ranks, and return the store in which they met.
 
+        Args:
+            only_gpu: name of the GPU of a rank that sees no other; which can be one that another rank sees too.
+
         Raises:
+            WorldError: some ranks have the same ``only_gpu``.
             JoinError: not all came within ``seconds``, or rank 0's store cannot be reached.
         """
         end = time.monotonic() + seconds
@@ -123,15 +141,17 @@ class World(Launch):
         # nodes differ in how often they restarted, so attempts have names only where they would share a store
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if agent else 0
         store = dist.PrefixStore(f"peer_dist/{attempt}", server)
-        store.set(f"here/{self.rank}", "")
+        store.set(f"here/{self.rank}", only_gpu)
         if self.rank == 0:
             missing = self._missing(store, end)
+            shared = "" if missing else self._shared(store)
+            store.set("shared", shared)
             store.set("missing", missing)
-            time.sleep(1 if missing else 0)  # the store ends with this process: let the others read it
+            time.sleep(1 if missing or shared else 0)  # the store ends with this process: let the others read it
         else:
             try:
                 store.wait(["missing"], timedelta(seconds=seconds + 60))  # until rank 0 has given up
-                missing = store.get("missing").decode()
+                missing, shared = store.get("missing").decode(), store.get("shared").decode()
             except RuntimeError:
                 raise JoinError(f"rank {self.rank}: rank 0 left before all were there; its log says why") from None
         if missing:
@@ -139,6 +159,8 @@ class World(Launch):
                 f"{missing} of {self.world_size} did not come within {seconds:.0f} s: see in their logs, or those of "
                 "the launcher on their nodes, why they did not start"
             )
+        if shared:
+            raise WorldError(shared)
         store.set_timeout(timedelta(minutes=30))
         return store
 
@@ -174,14 +196,28 @@ class World(Launch):
                 wait = f"for {end - time.monotonic():.0f} s more at most"
                 print(f"waiting for {text} of {self.world_size}, {wait}", file=sys.stderr, flush=True)
 
+    def _shared(self, store: dist.Store) -> str:
+        """What is wrong where several ranks see one GPU only, and the same; '' if none do."""
+        ranks_of: dict[bytes, list[int]] = {}
+        for rank, gpu in enumerate(store.multi_get([f"here/{rank}" for rank in range(self.world_size)])):
+            ranks_of.setdefault(gpu, []).append(rank)
+        ranks_of.pop(b"", None)
+        ranks = next((ranks for ranks in ranks_of.values() if len(ranks) > 1), [])
+        return _too_few_gpus(named(ranks, dict(enumerate(self.hosts))), len(ranks), 1) if ranks else ""
+
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
         """A context that joins the others on entering (:meth:`join`) and stops torch.distributed on leaving."""
         self.join()
         try:
             yield
-        finally:
-            dist.destroy_process_group()
+        except BaseException:
+            # nccl would wait here for collectives in which the others never take part, and the error would not be
+            # told; it is aborted when the process ends
+            if dist.get_backend() != "nccl":
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
     def _gpu(self, gpus: int) -> int:
         """The number of this rank's device, of the ``gpus`` that it sees.
@@ -189,14 +225,12 @@ class World(Launch):
         Raises:
             WorldError: there are fewer than ranks.
         """
-        if gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
-            os.environ["LOCAL_RANK"] = "0"  # Slurm shows each task its own GPU only; DeepSpeed reads the variable
+        if gpus == 1:
+            # its own, if the launcher shows each rank no other; ranks that see the same one learn it when they meet
+            os.environ["LOCAL_RANK"] = "0"  # which DeepSpeed reads
             return 0
         if self.local_rank >= gpus:
-            raise WorldError(
-                f"rank {self.rank}: {self.local_world_size} ranks were started on a machine with {gpus} GPU(s); "
-                "start one rank per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES="
-            )
+            raise WorldError(_too_few_gpus(f"rank {self.rank}", self.local_world_size, gpus))
         return self.local_rank
 
     def _share_cores(self) -> None:
