@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 # Files that take longest, longest first: a worker that meets one of them last would finish long after the others.
 LONGEST = ("training", "layouts", "watchdog", "sharding", "doctor", "kernels", "guard", "triton", "sweep", "kinds")
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads of several workers only wait for cores
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the ranks of these tests are CPU processes
 

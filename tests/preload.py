@@ -5,7 +5,6 @@ import gc
 import importlib
 import os
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
