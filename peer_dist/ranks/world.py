@@ -72,10 +72,10 @@ class World(Launch):
             WorldError: fewer GPUs than ranks on this machine.
             JoinError: on every rank that is there, when the time is up.
         """
-        # without it Megatron's sums over tensor ranks do not overlap its products; CUDA reads it at its start
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # NVIDIA's images set a variable that turns float32 products into TF32's; one config computes alike everywhere
+        torch.set_float32_matmul_precision("highest")
         if torch.cuda.is_available():
-            torch.cuda.set_device(self._gpu(torch.cuda.device_count()))
+            torch.cuda.set_device(self.device)
             backend = "nccl"
         else:
             backend = "gloo"
@@ -174,6 +174,17 @@ class World(Launch):
                 wait = f"for {end - time.monotonic():.0f} s more at most"
                 print(f"waiting for {text} of {self.world_size}, {wait}", file=sys.stderr, flush=True)
 
+    @property
+    def device(self) -> torch.device:
+        """This rank's device, which :meth:`join` makes the current one of its own thread.
+
+        Raises:
+            WorldError: fewer GPUs than ranks on this machine.
+        """
+        if torch.cuda.is_available():
+            return torch.device("cuda", self._gpu(torch.cuda.device_count()))
+        return torch.device("cpu")
+
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
         """A context that joins the others on entering (:meth:`join`) and stops torch.distributed on leaving."""
@@ -191,6 +202,7 @@ class World(Launch):
         """
         if gpus == 1 and "SLURM_GPUS_PER_TASK" in os.environ:
             os.environ["LOCAL_RANK"] = "0"  # Slurm shows each task its own GPU only; DeepSpeed reads the variable
+            os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # and refuses another number there
             return 0
         if self.local_rank >= gpus:
             raise WorldError(
