@@ -214,7 +214,8 @@ def _products(here: Here) -> dict[str, dict[str, float]]:
     rates: dict[str, dict[str, float]] = {}
     for name in ("float32", "bfloat16"):
         for width in SIZES[here.device.type].widths:
-            a = torch.ones(width, width, dtype=getattr(torch, name), device=here.device)
+            # of numbers that differ: with equal ones a GPU draws less power, and is faster than it ever will be
+            a = torch.randn(width, width, dtype=getattr(torch, name), device=here.device)
             out = torch.empty_like(a)
             seconds = _least(here, functools.partial(torch.mm, a, a, out=out))
             rates.setdefault(name, {})[str(width)] = 2 * width**3 / seconds
