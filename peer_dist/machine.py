@@ -2,15 +2,18 @@
 
 psutil and py-cpuinfo are asked. Linux's own files are read here, and nowhere else, for what these two do not say, or
 take a second to say: the processor's name and instruction sets, the limits of a container, the identity of a boot,
-start times that do not change when the clock is set, and NVIDIA's driver.
+start times that do not change when the clock is set, and NVIDIA's driver, which is asked itself for what no file says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
+import shutil
 import socket
+import subprocess
 import time
 from functools import cache
 from pathlib import Path
@@ -127,13 +130,43 @@ def process_space() -> str:
         return ""
 
 
+def nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that ``nvidia-smi`` prints; none if it is not there, fails, or hangs as it does on a broken GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
 def nvidia_driver() -> str | None:
-    """The name and version of NVIDIA's kernel driver; None if it is not loaded."""
-    with contextlib.suppress(OSError):
+    """The version of NVIDIA's kernel driver; None if it is not loaded."""
+    with contextlib.suppress(OSError, IndexError):
         return (_NVIDIA / "version").read_text().splitlines()[0].split("  ")[1].strip()
-    return None
+    lines = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")  # Windows's Linux has no such file
+    return lines[0].strip() if lines else None
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA, major and minor, that NVIDIA's driver supports; None without the driver's library."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        version = ctypes.c_int()
+        if library.cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def nvidia_devices() -> bool:
+    """Whether the system shows this process NVIDIA's devices, which a container may not have been given."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def has_nvidia_gpus() -> bool:
-    """Whether NVIDIA's driver has found GPUs, even if torch sees none."""
-    return (_NVIDIA / "gpus").exists()
+    """Whether this machine has NVIDIA's GPUs, even if this process may not use them and torch sees none."""
+    return (_NVIDIA / "gpus").exists() or nvidia_devices() or bool(nvidia_smi("-L"))

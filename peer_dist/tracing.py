@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class StepTimes:
@@ -98,3 +104,22 @@ def span(name: str) -> Iterator[None]:
                 yield
     position.span = outer  # not after an error: then it shows where that was
     position.moves += 1
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """The function as ``torch.compile`` takes it: a call in the middle of the graph, which is not looked into.
+
+    What our kernels do is no graph of torch's. Where nothing is compiled this asks for nothing, above all not for
+    torch's compiler, whose import takes seconds.
+    """
+    opaque: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not opaque:
+            opaque.append(torch.compiler.disable(function))
+        return opaque[0](*args, **kwargs)
+
+    return call

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 LONGEST = ("training", "layouts", "watchdog", "sharding", "doctor", "kernels", "guard", "triton", "sweep", "kinds")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads of several workers only wait for cores
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the ranks of these tests are CPU processes
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -30,9 +29,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Tests of a cluster have the machine to themselves, one after the other."""
-    if config.option.markexpr.startswith("cluster"):
+    """Tests of a cluster, and of a GPU, have the machine to themselves, one after the other. All others see no GPU."""
+    if config.option.markexpr.startswith(("cluster", "gpu")):
         config.option.numprocesses, config.option.dist = None, "no"
+    if not config.option.markexpr.startswith("gpu"):  # before torch is imported; workers inherit it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,13 +54,15 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def parallel() -> Iterator[Parallel]:
-    """Megatron's groups of one rank, in this process."""
+    """Megatron's groups of one rank, in this process, which has a GPU only where tests of one run."""
+    import torch
     import torch.distributed as dist
 
     from peer_dist.megatron import Parallel
 
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         groups = Parallel.initialize()
         yield groups
         groups.destroy()

@@ -5,7 +5,7 @@ import gc
 import importlib
 import os
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forked ranks are CPU processes, also where tests see a GPU
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,14 +14,18 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from peer_dist import machine
 from peer_dist.config.schema import Config
-from peer_dist.doctor import checks
+from peer_dist.doctor import checks, console, gpu
 from peer_dist.planning import calibration
 from peer_dist.planning.state import checkpoint_bytes
-from peer_dist.ranks.examination import Check, Examination, Finding, Ranks, examine
+from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
 from peer_dist.ranks.world import World
 from tests.ranks import Command, run_command, run_ranks
 from tests.runs import small_config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU_CHECKS = ["driver", "Triton", "kernels", "PEER layer"]
 
 
 def _examined(rank, world_size, trouble=None, folder=None, seconds=20.0):
@@ -60,7 +67,7 @@ def test_well(world_size, tmp_path):
     report = _reports(world_size, None, str(tmp_path))
     assert report.ok, report
     said = {finding.check: finding.told for finding in report.findings}
-    assert set(said) == {"ranks", *(check.name for check in checks.CHECKS)}
+    assert set(said) == {"ranks", *(check.name for check in checks.CHECKS)} - set(GPU_CHECKS), "ranks over gloo"
     assert f"{world_size} rank" in said["ranks"]
     assert world_size == 1 or "GB/s" in said["collectives"]
     assert all(finding.advice or finding.verdict == "ok" for finding in report.findings)
@@ -245,15 +252,16 @@ def test_neighbours():
 def test_gpus_are_judged():
     """Two ranks on one device, memory in use, and another kind of GPU."""
     ranks = Ranks(3, {0: "a", 1: "a", 2: "b"}, "nccl", None)
-    gpu = {"name": "H100", "unique": "u0", "free": 79 << 30, "total": 80 << 30}
-    values = {0: gpu, 1: gpu, 2: {**gpu, "name": "A100", "free": 10 << 30}}
-    found = {finding.told: finding.verdict for finding in checks._judge_devices(values, ranks)}
-    assert found == {
+    card = {"name": "H100", "unique": "u0", "free": 79 << 30, "total": 80 << 30, "users": []}
+    values = {0: card, 1: card, 2: {**card, "name": "A100", "free": 10 << 30, "users": ["python (pid 7, 60 GB)"]}}
+    findings = checks._judge_devices(values, ranks)
+    assert {finding.told: finding.verdict for finding in findings} == {
         "ranks differ: 2 x H100, 1 x A100": "warn",
         "ranks 0 (a), 1 (a) share one H100": "fail",
         "rank 2 (b): device memory is in use already, 10 GB free at the least": "warn",
     }
-    assert checks._judge_devices({0: gpu, 1: {**gpu, "unique": "u1"}}, ranks)[0].verdict == "ok"
+    assert findings[-1].advice == "end python (pid 7, 60 GB) for rank 2 (b)"
+    assert checks._judge_devices({0: card, 1: {**card, "unique": "u1"}}, ranks)[0].verdict == "ok"
 
 
 def test_room_is_judged(tmp_path):
@@ -340,3 +348,354 @@ def test_a_hardware_file_that_cannot_be_written_is_refused_at_once(tmp_path):
         with Command(1, ["doctor", "--calibrate", str(tmp_path / name)], tmp_path / "out") as command:
             assert command.codes(60) == [2]
             assert f"--calibrate {tmp_path / name}: {says}" in command.words(0)
+
+
+# The checks of GPUs. Where there is none they measure a CPU, at the sizes of one.
+
+
+def _here(device=DEVICE):
+    if device == "cuda":
+        torch.cuda.set_device(0)
+        device = "cuda:0"
+    return Here(0, 1, 0, "single process", torch.device(device), None, "visit", 60.0)
+
+
+def _measured(name):
+    """What a check measures on this machine's device, as rank 0 would get it, and the findings of rank 0 alone."""
+    (check,) = (check for check in gpu.gpu_checks(DEVICE) if check.name == name)
+    value = json.loads(json.dumps(check.measure(_here())))
+    return value, check.judge({0: value}, Ranks(1, {0: "a"}, "nccl" if DEVICE == "cuda" else "gloo", None))
+
+
+@pytest.mark.gpu
+def test_the_card_is_named():
+    value, (finding,) = _measured("driver")
+    assert finding.check == "driver"
+    assert finding.figures["torch"] == torch.__version__
+    if DEVICE == "cuda":
+        assert finding.verdict in ("ok", "warn"), finding
+        assert value["driver"]
+        assert float(value["driver_cuda"]) >= 11
+        assert value["nccl"]
+
+
+@pytest.mark.gpu
+def test_a_kernel_is_compiled():
+    value, (finding,) = _measured("Triton")
+    assert "error" not in value
+    assert 0 < finding.figures["seconds"] < 60
+    assert (value["backend"] == "triton") == (finding.verdict == "ok")
+
+
+@pytest.mark.gpu
+def test_the_kernels_equal_their_reference():
+    value, (finding,) = _measured("kernels")
+    assert finding.verdict == "ok", finding
+    assert len(value) == len(finding.figures) == 2
+    for case in value.values():
+        assert set(case["errors"]) == {"output", "dx", "dgate", "gradient of down", "gradient of up"}
+        assert all(error < 2**-8 + 1e-4 for error in case["errors"].values()), "one rounding to bfloat16"
+        assert case["errors"]["dgate"] < 2e-5, "never rounded"
+
+
+@pytest.mark.gpu
+def test_a_layer_is_timed_against_its_floor():
+    value, (finding,) = _measured("PEER layer")
+    sizes = gpu.SIZES[DEVICE]
+    assert finding.verdict == "ok", finding
+    assert "times the floor" in finding.told
+    row = sizes.dim * 2
+    picks = sizes.tokens * sizes.heads * sizes.top_k
+    assert 0 < value["rows"] <= min(value["experts"], picks)
+    least = (4 * value["rows"] + 2 * value["experts"] + 6 * sizes.tokens) * row
+    assert value["floor_bytes"] == least
+    figures = finding.figures
+    assert figures["times_the_floor"] == pytest.approx(
+        figures["seconds"] * figures["copy_bytes_per_s"] / figures["floor_bytes"]
+    )
+    if DEVICE == "cuda":
+        assert figures["times_the_floor"] > 0.9, "nothing is faster than its floor"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the command on GPUs")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("several", [False, True])
+def test_the_command_on_gpus(several):
+    gpus = torch.cuda.device_count()
+    if several and gpus < 2:
+        pytest.skip("there is one GPU")
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "peer_dist", "doctor", "--json"],
+        env=os.environ | ({} if several else {"CUDA_VISIBLE_DEVICES": first}),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    report = Examination.parse(done.stdout)
+    found = {finding.check: finding for finding in report.findings}
+    assert report.ranks == (gpus if several else 1)
+    assert all(found[name].verdict != "fail" for name in [*GPU_CHECKS, "speed of ranks", "collectives"]), done.stdout
+    assert found["speed of ranks"].figures["copy_bytes_per_s"] > 1e11
+    assert found["speed of ranks"].figures["flops_per_s"] > 1e12
+    assert not several or "GB/s" in found["collectives"].told
+    assert time.monotonic() - begin < 120, "about a minute"
+
+
+INTERPRETED = """
+import dataclasses, json, sys, torch
+import peer_dist.kernels
+from peer_dist.doctor import gpu
+from peer_dist.kernels import triton
+from peer_dist.ranks.examination import Here, Ranks
+
+peer_dist.kernels.backend = gpu.backend = lambda *tensors: triton
+tables = (64, torch.float32), (4, torch.bfloat16)
+gpu.SIZES["cpu"] = dataclasses.replace(
+    gpu.SIZES["cpu"], dim=16, tables=tables, compared=4, experts=(64,), tokens=4, heads=2, top_k=4
+)
+here = Here(0, 1, 0, "", torch.device("cpu"), None, "", 60.0)
+for check in gpu.gpu_checks("cpu")[1:]:
+    print(*(finding.verdict for finding in check.judge({0: check.measure(here)}, Ranks(1, {0: "a"}, "gloo", None))))
+"""
+
+
+def test_the_checks_of_triton_through_its_interpreter():
+    pytest.importorskip("triton")
+    variables = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | variables, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["ok"] * 3, done.stdout + done.stderr
+
+
+def _broken(rank, world_size, trouble):
+    real = gpu.expert_mix
+    if trouble == "memory":
+
+        def expert_mix(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    elif trouble == "wrong":
+
+        def expert_mix(x, picks, gate, *args):
+            return real(x, picks, 1.1 * gate, *args)
+
+    else:
+
+        def expert_mix(*args):
+            return real(*args) + 1e-6 * torch.randn(1)
+
+    gpu.expert_mix = expert_mix if rank == world_size - 1 else real
+    return examine(World(rank, world_size, rank, world_size), gpu.gpu_checks("cpu")[1:], None, 60.0).json()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("memory", {"Triton": "CUDA out of memory", "kernels": "rank 1 (.*OutOfMemoryError: CUDA out of memory"}),
+        ("wrong", {"kernels": "rank 1 (.*other results than plain PyTorch's in float64.* dx by"}),
+        ("unlike", {"kernels": "rank 1 (.*two passes differ: output"}),
+    ],
+)
+def test_trouble_with_kernels_is_told_and_the_rest_goes_on(trouble, says):
+    reports = run_ranks(_broken, 2, trouble)
+    report = Examination.parse(reports[0])
+    assert reports[0] == reports[1]
+    failures = _failures(report)
+    assert set(failures) == set(says), report
+    for check, words in says.items():
+        assert re.search(words.replace("(", r"\("), failures[check]), failures
+    (layer,) = (finding for finding in report.findings if finding.check == "PEER layer")
+    assert layer.verdict == "ok"
+    assert layer.told.startswith("slowest is rank ")
+
+
+CARD = {
+    "driver": "570.1",
+    "driver_cuda": "12.8",
+    "torch": "2.7",
+    "torch_cuda": "12.6",
+    "nccl": "2.26",
+    "capability": [9, 0],
+    "built_for": ["sm_80", "sm_90"],
+}
+
+
+def test_cards_are_judged():
+    ranks = Ranks(2, {0: "a", 1: "b"}, "nccl", None)
+    (finding,) = gpu._judge_card({0: CARD, 1: CARD}, ranks)
+    assert finding.verdict == "ok"
+    assert "driver 570.1 for CUDA up to 12.8, torch built for CUDA 12.6" in finding.told
+    (finding,) = gpu._judge_card({0: CARD, 1: {**CARD, "capability": [12, 0]}}, ranks)
+    assert (finding.verdict, "rank 1 (b): torch 2.7 has no code for" in finding.told) == ("fail", True)
+    (finding,) = gpu._judge_card({0: {**CARD, "capability": [7, 5], "built_for": ["sm_75"]}, 1: CARD}, ranks)
+    assert (finding.verdict, "rank 0 (a): compute capability 7.5 has no bfloat16" in finding.told) == ("warn", True)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "code"),
+    [
+        (["sm_80"], [8, 9], True),
+        (["sm_80"], [9, 0], False),
+        (["sm_90"], [8, 6], False),
+        (["sm_80", "compute_80"], [12, 0], True),
+        (["sm_90a"], [9, 0], True),
+        (["sm_100a"], [10, 3], False),
+        (["sm_100f"], [10, 3], True),
+        (["gfx942"], [9, 4], True),
+    ],
+)
+def test_architectures_that_serve_a_card(built_for, capability, code):
+    assert gpu._has_code(built_for, capability) is code
+
+
+def test_triton_is_judged():
+    ranks = Ranks(2, {0: "a", 1: "b"}, "nccl", None)
+    well = {"backend": "triton", "version": "3.3", "compiler": "/usr/bin/gcc", "headers": True, "seconds": 2.0}
+    error = "RuntimeError: Failed to find C compiler."
+    for ill, verdict, says, advice in (
+        ({}, "ok", "Triton 3.3 compiles and runs a kernel", ""),
+        (
+            {"error": error, "compiler": None},
+            "fail",
+            "rank 1 (b): Triton 3.3 runs no kernel, and there is no C",
+            "CC",
+        ),
+        ({"error": "CalledProcessError: gcc", "headers": False}, "fail", "no Python.h (Called", "python3-dev"),
+        ({"error": "KeyError: 'cpu'"}, "fail", "runs no kernel (KeyError", "belongs to this torch"),
+        ({"compiler": None}, "warn", "ran from Triton's cache, but there is no C compiler", "gcc"),
+        ({"backend": "reference", "version": None}, "warn", "rank 1 (b): no Triton", "pip install triton"),
+    ):
+        (finding,) = gpu._judge_triton({0: well, 1: {**well, **ill}}, ranks)
+        assert finding.verdict == verdict, finding
+        assert says in finding.told
+        assert advice in finding.advice
+
+
+def test_a_compiler_is_looked_for_as_triton_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert gpu._compiler() is None
+    for name in ("clang", "gcc"):
+        (tmp_path / name).touch(0o755)
+        assert gpu._compiler() == str(tmp_path / name)
+    monkeypatch.setenv("CC", "missing -m64")
+    assert gpu._compiler() is None
+
+
+def test_a_layer_without_memory_or_with_nonsense_is_judged(monkeypatch):
+    monkeypatch.setattr(gpu, "free_memory", lambda: 1000)
+    monkeypatch.setattr(
+        gpu, "SIZES", {**gpu.SIZES, "cpu": dataclasses.replace(gpu.SIZES["cpu"], experts=(32**2, 16**2))}
+    )
+    ranks = Ranks(1, {0: "a"}, "gloo", None)
+    value = gpu._layer(_here("cpu"))
+    (finding,) = gpu._judge_layer("cpu", {0: value}, ranks)
+    assert (finding.verdict, finding.told) == ("warn", "rank 0 (a): not tried, 1000 B of memory is too little")
+    monkeypatch.setattr(gpu, "free_memory", lambda: 4 * 16**2 * 32 * 2)
+    value = gpu._layer(_here("cpu"))
+    assert value["experts"] == 16**2, "the most that there is memory for"
+    assert gpu._judge_layer("cpu", {0: {**value, "finite": False}}, ranks)[0].verdict == "fail"
+
+
+def test_cards_below_what_plans_take_are_named():
+    ranks = Ranks(2, {0: "a", 1: "b"}, "nccl", None)
+    card = {"card": "NVIDIA H100 80GB HBM3", "memory": 85520809984}
+    well = {**card, "product": 2 * 8192**3 / 600e12, "copy": (8 << 28) / 2.9e12}
+    (finding,) = checks._judge_speed({0: well, 1: well}, ranks)
+    assert finding.verdict == "ok"
+    assert "bfloat16 product 1.83 ms (600 TFLOP/s), copy 0.74 ms (2,900 GB/s)" in finding.told
+    assert finding.figures["copy_bytes_per_s"] == pytest.approx(2.9e12)
+    (finding,) = checks._judge_speed({0: well, 1: {**well, "copy": (8 << 28) / 2e12}}, ranks)
+    assert finding.verdict == "warn"
+    assert finding.told == "rank 1 (b): a copy reaches 2,000 GB/s; plans take 2,680 GB/s for h100"
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "known"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85520809984, "h100"),
+        ("NVIDIA A100-SXM4-80GB", 85899345920, "a100"),
+        ("NVIDIA H200", 150754820096, "h200"),
+        ("NVIDIA B200", 192265846784, "b200"),
+        ("NVIDIA A100-SXM4-40GB", 42949672960, None),
+        ("NVIDIA H100 PCIe", 85520809984, None),
+        ("NVIDIA GH200 480GB", 102000000000, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10200547328, None),
+        ("Tesla T4", 15000000000, None),
+    ],
+)
+def test_known_cards(name, memory, known):
+    card = gpu.known_card(name, memory)
+    assert (card and card.name) == known
+
+
+def test_why_torch_sees_no_gpu(monkeypatch):
+    """Without CUDA in torch, with a driver that is too old, in a container that was given none, hidden on purpose."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpu, "has_nvidia_gpus", lambda: True)
+    monkeypatch.setattr(gpu, "nvidia_driver", lambda: "535.1")
+    monkeypatch.setattr(gpu, "nvidia_devices", lambda: True)
+    monkeypatch.setattr(gpu, "driver_cuda", lambda: (12, 2))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    told, advice = gpu.unseen_gpus()
+    assert "is built without CUDA" in told
+    assert "(CUDA 12.2 or lower): https://pytorch.org/get-started" in advice
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    told, advice = gpu.unseen_gpus()
+    assert told.endswith("the driver 535.1 is too old for this torch: CUDA 12.2, not 13.0")
+    assert "update the driver" in advice
+    monkeypatch.setattr(torch.version, "cuda", "12.6")  # drivers serve later minor versions
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("Error 802: system not yet")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert gpu.unseen_gpus()[0].endswith("torch sees none (CUDA_VISIBLE_DEVICES is '7'): Error 802: system not yet")
+    monkeypatch.setattr(gpu, "nvidia_devices", lambda: False)
+    monkeypatch.setattr(gpu, "driver_cuda", lambda: None)
+    told, advice = gpu.unseen_gpus()
+    assert "is shown no /dev/nvidia*" in told
+    assert "--gpus all" in advice
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.unseen_gpus() is None
+    ranks = Ranks(1, {0: "a"}, "gloo", None)
+    cpu = {"name": "cpu", "cores": 2, "threads": 1, "unseen": [told, advice]}
+    (finding,) = checks._judge_devices({0: cpu}, ranks)
+    assert (finding.verdict, finding.told, finding.advice) == ("fail", f"rank 0 (a): {told}", advice)
+
+
+def test_who_holds_memory(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        f"echo GPU-0a-1, {os.getpid()}, 400, python\n"
+        "echo GPU-0a-1, 77, 12288, /usr/bin/python3, odd\n"
+        "echo GPU-0a-1, 78, '[N/A]', \n"
+        "echo GPU-0b-2, 79, 5, other\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert gpu.memory_users("0a-1") == ["python3, odd (pid 77, 12 GB)", "a process (pid 78, unknown memory)"]
+    program.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
+    assert machine.nvidia_smi("-L") == []
+
+
+def test_alone_with_several_gpus_it_takes_all(monkeypatch):
+    exits = "import os, sys; sys.exit(3 * (os.environ['LOCAL_RANK'] == '1' and os.environ['WORLD_SIZE'] == '2'))"
+    assert console.on_ranks(2, [sys.executable, "-c", exits]) == 3
+    started = []
+
+    def on_ranks(*arguments):
+        started.append(arguments)
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(console, "on_ranks", on_ranks)
+    monkeypatch.setattr(console.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "PMIX_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit):
+        console.run(None, 20.0, as_json=True)
+    ((count, command),) = started
+    assert (count, command[1:]) == (4, ["-m", "peer_dist", "doctor", "--seconds", "20.0", "--json"])

@@ -119,6 +119,9 @@ def doctor(
     """Examine machines, folders and network before a run, on all ranks that will train. Exit code 1: do not start.
 
     Alone, or as the run will be started:  torchrun --nproc-per-node 8 -m peer_dist doctor -c FILE
+
+    Of GPUs it also says driver, speed and links, compares the kernels with their reference, and times a PEER layer
+    against the bytes that it must move. Without a config it takes all GPUs of this machine.
     """
     from peer_dist.config import load_config
 

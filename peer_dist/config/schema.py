@@ -252,6 +252,11 @@ class TrainConfig(Section):
     micro_batch_size: int = Field(8, ge=1, description="sequences per rank and forward pass")
     global_batch_size: int = Field(16, ge=1, description="sequences per step over all ranks")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
+    fused: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto: with zero.stage 0 on a GPU, apex's kernel adds up gradients of weights, where apex is "
+        "installed; none: torch alone, whatever is installed",
+    )
     seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of weights, dropout and data order")
     recompute_layers: int = Field(
         0,

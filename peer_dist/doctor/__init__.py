@@ -1,1 +1,1 @@
-"""``peer-dist doctor`` finds out in seconds, before a run, whether these ranks can train on these machines."""
+"""``peer-dist doctor`` finds out before a run whether these ranks can train on these machines, and how fast."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import shutil
@@ -20,8 +21,10 @@ import torch.distributed as dist
 from peer_dist.config import ConfigError, check_world
 from peer_dist.data.documents import DataError
 from peer_dist.data.stream import open_tokenizer
+from peer_dist.doctor.gpu import gpu_checks, known_card, memory_users, unseen_gpus
 from peer_dist.engines.building import dtype_of
-from peer_dist.machine import free_memory, has_nvidia_gpus, nearest_existing, usable_cores
+from peer_dist.machine import free_memory, nearest_existing, usable_cores
+from peer_dist.planning.rates import copy_seconds, product_seconds
 from peer_dist.planning.state import checkpoint_bytes
 from peer_dist.ranks.environment import PACKAGES, versions
 from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Verdict
@@ -35,6 +38,9 @@ _SLOW_DISK = 20e6  # bytes per second and rank
 _SLOW, _FAR_TOO_SLOW = 1.5, 3.0  # times the ranks' median that give a warning and a failure
 _APART, _FAR_APART = 1.0, 60.0  # seconds between clocks that give a warning and a failure
 COLLECTIVE_BYTES = (64 << 10, 4 << 20, 32 << 20)  # bytes per rank and collective
+# The width and dtype of a product and the float32 numbers of a copy by which ranks are compared, by device.
+_PRODUCT = {"cuda": (8192, torch.bfloat16), "cpu": (512, torch.float32)}
+_COPIED = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 # Bus bandwidths in GB/s that every healthy machine exceeds, low enough that only a wrong network or a broken link stays
 # below. Those of gloo were measured on loopback; the others are a fraction of the links' own figures.
@@ -84,8 +90,10 @@ def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Fin
                     f"pip install {name}=={pinned}",
                 )
             )
-    text = ", ".join(f"{name} {common[name]}" for name in ("python", *PACKAGES, "cuda", "nccl") if name in common)
-    return findings or [Finding("versions", "ok", text)]
+    text = ", ".join(
+        f"{name} {common[name]}" for name in ("python", *PACKAGES, "cuda", "nccl", "driver") if name in common
+    )
+    return findings or [Finding("versions", "ok", text, figures=common)]
 
 
 def _pins() -> dict[str, str]:
@@ -101,9 +109,9 @@ def _devices(here: Here) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(here.device)
         free, total = torch.cuda.mem_get_info(here.device)
         unique = str(getattr(properties, "uuid", here.device.index))
-        return {"name": properties.name, "unique": unique, "free": free, "total": total}
-    idle_gpus = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and has_nvidia_gpus()
-    return {"name": "cpu", "cores": usable_cores(), "threads": torch.get_num_threads(), "idle_gpus": idle_gpus}
+        users = memory_users(unique)
+        return {"name": properties.name, "unique": unique, "free": free, "total": total, "users": users}
+    return {"name": "cpu", "cores": usable_cores(), "threads": torch.get_num_threads(), "unseen": unseen_gpus()}
 
 
 def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
@@ -128,17 +136,20 @@ def _judge_devices(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Find
     if busy:
         least = min(values[rank]["free"] for rank in busy)
         text = f"{ranks.named(busy)}: device memory is in use already, {sized(least)} free at the least"
-        findings.append(Finding("devices", "warn", text, "see with nvidia-smi who uses it"))
-    without_gpus = [rank for rank, value in values.items() if value.get("idle_gpus")]
-    if without_gpus:
-        text = f"{ranks.named(without_gpus)}: the machine has GPUs, but torch sees none"
-        findings.append(
-            Finding("devices", "fail", text, "install a torch built for CUDA; pass GPUs into the container")
-        )
+        users = [f"{user} for {ranks.named([rank])}" for rank in busy for user in values[rank]["users"]]
+        advice = f"end {', '.join(users[:4])}" if users else "see with nvidia-smi who uses it"
+        findings.append(Finding("devices", "warn", text, advice))
+    unseen: dict[tuple[str, str], list[int]] = {}  # by what is told and advised
+    for rank, value in values.items():
+        if value.get("unseen"):
+            told, advice = value["unseen"]
+            unseen.setdefault((told, advice), []).append(rank)
+    for (told, advice), without in unseen.items():
+        findings.append(Finding("devices", "fail", f"{ranks.named(without)}: {told}", advice))
     one = next(iter(values.values()))
     text = f"{len(values)} x {one['name']}"
     text += f", {sized(one['free'])} free" if "free" in one else f", {one['threads']} of {one['cores']} cores each"
-    return findings or [Finding("devices", "ok", text)]
+    return findings or [Finding("devices", "ok", text, figures={key: value for key, value in one.items() if value})]
 
 
 def _room(here: Here) -> dict[str, Any]:
@@ -339,7 +350,9 @@ def _judge_clock(values: dict[int, float], ranks: Ranks) -> list[Finding]:
 
 
 def _collectives(here: Here) -> dict[str, Any]:
-    """Seconds of each collective by its size, the names of those with wrong results, and the device's name."""
+    """Seconds of each collective by its size, the names of those with wrong results, and the device's name. A rank that
+    is alone goes through the backend too, with itself.
+    """
     world, rank = here.world_size, here.rank
     seconds: dict[str, float] = {}
     wrong = []
@@ -371,14 +384,15 @@ def _collectives(here: Here) -> dict[str, Any]:
 
 def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
     """Whether collectives give right results, and are as fast as a healthy machine's."""
-    if ranks.world_size == 1:
-        return [Finding("collectives", "ok", "one rank: nothing to exchange")]
     findings = []
     wrong = {rank: value["wrong"] for rank, value in values.items() if value["wrong"]}
     if wrong:
         what = ", ".join(sorted({name for names in wrong.values() for name in names}))
         text = f"{ranks.named(wrong)}: wrong result of {what}"
         findings.append(Finding("collectives", "fail", text, "do not train: look for broken links (NCCL_DEBUG=INFO)"))
+    if ranks.world_size == 1:
+        text = f"one rank: nothing to exchange, and {ranks.backend} gives it back right"
+        return findings or [Finding("collectives", "ok", text)]
     one_host = len(set(ranks.hosts.values())) == 1
     device = values[min(values)]["name"]
     floor = next(
@@ -388,9 +402,11 @@ def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[
     )
     world, slow = ranks.world_size, []
     speeds: list[str] = []
+    figures: dict[str, float] = {}
     for name, share in (("all-reduce", 2 * (world - 1) / world), ("all-to-all", (world - 1) / world)):
         for size in COLLECTIVE_BYTES:
             seconds = max(value["seconds"][f"{name} {size}"] for value in values.values())
+            figures[f"seconds of {name} of {size} bytes"] = seconds
             if size == COLLECTIVE_BYTES[0]:
                 speeds.append(f"{name} of {sized(size)} {seconds * 1e3:.2f} ms")
             else:
@@ -401,31 +417,28 @@ def _judge_collectives(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[
     text = ", ".join(speeds) + f" (at least {floor} GB/s expected at {sized(COLLECTIVE_BYTES[-1])})"
     if slow:
         advice = "check that NCCL_SOCKET_IFNAME, NCCL_IB_HCA or GLOO_SOCKET_IFNAME name the fast network"
-        findings.append(Finding("collectives", "warn", f"slow {' and '.join(slow)}: {text}", advice))
-    return findings or [Finding("collectives", "ok", text)]
+        findings.append(Finding("collectives", "warn", f"slow {' and '.join(slow)}: {text}", advice, figures))
+    return findings or [Finding("collectives", "ok", text, figures=figures)]
 
 
-def _speed(here: Here) -> dict[str, float]:
-    """Seconds of a fixed product and a fixed copy, each the best of many, because other programs disturb some."""
-    cuda = here.device.type == "cuda"
-    width, dtype = (4096, torch.bfloat16) if cuda else (512, torch.float32)
-    a = torch.ones(width, width, dtype=dtype, device=here.device)
-    source = torch.ones((1 << 28) if cuda else (1 << 22), device=here.device)
-    target = torch.empty_like(source)
-    best = {"product": float("inf"), "copy": float("inf")}
-    begin, trials = time.perf_counter(), 0
-    while trials < 10 or time.perf_counter() - begin < 0.5:
-        trials += 1
-        for name, run in (("product", lambda: a @ a), ("copy", lambda: target.copy_(source))):
-            start = time.perf_counter()
-            run()
-            here.finish()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return best
+def _speed(here: Here) -> dict[str, Any]:
+    """Seconds of a fixed product and a fixed copy, each the best of many, because other programs disturb some; and of
+    a GPU its name and bytes of memory.
+    """
+    kind = here.device.type
+    value = {"product": product_seconds(here, *_PRODUCT[kind]), "copy": copy_seconds(here, _COPIED[kind])}
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(here.device)
+        return {**value, "card": properties.name, "memory": properties.total_memory}
+    return value
 
 
-def _judge_speed(values: dict[int, dict[str, float]], ranks: Ranks) -> list[Finding]:
-    """Whether all ranks compute and copy about equally fast."""
+def _judge_speed(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    """Whether all ranks compute and copy about equally fast, and GPUs that are known as fast as plans take them to."""
+    kind = "cuda" if ranks.backend == "nccl" else "cpu"
+    width, dtype = _PRODUCT[kind]
+    work = {"product": 2 * width**3, "copy": 8 * _COPIED[kind]}  # FLOPs; bytes read and written
+    figures: dict[str, float] = {}
     findings = []
     medians = []
     for name in ("product", "copy"):
@@ -437,8 +450,39 @@ def _judge_speed(values: dict[int, dict[str, float]], ranks: Ranks) -> list[Find
             verdict: Verdict = "fail" if worst > _FAR_TOO_SLOW else "warn"
             advice = "see what else runs there, its clock rates and temperature; leave the node out of the run"
             findings.append(Finding("speed of ranks", verdict, text, advice))
-        medians.append(f"{name} {median * 1e3:.2f} ms")
-    return findings or [Finding("speed of ranks", "ok", f"{', '.join(medians)}; no rank over {_SLOW} times that")]
+        rate = work[name] / median
+        medians.append(f"{name} {median * 1e3:.2f} ms ({_shown(name, rate)})")
+        figures |= {f"{name}_seconds": median, "flops_per_s" if name == "product" else "copy_bytes_per_s": rate}
+    findings += _below_plans(values, ranks, work)
+    text = f"{str(dtype).rpartition('.')[2]} {', '.join(medians)}; no rank over {_SLOW} times that"
+    findings = findings or [Finding("speed of ranks", "ok", text)]
+    return [dataclasses.replace(finding, figures=figures) for finding in findings]
+
+
+def _below_plans(values: dict[int, dict[str, Any]], ranks: Ranks, work: dict[str, int]) -> list[Finding]:
+    """The GPUs that are slower than ``hardware.yaml`` takes cards of their name to be in a run."""
+    below: dict[tuple[str, str, float], list[int]] = {}  # by what is slow, the card and what is expected of it
+    for rank, value in values.items():
+        card = known_card(value["card"], value["memory"]) if "card" in value else None
+        if card is not None:
+            for name, expected in (
+                ("product", card.flops_per_s.bfloat16 * card.achievable.flops),
+                ("copy", card.hbm_bytes_per_s * card.achievable.hbm),
+            ):
+                if work[name] / value[name] < expected:
+                    below.setdefault((name, card.name, expected), []).append(rank)
+    findings = []
+    for (name, known, expected), slow in below.items():
+        reached = _shown(name, work[name] / max(values[rank][name] for rank in slow))
+        text = f"{ranks.named(slow)}: a {name} reaches {reached}; plans take {_shown(name, expected)} for {known}"
+        advice = "see with nvidia-smi what else runs there, the clocks, the power limit and the temperature"
+        findings.append(Finding("speed of ranks", "warn", text, advice))
+    return findings
+
+
+def _shown(name: str, rate: float) -> str:
+    """The rate of a product or a copy as a card's data sheet gives it."""
+    return f"{rate / 1e12:.3g} TFLOP/s" if name == "product" else f"{rate / 1e9:,.0f} GB/s"
 
 
 @contextlib.contextmanager
@@ -450,14 +494,18 @@ def _writing(folder: Path) -> Iterator[None]:
         raise OSError(f"nothing can be written to {folder} ({error.strerror})") from None
 
 
+_DRIVER, *_KERNELS = gpu_checks()  # these say nothing on CPUs
+
 CHECKS: tuple[Check, ...] = (
     Check("versions", _versions, _judge_versions, "install peer_dist there again"),
     Check("devices", _devices, _judge_devices, "see whether nvidia-smi answers there"),
+    _DRIVER,
     Check("memory and disk", _room, _judge_room, "see whether df answers there; a hung mount does not"),
     Check("layout", lambda here: None, _judge_layout, ""),
     Check("shared folders", _shared, _judge_shared, "make the folder writable, and see that its mount answers"),
     Check("writing", _disk_speed, _judge_disk_speed, "see whether the file system there is full or hung"),
     Check("speed of ranks", _speed, _judge_speed, "see what else runs there, or leave the node out"),
+    *_KERNELS,
     Check(
         "clocks",
         _clock,

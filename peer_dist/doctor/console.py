@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -18,6 +20,7 @@ from peer_dist.config.schema import Config
 from peer_dist.doctor.checks import CHECKS
 from peer_dist.planning.calibration import calibrate, check_writable
 from peer_dist.ranks.examination import Examination, Finding, examine
+from peer_dist.ranks.launchers import free_port
 from peer_dist.ranks.world import JoinError, World, WorldError
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -25,6 +28,9 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path | None = None) -> None:
     """Run the checks and end the process, with 0, or with 1 if a check failed. It never returns: threads may hang.
+
+    Alone on a machine with several GPUs, and asked about no run in particular, it examines them all: it starts itself
+    once for each.
 
     Args:
         config: the config of the run that the checks are for, if there is one.
@@ -34,6 +40,9 @@ def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path 
     """
     start = time.monotonic()
     world = World.from_environment()
+    if config is None and hardware is None and world.launcher == World.launcher and torch.cuda.device_count() > 1:
+        options = ["--seconds", str(seconds), *(["--json"] if as_json else [])]
+        os._exit(on_ranks(torch.cuda.device_count(), [sys.executable, "-m", "peer_dist", "doctor", *options]))
     if hardware is not None and world.rank == 0:
         check_writable(hardware)
     report = _joined(world, seconds)
@@ -48,6 +57,17 @@ def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path 
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0 if report.ok else 1)
+
+
+def on_ranks(count: int, command: list[str]) -> int:
+    """Start a command as ``count`` ranks of this machine, wait for them, and return the largest of their exit codes."""
+    launch = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(command, env=os.environ | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(count)
+    ]
+    return max(abs(process.wait()) for process in ranks)  # of one that a signal killed, the signal's number
 
 
 def _joined(world: World, seconds: float) -> Examination | None:

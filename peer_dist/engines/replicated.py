@@ -7,10 +7,12 @@ import math
 from collections.abc import Container, Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from peer_dist.engines.engine import MOMENTS, DenseAdam, Engine, StepResult, names_not_finite
-from peer_dist.megatron import Parallel, clip_grad_by_total_norm_fp32, wrap_data_parallel
+from peer_dist.megatron import Parallel, wrap_data_parallel
 from peer_dist.optim import TableOptimizer
 
 
@@ -33,13 +35,9 @@ class ReplicatedEngine(Engine):
     ) -> None:
         super().__init__(model, tables, experts, adam)
         self._data_parallel_size = parallel.data_parallel_size
-        self._chunks, self._optimizer = wrap_data_parallel(
-            model, adam.lr, adam.betas, adam.eps, adam.weight_decay, adam.grad_clip
-        )
+        self._chunks, self._optimizer = wrap_data_parallel(model, adam.lr, adam.betas, adam.eps, adam.weight_decay)
         self._inner = self._optimizer.optimizer
         for group in self._inner.param_groups:
-            # Megatron leaves wd_mult to its scheduler, which is not used here
-            group["weight_decay"] = adam.weight_decay * group.get("wd_mult", 1.0)
             for main in group["params"]:
                 self._inner.state[main] = {
                     "step": torch.zeros((), dtype=torch.float32, device=main.device),
@@ -64,13 +62,23 @@ class ReplicatedEngine(Engine):
         self._set_shard_lr(lr, table_lr)
         self._optimizer.prepare_grads()
         device = next(iter(self.parameters.values())).device
-        norm = math.hypot(float(self._optimizer.get_grad_norm()), float(self._shard_norm(device)))
-        applied = math.isfinite(norm)
-        if applied:
+        norm = torch.hypot(self._dense_norm(device), self._shard_norm(device))
+        value = float(norm)
+        result = StepResult(value, math.isfinite(value))
+        if result.applied:
             if self.grad_clip > 0:
-                clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), self.grad_clip, norm)
+                clip_grads_with_norm_(self._optimizer.get_parameters(), self.grad_clip, norm)
             self._optimizer.step_with_ready_grads()
-        return self._finish(StepResult(norm, applied))
+        return self._finish(result)
+
+    def _dense_norm(self, device: torch.device) -> Tensor:
+        """The norm of the dense gradients over tensor and pipeline ranks, a float32 scalar. Collective.
+
+        Megatron's own waits for the norm of each gradient, unless it has kernels of apex's or TransformerEngine's.
+        """
+        square = get_total_norm(self._optimizer.get_main_grads_for_grad_norm()).to(device).square()
+        dist.all_reduce(square, group=self._optimizer.get_grad_stats_parallel_group())
+        return square.sqrt()
 
     def skip(self) -> None:
         """Clear the gradients' buffers and the shards' gradients."""
@@ -87,16 +95,12 @@ class ReplicatedEngine(Engine):
     @property
     def steps(self) -> int:
         """Number of updates, as Adam counts them."""
-        group = self._inner.param_groups[0]  # apex and TransformerEngine count there, torch in the state
-        return int(group["step"] if "step" in group else self._state(next(iter(self.parameters)))["step"])
+        return int(self._state(next(iter(self.parameters)))["step"])
 
     @steps.setter
     def steps(self, value: int) -> None:
-        for group in self._inner.param_groups:
-            if not isinstance(self._inner, torch.optim.AdamW):
-                group["step"] = value
-            for main in group["params"]:
-                self._inner.state[main]["step"].fill_(float(value))
+        for state in self._inner.state.values():
+            state["step"].fill_(float(value))
         self._set_shard_steps(value)
 
     def _dense_tensors(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Tensor]]:

@@ -106,8 +106,9 @@ class ProductKeyLayer(nn.Module):
             query = self.norm(F.linear(tokens, weight).unflatten(-1, (self.heads, self.key_dim)))
             indices, scores = retrieve(query, keys, self.top_k)
         else:
-            if torch.is_autocast_enabled(tokens.device.type):  # which does not see into a function of our own
-                dtype = torch.get_autocast_dtype(tokens.device.type)
+            kind = tokens.device.type
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                dtype = torch.get_autocast_dtype(kind)  # which does not see into a function of our own
                 tokens, weight = tokens.to(dtype), weight.to(dtype)
             indices, scores = project_and_retrieve(tokens, weight, self.norm, keys, self.top_k, self.heads)
         gates = GATES[self.gate](scores)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import Picks, mix, table_grad, top_pairs
+from peer_dist.tracing import untraced
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}  # tokens; on a CPU the scores of one head's chunk stay in cache
 
 
+@untraced
 def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``top_k`` product keys of largest inner product with each query. Exact.
 
@@ -32,6 +34,7 @@ def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return _Retrieve.apply(query, keys, top_k)
 
 
+@untraced
 def project_and_retrieve(
     x: Tensor, weight: Tensor, norm: nn.Module, keys: Tensor, top_k: int, heads: int
 ) -> tuple[Tensor, Tensor]:

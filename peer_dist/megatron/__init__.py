@@ -10,10 +10,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .data_parallel import clip_grad_by_total_norm_fp32, wrap_data_parallel
+    from .data_parallel import wrap_data_parallel
     from .decoding import Decoder
     from .dist_checkpoint import CheckpointError
     from .feed_forward import dense_output_std
+    from .fused import fuses_weight_gradients
     from .model import (
         build_model,
         count_parameters,
@@ -35,10 +36,10 @@ _HOMES = {
     "MicroBatch": "schedule",
     "Parallel": "parallel",
     "build_model": "model",
-    "clip_grad_by_total_norm_fp32": "data_parallel",
     "count_parameters": "model",
     "dense_output_std": "feed_forward",
     "forward_logits": "model",
+    "fuses_weight_gradients": "fused",
     "peer_layers": "model",
     "routers": "model",
     "run_forward_backward": "schedule",
@@ -56,10 +57,10 @@ __all__ = [
     "MicroBatch",
     "Parallel",
     "build_model",
-    "clip_grad_by_total_norm_fp32",
     "count_parameters",
     "dense_output_std",
     "forward_logits",
+    "fuses_weight_gradients",
     "peer_layers",
     "routers",
     "run_forward_backward",

@@ -3,17 +3,20 @@
 Megatron-core 0.16.1 asks ``torch.cuda`` for its device and its random states wherever it runs. Here its
 modules, and nothing else, see another ``torch``: a proxy that answers those questions with the CPU. Laptops
 and CI run the same model code that GPUs run; where CUDA exists nothing is replaced.
+
+Everywhere Megatron is imported as if apex and TransformerEngine were not installed (docs/apex.md).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ _CPU = torch.device("cpu")
 # What peer_dist uses. They must be loaded before their name `torch` can be replaced.
 _MODULES = (
     "megatron.core.models.gpt",
+    "megatron.core.transformer.attention",
     "megatron.core.pipeline_parallel",
     "megatron.core.tensor_parallel.random",
     "megatron.core.dist_checkpointing.strategies.torch",
@@ -111,6 +115,27 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    """A context in which apex and TransformerEngine cannot be imported; afterwards all is as it was.
+
+    Megatron takes an optimizer and other functions from them wherever it finds them, so that a run would depend on what
+    an image has. It expects an ImportError where they do not work, while they raise others too.
+    """
+    packages = ("apex", "transformer_engine")
+    loaded = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
+    for name in loaded:
+        del sys.modules[name]
+    for name in packages:
+        sys.modules[name] = None  # type: ignore[assignment]  # Python's sign of a module that cannot be imported
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(loaded)
+
+
 def install() -> bool:
     """Import Megatron-core quietly and, where there is no CUDA, let its modules see the CPU.
 
@@ -119,7 +144,7 @@ def install() -> bool:
     Returns:
         Whether the stand-in is in use (False where CUDA exists).
     """
-    with warnings.catch_warnings():  # apex and TransformerEngine are optional, and say so ten times
+    with _by_itself(), warnings.catch_warnings():  # it says ten times what it does not find
         warnings.simplefilter("ignore")
         for name in _MODULES:
             importlib.import_module(name)

@@ -34,6 +34,7 @@ from peer_dist.sharding import Shard
 from .attention import SDPAttention
 from .build_context import BuildContext, layer_seed
 from .feed_forward import INIT_STD, SparseMLP, sparse_mlps
+from .fused import fuses_weight_gradients
 from .gradients import finalize_gradients
 from .moe import CoarseMoE
 from .norm import RMSNorm
@@ -109,8 +110,8 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
         recompute_num_layers=config.train.recompute_layers or None,
         # The schedule must not divide the loss: the caller knows the step's number of tokens.
         calculate_per_token_loss=True,
-        # Off: needs apex's kernels; wrong on CPU; wrong with overlapped sends.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_weight_gradients(config, parallel.device),
+        # Off: wrong on CPU; wrong with overlapped sends.
         cross_entropy_loss_fusion=False,
         deallocate_pipeline_outputs=False,
         batch_p2p_comm=config.parallel.batch_p2p,

@@ -119,6 +119,7 @@ def _experts_config(
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
         perform_initialization=False,
+        gradient_accumulation_fusion=False,  # Megatron's buffers have no gradients of experts
         **changes,
     )
 

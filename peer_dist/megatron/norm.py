@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+# Since torch 2.9 CUDA has one kernel, which computes in float32 inside; before that F.rms_norm rounds in between.
+_ONE_KERNEL = hasattr(torch.ops.aten, "_fused_rms_norm_backward")
+
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32 or wider.
@@ -25,5 +28,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x: [..., hidden_size]``; the output has its shape and dtype."""
+        if _ONE_KERNEL and x.is_cuda:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)

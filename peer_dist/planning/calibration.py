@@ -10,7 +10,6 @@ import os
 import re
 import socket
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from peer_dist.kinds import DENSE, PEER
 from peer_dist.machine import cpu_name, free_memory, nearest_existing
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.plan import plan
+from peer_dist.planning.rates import copy_seconds, fastest, product_seconds
 from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
 from peer_dist.ranks.world import World
 from peer_dist.sharding.cost import synthetic_picks
@@ -163,25 +163,6 @@ def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, 
         raise ConfigError(f"--calibrate {path}: cannot be written ({error.strerror}); name another file") from None
 
 
-def _times(here: Here, run: Callable[[], Any], rounds: int = 0) -> list[float]:
-    """Seconds of each call of ``run`` after a first one: ``rounds`` calls, or at least 5 and for at least 0.3 s."""
-    run()
-    here.finish()
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < (rounds or 5) or (not rounds and time.perf_counter() - begin < 0.3):
-        start = time.perf_counter()
-        run()
-        here.finish()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def _least(here: Here, run: Callable[[], Any], rounds: int = 0) -> float:
-    """Seconds of the fastest call (see :func:`_times`): slower ones were disturbed by other programs."""
-    return min(_times(here, run, rounds))
-
-
 def _device(here: Here) -> dict[str, Any]:
     """This rank's host, its device's name, and the device's bytes of memory."""
     host = socket.gethostname()
@@ -214,10 +195,7 @@ def _products(here: Here) -> dict[str, dict[str, float]]:
     rates: dict[str, dict[str, float]] = {}
     for name in ("float32", "bfloat16"):
         for width in SIZES[here.device.type].widths:
-            # of numbers that differ: with equal ones a GPU draws less power, and is faster than it ever will be
-            a = torch.randn(width, width, dtype=getattr(torch, name), device=here.device)
-            out = torch.empty_like(a)
-            seconds = _least(here, functools.partial(torch.mm, a, a, out=out))
+            seconds = product_seconds(here, width, getattr(torch, name))
             rates.setdefault(name, {})[str(width)] = 2 * width**3 / seconds
     return rates
 
@@ -238,21 +216,14 @@ def _memory(here: Here) -> dict[str, float]:
     """Bytes per second that a large copy reads and writes, and that the experts' kernel reads for its picks."""
     sizes = SIZES[here.device.type]
     shape, dtype = (sizes.experts, sizes.dim), sizes.dtype
-    copy_rate = _copy_rate(here, sizes.copy_size)
+    copy_rate = 8 * sizes.copy_size / copy_seconds(here, sizes.copy_size)
     down, up = (torch.full(shape, sizes.dim**-0.5, dtype=dtype, device=here.device) for _ in range(2))
     x = torch.ones(sizes.tokens, sizes.dim, dtype=dtype, device=here.device)
     picks = synthetic_picks(sizes.experts, sizes.tokens, sizes.picks, device=here.device)
     gate = torch.ones(picks.numel(), device=here.device)
     with torch.no_grad():
-        seconds = _least(here, lambda: expert_mix(x, Picks.even(picks), gate, down, up, "gelu"))
+        seconds = fastest(here, lambda: expert_mix(x, Picks.even(picks), gate, down, up, "gelu"))
     return {"copy": copy_rate, "gather": 2 * picks.numel() * sizes.dim * dtype.itemsize / seconds}
-
-
-def _copy_rate(here: Here, count: int) -> float:
-    """Bytes per second that a copy of ``count`` float32 numbers reads and writes."""
-    source = torch.ones(count, device=here.device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _least(here, lambda: target.copy_(source))
 
 
 def _judge_memory(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
@@ -300,7 +271,7 @@ def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, dict[str, floa
                 if name == "all-to-all"
                 else functools.partial(dist.all_reduce, sent, group=group)
             )
-            seconds.append(_least(here, run, _ROUNDS))
+            seconds.append(fastest(here, run, _ROUNDS))
         times[name] = {"tiny": seconds[0], "large": seconds[1], "bytes": share * sent.nbytes}
     return times
 
@@ -421,7 +392,7 @@ def _step_seconds(here: Here, config: Config) -> float:
                 run_forward_backward(model, [batch])
             engine.step(0.0, 0.0)
 
-        return _least(here, step, _ROUNDS)
+        return fastest(here, step, _ROUNDS)
     finally:
         parallel.destroy()
 

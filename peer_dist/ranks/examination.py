@@ -40,12 +40,14 @@ class Finding:
         verdict: a run may start with a ``warn``, but not with a ``fail``.
         told: what was found, a sentence.
         advice: what to do about it; empty if the verdict is ``ok``.
+        figures: what was measured, by name, in bytes and seconds: plain values that JSON can hold.
     """
 
     check: str
     verdict: Verdict
     told: str
     advice: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def _mpi(environ: Mapping[str, str], launcher: str, started: int | None) -> Laun
     meeting = None
     if rank == 0:
         address = "127.0.0.1" if local_size == size else _own_address()
-        meeting = (environ.get("MASTER_ADDR") or address, _number(environ, "MASTER_PORT", 0) or _free_port())
+        meeting = (environ.get("MASTER_ADDR") or address, _number(environ, "MASTER_PORT", 0) or free_port())
     address, port = everyone.bcast(meeting)
     MPI.Finalize()  # now, so that a rank that fails later ends at once instead of waiting for the others there
     if size == 1:
@@ -215,7 +215,7 @@ def _own_address() -> str:
     return socket.gethostname()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port of this node that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -36,12 +36,13 @@ from peer_dist.kernels import (
 )
 from peer_dist.sharding.exchange import Arrival, ExchangePlan, MergedPicks, Traffic, plan_exchange
 from peer_dist.sharding.grid import GridLayout
-from peer_dist.tracing import span
+from peer_dist.tracing import span, untraced
 
 Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """The two halves of a dense block beside the experts; see :func:`routed_experts`."""
 
 
+@untraced
 def routed_experts(
     x: Tensor,
     indices: Tensor,
@@ -75,7 +76,7 @@ def routed_experts(
         ``[tokens, dim]``. The gradients of ``down`` and ``up`` are summed over the tokens of all ranks of the
         domain: those of the SUM of the ranks' losses.
     """
-    if layout.row_shards * layout.column_shards == 1:
+    if not layout.spread:
         traffic.picks_received += indices.numel()
         y = expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
         return y if beside is None else y + beside[1](beside[0](x))
@@ -89,6 +90,7 @@ def routed_experts(
     return y if other is None else y + other
 
 
+@untraced
 def routed_values(
     indices: Tensor,
     gates: Tensor,
@@ -115,7 +117,7 @@ def routed_values(
         ``[tokens, dim]``. The gradient of ``values`` is that of the SUM of the ranks' losses, as with
         :func:`routed_experts`.
     """
-    if layout.row_shards * layout.column_shards == 1:
+    if not layout.spread:
         traffic.picks_received += indices.numel()
         return value_mix(gates.reshape(-1), values, Picks.even(indices), sparse_grad).to(dtype)
     gate, transit = _planned(indices, gates, layout, traffic)

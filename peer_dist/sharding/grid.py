@@ -98,6 +98,11 @@ class GridLayout:
         return 1 if self.groups is None or self.groups.columns is None else dist.get_world_size(self.groups.columns)
 
     @property
+    def spread(self) -> bool:
+        """Whether the tables have more than one shard, so that tokens travel."""
+        return self.row_shards * self.column_shards > 1
+
+    @property
     def row_shard(self) -> int:
         """The number of this rank's row shard."""
         return 0 if self.groups is None else dist.get_rank(self.groups.rows)

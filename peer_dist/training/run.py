@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from peer_dist.measures.metrics import Metrics, read_metrics
+from peer_dist.megatron import fuses_weight_gradients
 from peer_dist.ranks.environment import environment
 from peer_dist.ranks.exit_codes import DONE, stopped_code
 from peer_dist.ranks.lock import LockError, RunLock
@@ -36,6 +37,8 @@ class Run:
         self._trainer, self._config = trainer, trainer.config
         self._stop, self._lock = stop, lock
         self._first = trainer.steps_done + 1
+        fused = fuses_weight_gradients(trainer.config, trainer.parallel.device)
+        self._fused = "apex: weight gradients" if fused else "none"
         self._console = Console(stderr=True, quiet=trainer.parallel.rank != 0)
         self._metrics: Metrics | None = None  # on rank 0, once the run has begun
         self._values: dict[str, float] = {}  # numbers to record for the step that has just ended
@@ -61,6 +64,8 @@ class Run:
             f"{trainer.parallel.world_size} x {trainer.parallel.device.type}, {dtype}; "
             + (f"going on from step {trainer.steps_done}" if trainer.steps_done else "starting at step 0")
         )
+        if self._fused != "none":
+            self._say(f"used of {self._fused}")
         if reason := self._config.not_causal:
             self._say(f"{reason.setting} is not causal: its losses are no language model's")
 
@@ -79,6 +84,7 @@ class Run:
                 parameters=trainer.parameters,
                 expert_parameters=trainer.expert_parameters,
                 dtype=str(trainer.dtype).removeprefix("torch."),
+                fused=self._fused,
                 environment=hosts,
                 config=tree,
             )
