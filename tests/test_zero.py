@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peer_dist.megatron import run_forward_backward
 from tests.ranks import run_ranks
 from tests.runs import make_trainer, with_keys
 
@@ -68,3 +69,27 @@ def test_no_step_waits_for_what_nobody_reads(small, zero):
     small = with_keys(small, zero=zero, model={"num_layers": 1, "mlp": "peer"})
     pinned = False if "offload" in zero else None
     assert run_ranks(told, 1, small) == [(False, pinned, 0)]
+
+
+def copied(rank, world_size, tree):
+    """Elements of the bucket, and of the largest tensor that is made of several to be reduced."""
+    trainer = make_trainer(tree)
+    zero, made = trainer.engine._zero, []
+    flatten = zero.flatten
+
+    def watched(tensors):
+        whole = flatten(tensors)
+        made.append(0 if whole.data_ptr() == tensors[0].data_ptr() else whole.numel())
+        return whole
+
+    zero.flatten = watched
+    with trainer.engine.accumulate():
+        run_forward_backward(trainer.model, trainer._micro_batches(0))
+    return zero.reduce_bucket_size, max(made, default=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_reduced_is_a_copy_of_the_bucket(small, ranks):
+    """As the plan counts it: with several data-parallel ranks, to each of which a part of it goes."""
+    for bucket, made in run_ranks(copied, ranks, with_keys(small, zero={"stage": 2})):
+        assert made == (bucket if ranks > 1 else 0)

@@ -35,7 +35,7 @@ _LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {  # of TensorBoard's custom sc
         "where a step's seconds go": (r"time/\w+",),
         "bytes exchanged per token": ("exchange/bytes_per_token",),
         "slowest rank over the median": ("speed/slowest_rank_ratio",),
-        "peak memory (GiB)": ("memory/peak_gib", "memory/reserved_gib"),
+        "peak memory (GiB)": ("memory/peak_gib",),
     },
 }
 
