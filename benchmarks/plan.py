@@ -35,7 +35,6 @@ from peer_dist.planning.layout import Layout
 from peer_dist.planning.plan import plan
 from peer_dist.planning.state import state
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 BASE: dict[str, Any] = {
     "model": {
         "num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 1024, "seq_length": 256,

@@ -33,7 +33,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.option.markexpr.startswith(("cluster", "gpu")):
         config.option.numprocesses, config.option.dist = None, "no"
     if not config.option.markexpr.startswith("gpu"):  # before torch is imported; workers inherit it
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 

@@ -5,7 +5,6 @@ import gc
 import importlib
 import os
 
-os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forked ranks are CPU processes, also where tests see a GPU
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -251,6 +251,8 @@ def test_segment_mask_by_hand() -> None:
     assert sees[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
     assert sees[1] == torch.ones(4, 4, dtype=torch.int).tril().tolist()
     assert segment_mask(tokens[1:], EOD) is None
+    assert segment_mask(tokens, EOD, tokens.to("meta")).device.type == "meta", "asked here, made there"
+    assert segment_mask(tokens[1:], EOD, tokens[1:].to("meta")) is None
 
 
 def test_documents_do_not_see_each_other(parallel: Parallel) -> None:

@@ -125,6 +125,32 @@ def test_lazy_adam_is_sparse_adam():
     torch.testing.assert_close(state["exp_avg_sq"], optimizer.state[table]["exp_avg_sq"])
 
 
+def test_adam_has_one_gradient_in_float32_at_a_time():
+    """Of many tables; they step as each of them alone."""
+    table, grads = problem()
+    tables = {str(n): (table + n).to(torch.bfloat16 if n else torch.float32).requires_grad_() for n in range(3)}
+    rule = TableRule("adam", LR, BETAS, EPS, DECAY)
+    optimizer = TableOptimizer(tables, rule, 10)
+    apart = {name: TableOptimizer({name: t.detach().clone().requires_grad_()}, rule, 10) for name, t in tables.items()}
+    step, at_once = optimizer._adamw.step, []
+
+    def counted():
+        at_once.append(sum(master.grad is not None for master in optimizer._masters.values()))
+        step()
+
+    optimizer._adamw.step = counted
+    for grad in grads:
+        for each in (optimizer, *apart.values()):
+            for t in each.tables.values():
+                t.grad = grad.to(t.dtype, copy=True)
+            each.step(0.5)
+    assert at_once == [1] * 3 * len(grads)
+    for name, t in tables.items():
+        assert t.grad is None
+        assert t.equal(apart[name].tables[name])
+    assert optimizer.steps == len(grads)
+
+
 class Largest(TorchDispatchMode):
     """Elements of the largest tensor that any operation gave, those of given memory apart."""
 

@@ -80,6 +80,41 @@ def test_the_time_to_the_first_step_is_told_by_phase(small):
     assert "startup/resume" in metrics_of(small)[5]
 
 
+def calls_of_steps(rank, world_size, tree):
+    """Collective calls between the update and the next step, in two steps of a run, and the seconds of the last one."""
+    from peer_dist.training import Trainer
+
+    trainer = Trainer(parse_config(tree, "test"))
+    calls, all_reduce, read, values = [], dist.all_reduce, trainer.times.read, {}
+
+    def late():
+        calls.clear()
+        time.sleep(0.3)  # as on a GPU, which has queued work to do still
+        return read()
+
+    trainer.times.read = late
+    dist.all_reduce = lambda *args, **kwargs: (calls.append(1), all_reduce(*args, **kwargs))[1]
+    step, counts = trainer.step, []
+
+    def counted():
+        if trainer.steps_done:
+            counts.append(len(calls))
+        values.update(step())
+        return values
+
+    trainer.step = counted
+    with StopRequest() as stop:
+        trainer.run(stop)
+    return counts, values["time/step"]
+
+
+def test_after_the_update_ranks_agree_once_and_nothing_is_left_out_of_the_time(small):
+    small = with_keys(small, parallel={"expert": 2}, train={"steps": 3}, logging={"interval": 9})
+    for counts, seconds in run_ranks(calls_of_steps, 2, small):
+        assert counts == [1, 1]
+        assert seconds > 0.3
+
+
 def test_startup_begins_with_the_process():
     startup = Startup()
     startup.ended("import")

@@ -86,6 +86,14 @@ def test_if_all_wait_it_is_who_has_begun_the_fewest_collectives():
     assert verdict_of(*[still(WORKS)] * 2).text.startswith("all 2 ranks hang: nothing for 10.1 s, last in step 3")
 
 
+def test_so_it_is_if_none_is_seen_to_wait():
+    """With NCCL every rank, the culprit too, stands where it reads a number from its device."""
+    behind = still(WORKS, collectives=19)
+    text = verdict_of(still(WORKS), behind, still(WORKS)).text
+    assert text.startswith("rank 1 hangs: nothing for 10.1 s, last in step 3, experts")
+    assert text.endswith("(rank 0)")
+
+
 def test_words_travel_and_may_be_missing():
     assert Beat.parse(still(WAITS, failed="x").json()) == still(WAITS, failed="x")
     assert gone_sentence([0], "no answer for 3.0 s", {}) == "rank 0 is gone: no answer for 3.0 s"

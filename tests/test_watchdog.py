@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, PEER_LOST
+from peer_dist.ranks.watchdog import record_nccl
 from tests.ranks import run_ranks
 from tests.runs import command, losses_of, with_keys
 
@@ -122,7 +124,7 @@ def test_without_a_watchdog_a_broken_connection_is_still_one_sentence(watched, t
         assert "Traceback" not in run.words(0)
 
 
-def threads_left(rank, world_size, folder):
+def threads_left(rank, world_size):
     """Names of the watchdog's threads after it, each of whose turns had taken a while."""
     from peer_dist.ranks.watchdog import Watchdog
 
@@ -131,14 +133,49 @@ def threads_left(rank, world_size, folder):
             super()._turn(beat, passed)
             time.sleep(0.5)
 
-    with Slow(4, folder):
+    with Slow(4):
         time.sleep(0.3)
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("watchdog")]
 
 
-def test_its_threads_end_before_python_does(tmp_path):
+def test_its_threads_end_before_python_does():
     """One that is inside the store when Python shuts down would abort a process that has done its work."""
-    assert run_ranks(threads_left, 2, str(tmp_path)) == [[], []]
+    assert run_ranks(threads_left, 2) == [[], []]
+
+
+def die_where_nccl_does_not_answer(rank, who):
+    from peer_dist.ranks import watchdog
+
+    watchdog._DUMP_SECONDS = 0.5
+    watchdog.Watchdog._dump_nccl = lambda self: time.sleep(3600)
+    misbehave(rank, who, 2, "step", "die")
+
+
+def test_nobody_waits_for_the_record_of_nccl(watched, tmp_path):
+    """The sentence comes first, and the process leaves even if the record never does."""
+    with command(watched, tmp_path, (die_where_nccl_does_not_answer, 1)) as run:
+        assert run.codes(60) == [PEER_LOST, -signal.SIGKILL], run.words(0)
+        assert "rank 1 is gone: " in run.words(0)
+
+
+def test_nccl_is_told_where_to_write_its_record(tmp_path, monkeypatch):
+    """By the names of every version of torch, into a folder that is there; what the launcher said stays."""
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    for name in (*names, "TORCH_NCCL_DUMP_ON_TIMEOUT"):  # so that what is set here is undone
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    record_nccl(tmp_path / "new" / "logs")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    record_nccl(tmp_path / "new" / "logs")
+    assert [os.environ[name] for name in names] == ["2000", "2000", str(tmp_path / "new" / "logs" / "nccl_trace_rank_")]
+    assert (tmp_path / "new" / "logs").is_dir()
+    del os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"]
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "20000")
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(tmp_path / "theirs" / "nccl-trace-"))
+    record_nccl(tmp_path / "other")
+    assert (os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"], (tmp_path / "theirs").is_dir()) == ("20000", True)
+    assert not (tmp_path / "other").exists()
 
 
 def diverge(rank):

@@ -10,6 +10,8 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
+import typer
+import yaml
 
 from peer_dist.ranks.launchers import Launch, WorldError, discover, expand_hosts, tasks_per_node
 from peer_dist.ranks.world import World
@@ -236,7 +238,7 @@ def _see(gpus):
     chosen, kept = [], []
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: len(gpus)
-    torch.cuda.set_device = chosen.append
+    torch.cuda.set_device = lambda device: chosen.append(device.index)
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(uuid=gpus[device])
     dist.init_process_group = lambda backend, store, **_: kept.append(store) if backend == "nccl" else 1 / 0
     return chosen
@@ -266,6 +268,53 @@ def test_a_port_in_use_is_told_in_one_sentence():
         (said,) = _joins(2, [0], 10, port, "Slurm (srun)").values()
     sentence = f"port {port} is in use on {socket.gethostname()}; set MASTER_PORT to a free one"
     assert said == (f"JoinError {sentence}", ""), "and torch's own words of it are not shown"
+
+
+def _precision():
+    """Of float32 products where the environment would have TF32's, once a rank has joined."""
+    torch.set_float32_matmul_precision("high")
+    World(0, 1, 0, 1, "single process").join()
+    return torch.get_float32_matmul_precision()
+
+
+def test_float32_products_are_exact_whatever_the_image_says():
+    assert run_each(_precision, [()]) == ["highest"]
+
+
+def test_a_rank_has_the_gpu_of_its_place(monkeypatch):
+    """Whatever thread asks; where Slurm shows it one GPU alone, DeepSpeed is told so in all places."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert World(3, 4, 1, 2, "torchrun").device == torch.device("cuda", 1)
+    with pytest.raises(WorldError, match="4 ranks were started on a machine with 2 GPU"):
+        _ = World(3, 4, 3, 4, "torchrun").device
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+    assert World(3, 4, 1, 2, "Open MPI").device == torch.device("cuda", 0)
+    assert os.environ["LOCAL_RANK"] == "0"
+    assert "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize(("tensor", "queues"), [(1, None), (2, "1")])
+def test_only_tensor_ranks_give_up_their_gpus_queues(tensor, queues, small, tmp_path, monkeypatch):
+    """Before anything of training is imported, which may start CUDA."""
+    from peer_dist.cli import runs
+
+    class Training(types.ModuleType):
+        @property
+        def train(self):
+            seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+            return lambda config, steps: 0
+
+    seen = []
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
+    monkeypatch.setitem(sys.modules, "peer_dist.training", Training("peer_dist.training"))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
+    with pytest.raises(typer.Exit):
+        runs.train(tmp_path / "run.yaml", [f"parallel.tensor={tensor}"])
+    assert set(seen) == {queues}
 
 
 def test_all_come():

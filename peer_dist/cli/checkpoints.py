@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from peer_dist.cli.options import AsJson, BatchSize, Checkpoint, DataPrefix, Split
+from peer_dist.cli.options import AsJson, BatchSize, Checkpoint, DataPrefix, Split, queue_for_ranks
 
 
 def evaluate(
@@ -106,6 +106,7 @@ def generate(
     pipeline: Annotated[int, typer.Option(min=1, help="Stages that the layers are cut into.")] = 1,
 ) -> None:
     """Continue texts with a trained model, on any number of ranks; several are told apart by lines of their numbers."""
+    queue_for_ranks(tensor)
     from peer_dist.checkpoints.store import find_checkpoint
     from peer_dist.evaluation.generate import generate as run
     from peer_dist.evaluation.generate import read_prompts, write_texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,16 @@ Sbatch = Annotated[
     list[str] | None, typer.Option(help="Any other option of sbatch, such as --sbatch=--partition=gpu; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def queue_for_ranks(tensor: int) -> None:
+    """Give GPUs one hardware queue where ``tensor`` ranks share matrices, and else leave them theirs.
+
+    Megatron's sums over these ranks overlap its products only so; the exchange of tokens overlaps better with several.
+    To be called before anything is imported that may start CUDA, which reads the variable then.
+    """
+    if tensor > 1:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def vocab_size_of(config: Config) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peer_dist.cli.options import AsJson, ConfigFile, Overrides, Sbatch
+from peer_dist.cli.options import AsJson, ConfigFile, Overrides, Sbatch, queue_for_ranks
 
 
 def train(
@@ -30,6 +30,7 @@ def train(
 
     settings = load_config(config, overrides or [])
     steps = None if profile is None else _steps(profile, settings.train.steps)
+    queue_for_ranks(settings.parallel.tensor)
     from peer_dist.training import train as run
 
     raise typer.Exit(run(settings, steps))

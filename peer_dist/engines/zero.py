@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import Container, Iterable, Iterator
@@ -20,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# DeepSpeed would ask for seven other kinds of accelerators first, and believe what the variable says of another machine
+os.environ["DS_ACCELERATOR"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -41,8 +43,11 @@ from peer_dist.layers.product_key_layer import ProductKeyLayer
 from peer_dist.optim import TableOptimizer
 from peer_dist.optim.held_bytes import BUCKET
 
-# a shared-memory extension for CPU collectives that takes a minute to compile at first use; gloo serves as well
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# No operation of DeepSpeed's own: to read which there are starts compilers on every rank and prints to stdout. Only one
+# is ever asked for, shared memory for CPU collectives, which takes a minute to compile; gloo serves as well.
+deepspeed.ops.__compatible_ops__ = {}
+if not all(gpu.isdecimal() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")):
+    cuda_accelerator.pynvml = None  # DeepSpeed reads numbers there, not GPU-... or MIG-...; torch knows the memory too
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated", category=FutureWarning)
 
@@ -87,10 +92,15 @@ class ZeroEngine(Engine):
             "gradient_accumulation_steps": 1,
             "gradient_clipping": adam.grad_clip,
             "steps_per_print": 2**60,
+            "timers": {"throughput": {"enabled": False}},  # under ZeRO-3 it waits for the device before each pass
             "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
         }
         if offload:
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            # from pageable memory a copy to the device has a fraction of the bus's rate
+            config["zero_optimization"]["offload_optimizer"] = {
+                "device": "cpu",
+                "pin_memory": torch.cuda.is_available(),
+            }
             config["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own takes minutes to compile at first use
         if dtype == torch.bfloat16:
             config["bf16"] = {"enabled": True}
@@ -108,14 +118,13 @@ class ZeroEngine(Engine):
             )
         self._zero = self._engine.optimizer
         self._init_state()
+        self._norm = math.inf
         if stage == 3:
-            groups_of_norms = self._zero._get_norm_groups
-            self._zero._get_norm_groups = lambda: [*groups_of_norms(), self._norm_of_shards()]
+            dense_norms = self._zero._get_norm_groups
+            self._zero._get_norm_groups = lambda: [self._global_norm(dense_norms())]
         else:
             dense_norm = self._zero.scaled_global_norm
-            self._zero.scaled_global_norm = lambda *args, **kwargs: combine_grad_norm_groups(
-                [dense_norm(*args, **kwargs), self._norm_of_shards()]
-            )
+            self._zero.scaled_global_norm = lambda *args, **kwargs: self._global_norm([dense_norm(*args, **kwargs)])
 
     def _masters(self) -> list[Tensor]:
         """This rank's partitions of the float32 masters, which Adam updates."""
@@ -148,15 +157,28 @@ class ZeroEngine(Engine):
         # -1 is how DeepSpeed marks a norm that is not finite
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
+    def _global_norm(self, norms: list[Tensor]) -> Tensor:
+        """The norm of all gradients, from DeepSpeed's own ``norms`` of the dense part and that of the shards.
+
+        It stays where DeepSpeed's are, with offload in host memory. DeepSpeed waits for it here to see whether it is
+        finite; it is read here too, so that the host need not wait for the update as well.
+        """
+        total = combine_grad_norm_groups([*norms, self._norm_of_shards().to(norms[0].device)])
+        self._norm = float(total)
+        return total
+
     def step(self, lr: float, table_lr: float) -> StepResult:
         """Let DeepSpeed clip and update the dense part by the common norm, and do the same to the shards."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
         self._set_shard_lr(lr, table_lr)
+        self._norm = math.inf  # as long as DeepSpeed does not ask for it, having found a gradient that is not finite
         self._engine.step()
-        return self._finish(
-            StepResult(float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied()))
-        )
+        result = self._finish(StepResult(self._norm, bool(self._engine.was_step_applied())))
+        if self._stage == 3 and torch.cuda.is_available():
+            # the stream on which DeepSpeed gathers parameters for the next pass does not wait for their update
+            torch.cuda.synchronize()
+        return result
 
     def skip(self) -> None:
         """Make DeepSpeed skip a step as if its norm were not finite: it knows all that has to be cleared."""

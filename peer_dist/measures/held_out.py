@@ -48,13 +48,14 @@ def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) ->
         ``tokens`` and ``labels``, ``[b, seq_length]`` int64; ``loss_mask``, ``[b, seq_length]`` float32; and
         ``attention_mask``, see :func:`peer_dist.megatron.segment_mask`.
     """
-    tokens, labels = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
-    mask = segment_mask(tokens, eod)
+    # tokens alone are copied, from memory from which a copy does not wait for the device; the mask is far larger
+    moved = (sequences.pin_memory() if device.type == "cuda" else sequences).to(device, non_blocking=True)
+    tokens, labels = moved[:, :-1].contiguous(), moved[:, 1:].contiguous()
     return {
-        "tokens": tokens.to(device, non_blocking=True),
-        "labels": labels.to(device, non_blocking=True),
+        "tokens": tokens,
+        "labels": labels,
         "loss_mask": torch.ones(labels.shape, device=device),
-        "attention_mask": None if mask is None else mask.to(device, non_blocking=True),
+        "attention_mask": segment_mask(sequences[:, :-1], eod, tokens),
     }
 
 

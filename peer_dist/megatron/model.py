@@ -256,15 +256,16 @@ def count_parameters(model: nn.ModuleList, parallel: Parallel) -> int:
     return int(total)
 
 
-def segment_mask(tokens: torch.Tensor, eod: int) -> torch.Tensor | None:
+def segment_mask(tokens: torch.Tensor, eod: int, moved: torch.Tensor | None = None) -> torch.Tensor | None:
     """Which positions must not see each other, where a sequence holds several documents.
 
     An ``eod`` token starts the segment of the document after it, and a token sees the earlier tokens of its
-    own segment. Meant for tokens on the CPU, before their transfer: on a GPU it would wait for it.
+    own segment. Meant for tokens on the CPU: on a GPU it would wait for it.
 
     Args:
         tokens: int [b, s].
         eod: the id of the end-of-document token.
+        moved: the same tokens on the device on which to make the mask; by default ``tokens``.
 
     Returns:
         bool [b, 1, s, s], True = masked out; None if plain causal attention does (no ``eod`` after the
@@ -273,8 +274,8 @@ def segment_mask(tokens: torch.Tensor, eod: int) -> torch.Tensor | None:
     is_eod = tokens == eod
     if not bool(is_eod[:, 1:].any()):
         return None
-    segment = is_eod.cumsum(1)
-    future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
+    segment = (is_eod if moved is None else moved == eod).cumsum(1)
+    future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=segment.device).triu(1)
     return ((segment[:, :, None] != segment[:, None, :]) | future).unsqueeze(1)
 
 

@@ -160,7 +160,8 @@ class TableOptimizer:
             elif copies > 1:
                 dist.all_reduce(grad, group=self._copies)
             values = grad.values() if self.lazy else grad
-            values.div_(self._data_parallel_size)
+            if self._data_parallel_size > 1:
+                values.div_(self._data_parallel_size)
             squares += torch.linalg.vector_norm(values, dtype=torch.float32).square()
             table.grad = grad
         dist.all_reduce(squares)
@@ -182,13 +183,16 @@ class TableOptimizer:
                 self._update(name, None, grad, grad_scale)
 
     def _step_adamw(self, adamw: torch.optim.AdamW, grad_scale: float) -> None:
+        # one table after the other, so that one gradient at a time is there in float32: AdamW leaves out the others
+        grads = {name: table.grad for name, table in self.tables.items()}
+        self.zero_grad()
         for name, table in self.tables.items():
+            master, table.grad = self._masters[name], grads.pop(name)
             grad = self._grad(table).float()
             table.grad = None
-            self._masters[name].grad = grad.mul_(grad_scale) if grad_scale != 1.0 else grad
-        adamw.step()
-        for name, table in self.tables.items():
-            master = self._masters[name]
+            master.grad = grad.mul_(grad_scale) if grad_scale != 1.0 else grad
+            del grad
+            adamw.step()
             master.grad = None
             if master is not table:
                 table.copy_(master)
@@ -244,7 +248,8 @@ class TableOptimizer:
 
     def _apply(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], mean: Tensor | None) -> None:
         """Step some rows in place: ``[n, columns]`` float32, a number a row ``[n]``."""
-        weight.mul_(1 - self._lr * self._rule.weight_decay)
+        if self._rule.weight_decay:
+            weight.mul_(1 - self._lr * self._rule.weight_decay)
         if self._rule.kind == "rowwise_adagrad":
             assert mean is not None
             root = state["row_sq"].add_(mean).sqrt().add_(self._rule.eps)
@@ -299,7 +304,7 @@ class TableOptimizer:
                 yield name, "master", master.detach()
 
     def memory(self) -> HeldBytes:
-        """What this rank holds of the tables; the fused ``adam`` copies gradients to float32 in a step besides."""
+        """What this rank holds of the tables; the fused ``adam`` copies a gradient to float32 in a step besides."""
         gradients = (table.grad for table in self.tables.values() if table.grad is not None)
         return HeldBytes.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
 

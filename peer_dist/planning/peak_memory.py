@@ -29,7 +29,7 @@ class PeakMemory:
         activations: kept for the backward passes at the peak, those of the exchange apart.
         exchange: tokens, picks and gates that experts' owners keep, and what is on its way.
         temporaries: of one step of the passes: gradients not yet added, copies in another dtype, ZeRO-3's parameters.
-        reduction: DeepSpeed's bucket, between the passes and the step.
+        reduction: DeepSpeed's bucket and the copy of it that is sent, between the passes and the step.
         step: what the optimizers work in.
         peak: at the worst moment; less than the sum, because not all are there at once.
         passes_peak: until the last backward pass has ended, without the reduction and the step.
@@ -97,8 +97,9 @@ def memory(
     elements = dense_elements(layout, place.stage, vocab_size)
     reduction, lasting = 0, 0
     if layout.config.zero.stage:
-        reduction = min(BUCKET, elements) * itemsize
-        lasting = reduction if layout.config.zero.stage == 3 else 0
+        bucket = min(BUCKET, elements) * itemsize
+        reduction = bucket * (2 if layout.data > 1 else 1)  # what is sent is a copy: parts of several ranks, end to end
+        lasting = bucket if layout.config.zero.stage == 3 else 0
     gathered = 0
     if layout.config.zero.stage == 3 and layout.data > 1:
         gathered = min(LIVE, elements) * itemsize
@@ -126,7 +127,7 @@ def _step(layout: Layout, blocks: list[Block], elements: int, itemsize: int, dev
     dense = 0.0 if zero.stage == 0 or zero.offload else elements / layout.data * (itemsize + FLOAT)
     wide = [block.size for block in blocks if (block.itemsize or itemsize) < FLOAT]
     if table.name == "adam" and not table.lazy and not table.stochastic_rounding:
-        return max(dense, sum(wide) * FLOAT)  # all at once
+        return max(dense, max(wide, default=0) * FLOAT)
     largest = max((block.size for block in blocks), default=0)
     return max(dense, 4 * FLOAT * min(largest, BLOCKS[device]))
 

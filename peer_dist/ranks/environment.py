@@ -25,7 +25,8 @@ def environment(parallel: Parallel) -> dict[str, Any]:
     """Plain values for the record of a run. A collective call.
 
     Returns:
-        ``hosts``: number of ranks by host and device; ``layout``: sizes of the groups; ``versions``: :func:`versions`.
+        ``hosts``: number of ranks by host and device; ``layout``: sizes of the groups; ``float32 products``: their
+        precision, as torch names it; ``versions``: :func:`versions`.
     """
     devices = _devices(parallel.device)
     rows, domain = parallel.expert_size, parallel.experts.domain.size()
@@ -40,6 +41,7 @@ def environment(parallel: Parallel) -> dict[str, Any]:
             "expert columns": domain // rows,
             "expert copies": parallel.expert_data_size,
         },
+        "float32 products": torch.get_float32_matmul_precision(),
         "versions": versions(),
     }
 

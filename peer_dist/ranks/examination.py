@@ -173,13 +173,12 @@ def examine(world: World, checks: Sequence[Check], config: Config | None = None,
     visit = _wait(store, "visit", seconds + _GRACE)
     if visit is None:
         return _without_rank_0(world.world_size, "at the start")
-    cuda = dist.get_backend() == "nccl"
     here = Here(
         rank=world.rank,
         world_size=world.world_size,
         local_rank=world.local_rank,
         launcher=world.launcher,
-        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        device=world.device,  # not the current one, which belongs to the thread in which the ranks have joined
         config=config,
         visit=visit,
         seconds=seconds,

@@ -110,7 +110,8 @@ def _hanging(beats: Mapping[int, Beat], seconds: float) -> Verdict | None:
     if idle <= limit(seconds, beats.values()):
         return None
     culprits = [rank for rank, beat in beats.items() if not beat.waits]
-    if not culprits:
+    if not culprits or len(culprits) == len(beats):
+        # they wait for each other, with NCCL unseen: its calls return at once, and ranks stand where they read a result
         behind = min((beat.step, beat.collectives) for beat in beats.values())
         culprits = [rank for rank, beat in beats.items() if (beat.step, beat.collectives) == behind]
     if len(culprits) == len(beats):

@@ -6,7 +6,7 @@ changed. Rank 0, which hosts the store, reads all reports:
 
 - **gone**: a rank has reported nothing for ``seconds``; or for a moment only, if another rank's connection broke.
 - **hangs**: nothing has changed on *any* rank for ``seconds``. The culprit is a rank that does not wait for the others
-  in a collective; if all of them wait, the one that has begun the fewest collectives.
+  in a collective; if all of them wait, or none is seen to (with NCCL), the one that has begun the fewest collectives.
 
 Ranks that wait for one that works never leave: what counts is the rank that moved last. Some phases are long and have
 no spans inside, or keep Python's lock (imports, compilers), so that even the thread reports nothing: while a rank is
@@ -46,6 +46,8 @@ from peer_dist.tracing import position
 _BROKEN = re.compile(
     r"gloo[/:]|Connection closed by peer|Connection reset by peer|NCCL error|ncclRemoteError|NCCL comm"
 )
+_NCCL_FILES = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"  # what names of files begin with; the rank follows
+_DUMP_SECONDS = 10.0  # what NCCL's record may take
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _TORCH = str(Path(dist.__file__).parent) + os.sep
 
@@ -56,11 +58,10 @@ class Watchdog:
     Args:
         seconds: the limit within which a rank that is gone or hangs is noticed; 0 watches nobody, and a broken
             connection is then reported without the name of the rank.
-        folder: where NCCL's flight recorder is written, with the backend nccl.
     """
 
-    def __init__(self, seconds: float, folder: str | os.PathLike[str] = ".") -> None:
-        self._seconds, self._folder = seconds, Path(folder)
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._interval = min(1.0, max(0.05, seconds / 20))
         self._main = threading.get_ident()
@@ -242,7 +243,6 @@ class Watchdog:
     def _leave(self, verdict: str) -> None:
         """Print the verdict and end this process, whatever its main thread does."""
         with self._leaving:  # one thread says it once
-            self._dump_nccl()
             rank = f" (rank {self._rank})" if self._rank else ""
             text = f"error{rank}: {verdict}; start again to go on from the newest checkpoint\n"
             for stream in (sys.stdout, sys.stderr):
@@ -250,15 +250,18 @@ class Watchdog:
                     stream.flush()
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
+            with contextlib.suppress(RuntimeError):  # no thread can be started
+                dump = threading.Thread(target=self._dump_nccl, daemon=True)  # NCCL may not answer
+                dump.start()
+                dump.join(_DUMP_SECONDS)
             os._exit(PEER_LOST)
 
     def _dump_nccl(self) -> None:
         """Write NCCL's record of the last collectives, for torch's own tools. Never run yet, for want of a GPU."""
         if dist.is_initialized() and dist.get_backend() == "nccl":
             with contextlib.suppress(Exception):
-                self._folder.mkdir(parents=True, exist_ok=True)
                 trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
-                (self._folder / f"nccl_trace_rank_{self._rank}").write_bytes(trace)
+                Path(f"{os.environ[_NCCL_FILES]}{self._rank}").write_bytes(trace)
 
 
 def _barrier() -> None:
@@ -271,15 +274,19 @@ _servers: list[dist.TCPStore] = []
 
 
 def record_nccl(folder: str | os.PathLike[str]) -> None:
-    """Let NCCL record its collectives and write them to ``folder`` when one hangs.
+    """Let NCCL record its collectives and write them to ``folder``, a file per rank, when one hangs.
 
-    To be called before torch.distributed starts; without GPUs it does nothing.
+    What the environment says of this already stays, such as another place for the files. To be called before
+    torch.distributed starts; without GPUs it does nothing.
     """
     if not torch.cuda.is_available():
         return
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    size = os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", size)  # the only name that older versions of torch know
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(Path(folder) / "nccl_trace_rank_"))
+    prefix = os.environ.setdefault(_NCCL_FILES, str(Path(folder) / "nccl_trace_rank_"))
+    with contextlib.suppress(OSError):  # torch makes no folder
+        Path(prefix).parent.mkdir(parents=True, exist_ok=True)
 
 
 def is_peer_loss(error: BaseException) -> bool:

@@ -80,12 +80,11 @@ class World(Launch):
             JoinError: on every rank that is there, when the time is up.
         """
         only_gpu = ""
-        # without it Megatron's sums over tensor ranks do not overlap its products; CUDA reads it at its start
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # NVIDIA's images set a variable that turns float32 products into TF32's; one config computes alike everywhere
+        torch.set_float32_matmul_precision("highest")
         if torch.cuda.is_available():
-            gpus = torch.cuda.device_count()
-            torch.cuda.set_device(self._gpu(gpus))
-            if gpus == 1:
+            torch.cuda.set_device(self.device)
+            if torch.cuda.device_count() == 1:
                 only_gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(0).uuid}"
             backend = "nccl"
             # NVSwitches add up in whatever order messages come: gradients would differ from run to run
@@ -196,6 +195,17 @@ class World(Launch):
                 wait = f"for {end - time.monotonic():.0f} s more at most"
                 print(f"waiting for {text} of {self.world_size}, {wait}", file=sys.stderr, flush=True)
 
+    @property
+    def device(self) -> torch.device:
+        """This rank's device, which :meth:`join` makes the current one of its own thread.
+
+        Raises:
+            WorldError: fewer GPUs than ranks on this machine.
+        """
+        if torch.cuda.is_available():
+            return torch.device("cuda", self._gpu(torch.cuda.device_count()))
+        return torch.device("cpu")
+
     def _shared(self, store: dist.Store) -> str:
         """What is wrong where several ranks see one GPU only, and the same; '' if none do."""
         ranks_of: dict[bytes, list[int]] = {}
@@ -228,6 +238,7 @@ class World(Launch):
         if gpus == 1:
             # its own, if the launcher shows each rank no other; ranks that see the same one learn it when they meet
             os.environ["LOCAL_RANK"] = "0"  # which DeepSpeed reads
+            os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # and refuses another number there
             return 0
         if self.local_rank >= gpus:
             raise WorldError(_too_few_gpus(f"rank {self.rank}", self.local_world_size, gpus))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from peer_dist.measures.metrics import Metrics, read_metrics
@@ -46,6 +45,7 @@ class Run:
         self._saved: dict[str, float] = {}  # numbers of a save, recorded in the next step's line
         self._stopped = False  # whether some rank has received a signal
         self._writing = False  # whether some rank is still writing a checkpoint
+        trainer.flags = self._flags
 
     @property
     def over(self) -> bool:
@@ -92,6 +92,8 @@ class Run:
             self._values = trainer.validate(self._metrics)
             self._record()
             trainer.startup.ended("validation")
+        if trainer.parallel.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # a start holds more than a step: weights twice, for one
         self._progress = Progress(self._console, trainer.steps_done, config.train.steps)
         return self._progress
 
@@ -160,14 +162,15 @@ class Run:
         Raises:
             LockError: rank 0 has lost the lock.
         """
-        lost = self._lock is not None and self._lock.lost
-        flags = [self._stop.received is not None, self._trainer.store.writing, lost]
-        on_any = torch.tensor(flags, dtype=torch.float32, device=self._trainer.parallel.device)
-        dist.all_reduce(on_any, op=dist.ReduceOp.MAX)
-        self._stopped, self._writing, lost = (bool(flag) for flag in on_any.tolist())
+        self._stopped, self._writing, lost = self._trainer.flagged
         if lost:
             folder = self._config.checkpoint.dir
             raise LockError(f"{folder}: another run has taken it over; this one wrote no more")
+
+    def _flags(self) -> list[bool]:
+        """What :meth:`_hear_ranks` hears of this rank; it travels with the step's own numbers, in one call."""
+        lost = self._lock is not None and self._lock.lost
+        return [self._stop.received is not None, self._trainer.store.writing, lost]
 
     def _finish_save(self) -> None:
         """Complete the checkpoint that was begun, if all ranks have written their parts."""

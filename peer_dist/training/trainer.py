@@ -7,6 +7,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -81,7 +82,7 @@ def train(config: Config, profile: range | None = None) -> int:
         open_source(config, tokenizer)
     check_folders(config)
     record_nccl(config.logging.dir)
-    with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds, config.logging.dir):
+    with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds):
         startup.ended("join")
         if world.rank == 0:
             ranks = f": {world.world_size} rank(s)" if world.master_port else ""
@@ -111,6 +112,8 @@ class Trainer:
         expert_parameters: number of those that are in tables and experts' weights.
         layers: this rank's layers with experts, by number in the whole model.
         last_save: ``checkpoint/...`` numbers of the last :meth:`save`, for the metrics.
+        flags: asked in each step for what this rank wants the others to know; as many flags on every rank.
+        flagged: for each of them, whether any rank had it in the last step.
 
     Raises:
         DataError, CheckpointError: see :func:`train`.
@@ -137,6 +140,8 @@ class Trainer:
         self.store = CheckpointStore(config.checkpoint.dir, config.checkpoint.keep)
         self.steps_done = 0
         self.last_save: dict[str, float] = {}
+        self.flags: Callable[[], Sequence[bool]] = tuple  # no flags
+        self.flagged: list[bool] = []
         self.guard = Guard(config.guard)
 
         console = Console(stderr=True, quiet=self.parallel.rank != 0)
@@ -244,7 +249,9 @@ class Trainer:
         self.steps_done += 1
         self.guard.record(self.steps_done, sequences, loss, result.grad_norm, result.applied, spike, not_finite)
 
-        values = self._step_values(loss, result, lr, table_lr, tokens, time.perf_counter() - begin)
+        spent = self.times.read()  # waits for the device, which may have the whole update still before it
+        seconds = time.perf_counter() - begin
+        values = self._step_values(loss, result, lr, table_lr, tokens, seconds, spent)
         if memory is not None:
             parts = ("weights", "gradients", "optimizer")
             values |= {f"memory/{part}_gb": getattr(memory, part) / 1e9 for part in parts}
@@ -278,9 +285,16 @@ class Trainer:
         return MicroBatches(self.data.train, positions, self.data.tokenizer.eod, parallel.device)
 
     def _step_values(
-        self, loss: float, result: StepResult, lr: float, table_lr: float, tokens: int, seconds: float
+        self,
+        loss: float,
+        result: StepResult,
+        lr: float,
+        table_lr: float,
+        tokens: int,
+        seconds: float,
+        spent: dict[str, float],
     ) -> dict[str, float]:
-        """The numbers of a step by their names in metrics.jsonl. A collective call if the model has experts."""
+        """The numbers of a step by their names in metrics.jsonl. A collective call, in which flags are heard too."""
         values = {
             "train/loss": loss,
             "train/perplexity": perplexity_of(loss),
@@ -292,17 +306,18 @@ class Trainer:
             "speed/tokens_per_second": tokens / seconds,
             "time/step": seconds,
         }
-        spent = self.times.read()
         self.stragglers.add(spent)
         values |= {f"time/{name}": spent.get(name, 0.0) for name in _SPANS}
         values["time/other"] = max(0.0, seconds - sum(spent.get(name, 0.0) for name in _SPANS))
+        traffic = [layer.traffic for layer in self.layers.values()]
+        sent, received, routed, *flagged = self._sums(
+            sum(layer_traffic.bytes_sent for layer_traffic in traffic),
+            sum(layer_traffic.tokens_received for layer_traffic in traffic),
+            sum(layer_traffic.tokens for layer_traffic in traffic),
+            *self.flags(),
+        )
+        self.flagged = [ranks > 0 for ranks in flagged]
         if self.expert_parameters:
-            traffic = [layer.traffic for layer in self.layers.values()]
-            sent, received, routed = self._sums(
-                sum(layer_traffic.bytes_sent for layer_traffic in traffic),
-                sum(layer_traffic.tokens_received for layer_traffic in traffic),
-                sum(layer_traffic.tokens for layer_traffic in traffic),
-            )
             for layer_traffic in traffic:
                 if self.profile is not None:
                     self.profile.add_traffic(layer_traffic)
@@ -310,8 +325,7 @@ class Trainer:
             values["exchange/bytes_per_token"] = sent / tokens
             if routed:
                 values["exchange/row_shards_hit"] = received / routed / self.config.parallel.expert_tensor
-        values["memory/peak_gib"] = _peak_memory(self.parallel.device) / 2**30
-        return values
+        return values | _peak_memory(self.parallel.device)
 
     def usage_values(self) -> dict[str, float]:
         """Numbers of every layer, by their names in metrics.jsonl. A collective call.
@@ -407,9 +421,14 @@ class Trainer:
         return totals.tolist()
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Peak bytes of memory: those of the GPU's allocator, or of this process on a CPU."""
+def _peak_memory(device: torch.device) -> dict[str, float]:
+    """GiB of memory at most: on a GPU allocated and, what must fit, reserved by torch; on a CPU of this process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        bytes_held = {
+            "peak": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.max_memory_reserved(device),
+        }
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        bytes_held = {"peak": peak if sys.platform == "darwin" else peak * 1024}
+    return {f"memory/{name}_gib": held / 2**30 for name, held in bytes_held.items()}

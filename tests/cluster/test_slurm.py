@@ -62,7 +62,7 @@ class Run:
             [sys.executable, "-m", "peer_dist", "submit", "--config", "run.yaml", "--local-disk", self.folder / "disk"]
             + list(options),
             cwd=self.folder,
-            env={**self.lab.environment, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            env={**self.lab.environment, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
         )
