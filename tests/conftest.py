@@ -20,11 +20,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads of s
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """With ``-p no:xdist`` nobody else knows the options of pyproject.toml that spread the files over workers."""
+    """Where pytest-xdist or pytest-timeout are not installed, nobody else knows their options in pyproject.toml."""
     if not pluginmanager.hasplugin("xdist"):
         for option in ("--numprocesses", "--dist"):
             parser.addoption(option, help="ignored without pytest-xdist")
         parser.addoption("--no-loadscope-reorder", action="store_true", help="ignored without pytest-xdist")
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", help="ignored without pytest-timeout")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker of pytest-timeout, where it is not installed."""
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): ignored without pytest-timeout")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``-m gpu`` files without such tests are not imported: they may need what a GPU machine does not have."""
+    gpu = config.option.markexpr.startswith("gpu") and collection_path.suffix == ".py"
+    return True if gpu and "mark.gpu" not in collection_path.read_text() else None
 
 
 @pytest.hookimpl(tryfirst=True)

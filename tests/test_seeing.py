@@ -114,7 +114,9 @@ def test_profile(run, tmp_path):
         names = {event.get("name") for event in events}
         assert {f"peer/{span}" for span in ("retrieve", "dispatch", "experts", "combine", "optimizer")} <= names
         assert {name for name in names if re.match(r"step \d+$", str(name))} == {"step 3", "step 4"}
-        assert any(re.match(r"all.?to.?all.*, expert tensor and model \(2\), [\d,]+ bytes", str(name)) for name in names)
+        assert any(
+            re.match(r"all.?to.?all.*, expert tensor and model \(2\), [\d,]+ bytes", str(name)) for name in names
+        )
         assert [event for event in events if event.get("ph") == "C" and event["name"] == "memory (MiB)"]
     table = re.search(r"^ *all +([\d,.]+) *$", said, re.MULTILINE)
     tokens = tree["train"]["global_batch_size"] * tree["model"]["seq_length"]
