@@ -179,13 +179,17 @@ def start(args, output):
         return subprocess.Popen([sys.executable, "-m", "peer_dist", *args], stdout=file, stderr=file)
 
 
-def ended(args, output, seconds=120):
-    """Its words, once it has ended well."""
-    process, end = start(args, output), time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end:
+def ended(commands, seconds=180):
+    """The words of `peer-dist` commands that run beside each other, once all have ended well.
+
+    Args:
+        commands: arguments of each, and the file for its words.
+    """
+    processes, end = [start(args, output) for args, output in commands], time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
         time.sleep(0.05)
-    words = output.read_text()
-    assert process.poll() == 0, words
+    words = [output.read_text() for _, output in commands]
+    assert [process.poll() for process in processes] == [0] * len(commands), "\n".join(words)
     return words
 
 
@@ -200,7 +204,7 @@ def trained(text, tmp_path_factory):
     """A run by the command, profiled."""
     folder = tmp_path_factory.mktemp("trained")
     tree = with_keys(small_config(text, folder), checkpoint={"keep": 3}, train=BF16)
-    ended(["train", "--config", saved(tree, folder), "--profile", "6:7"], folder / "words")
+    ended([(["train", "--config", saved(tree, folder), "--profile", "6:7"], folder / "words")])
     return tree, folder
 
 
@@ -222,7 +226,7 @@ def test_killed_and_resumed_bit_for_bit(trained, tmp_path):
     for step in Path(tree["checkpoint"]["dir"]).glob("step-*"):  # it was fast: none after the fourth may help
         if step.name > "step-00000004":
             shutil.rmtree(step)
-    ended(["train", "--config", saved(with_keys(tree, train={"steps": 10}), tmp_path)], output)
+    ended([(["train", "--config", saved(with_keys(tree, train={"steps": 10}), tmp_path)], output)])
     assert losses_of(tree) == losses_of(quiet)
 
 
@@ -238,15 +242,19 @@ def test_profile(trained):
 
 def test_evaluate_generate_export(trained, tmp_path):
     tree, _ = trained
-    checkpoint = tree["checkpoint"]["dir"]
-    words = ended(["evaluate", "--checkpoint", checkpoint, "--json"], tmp_path / "evaluate")
-    report = json.loads(words[words.index("{") :])
+    checkpoint = ["--checkpoint", tree["checkpoint"]["dir"]]
+    evaluated, generated, _ = ended(
+        [
+            (["evaluate", *checkpoint, "--json"], tmp_path / "evaluate"),
+            (["generate", *checkpoint, "--prompt", "ROMEO:", "--tokens", "20"], tmp_path / "generate"),
+            (["export", *checkpoint, "--output", str(tmp_path / "exported")], tmp_path / "export"),
+        ]
+    )
+    report = json.loads(evaluated[evaluated.index("{") :])
     assert report["step"] == 10
     held_out = [line["val/loss"] for line in metrics_of(tree) if "val/loss" in line]
     assert report["loss"] == pytest.approx(held_out[-1], rel=0.03)  # of a batch of the same text
-    words = ended(["generate", "--checkpoint", checkpoint, "--prompt", "ROMEO:", "--tokens", "20"], tmp_path / "text")
-    assert "ROMEO:" in words
-    ended(["export", "--checkpoint", checkpoint, "--output", str(tmp_path / "exported")], tmp_path / "export")
+    assert "ROMEO:" in generated
     assert list((tmp_path / "exported").glob("*.safetensors"))
 
 
