@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Files that take longest, longest first: a worker that meets one of them last would finish long after the others.
 LONGEST = ("training", "layouts", "watchdog", "sharding", "doctor", "kernels", "guard", "triton", "sweep", "kinds")
 
+os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # NVIDIA's images set 1: float32 products would be TF32's
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads of several workers only wait for cores
 
 
@@ -47,7 +48,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.option.markexpr.startswith(("cluster", "gpu")):
         config.option.numprocesses, config.option.dist = None, "no"
     if not config.option.markexpr.startswith("gpu"):  # before torch is imported; workers inherit it
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # which Slurm sets
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -37,6 +37,7 @@ def _rank(fn: Callable[..., Any], rank: int, world_size: int, store: str, args: 
 
 
 def _call(fn: Callable[..., Any], args: tuple[Any, ...], pipe: Connection) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as in tests.preload, which some versions of Python do not find
     import torch
 
     torch.set_num_threads(1)
@@ -112,6 +113,7 @@ def run_each(fn: Callable[..., Any], arguments: list[tuple[Any, ...]], timeout: 
 
 def _command(args: list[str], files: dict[int, Path], variables: dict[str, str], before: Any, cwd: Path | None) -> None:
     """`peer-dist ARGS` with variables of a launcher's, its output to files, the exit code that main gives."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update(variables)
     if cwd is not None:
         os.chdir(cwd)

@@ -403,7 +403,7 @@ def test_no_part_of_the_tokens_compiles_a_kernel_again(dim, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_through_the_interpreter(which):
-    options = ["-n", "0", "-p", "no:cacheprovider", "-m", which, "--durations=0"]
+    options = ["--numprocesses=0", "-p", "no:cacheprovider", "-m", which, "--durations=0"]
     command = [sys.executable, "-m", "pytest", *options, __file__]
     result = subprocess.run(
         command,

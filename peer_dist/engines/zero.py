@@ -111,7 +111,10 @@ class ZeroEngine(Engine):
             (module,) = model  # ZeRO-3 hooks into the forward pass of the chunk itself
             # these layers read their sub-modules' parameters themselves, so they must be gathered together
             deepspeed.utils.set_z3_leaf_modules(module, [ProductKeyLayer], raise_if_not_found=False)
-        os.environ.setdefault("LOCAL_RANK", str(torch.cuda.current_device() if torch.cuda.is_available() else 0))
+        if torch.cuda.is_available():
+            os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())  # which DeepSpeed makes the current device
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=inner, config=config, mpu=mpu, dist_init_required=False

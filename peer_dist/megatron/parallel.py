@@ -131,8 +131,13 @@ class Parallel:
         tensor_parallel.model_parallel_cuda_manual_seed(mixed, force_reset_rng=True)
 
     def destroy(self) -> None:
-        """Forget Megatron's groups, so that others can be built in this process."""
+        """End Megatron's groups, so that others can be built in this process. A collective call."""
+        # Megatron itself only forgets them: each would keep its threads, and with nccl memory of the GPU
+        groups = dict.fromkeys(value for value in vars(parallel_state).values() if isinstance(value, dist.ProcessGroup))
         parallel_state.destroy_model_parallel()
+        for group in groups:
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
     @property
     def mpu(self) -> MegatronMPU:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -19,6 +22,8 @@ from peer_dist.sharding import exchange
 from tests.ranks import run_ranks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+LIMIT = 120  # seconds for a case on several GPUs
 
 needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU: says nothing of a CPU")
 
@@ -108,8 +113,10 @@ def _gpu_rank(
     rank: int, world_size: int, store: str, fn: Callable[..., Any], args: tuple[Any, ...], results: Any
 ) -> None:
     torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    results.put((rank, on_host(fn(rank, world_size, *args))))
+    limit = timedelta(seconds=LIMIT)
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
+    # by value: torch's own pickling would have this process serve the tensors, which may leave before they are read
+    results.put((rank, pickle.dumps(on_host(fn(rank, world_size, *args)))))
     dist.barrier(device_ids=[rank])
     dist.destroy_process_group()
 
@@ -123,11 +130,17 @@ def run_on_devices(fn: Callable[..., Any], world_size: int, *args: Any) -> list[
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world_size, f"{folder}/store", fn, args, results)
         ranks = multiprocessing.spawn(_gpu_rank, arguments, world_size, join=False)
+        end = time.monotonic() + LIMIT
         while len(found) < world_size:
+            if time.monotonic() > end:
+                for process in ranks.processes:
+                    process.kill()
+                raise AssertionError(f"{world_size - len(found)} of {world_size} ranks did not finish in {LIMIT} s")
             if results.empty():
                 ranks.join(timeout=0.1)  # raises what a rank raised
             else:
-                found.update([results.get()])
+                rank, value = results.get()
+                found[rank] = pickle.loads(value)
         while not ranks.join():
             pass
     return [found[rank] for rank in range(world_size)]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from peer_dist import PEER, ProductKeyMemory
+from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(

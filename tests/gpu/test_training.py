@@ -186,11 +186,16 @@ def ended(commands, seconds=180):
         commands: arguments of each, and the file for its words.
     """
     processes, end = [start(args, output) for args, output in commands], time.monotonic() + seconds
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        time.sleep(0.05)
-    words = [output.read_text() for _, output in commands]
-    assert [process.poll() for process in processes] == [0] * len(commands), "\n".join(words)
-    return words
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < end:
+            time.sleep(0.05)
+        words = [output.read_text() for _, output in commands]
+        assert [process.poll() for process in processes] == [0] * len(commands), "\n".join(words)
+        return words
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
 
 
 def saved(tree, folder):
@@ -250,7 +255,7 @@ def test_evaluate_generate_export(trained, tmp_path):
             (["export", *checkpoint, "--output", str(tmp_path / "exported")], tmp_path / "export"),
         ]
     )
-    report = json.loads(evaluated[evaluated.index("{") :])
+    report, _ = json.JSONDecoder().raw_decode(evaluated, evaluated.index("{\n"))
     assert report["step"] == 10
     held_out = [line["val/loss"] for line in metrics_of(tree) if "val/loss" in line]
     assert report["loss"] == pytest.approx(held_out[-1], rel=0.03)  # of a batch of the same text
