@@ -55,6 +55,38 @@ def test_constraints_keep_what_is_installed(tmp_path: Path) -> None:
     assert "pip" not in names
 
 
+def test_conflicts_are_told_where_ours_have_a_part(tmp_path: Path) -> None:
+    """Between what pip installed into an environment and the system's; not those that the system has with itself."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    ours = next(tmp_path.glob("venv/lib/python3*/site-packages"))
+    system = tmp_path / "system"
+    (ours / "system.pth").write_text(f"{system}\n")
+
+    def install(folder: Path, name: str, version: str, *needs: str) -> None:
+        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
+        metadata = folder / f"{name}-{version}.dist-info/METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text("Metadata-Version: 2.1\n" + "\n".join(lines) + "\n")
+
+    def check() -> "subprocess.CompletedProcess[str]":
+        command = [ROOT / "docker/conflicts.sh", tmp_path / "venv/bin/python"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    install(system, "numpy", "1.26.4")
+    install(system, "dali", "1.0", "numpy>=2", "absent")
+    install(ours, "Our_tool", "3.0", "numpy")
+    fits = check()
+    assert (fits.returncode, fits.stdout, fits.stderr) == (0, "", "")
+    install(ours, "deepspeed", "0.19.8", "numpy>=2.1")
+    install(system, "engine", "2.0", "our.tool<3")
+    told = check()
+    assert (told.returncode, told.stdout) == (1, "")
+    first, *conflicts, last = told.stderr.splitlines()
+    assert "does not fit what the image has" in first
+    assert sorted(line.split()[0] for line in conflicts) == ["deepspeed", "engine"]
+    assert "docker/constraints.txt" in last
+
+
 @pytest.fixture
 def entrypoint(tmp_path: Path):
     """Runs docker/entrypoint.sh; the programs that it would start say their names and arguments."""

@@ -1,7 +1,8 @@
-"""The CPU image, built from docker/Dockerfile.cpu by buildah and run by podman, without a registry.
+"""The images, built by buildah and run by podman, without a registry.
 
-Its base is made here of Debian's packages. Builds and layers stay, so that a second run takes less: remove them with
-``podman image rm peer_dist_test:cpu peer_dist_test:base``.
+The CPU image's base is made here of Debian's packages; the GPU image's, in place of NVIDIA's, is that with a torch and
+a Triton in the system. Builds and layers stay, so that a second run takes less: remove them with
+``podman image rm peer_dist_test:{cpu,gpu,nvidia,base}``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,33 @@ import yaml
 ROOT = Path(__file__).parent.parent.parent
 TOOLS = ("buildah", "podman", "mmdebstrap", "runc")
 BASE, IMAGE = "localhost/peer_dist_test:base", "localhost/peer_dist_test:cpu"
-CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+NVIDIA, GPU_IMAGE = "localhost/peer_dist_test:nvidia", "localhost/peer_dist_test:gpu"
+
+# What NVIDIA's image has and this package meets: a pre-release torch, a numpy and a pydantic older than the versions
+# that were tried, constraints that pip reads by itself, a compiler, and the script that everything starts through.
+STAND_IN = """
+ARG BASE
+FROM ${BASE}
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_CERT
+ARG PIP_DEFAULT_TIMEOUT
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev python3-pip
+RUN python3 -m pip install --no-cache-dir --break-system-packages \\
+    torch==2.13.0 triton numpy==1.26.4 packaging pydantic==2.11.9
+RUN cd /usr/local/lib/python3*/dist-packages && version=2.13.0a0+145a3a7bda.nv25.10 \\
+    && mv torch-*.dist-info torch-$version.dist-info \\
+    && sed -i "s/^Version: .*/Version: $version/" torch-$version.dist-info/METADATA \\
+    && sed -i "s/^__version__ = .*/__version__ = '$version'/" torch/version.py \\
+    && mkdir /etc/pip && echo protobuf==4.25.8 > /etc/pip/constraint.txt
+COPY --chmod=755 nvidia_entrypoint.sh /opt/nvidia/
+ENV PIP_CONSTRAINT=/etc/pip/constraint.txt
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh"]
+"""
+BANNER = "== PyTorch =="
+
+NOT_PINNED = {"peer-dist", "pip", "setuptools", "wheel"}  # a virtual environment comes with tools of its own
 
 # What works without systemd, in a machine that limits its own processes.
 PODMAN = ("podman", "--cgroup-manager", "cgroupfs", "--events-backend", "file", "--runtime", "runc")
@@ -74,7 +101,29 @@ def base(tools: None, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def image(base: str) -> str:
-    command = ["buildah", "build", "--format", "docker", "--isolation", "chroot", "--layers", "--pull-never"]
+    _build("docker/Dockerfile.cpu", base, IMAGE)
+    return IMAGE
+
+
+@pytest.fixture(scope="module")
+def nvidia(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The image that docker/Dockerfile starts from here."""
+    context = tmp_path_factory.mktemp("nvidia")
+    (context / "Dockerfile").write_text(STAND_IN)
+    (context / "nvidia_entrypoint.sh").write_text(f'#!/bin/bash\necho "{BANNER}"\nexec "$@"\n')
+    _build("Dockerfile", base, NVIDIA, context)
+    return NVIDIA
+
+
+@pytest.fixture(scope="module")
+def gpu_image(nvidia: str) -> str:
+    _build("docker/Dockerfile", nvidia, GPU_IMAGE)
+    return GPU_IMAGE
+
+
+def _build(dockerfile: str, base: str, tag: str, context: Path = ROOT, *, layers: bool = True) -> None:
+    """``layers``: those of its steps stay, for the next build."""
+    command = ["buildah", "build", "--format", "docker", "--isolation", "chroot", f"--layers={layers}", "--pull-never"]
     mounted: set[str] = set()
     for name, value in _pips_settings().items():
         command += ["--build-arg", f"{name}={value}"]
@@ -84,9 +133,8 @@ def image(base: str) -> str:
             if folder.startswith("/") and folder not in mounted:
                 mounted.add(folder)
                 command += ["--volume", f"{folder}:{folder}:ro"]
-    command += ["--build-arg", f"BASE={base}", "--file", "docker/Dockerfile.cpu", "--tag", IMAGE, "."]
-    _call(*command, cwd=ROOT)
-    return IMAGE
+    command += ["--build-arg", f"BASE={base}", "--file", dockerfile, "--tag", tag, "."]
+    _call(*command, cwd=context)
 
 
 def _pips_settings() -> dict[str, str]:
@@ -130,12 +178,11 @@ def test_commands_run_as_a_plain_user(image: str) -> None:
     assert "versions" in _call(*RUN, "--shm-size", "1g", image, "doctor", "--seconds", "60")
     assert _call(*RUN, "--entrypoint", "peer-dist-health", image).startswith("peer_dist ")
     # the versions that were tried, and torch's build without CUDA's libraries
-    freeze = _call(*RUN, image, "python3", "-m", "pip", "list", "--format=freeze").splitlines()
-    installed = dict(line.lower().replace("_", "-").split("==") for line in freeze if "==" in line)
-    for line in (ROOT / "docker/constraints.txt").read_text().splitlines():
-        if "==" in line:
-            name, version = line.lower().replace("_", "-").split("==")
-            assert installed.get(name, version).split("+")[0] == version
+    installed = _installed(image)
+    tried = _tried()
+    assert installed.keys() - NOT_PINNED <= tried.keys()
+    for name, version in tried.items():
+        assert installed.get(name, version).split("+")[0] == version
 
 
 def test_kernels_need_no_compiler(image: str) -> None:
@@ -143,6 +190,74 @@ def test_kernels_need_no_compiler(image: str) -> None:
     compiler, _, library = _call(*RUN, image, "python3", "-c", program).strip().partition(" ")
     assert compiler == "None"
     assert "kernels/built/expert_mix-" in library
+
+
+def _versions(text: str) -> dict[str, str]:
+    return dict(line.lower().replace("_", "-").split("==") for line in text.splitlines() if "==" in line)
+
+
+def _tried() -> dict[str, str]:
+    return _versions((ROOT / "docker/constraints.txt").read_text())
+
+
+def _installed(image: str, *options: str) -> dict[str, str]:
+    command = ["python3", "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check", *options]
+    return _versions(_call(*RUN, "--entrypoint=", image, *command))
+
+
+def test_the_gpu_image_starts_programs(gpu_image: str) -> None:
+    """Through NVIDIA's script, whose words are not among theirs."""
+
+    def output(*words: str) -> str:
+        done = subprocess.run([*RUN, "--shm-size", "1g", gpu_image, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert BANNER in done.stderr
+        assert BANNER not in done.stdout
+        return done.stdout
+
+    assert output("--version").startswith("peer_dist ")
+    assert output("id", "--user") == "10001\n"
+    assert "versions" in output("doctor", "--seconds", "60")
+    train = " ".join(_train("x", "parallel.expert=1"))
+    both = f"peer-dist prepare --output data/tinyshakespeare && peer-dist {train}"
+    assert "metrics.jsonl" in output("bash", "-c", f"{both} && ls runs/x/logs").split()
+    # a user without a home has the kernels that were built ahead
+    program = "from peer_dist.kernels import native; print(native.load_library())"
+    assert "kernels/built/expert_mix-" in _call(*RUN, "--user", "10002", gpu_image, "python3", "-c", program)
+
+
+def test_the_gpu_image_keeps_what_its_base_has(nvidia: str, gpu_image: str) -> None:
+    """And the rest has the versions that were tried."""
+    before, after = _installed(nvidia), _installed(gpu_image)
+    assert before["torch"] == "2.13.0a0+145a3a7bda.nv25.10"
+    tried = _tried()
+    assert before["numpy"] != tried["numpy"]
+    added = _installed(gpu_image, "--local")
+    assert added.keys() & before.keys() <= NOT_PINNED
+    for name in after.keys() - NOT_PINNED:
+        assert after[name] == (before.get(name) or tried.get(name)), name
+    assert {"megatron-core", "deepspeed", "mpi4py"} <= added.keys()
+    program = "import numpy, pydantic, torch, triton; print(*(m.__file__ for m in (numpy, pydantic, torch, triton)))"
+    for file in _call(*RUN, gpu_image, "python3", "-c", program).split():
+        assert file.startswith("/usr/local/lib/python3")
+
+
+def test_a_base_that_does_not_fit_fails_the_build(nvidia: str, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text(
+        "ARG BASE\nFROM ${BASE}\nARG PIP_CERT\n"
+        "RUN python3 -m pip install --break-system-packages --no-deps pydantic==1.10.26\n"
+    )
+    old = f"{NVIDIA}-old"
+    _build("Dockerfile", nvidia, old, tmp_path, layers=False)
+    try:
+        with pytest.raises(AssertionError) as failed:
+            _build("docker/Dockerfile", old, f"{GPU_IMAGE}-old", layers=False)
+    finally:
+        subprocess.run(["podman", "image", "rm", "--force", old], capture_output=True)
+    # at the beginning of a line: buildah repeats the command too
+    told = [line.strip() for line in str(failed.value).splitlines()]
+    assert "The user requested (constraint) pydantic==1.10.26" in told
+    assert any(line.startswith("pip could not install peer_dist beside what the image has") for line in told)
 
 
 def _losses(runs: Path, run: str) -> list[float]:
