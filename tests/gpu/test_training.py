@@ -255,7 +255,7 @@ def test_evaluate_generate_export(trained, tmp_path):
             (["export", *checkpoint, "--output", str(tmp_path / "exported")], tmp_path / "export"),
         ]
     )
-    report, _ = json.JSONDecoder().raw_decode(evaluated, evaluated.index("{\n"))
+    report, _ = json.JSONDecoder().raw_decode(evaluated, evaluated.index("{"))
     assert report["step"] == 10
     held_out = [line["val/loss"] for line in metrics_of(tree) if "val/loss" in line]
     assert report["loss"] == pytest.approx(held_out[-1], rel=0.03)  # of a batch of the same text
