@@ -204,7 +204,7 @@ def test_apexs_adam_and_norms_are_left_alone(small: dict[str, Any], tmp_path: Pa
     assert losses == pytest.approx(run_ranks(trained, 1, fresh, 4)[0][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_broken_ones_end_nothing_and_say_nothing(stage: int, small: dict[str, Any], tmp_path: Path) -> None:
     """TransformerEngine raises what its own loader does where its libraries are missing."""
     tree = with_keys(small, zero={"stage": stage}, train={"steps": 1}, evaluation={"interval": 1})

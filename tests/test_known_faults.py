@@ -158,13 +158,18 @@ def trained_in_small_parts(
 
 
 SMALL_PARTS = [
-    Layout(2, {"expert": 2}, 1),
-    Layout(2, {"expert": 2}, 2, offload=True),
     Layout(3, {}, 2, sequences=6),
-    Layout(4, {"tensor": 2, "pipeline": 2}, 1, offload=True),
     Layout(2, {"expert": 2}, 3, settings=MOE | RECURRENT, recompute=2),
-    Layout(2, {"expert": 2}, 3, offload=True),
-    Layout(4, {"tensor": 2, "sequence": True, "expert": 2}, 3, settings=BATCH, recompute=2),
+    *(
+        pytest.param(layout, marks=pytest.mark.slow)
+        for layout in (
+            Layout(2, {"expert": 2}, 1),
+            Layout(2, {"expert": 2}, 2, offload=True),
+            Layout(4, {"tensor": 2, "pipeline": 2}, 1, offload=True),
+            Layout(2, {"expert": 2}, 3, offload=True),
+            Layout(4, {"tensor": 2, "sequence": True, "expert": 2}, 3, settings=BATCH, recompute=2),
+        )
+    ),
 ]
 
 

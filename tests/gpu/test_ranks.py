@@ -20,7 +20,8 @@ from tests.runs import (
 from tests.shards import tokens_of, whole_table
 from tests.test_sharding import LAYERS, build, run, sharded_case
 
-pytestmark = pytest.mark.gpu
+# on the CPU the default run has these cases, and more, in test_sharding.py and test_layouts.py
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 GPUS = torch.cuda.device_count() if DEVICE.type == "cuda" else 2
 COUNTS = [[11, 12], [0, 23], [3, 0, 20, 1], [4, 0, 12, 7, 3, 5, 1, 9]]  # tokens of each rank
 needs_two = pytest.mark.skipif(GPUS < 2, reason="one GPU")

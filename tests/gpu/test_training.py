@@ -204,6 +204,9 @@ def saved(tree, folder):
     return str(path)
 
 
+commands = pytest.mark.slow  # on the CPU the default run has such commands in files of their own
+
+
 @pytest.fixture(scope="module")
 def trained(text, tmp_path_factory):
     """A run by the command, profiled."""
@@ -213,6 +216,7 @@ def trained(text, tmp_path_factory):
     return tree, folder
 
 
+@commands
 def test_killed_and_resumed_bit_for_bit(trained, tmp_path):
     """By SIGKILL in its seventh step or later; what it goes on with is what an undisturbed run did."""
     quiet, _ = trained
@@ -235,6 +239,7 @@ def test_killed_and_resumed_bit_for_bit(trained, tmp_path):
     assert losses_of(tree) == losses_of(quiet)
 
 
+@commands
 def test_profile(trained):
     tree, _ = trained
     folder = Path(tree["logging"]["dir"]) / "profile"
@@ -245,6 +250,7 @@ def test_profile(trained):
         assert snapshot.stat().st_size > 1000
 
 
+@commands
 def test_evaluate_generate_export(trained, tmp_path):
     tree, _ = trained
     checkpoint = ["--checkpoint", tree["checkpoint"]["dir"]]
