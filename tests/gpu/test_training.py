@@ -1,7 +1,7 @@
 """Training on the GPU, through the trainer and by the commands, against CPU ranks of the same run.
 
-Runs start from a CPU rank's checkpoint, since a GPU draws other weights. They are made in this process, one after the
-other, so that CUDA and Megatron start once.
+Runs start from a CPU rank's checkpoint, since a GPU draws other weights. On a GPU they are made in this process, one
+after the other, so that CUDA and Megatron start once.
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ FP32, BF16 = {"precision": "fp32"}, {"precision": "bf16"}
 
 @pytest.fixture(scope="module")
 def world():
-    """A world of one rank on the device, in this process."""
-    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield
+    """Calls ``fn(rank, world_size, *args)`` in a world of one rank: on a GPU in this process, else in one of its own."""
+    if DEVICE.type == "cpu":
+        yield lambda fn, *args: run_ranks(fn, 1, *args)[0]
+        return
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield lambda fn, *args: fn(0, 1, *args)
     dist.destroy_process_group()
 
 
@@ -62,13 +64,20 @@ def trainer_of(tree):
         trainer.parallel.destroy()
 
 
-def run_here(tree):
-    """A whole run, as the command makes it."""
+def run_here(rank, world_size, tree):
+    """A whole run, as the command makes it: its last weights."""
     with trainer_of(tree) as trainer, StopRequest() as stop:
         trainer.run(stop)
         return [parameter.detach().cpu() for parameter in trainer.model.parameters()] + [
             shard.detach().cpu() for layer in trainer.layers.values() for shard in (layer.down, layer.up)
         ]
+
+
+def steps_here(rank, world_size, tree):
+    """The numbers of the steps from a checkpoint on."""
+    with trainer_of(tree) as trainer:
+        assert trainer.steps_done == START
+        return [trainer.step() for _ in range(END - START)]
 
 
 TABLES = {
@@ -114,9 +123,7 @@ def test_ten_steps(mode, on_cpu, world, tmp_path):
     reference = on_cpu[mode.rpartition(", ")[2] if mode.rpartition(", ")[2] in TABLES else "adam"]
     tree = with_keys(in_folder(reference, tmp_path), **MODES[mode])
     copy_checkpoint(reference, tree, START)
-    with trainer_of(tree) as trainer:
-        assert trainer.steps_done == START
-        values = [trainer.step() for _ in range(END - START)]
+    values = world(steps_here, tree)
     lines = {line["step"]: line for line in metrics_of(reference) if "train/loss" in line}
     want = [lines[step] for step in range(START + 1, END + 1)]
     fp32 = mode.startswith("fp32")
@@ -144,12 +151,12 @@ RESUMED = {
 @pytest.mark.parametrize("mode", RESUMED)
 def test_resumes_bit_for_bit(mode, small, world, tmp_path):
     quiet = with_keys(in_folder(with_keys(small, **RESUMED[mode]), tmp_path / "quiet"), checkpoint={"keep": 3})
-    want = run_here(quiet)
+    want = world(run_here, quiet)
     for step in (4, 8, 10):
         verify_checkpoint(Path(quiet["checkpoint"]["dir"]) / f"step-{step:08d}")
     again = in_folder(quiet, tmp_path / "again")
     copy_checkpoint(quiet, again, 4)
-    got = run_here(again)
+    got = world(run_here, again)
     losses = losses_of(quiet)
     assert losses_of(again) == {step: losses[step] for step in range(5, 11)}
     assert all(a.equal(b) for a, b in zip(got, want, strict=True))
@@ -165,7 +172,7 @@ def test_checkpoints_go_from_device_to_device(on_cpu, world, tmp_path):
         if number % 2:
             run_ranks(run_to_the_end, 1, leg)
         else:
-            run_here(leg)
+            world(run_here, leg)
     got, want = losses_of(tree), losses_of(reference)
     assert list(got) == list(range(START + 1, 9))
     assert_close([got[step] for step in got], [want[step] for step in got], 1e-4)
