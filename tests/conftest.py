@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Files that take longest, longest first: a worker that meets one of them last would finish long after the others.
 LONGEST = ("training", "layouts", "watchdog", "sharding", "doctor", "kernels", "guard", "triton", "sweep", "kinds")
 
+HIDDEN = os.environ.get("CUDA_VISIBLE_DEVICES")  # which Slurm sets, too
 os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # NVIDIA's images set 1: float32 products would be TF32's
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small: threads of several workers only wait for cores
 
@@ -48,7 +49,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.option.markexpr.startswith(("cluster", "gpu")):
         config.option.numprocesses, config.option.dist = None, "no"
     if not config.option.markexpr.startswith("gpu"):  # before torch is imported; workers inherit it
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # which Slurm sets
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Nobody shall take a run without GPUs for one with them."""
+    if HIDDEN and not config.option.markexpr.startswith("gpu"):
+        terminalreporter.write_line(
+            f"CUDA_VISIBLE_DEVICES={HIDDEN} was hidden from these tests: -m gpu shows them GPUs"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
