@@ -1,4 +1,6 @@
-"""Records what a process is doing in named spans, which the watchdog can always read, and which can be timed."""
+"""Records what a process is doing in named spans, which the watchdog can always read, and which can be timed; and keeps
+torch's compiler from looking into functions.
+"""
 
 from __future__ import annotations
 
