@@ -16,7 +16,7 @@ from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
 from peer_dist.sharding.exchange import MergedPicks, Traffic
 from tests.gpu.device import DEVICE
 from tests.ranks import run_ranks
-from tests.shards import dense_grads, tokens_of, whole_table
+from tests.shards import assert_as_whole, dense_grads, tokens_of, whole_table
 
 DIM = 10
 
@@ -92,14 +92,7 @@ def test_sharded_equals_whole(counts, columns):
     for number, options in enumerate(cases):
         want = run(build(options, None), *tokens_of(counts))
         results = [results[number] for results in ranks]
-        for part in (0, 1, 2, 3, 5):
-            parts = [result[part] for result in results]
-            got = whole_table(parts, columns) if part in (2, 3) else torch.cat(parts)
-            torch.testing.assert_close(got, want[part], rtol=1e-12, atol=1e-12)
-        for result in results:
-            assert result[4].keys() == want[4].keys()
-            for key, grad in result[4].items():
-                torch.testing.assert_close(grad, want[4][key], rtol=1e-12, atol=1e-12)
+        assert_as_whole(results, want, columns, 1e-12)
         if "one_shard" in options:
             assert all(result[6] > 0 for result in results[:columns])
             assert all(result[6] == 0 for result in results[columns:])

@@ -100,13 +100,13 @@ def waits_are_named(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def on_host(value: Any) -> Any:
+def on_cpu(value: Any) -> Any:
     """What a rank of a GPU returns, its tensors on the CPU."""
     if isinstance(value, Tensor):
         return value.cpu()
     if isinstance(value, dict):
-        return {key: on_host(part) for key, part in value.items()}
-    return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
+        return {key: on_cpu(part) for key, part in value.items()}
+    return type(value)(map(on_cpu, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _gpu_rank(
@@ -116,7 +116,7 @@ def _gpu_rank(
     limit = timedelta(seconds=LIMIT)
     dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit)
     # by value: torch's own pickling would have this process serve the tensors, which may leave before they are read
-    results.put((rank, pickle.dumps(on_host(fn(rank, world_size, *args)))))
+    results.put((rank, pickle.dumps(on_cpu(fn(rank, world_size, *args)))))
     dist.barrier(device_ids=[rank])
     dist.destroy_process_group()
 

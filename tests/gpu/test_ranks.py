@@ -17,7 +17,7 @@ from tests.runs import (
     trained,
     with_keys,
 )
-from tests.shards import tokens_of, whole_table
+from tests.shards import assert_as_whole, tokens_of
 from tests.test_sharding import LAYERS, build, run, sharded_case
 
 # on the CPU the default run has these cases, and more, in test_sharding.py and test_layouts.py
@@ -40,14 +40,7 @@ def test_sharded_equals_whole(counts, columns):
     (wanted,) = run_ranks(whole_case, 1, cases, counts)
     ranks = run_on_devices(sharded_case, len(counts), cases, counts, columns)
     for number, want in enumerate(wanted):
-        results = [results[number] for results in ranks]
-        for part in (0, 1, 2, 3, 5):
-            parts = [result[part] for result in results]
-            got = whole_table(parts, columns) if part in (2, 3) else torch.cat(parts)
-            torch.testing.assert_close(got, want[part], rtol=1e-10, atol=1e-10)
-        for result in results:
-            for key, grad in result[4].items():
-                torch.testing.assert_close(grad, want[4][key], rtol=1e-10, atol=1e-10)
+        assert_as_whole([results[number] for results in ranks], want, columns, 1e-10)
 
 
 LAYOUTS = {
