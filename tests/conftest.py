@@ -65,6 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> None:
+    """A test's numbers are those of its own, not of whatever ran before it in the process; ranks are seeded too."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     """Prefix of the shipped text, prepared with the byte tokenizer."""
