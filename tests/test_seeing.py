@@ -95,7 +95,8 @@ def test_tensorboard_opens_on_charts_and_maps(run):
 def test_events(run):
     tree, _ = run
     events = read_metrics(folder_of(tree) / "events.jsonl")
-    told = [(event["event"], event["step"]) for event in events]
+    # other programs on the machine may make a rank slow
+    told = [(event["event"], event["step"]) for event in events if event["event"] != "slow rank"]
     saved = [("checkpoint", step) for step in (4, 6, 8, 10)]
     assert told == [("start", 0), *saved[:2], ("done", 6), ("start", 6), *saved[2:], ("done", 10)]
     start = events[0]
