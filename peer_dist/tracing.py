@@ -9,7 +9,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -91,9 +91,13 @@ def listen(times: StepTimes | None) -> None:
     _listener = times
 
 
-@contextmanager
-def span(name: str) -> Iterator[None]:
+def span(name: str) -> AbstractContextManager[None]:
     """A context that marks a part of the step: for the watchdog, for torch's profiler and for :func:`listen`."""
+    return nullcontext() if torch.compiler.is_compiling() else _span(name)
+
+
+@contextmanager
+def _span(name: str) -> Iterator[None]:
     position.moves += 1
     outer, position.span = position.span, name
     # asked first, because a range takes ten microseconds even if no profiler records it
@@ -109,10 +113,10 @@ def span(name: str) -> Iterator[None]:
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as ``torch.compile`` takes it: a call in the middle of the graph, which is not looked into.
+    """The function as ``torch.compile`` takes it: a call that is not looked into.
 
-    What our kernels do is no graph of torch's. Where nothing is compiled this asks for nothing, above all not for
-    torch's compiler, whose import takes seconds.
+    What our kernels and exchanges do is no graph of torch's. Where nothing is compiled this asks for nothing, above all
+    not for torch's compiler, whose import takes seconds.
     """
     opaque: list[Callable[P, R]] = []
 

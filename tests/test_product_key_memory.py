@@ -159,7 +159,7 @@ def traffic_case(rank, world_size, columns):
     layer = ProductKeyMemory(DIM, 49, 3, 5, 6, seed=2, group=groups, dtype=torch.bfloat16)
     picked = []
     layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
-    x = torch.randn(7 * rank + 1, DIM, dtype=torch.bfloat16)
+    x = torch.randn(7 * rank + 2, DIM, dtype=torch.bfloat16)
     y = layer(x)
     forward = layer.traffic.sent.copy()
     y.sum().backward()

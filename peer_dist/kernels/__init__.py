@@ -1,23 +1,29 @@
-"""expert_mix, the op that PEER spends its time in, its parts, and the one place that picks their backend."""
+"""expert_mix, the op that PEER spends its time in, its parts, and the one place that picks their backend.
+
+They are operators of torch's (``torch.ops.peer_dist``), in which picks are the two tensors of :class:`Picks`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.allocation import huge_pages
+from peer_dist.kernels.operator import differentiable, differentiable_no_further, operator, tell_flops
 from peer_dist.kernels.picks import Picks
-from peer_dist.kernels.reference import ACTIVATIONS, Composed
+from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
 
 __all__ = [
     "ACTIVATIONS",
     "Picks",
+    "backend",
+    "differentiable",
+    "differentiable_no_further",
     "dots",
     "expert_mix",
     "expert_mix_backward",
@@ -25,10 +31,13 @@ __all__ = [
     "expert_table_grads",
     "huge_pages",
     "mix",
+    "operator",
     "table_grad",
+    "tell_flops",
     "top_pairs",
     "value_mix",
     "value_table_grad",
+    "wide",
 ]
 
 _MKL, _REFERENCE = Composed(mkl), Composed(reference)
@@ -68,9 +77,10 @@ def expert_mix(
         sparse_grad: give the tables sparse gradients (coalesced, of the picked rows) instead of dense ones.
 
     Returns:
-        ``[tokens, dim]`` in ``x``'s dtype. Differentiable in ``x``, ``gate``, ``down`` and ``up``.
+        ``[tokens, dim]`` in ``x``'s dtype. Differentiable (once) in ``x``, ``gate``, ``down`` and ``up``.
     """
-    return _ExpertMix.apply(x, picks, gate, down, up, activation, sparse_grad)
+    tell_flops()
+    return _expert_mix(x, picks.offsets, picks.expert, gate, down, up, activation, sparse_grad)[0]
 
 
 def expert_mix_forward(
@@ -90,13 +100,12 @@ def expert_mix_forward(
             ``[picks]``.
 
     Returns:
-        ``y [tokens, dim]`` and the pre-activations ``x_t . down_e``, ``[picks]``, both in at least float32.
+        ``y [tokens, dim]`` in ``x``'s dtype and the pre-activations ``x_t . down_e``, ``[picks]``, in at least float32.
     """
-    ops = backend(x, down, up)
-    with span("experts"):
-        if sum_columns is None:
-            return ops.forward(x.contiguous(), picks, gate, down, up, activation)
-        return reference.by_halves(ops, x.contiguous(), picks, gate, down, up, activation, sum_columns)
+    if sum_columns is None:
+        return _expert_mix(x, picks.offsets, picks.expert, gate, down, up, activation, False)
+    y, pre = reference.by_halves(_Halves, x, picks, gate, down, up, activation, sum_columns)
+    return y.to(x.dtype), pre
 
 
 def expert_mix_backward(
@@ -117,15 +126,15 @@ def expert_mix_backward(
         pre: ``[picks]``, from the forward pass.
 
     Returns:
-        ``dx [tokens, dim]`` and per pick ``dgate``, ``dpre`` and ``hidden`` (the gated activation), of which the last
-        two are for :func:`expert_table_grads`; all in at least float32.
+        ``dx [tokens, dim]`` and ``dgate [picks]`` in the dtypes of ``x`` and ``gate``; ``dpre`` and ``hidden`` (the
+        gated activation), ``[picks]`` in ``pre``'s dtype, for :func:`expert_table_grads`.
     """
-    ops = backend(x, down, up)
-    with span("experts"):
-        x, dy = x.contiguous(), dy.contiguous()
-        if sum_columns is None:
-            return ops.backward(dy, x, picks, pre, gate, down, up, activation)
-        return reference.backward_by_halves(ops, dy, picks, pre, gate, down, up, activation, sum_columns)
+    if sum_columns is None:
+        return _expert_mix_backward(dy, x, picks.offsets, picks.expert, pre, gate, down, up, activation)
+    dx, dgate, dpre, hidden = reference.backward_by_halves(
+        _Halves, dy, picks, pre, gate, down, up, activation, sum_columns
+    )
+    return dx.to(x.dtype), dgate.to(gate.dtype), dpre, hidden
 
 
 def expert_table_grads(
@@ -142,35 +151,22 @@ def expert_table_grads(
     Returns:
         ``ddown`` and ``dup``, ``[rows, dim]`` in ``table``'s dtype.
     """
-    ddown, dup = _table_grads([(dpre, x), (hidden, dy)], picks, table, sparse)
+    ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], picks.offsets, picks.expert, table, sparse)
     return ddown, dup
-
-
-def _table_grads(sums: list[tuple[Tensor, Tensor]], picks: Picks, table: Tensor, sparse: bool) -> list[Tensor]:
-    ops = backend(sums[0][1], table)
-    sums = [(weight, x.contiguous()) for weight, x in sums]
-    with span("experts"):
-        if not sparse:
-            return ops.table_grads(sums, picks, len(table), dtype=table.dtype)
-        touched, grads = ops.sparse_table_grads(sums, picks, len(table), dtype=table.dtype)
-        return [
-            torch.sparse_coo_tensor(touched[None], grad, table.shape, is_coalesced=True, check_invariants=False)
-            for grad in grads
-        ]
 
 
 def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``, at least float32."""
-    return backend(weight, table).mix(weight, table, picks)
+    return value_mix(weight, table, picks)
 
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]``, at least float32."""
-    return backend(x, table).dots(x.contiguous(), table, picks)
+    return _dots(x, table, picks.offsets, picks.expert)
 
 
 def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = False) -> Tensor:
-    """:func:`mix` that is differentiable in ``gate`` (by :func:`dots`) and ``values`` (by :func:`value_table_grad`).
+    """``sum_i gate_i values_{e_i}`` of each token, differentiable (once) in ``gate`` and ``values``.
 
     Args:
         gate: ``[picks]``.
@@ -181,7 +177,8 @@ def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = Fa
     Returns:
         ``[tokens, dim]`` in at least float32.
     """
-    return _ValueMix.apply(gate, values, picks, sparse_grad)
+    tell_flops()
+    return _value_mix(gate, values, picks.offsets, picks.expert, sparse_grad)
 
 
 def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, sparse: bool = False) -> Tensor:
@@ -192,7 +189,7 @@ def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, spa
         dy: ``[tokens, dim]``.
         sparse: a coalesced sparse tensor of the picked rows instead of a dense one.
     """
-    (grad,) = _table_grads([(gate, dy)], picks, values, sparse)
+    (grad,) = _grads_of_tables([gate], [dy], picks.offsets, picks.expert, values, sparse)
     return grad
 
 
@@ -221,54 +218,182 @@ def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor
     return (native if native.searches(first, top_k) else reference).top_pairs(first, second, top_k)
 
 
-class _ExpertMix(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        picks: Picks,
-        gate: Tensor,
-        down: Tensor,
-        up: Tensor,
-        activation: str,
-        sparse_grad: bool,
-    ) -> Tensor:
-        y, pre = expert_mix_forward(x, picks, gate, down, up, activation)
-        ctx.picks, ctx.activation, ctx.sparse_grad = picks, activation, sparse_grad
-        ctx.save_for_backward(x, pre, gate, down, up)
-        return y.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, pre, gate, down, up = ctx.saved_tensors
-        picks = Picks(ctx.picks.offsets, ctx.picks.expert)  # what it works out goes when this is done
-        x, dy = x.contiguous(), dy.contiguous()
-        dx, dgate, dpre, hidden = expert_mix_backward(dy, x, picks, pre, gate, down, up, ctx.activation)
-        ddown: Tensor | None = None
-        dup: Tensor | None = None
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, ctx.sparse_grad)
-        return dx.to(x.dtype), None, dgate.to(gate.dtype), ddown, dup, None, None
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators. Their FLOPs are those of the products over picks.
 
 
-class _ValueMix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool) -> Tensor:
-        ctx.picks, ctx.sparse_grad = picks, sparse_grad
-        ctx.save_for_backward(gate, values)
-        with span("experts"):
-            return mix(gate, values, picks)
+def _empty(like: Tensor, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate, values = ctx.saved_tensors
-        picks = Picks(ctx.picks.offsets, ctx.picks.expert)  # what it works out goes when this is done
-        dgate = dvalues = None
-        if ctx.needs_input_grad[0]:
-            with span("experts"):
-                dgate = dots(dy, values, picks).to(gate.dtype)
-        if ctx.needs_input_grad[1]:
-            dvalues = value_table_grad(gate, dy, picks, values, ctx.sparse_grad)
-        return dgate, dvalues, None, None
+
+@operator(
+    "expert_mix(Tensor x, Tensor offsets, Tensor expert, Tensor gate, Tensor down, Tensor up, str activation, "
+    "bool sparse_grad) -> (Tensor, Tensor)",
+    fake=lambda x, offsets, expert, gate, down, up, activation, sparse_grad: (
+        _empty(x, x.shape, x.dtype),
+        _empty(x, expert.shape, wide(x, gate, down, up)),
+    ),
+    flops=lambda x, offsets, expert, *_, **__: 4 * expert[0] * x[1],
+)
+def _expert_mix(
+    x: Tensor,
+    offsets: Tensor,
+    expert: Tensor,
+    gate: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    sparse_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    with span("experts"):
+        y, pre = backend(x, down, up).forward(x.contiguous(), Picks(offsets, expert), gate, down, up, activation)
+        return y.to(x.dtype), pre.to(wide(x, gate, down, up))
+
+
+@operator(
+    "expert_mix_backward(Tensor dy, Tensor x, Tensor offsets, Tensor expert, Tensor pre, Tensor gate, Tensor down, "
+    "Tensor up, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda dy, x, offsets, expert, pre, gate, down, up, activation: (
+        _empty(x, x.shape, x.dtype),
+        _empty(x, expert.shape, gate.dtype),
+        _empty(x, expert.shape, pre.dtype),
+        _empty(x, expert.shape, pre.dtype),
+    ),
+    flops=lambda dy, x, offsets, expert, *_, **__: 4 * expert[0] * x[1],
+)
+def _expert_mix_backward(
+    dy: Tensor,
+    x: Tensor,
+    offsets: Tensor,
+    expert: Tensor,
+    pre: Tensor,
+    gate: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with span("experts"):
+        picks = Picks(offsets, expert)
+        dx, dgate, dpre, hidden = backend(x, down, up).backward(
+            dy.contiguous(), x.contiguous(), picks, pre, gate, down, up, activation
+        )
+        return dx.to(x.dtype), dgate.to(gate.dtype), dpre.to(pre.dtype), hidden.to(pre.dtype)
+
+
+@operator(
+    "value_mix(Tensor gate, Tensor values, Tensor offsets, Tensor expert, bool sparse_grad) -> Tensor",
+    fake=lambda gate, values, offsets, expert, sparse_grad: _empty(
+        values, (offsets.shape[0] - 1, values.shape[1]), wide(gate, values)
+    ),
+    flops=lambda gate, values, offsets, expert, *_, **__: 2 * expert[0] * values[1],
+)
+def _value_mix(gate: Tensor, values: Tensor, offsets: Tensor, expert: Tensor, sparse_grad: bool) -> Tensor:
+    with span("experts"):
+        return backend(gate, values).mix(gate, values, Picks(offsets, expert)).to(wide(gate, values))
+
+
+@operator(
+    "dots(Tensor x, Tensor table, Tensor offsets, Tensor expert) -> Tensor",
+    fake=lambda x, table, offsets, expert: _empty(x, expert.shape, wide(x, table)),
+    flops=lambda x, table, offsets, expert, **_: 2 * expert[0] * table[1],
+)
+def _dots(x: Tensor, table: Tensor, offsets: Tensor, expert: Tensor) -> Tensor:
+    with span("experts"):
+        return backend(x, table).dots(x.contiguous(), table, Picks(offsets, expert)).to(wide(x, table))
+
+
+@operator(
+    "table_grads(Tensor[] weights, Tensor[] xs, Tensor offsets, Tensor expert, SymInt rows, ScalarType dtype) "
+    "-> Tensor[]",
+    fake=lambda weights, xs, offsets, expert, rows, dtype: [_empty(x, (rows, x.shape[1]), dtype) for x in xs],
+    flops=lambda weights, xs, offsets, expert, *_, **__: 2 * len(xs) * expert[0] * xs[0][1],
+)
+def _table_grads(
+    weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, rows: int, dtype: torch.dtype
+) -> list[Tensor]:
+    with span("experts"):
+        sums = [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
+        ops = backend(xs[0], xs[0].new_empty((0, 0), dtype=dtype))
+        grads: list[Tensor] = ops.table_grads(sums, Picks(offsets, expert), rows, dtype=dtype)
+        return grads
+
+
+def _some_rows(weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, rows: Any, dtype: Any) -> Any:
+    touched = torch.library.get_ctx().new_dynamic_size()
+    return [_empty(expert, (touched,), torch.int64), *(_empty(x, (touched, x.shape[1]), dtype) for x in xs)]
+
+
+@operator(
+    "sparse_table_grads(Tensor[] weights, Tensor[] xs, Tensor offsets, Tensor expert, SymInt rows, ScalarType dtype) "
+    "-> Tensor[]",
+    fake=_some_rows,
+    flops=lambda weights, xs, offsets, expert, *_, **__: 2 * len(xs) * expert[0] * xs[0][1],
+)
+def _sparse_table_grads(
+    weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, rows: int, dtype: torch.dtype
+) -> list[Tensor]:
+    with span("experts"):
+        sums = [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
+        ops = backend(xs[0], xs[0].new_empty((0, 0), dtype=dtype))
+        touched, grads = ops.sparse_table_grads(sums, Picks(offsets, expert), rows, dtype=dtype)
+        return [touched, *grads]
+
+
+for _op in (_expert_mix_backward, _dots, _table_grads, _sparse_table_grads):
+    differentiable_no_further(_op)
+
+
+class _Halves:
+    """The two products, for :func:`peer_dist.kernels.reference.by_halves`."""
+
+    dots, mix = staticmethod(dots), staticmethod(mix)
+
+
+def _grads_of_tables(
+    weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, table: Tensor, sparse: bool
+) -> list[Tensor]:
+    """``sum of w_i x_t`` of each row of ``table [rows, dim]``, for each pair of a weight and an ``x``."""
+    rows, dtype = table.shape[0], table.dtype
+    if not sparse:
+        grads: list[Tensor] = _table_grads(weights, xs, offsets, expert, rows, dtype)
+        return grads
+    touched, *some = _sparse_table_grads(weights, xs, offsets, expert, rows, dtype)
+    return [
+        torch.sparse_coo_tensor(touched[None], grad, table.shape, is_coalesced=True, check_invariants=False)
+        for grad in some
+    ]
+
+
+def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.activation, ctx.sparse_grad = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_of_experts(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x, offsets, expert, gate, down, up, pre = ctx.saved_tensors
+    dx, dgate, dpre, hidden = _expert_mix_backward(dy, x, offsets, expert, pre, gate, down, up, ctx.activation)
+    ddown: Tensor | None = None
+    dup: Tensor | None = None
+    if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+        ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], offsets, expert, down, ctx.sparse_grad)
+    return dx, None, None, dgate, ddown, dup, None, None
+
+
+def _keep_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.sparse_grad = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of_values(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    gate, values, offsets, expert = ctx.saved_tensors
+    dgate = dvalues = None
+    if ctx.needs_input_grad[0]:
+        dgate = _dots(dy, values, offsets, expert).to(gate.dtype)
+    if ctx.needs_input_grad[1]:
+        (dvalues,) = _grads_of_tables([gate], [dy], offsets, expert, values, ctx.sparse_grad)
+    return dgate, dvalues, None, None, None
+
+
+differentiable(_expert_mix, _keep_experts, _backward_of_experts)
+differentiable(_value_mix, _keep_values, _backward_of_values)

@@ -25,7 +25,8 @@ class Picks:
     def even(cls, expert: Tensor) -> Picks:
         """The picks where each token has as many: ``expert: [tokens, picks per token]`` int64."""
         tokens, picks_per_token = expert.shape
-        return cls(torch.arange(tokens + 1, device=expert.device) * picks_per_token, expert.reshape(-1).contiguous())
+        ends = torch.arange(tokens + 1, dtype=torch.int64, device=expert.device)
+        return cls(ends * picks_per_token, expert.reshape(-1).contiguous())
 
     @property
     def tokens(self) -> int:
@@ -36,7 +37,7 @@ class Picks:
     def token(self) -> Tensor:
         """``[picks]`` int64: the token of each pick, ascending."""
         counts = self.offsets[1:] - self.offsets[:-1]
-        ids = torch.arange(self.tokens, device=counts.device)
+        ids = torch.arange(self.tokens, dtype=torch.int64, device=counts.device)
         return torch.repeat_interleave(ids, counts, output_size=self.expert.numel())
 
     @cached_property

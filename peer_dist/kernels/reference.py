@@ -20,10 +20,16 @@ from peer_dist.kernels.picks import Picks
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
+_SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # the gradient of the input, from that of the output
+    "gelu": torch.ops.aten.gelu_backward,
+    "relu": lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0),
+    "silu": torch.ops.aten.silu_backward,
+}
+
 CHUNK_ELEMENTS = 1 << 22  # gathered table elements at a time: 16 MB in float32
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
+def wide(*tensors: Tensor) -> torch.dtype:
     """The dtype to accumulate in: at least float32."""
     dtype = torch.float32
     for tensor in tensors:
@@ -39,7 +45,7 @@ def _chunks(picks: Picks, dim: int) -> Iterator[slice]:
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]``, at least float32."""
-    out = torch.empty(picks.expert.numel(), dtype=_wide(x, table), device=x.device)
+    out = torch.empty(picks.expert.numel(), dtype=wide(x, table), device=x.device)
     for part in _chunks(picks, table.shape[1]):
         rows, tokens = table[picks.expert[part]], x[picks.token[part]]
         out[part] = (rows.to(out.dtype) * tokens.to(out.dtype)).sum(-1)
@@ -48,7 +54,7 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
 
 def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``."""
-    out = torch.zeros(picks.tokens, table.shape[1], dtype=_wide(weight, table), device=table.device)
+    out = torch.zeros(picks.tokens, table.shape[1], dtype=wide(weight, table), device=table.device)
     for part in _chunks(picks, table.shape[1]):
         rows = table[picks.expert[part]].to(out.dtype)
         out.index_add_(0, picks.token[part], rows * weight[part, None].to(out.dtype))
@@ -73,7 +79,7 @@ def _candidates(top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """
     pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
     with torch.inference_mode(False):  # the cached tensors also serve training later
-        first, second = torch.tensor(pairs, device=device).unbind(1)
+        first, second = torch.tensor(pairs, dtype=torch.int64, device=device).unbind(1)
     return first, second
 
 
@@ -127,11 +133,8 @@ def backward_by_halves(
 
 def gated(pre: Tensor, gate: Tensor, dhidden: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """``dgate``, ``dpre`` and ``hidden`` of ``hidden = act(pre) * gate``, ``[picks]`` each, in ``pre``'s dtype."""
-    with torch.enable_grad():
-        leaves = pre.detach().requires_grad_(), gate.to(pre.dtype).detach().requires_grad_()
-        hidden = ACTIVATIONS[activation](leaves[0]) * leaves[1]
-    dpre, dgate = torch.autograd.grad(hidden, leaves, dhidden.to(pre.dtype))
-    return dgate, dpre, hidden.detach()
+    activated, gate, dhidden = ACTIVATIONS[activation](pre), gate.to(pre.dtype), dhidden.to(pre.dtype)
+    return dhidden * activated, _SLOPES[activation](dhidden * gate, pre), activated * gate
 
 
 class Composed:
@@ -166,7 +169,7 @@ class Composed:
         """Per pair of a weight ``[picks]`` and ``x: [tokens, dim]`` the gradient of :func:`mix`: ``sum of w_i x_t`` of
         each row, ``[rows, dim]`` in ``dtype``, summed in at least float32.
         """
-        grads = [torch.zeros(rows, x.shape[1], dtype=_wide(weight, x), device=x.device) for weight, x in sums]
+        grads = [torch.zeros(rows, x.shape[1], dtype=wide(weight, x), device=x.device) for weight, x in sums]
         for (weight, x), grad in zip(sums, grads):
             self.table_grad(weight, x, picks, grad)
         return [grad.to(dtype) for grad in grads]

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peer_dist.kernels.picks import Picks
-from peer_dist.kernels.reference import ACTIVATIONS, gated
+from peer_dist.kernels.reference import ACTIVATIONS, gated, wide
 
 try:
     import triton
@@ -420,11 +420,6 @@ def _repeats(table: Tensor, picks: Picks) -> bool:
     return picks.expert.numel() >= EXPERT_MAJOR * rows and _resident(rows, dim, table.element_size()) < dim
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    """The dtype to accumulate in: float32, or float64 if any tensor is."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
 def _acc(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -435,7 +430,7 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     Raises:
         ValueError: ``table`` is not contiguous.
     """
-    dim, count, dtype = table.shape[1], picks.expert.numel(), _wide(x, table)
+    dim, count, dtype = table.shape[1], picks.expert.numel(), wide(x, table)
     order, width = None, dim
     if _repeats(table, picks) and (part := _resident(picks.tokens, dim, x.element_size())):
         order, width = picks.by_expert, part
@@ -456,13 +451,13 @@ def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | Non
     Raises:
         ValueError: ``table`` is not contiguous.
     """
-    wide, dim = _wide(weight, table), table.shape[1]
-    out = torch.empty(picks.tokens, dim, dtype=dtype or wide, device=table.device)
+    sums, dim = wide(weight, table), table.shape[1]
+    out = torch.empty(picks.tokens, dim, dtype=dtype or sums, device=table.device)
     width = _resident(table.shape[0], dim, table.element_size()) if _repeats(table, picks) else dim
     tile = _tile(width or dim, table.element_size())
     grid = (picks.tokens, triton.cdiv(dim, tile["BLOCK_D"]))
     args = weight.contiguous(), table, picks.offsets, picks.expert, out
-    launch(_mix_kernel, grid, *args, DIM=dim, ACC=_acc(wide), **tile)
+    launch(_mix_kernel, grid, *args, DIM=dim, ACC=_acc(sums), **tile)
     return out
 
 
@@ -495,7 +490,7 @@ def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, act
     if not _fused(x, down, picks, activation):
         pre = dots(x, down, picks)
         return mix(ACTIVATIONS[activation](pre) * gate.to(pre.dtype), up, picks, dtype=x.dtype), pre
-    dtype = _wide(x, down, up, gate)
+    dtype = wide(x, down, up, gate)
     pre = torch.empty(picks.expert.numel(), dtype=dtype, device=x.device)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     args = _rows(x), picks.offsets, picks.expert, gate.contiguous(), down, up, pre, y, None, None, None
@@ -569,7 +564,7 @@ def table_grads(
 
 
 def _new_grads(sums: Sequence[tuple[Tensor, Tensor]], rows: int, dtype: torch.dtype | None) -> list[Tensor]:
-    dtype = dtype or _wide(*(x for _, x in sums))
+    dtype = dtype or wide(*(x for _, x in sums))
     return [torch.empty(rows, x.shape[1], dtype=dtype, device=x.device) for _, x in sums]
 
 
@@ -580,7 +575,7 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
 
 def _bounds(picks: Picks, rows: int) -> Tensor:
     ordered = picks.expert[picks.by_expert]
-    return torch.searchsorted(ordered, torch.arange(rows + 1, device=ordered.device))
+    return torch.searchsorted(ordered, torch.arange(rows + 1, dtype=torch.int64, device=ordered.device))
 
 
 def sparse_table_grads(
@@ -658,7 +653,7 @@ class _RunSums:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype to accumulate in."""
-        return _wide(self.x, self.dpre) if self.dy is None else _wide(self.x, self.dy, self.dpre)
+        return wide(self.x, self.dpre) if self.dy is None else wide(self.x, self.dy, self.dpre)
 
     def tile(self) -> dict[str, int]:
         """Block sizes and warps. Columns go slice by slice where all of x and dy would not stay in L2."""
@@ -689,7 +684,7 @@ def _run_sums(operands: _RunSums, add: bool) -> None:
         lengths = bounds[1:] - bounds[:-1]
         in_run = torch.where(lengths > size, (lengths + size - 1) // size, 0)
         base = F.pad(in_run.cumsum(0), (1, 0))
-        owner = torch.searchsorted(base[1:], torch.arange(pieces, device=base.device), right=True)
+        owner = torch.searchsorted(base[1:], torch.arange(pieces, dtype=torch.int64, device=base.device), right=True)
         partial = torch.empty(pieces, 2, dim, dtype=operands.dtype, device=operands.x.device)
         launch(_pieces_kernel, (pieces, slices), *operands.read, base, owner, partial, runs, size, **constants)
     grads = operands.ddown, operands.dup

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_dist.kernels import ACTIVATIONS, huge_pages
+from peer_dist.layers.initialisation import draws, redraw
 from peer_dist.layers.product_key_layer import GATES, ProductKeyLayer, check_choices
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.query_norm import KEY_NORMS, KeyNorm
@@ -139,6 +140,7 @@ class PEER(ProductKeyLayer):
             shared_keys=shared_keys,
             group=group,
             data_group=data_group,
+            seed=seed,
             device=device,
             dtype=dtype,
         )
@@ -154,57 +156,59 @@ class PEER(ProductKeyLayer):
         if tables_of is not None:
             table_dtype = table_dtype or tables_of.down.dtype
             _check_same_tables(tables_of, self.layout, table_dtype)
-        self.state_query = None
-        if state_size:
-            self.state_query = nn.Linear(state_size, heads * key_dim, bias=False, device=device, dtype=dtype)
+        second_moment = activation_second_moment(ACTIVATIONS[activation])
+        self.output_std = math.sqrt(second_moment) if output_std is None else output_std
+
+        def linear(width: int, out: int, offset: int, after: tuple[int, ...] = ()) -> nn.Linear:
+            return draws(nn.Linear(width, out, bias=False, device=device, dtype=dtype), offset, after)
+
+        self.state_query = linear(state_size, heads * key_dim, 0) if state_size else None
         if output_gate:
-            self.gate_in = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
-            self.gate_out = nn.Linear(dim, dim, bias=False, device=device, dtype=dtype)
+            self.gate_in = linear(dim, dim, 4)
+            self.gate_out = linear(dim, dim, 4, after=(dim, dim))
         if dense_hidden:
-            self.dense_in = nn.Linear(dim, dense_hidden, bias=False, device=device, dtype=dtype)
-            self.dense_out = nn.Linear(dense_hidden, dim, bias=False, device=device, dtype=dtype)
-        self.key_norm = None if key_norm == "none" else KeyNorm(key_norm, 2 if shared_keys else 2 * heads, key_dim // 2)
-        if self.key_norm is not None:
-            self.key_norm.to(device=device, dtype=dtype)
+            self.dense_in = linear(dim, dense_hidden, 5)
+            self.dense_out = linear(dense_hidden, dim, 5, after=(dense_hidden, dim))
+        self._key_norm_kind = key_norm
+        self.key_norm = None if key_norm == "none" else self._new_key_norm(device, dtype)
         if tables_of is None:
             table_dtype = table_dtype or self.keys.dtype
             self.down = nn.Parameter(huge_pages(torch.empty(self.shard_shape, device=device, dtype=table_dtype)))
             self.up = nn.Parameter(huge_pages(torch.empty(self.shard_shape, device=device, dtype=table_dtype)))
         else:
             self.down, self.up = tables_of.down, tables_of.up
-        self.reset_parameters(output_std, seed)
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, output_std: float | None = None, seed: int | None = None) -> None:
         """Draw all weights anew, but for another layer's tables; see the class. For a given ``seed`` they are the same
         in any sharding, and those of the tables on devices of one model, which draw them.
+
+        Args:
+            output_std, seed: as in the class, for this and later calls; by default what they were before. A layer
+                without a seed draws another one each time.
         """
         if self.keys.is_meta:
             return
-        if seed is None:
-            seed = self._drawn_seed()
-        generator = self._reset_retrieval(seed)
-        if self.state_query is not None:
-            self.state_query.weight.zero_()
+        if output_std is not None:
+            self.output_std = output_std
+        seed = self._agreed_seed(seed)
+        keys = self._reset_retrieval(seed)
         if self.key_norm is not None:
-            self.key_norm.reset_parameters((self.key_dim / 2) ** -0.5 / math.sqrt(3))
+            self.key_norm.reset_parameters()
         second_moment = activation_second_moment(ACTIVATIONS[self.activation])
-        if output_std is None:
-            output_std = math.sqrt(second_moment)
-        part_std = output_std * math.sqrt(0.5) if self.dense_hidden else output_std
+        part_std = self.output_std * math.sqrt(0.5) if self.dense_hidden else self.output_std
         if self.owns_tables:
-            up_std = part_std / math.sqrt(second_moment * self._gate_energy(seed))
+            up_std = part_std / math.sqrt(second_moment * self._gate_energy(seed, keys))
             self._draw_rows(self.down, self.dim**-0.5, seed + 1)
             self._draw_rows(self.up, up_std, seed + 2)
+        redraw(self.state_query, seed, 0.0)
         if self.output_gate:  # the output keeps its standard deviation
-            generator.manual_seed(seed + 4)
-            gate_moment = activation_second_moment(F.silu)
-            self._draw(self.gate_in, self.dim**-0.5, generator)
-            self._draw(self.gate_out, (self.dim * gate_moment) ** -0.5, generator)
+            redraw(self.gate_in, seed, self.dim**-0.5)
+            redraw(self.gate_out, seed, (self.dim * activation_second_moment(F.silu)) ** -0.5)
         if self.dense_hidden:
-            generator.manual_seed(seed + 5)
-            self._draw(self.dense_in, self.dim**-0.5, generator)
-            self._draw(self.dense_out, part_std * (self.dense_hidden * second_moment) ** -0.5, generator)
+            redraw(self.dense_in, seed, self.dim**-0.5)
+            redraw(self.dense_out, seed, part_std * (self.dense_hidden * second_moment) ** -0.5)
 
     @torch.no_grad()
     def zero_output(self) -> None:
@@ -213,11 +217,14 @@ class PEER(ProductKeyLayer):
         if self.dense_hidden:
             self.dense_out.weight.zero_()
 
-    def _gate_energy(self, seed: int) -> float:
-        """``E[sum over distinct experts of (sum of its gates)^2]`` for standard normal queries."""
+    def _gate_energy(self, seed: int, keys: Tensor) -> float:
+        """``E[sum over distinct experts of (sum of its gates)^2]`` for standard normal queries and drawn ``keys``."""
+        if self.key_norm is not None:  # as it is at the start, wherever its parameters are now
+            keys = self._new_key_norm("cpu", torch.float32)(keys)
         generator = torch.Generator().manual_seed(seed + 3)
-        query = torch.randn(64, self.heads, self.key_dim, generator=generator, device="cpu")
-        indices, scores = retrieve(query.to(self.keys.device), self._product_keys().float(), self.top_k)
+        shape = 64, self.heads, self.key_dim
+        query = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+        indices, scores = retrieve(query, keys, self.top_k)
         gates, indices = GATES[self.gate](scores).flatten(1), indices.flatten(1)
         energy = sum(float((g[:, None] * g * (index[:, None] == index)).sum()) for g, index in zip(gates, indices))
         return max(energy / len(gates), 1e-12)
@@ -231,25 +238,36 @@ class PEER(ProductKeyLayer):
         """Take ``down`` and ``up`` out of the module's parameters (:func:`peer_dist.sharding.release`)."""
         release(self, ("down", "up"))
 
+    def _new_key_norm(self, device: torch.device | str | None, dtype: torch.dtype | None) -> KeyNorm:
+        half, std = self.key_dim // 2, (self.key_dim / 2) ** -0.5 / math.sqrt(3)
+        return KeyNorm(self._key_norm_kind, self.keys.shape[:-2].numel(), half, std, device, dtype)
+
     def _product_keys(self) -> Tensor:
         return self.keys if self.key_norm is None else self.key_norm(self.keys)
 
     def _retrieve(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert self.query is not None
-        weight = self.query.weight
+        raw = self.query(tokens)
         if self.state_query is not None:
-            assert state is not None
-            tokens = torch.cat([tokens, state.reshape(len(tokens), -1)], 1)
-            weight = torch.cat([weight, self.state_query.weight], 1)
-        return self._pick(tokens, weight, self._product_keys())
+            if state is None:
+                raise ValueError(f"a PEER layer of state_size={self.state_query.in_features} needs a state")
+            raw = raw + self.state_query(state.reshape(len(tokens), -1))
+        return self._pick(self._queries(raw), self._product_keys())
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
         """The layer's output ``[..., dim]`` for ``x [..., dim]``, in ``x``'s dtype.
 
+        Scores, gates and all sums over experts are in at least float32, under autocast too: there only the linear maps
+        (queries, output gate, dense block) compute in fewer bits.
+
         Args:
             state: ``[..., state_size]``, if the layer has a ``state_size``.
+
+        Raises:
+            ValueError: an input of another width, or on another device than the layer; no state, where one is needed;
+                one token in all under batch norm in training.
         """
-        tokens = x.reshape(-1, self.dim)
+        tokens = self._tokens(x)
         with span("retrieve"):
             indices, gates = self._retrieve(tokens, state)
         y = routed_experts(
@@ -263,11 +281,14 @@ class PEER(ProductKeyLayer):
             self.traffic,
             self.sparse_grad,
             self.dispatch_chunks,
-            (lambda x: ACTIVATIONS[self.activation](self.dense_in(x)), self.dense_out) if self.dense_hidden else None,
+            (self._dense_hidden, self.dense_out) if self.dense_hidden else None,
         )
         if self.output_gate:
             y = self.gate_out(y * F.silu(self.gate_in(tokens)))
-        return y.view_as(x)
+        return y.to(x.dtype).view_as(x)
+
+    def _dense_hidden(self, tokens: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](self.dense_in(tokens))
 
     def extra_repr(self) -> str:
         """The options that printing a model shows."""

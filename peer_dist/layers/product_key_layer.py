@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_dist.layers.product_keys import project_and_retrieve, retrieve
-from peer_dist.layers.query_norm import QUERY_NORMS, QueryBatchNorm, make_query_norm
+from peer_dist.layers.initialisation import draws, own_block, redraw, same_on_all, write
+from peer_dist.layers.product_keys import retrieve
+from peer_dist.layers.query_norm import QUERY_NORMS, VectorNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.sharding import ExpertGroups, GridLayout, Traffic
 
@@ -20,6 +20,9 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "relu": torch.relu,
 }
+
+DEVICES = ("cpu", "cuda", "meta")
+"""Kinds of devices that the layers run on; on meta they give shapes."""
 
 _INIT_BLOCK = 4096  # rows drawn from one generator, so that any sharding draws the same tables
 
@@ -60,6 +63,7 @@ class ProductKeyLayer(nn.Module):
         shared_keys: bool,
         group: dist.ProcessGroup | ExpertGroups | None,
         data_group: dist.ProcessGroup | None,
+        seed: int | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -87,70 +91,97 @@ class ProductKeyLayer(nn.Module):
             data_group = group.domain
         self.query: nn.Linear | None = None
         if query_projection:
-            self.query = nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype)
-        self.norm = make_query_norm(query_norm, heads, key_dim, data_group)
-        self.norm.to(device=device, dtype=dtype)
+            self.query = draws(nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype), 0)
+        self.norm = make_query_norm(query_norm, heads, key_dim, data_group, device, dtype)
         keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
         self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
+        self._seed = seed
 
     @property
     def shard_shape(self) -> tuple[int, int]:
         """Rows and columns of this rank's block of a table."""
         return len(self.layout.rows), len(self.layout.columns)
 
-    def _pick(self, tokens: Tensor, weight: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and gates ``[tokens, heads, top_k]`` for the queries ``tokens @ weight.T``."""
-        if weight is None:
-            indices, scores = retrieve(tokens[:, None].expand(-1, self.heads, -1), keys, self.top_k)
-        elif isinstance(self.norm, QueryBatchNorm):  # its statistics need the queries of all tokens
-            query = self.norm(F.linear(tokens, weight).unflatten(-1, (self.heads, self.key_dim)))
-            indices, scores = retrieve(query, keys, self.top_k)
+    def _tokens(self, x: Tensor) -> Tensor:
+        """``x [..., dim]`` as ``[tokens, dim]``.
+
+        Raises:
+            ValueError: another width, or a device that the layer is not on, or that it has no kernels for.
+        """
+        if x.dim() == 0 or x.shape[-1] != self.dim:
+            raise ValueError(f"the input must be [..., dim] with dim = {self.dim}, not of shape {tuple(x.shape)}")
+        if x.device != self.keys.device:
+            raise ValueError(f"the input is on {x.device}, but the layer is on {self.keys.device}; move one of them")
+        if x.device.type not in DEVICES:
+            raise ValueError(f"{type(self).__name__} runs on {' and '.join(DEVICES[:2])} devices, not on {x.device}")
+        return x.reshape(-1, self.dim)
+
+    def _pick(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and gates ``[tokens, heads, top_k]`` for queries ``[tokens, heads, key_dim]`` before their norm."""
+        if isinstance(self.norm, VectorNorm):
+            indices, scores = self.norm(query, keys, self.top_k)
         else:
-            kind = tokens.device.type
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                dtype = torch.get_autocast_dtype(kind)  # which does not see into a function of our own
-                tokens, weight = tokens.to(dtype), weight.to(dtype)
-            indices, scores = project_and_retrieve(tokens, weight, self.norm, keys, self.top_k, self.heads)
+            indices, scores = retrieve(self.norm(query), keys, self.top_k)
         gates = GATES[self.gate](scores)
         if self.on_route is not None and not is_recomputation():
             self.on_route(indices, gates.detach())
         return indices, gates
 
-    def _reset_retrieval(self, seed: int) -> torch.Generator:
-        """Queries from N(0, 1/dim), keys uniformly from +-1/sqrt(key_dim/2); the generator that drew them.
+    def _queries(self, raw: Tensor) -> Tensor:
+        """``[tokens, heads * key_dim]`` as ``[tokens, heads, key_dim]``."""
+        return raw.unflatten(-1, (self.heads, self.key_dim))
+
+    def _reset_retrieval(self, seed: int) -> Tensor:
+        """Queries from N(0, 1/dim), keys by :meth:`_draw_keys`; the keys, whole, on the CPU and in float32.
 
         What all ranks have alike is drawn on the CPU: GPUs of another model would draw other numbers.
         """
+        redraw(self.query, seed, self.dim**-0.5)
         generator = torch.Generator().manual_seed(seed)
-        # drawn in float32 whatever the dtype, so that the dtype only rounds
-        if self.query is not None:
-            self._draw(self.query, self.dim**-0.5, generator)
-        bound = (self.key_dim / 2) ** -0.5
-        keys = torch.empty(self.keys.shape, device="cpu")
-        self.keys.copy_(keys.uniform_(-bound, bound, generator=generator))
+        if self.query is not None:  # whose numbers come first
+            shape = (self.heads * self.key_dim, self.dim)
+            torch.empty(shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+        keys = self._draw_keys(torch.empty(self.keys.shape, dtype=torch.float32, device="cpu"), generator)
+        keys = keys.to(self.keys.dtype)
+        write(self.keys, keys)
         if not isinstance(self.norm, nn.Identity):
             self.norm.reset_parameters()  # type: ignore[operator]
-        return generator
+        return keys.float()
 
-    def _draw(self, linear: nn.Linear, std: float, generator: torch.Generator) -> None:
-        drawn = torch.empty(linear.weight.shape, device="cpu")
-        linear.weight.copy_(drawn.normal_(0, std, generator=generator))
+    def _draw_keys(self, keys: Tensor, generator: torch.Generator) -> Tensor:
+        """Fill ``keys``, uniformly from +-1/sqrt(key_dim/2)."""
+        bound = (self.key_dim / 2) ** -0.5
+        return keys.uniform_(-bound, bound, generator=generator)
 
-    def _drawn_seed(self) -> int:
-        """From torch's generator; the first rank's everywhere, since all but the tables is replicated."""
-        seed = [int(torch.randint(2**31, ()))]
+    def _agreed_seed(self, seed: int | None) -> int:
+        """``seed``, from now on the layer's own, or its own, or one from torch's generator: the first rank's everywhere
+        since all but the tables is replicated.
+        """
+        if seed is not None:
+            self._seed = seed
+        if self._seed is not None:
+            return self._seed
+        drawn = [int(torch.randint(2**31, (), dtype=torch.int64, device="cpu"))]
         if self.layout.groups is not None:
             group = self.layout.groups.domain
-            dist.broadcast_object_list(seed, src=dist.get_global_rank(group, 0), group=group)
-        return seed[0]
+            dist.broadcast_object_list(drawn, src=dist.get_global_rank(group, 0), group=group)
+        return same_on_all(drawn[0], self.keys)
 
     def _draw_rows(self, table: Tensor, std: float, seed: int) -> None:
-        rows = self.layout.rows
+        """Fill this rank's part of a table from N(0, std^2), in blocks of rows with a generator each."""
+        if table.is_meta:
+            return
+        local, offset = own_block(table)
+        first_row, first_column = (begin + more for begin, more in zip(self.layout.offset, offset))
+        rows = range(first_row, first_row + local.shape[0])
+        columns = slice(first_column, first_column + local.shape[1])
         for block in range(rows.start // _INIT_BLOCK, -(-rows.stop // _INIT_BLOCK)):
             begin, end = block * _INIT_BLOCK, min((block + 1) * _INIT_BLOCK, self.num_experts)
-            generator = torch.Generator(table.device).manual_seed(seed * 1_000_003 + block)
-            drawn = torch.empty(end - begin, self.dim, device=table.device)
+            generator = torch.Generator(local.device).manual_seed(seed * 1_000_003 + block)
+            # in float32 whatever the dtype, so that the dtype only rounds
+            drawn = torch.empty(end - begin, self.dim, dtype=torch.float32, device=local.device)
             drawn.normal_(0, std, generator=generator)
             mine = range(max(begin, rows.start), min(end, rows.stop))
-            drawn = drawn[mine.start - begin : mine.stop - begin, self.layout.columns.start : self.layout.columns.stop]
-            table[mine.start - rows.start : mine.stop - rows.start] = drawn
+            local[mine.start - rows.start : mine.stop - rows.start] = drawn[
+                mine.start - begin : mine.stop - begin, columns
+            ]

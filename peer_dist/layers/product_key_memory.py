@@ -100,6 +100,7 @@ class ProductKeyMemory(ProductKeyLayer):
             shared_keys=shared_keys,
             group=group,
             data_group=data_group,
+            seed=seed,
             device=device,
             dtype=dtype,
         )
@@ -107,24 +108,30 @@ class ProductKeyMemory(ProductKeyLayer):
         self.init, self.num_layers, self.sparse_grad = init, num_layers, sparse_grad
         table_dtype = table_dtype or self.keys.dtype
         self.values = nn.Parameter(huge_pages(torch.empty(self.shard_shape, device=device, dtype=table_dtype)))
-        self.reset_parameters(seed)
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
         """Draw all weights anew; see the class. For a given ``seed`` they are the same in any sharding, and those of
         the table on devices of one model, which draw them.
+
+        Args:
+            seed: as in the class, for this and later calls; by default what it was before. A layer without a seed draws
+                another one each time.
         """
         if self.keys.is_meta:
             return
-        if seed is None:
-            seed = self._drawn_seed()
-        generator = self._reset_retrieval(seed)
-        std = self.dim**-0.5
-        if self.init == "dense":
-            keys = torch.empty(self.keys.shape, device="cpu")
-            self.keys.copy_(keys.normal_(0, (2 / (self.key_dim * self.num_layers)) ** 0.5, generator=generator))
-            std = (2 / (self.num_experts * self.num_layers)) ** 0.5
+        seed = self._agreed_seed(seed)
+        self._reset_retrieval(seed)
+        dense = self.init == "dense"
+        std = (2 / (self.num_experts * self.num_layers)) ** 0.5 if dense else self.dim**-0.5
         self._draw_rows(self.values, std, seed + 1)
+
+    def _draw_keys(self, keys: Tensor, generator: torch.Generator) -> Tensor:
+        keys = super()._draw_keys(keys, generator)
+        if self.init == "dense":
+            keys.normal_(0, (2 / (self.key_dim * self.num_layers)) ** 0.5, generator=generator)
+        return keys
 
     def shards(self) -> dict[str, Shard]:
         """This rank's block of ``values``."""
@@ -135,10 +142,22 @@ class ProductKeyMemory(ProductKeyLayer):
         release(self, ("values",))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output ``[..., dim]`` for ``x [..., dim]``, in ``x``'s dtype."""
-        tokens = x.reshape(-1, self.dim)
+        """The layer's output ``[..., dim]`` for ``x [..., dim]``, in ``x``'s dtype.
+
+        Scores, gates and sums of values are in at least float32, under autocast too: there only the query projection
+        computes in fewer bits.
+
+        Raises:
+            ValueError: an input of another width, or on another device than the layer; one token in all under batch
+                norm in training.
+        """
+        tokens = self._tokens(x)
         with span("retrieve"):
-            indices, gates = self._pick(tokens, None if self.query is None else self.query.weight, self.keys)
+            if self.query is None:
+                query = tokens[:, None].expand(-1, self.heads, -1)
+            else:
+                query = self._queries(self.query(tokens))
+            indices, gates = self._pick(query, self.keys)
         y = routed_values(
             indices.flatten(1), gates.flatten(1), self.values, x.dtype, self.layout, self.traffic, self.sparse_grad
         )

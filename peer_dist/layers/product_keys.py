@@ -6,52 +6,52 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from peer_dist.kernels import Picks, mix, table_grad, top_pairs
-from peer_dist.tracing import untraced
+from peer_dist.kernels import (
+    Picks,
+    backend,
+    differentiable,
+    differentiable_no_further,
+    operator,
+    tell_flops,
+    top_pairs,
+    wide,
+)
+from peer_dist.layers.vector_norm import vector_norm, vector_norm_backward
+from peer_dist.tracing import span
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}  # tokens; on a CPU the scores of one head's chunk stay in cache
 
 
-@untraced
-def retrieve(query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def retrieve(
+    query: Tensor,
+    keys: Tensor,
+    top_k: int,
+    norm: str = "none",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """The ``top_k`` product keys of largest inner product with each query. Exact.
 
     Key ``(a, b)`` is the concatenation of sub-keys ``keys[0, a]`` and ``keys[1, b]``; its number is
-    ``a * n + b``. The scores of all sub-keys are never held for all tokens at once.
+    ``a * n + b``. The scores of all sub-keys are never held for all tokens at once, nor are normalised queries.
 
     Args:
         query: ``[tokens, heads, key_dim]``.
         keys: ``[2, n, key_dim / 2]``, shared by the heads, or ``[heads, 2, n, key_dim / 2]``.
         top_k: at most ``n``.
+        norm: ``layer`` or ``rms`` takes :func:`peer_dist.layers.vector_norm.vector_norm` of the queries first, with
+            ``weight`` and ``bias`` ``[heads * key_dim]`` and ``eps``; ``none`` takes them as they are.
 
     Returns:
-        Expert numbers ``[tokens, heads, top_k]`` int64 and their scores, best first, in at least float32 and
-        differentiable (once) in ``query`` and ``keys``.
+        Expert numbers ``[tokens, heads, top_k]`` int64 and their scores, best first, in at least float32 (autocast or
+        not) and differentiable (once) in ``query``, ``keys``, ``weight`` and ``bias``.
     """
-    return _Retrieve.apply(query, keys, top_k)
-
-
-@untraced
-def project_and_retrieve(
-    x: Tensor, weight: Tensor, norm: nn.Module, keys: Tensor, top_k: int, heads: int
-) -> tuple[Tensor, Tensor]:
-    """:func:`retrieve` with the queries ``norm(x @ weight.T)``, whose gradients are never held for all tokens either.
-
-    Args:
-        x: ``[tokens, dim]``.
-        weight: ``[heads * key_dim, dim]``.
-        norm: takes ``[tokens, heads, key_dim]`` and treats each token by itself.
-        keys, top_k: as in :func:`retrieve`.
-        heads: queries of a token.
-
-    Returns:
-        As :func:`retrieve`; the scores are differentiable (once) in ``x``, ``weight``, ``keys`` and the norm's
-        parameters.
-    """
-    return _ProjectAndRetrieve.apply(x, weight, keys, norm, top_k, heads, *norm.parameters())
+    tell_flops()
+    scores, indices = _retrieve(query, keys, top_k, norm, weight, bias, eps)
+    return indices, scores
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:
@@ -68,14 +68,14 @@ def _search(
     Args:
         queries: chunks of the tokens, each with its queries ``[chunk's tokens, heads, key_dim]``.
     """
-    wide = torch.promote_types(keys.dtype, torch.float32)
+    dtype = wide(keys)
     indices = torch.empty(tokens, heads, top_k, dtype=torch.int64, device=keys.device)
-    best = torch.empty(tokens, heads, top_k, dtype=wide, device=keys.device)
+    best = torch.empty(tokens, heads, top_k, dtype=dtype, device=keys.device)
     # wide before the product, which would else round scores to bfloat16 and make ties of neighbours
-    per_head = keys.to(wide).expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
-    scores = per_head.new_empty(0)  # one memory for the scores of all chunks
+    per_head = keys.to(dtype).expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
+    scores = torch.empty(0, dtype=dtype, device=keys.device)  # one memory for the scores of all chunks
     for chunk, query in queries:
-        halves = query.to(wide).unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
+        halves = query.to(dtype).unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
         scores.resize_(2, len(query), keys.shape[-2])
         for head in range(heads):
             first, second = torch.bmm(halves[head], per_head[head], out=scores)
@@ -93,76 +93,117 @@ def _score_grads(query: Tensor, keys: Tensor, indices: Tensor, dscores: Tensor, 
         dkeys: the keys' shape, in ``dscores``' dtype.
 
     Returns:
-        ``[tokens, heads, key_dim]`` in ``query``'s dtype.
+        ``[tokens, heads, key_dim]`` in at least float32.
     """
     n, half = keys.shape[-2:]
     table = keys.reshape(-1, half)
-    sets = torch.arange(len(table) // n, device=keys.device).view(-1, 2, 1)  # of sub-keys: [heads or 1, 2, 1]
+    sets = torch.arange(len(table) // n, dtype=torch.int64, device=keys.device).view(
+        -1, 2, 1
+    )  # of sub-keys: [heads or 1, 2, 1]
     rows = torch.stack([indices // n, indices % n], 2).add_(sets * n)  # [tokens, heads, 2, top_k]
     picks = Picks.even(rows.flatten(0, 2))
     dpicked = dscores[:, :, None].expand_as(rows).flatten()
-    table_grad(dpicked, query.reshape(-1, half), picks, dkeys.view_as(table))
-    return mix(dpicked, table, picks).view_as(query).to(query.dtype)
+    x = query.reshape(-1, half)
+    backend(x, x).table_grad(dpicked, x, picks, dkeys.view_as(table))
+    dquery: Tensor = backend(dpicked, table).mix(dpicked, table, picks)
+    return dquery.view_as(query)
 
 
-class _Retrieve(torch.autograd.Function):
-    """:func:`retrieve`, whose backward pass takes the tokens in chunks too."""
+def _like_scores(
+    query: Tensor, keys: Tensor, top_k: int, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:2], top_k)
+    return (
+        torch.empty(shape, dtype=wide(keys), device=query.device),
+        torch.empty(shape, dtype=torch.int64, device=query.device),
+    )
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        tokens, heads = query.shape[:2]
-        indices, best = _search(((chunk, query[chunk]) for chunk in _chunks(query)), keys, tokens, heads, top_k)
-        ctx.save_for_backward(query, keys, indices)
-        ctx.mark_non_differentiable(indices)
-        return indices, best
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: None, dscores: Tensor) -> tuple[Tensor | None, ...]:
-        query, keys, indices = ctx.saved_tensors
-        dkeys = torch.zeros(keys.shape, dtype=dscores.dtype, device=keys.device)
-        dquery = torch.empty_like(query)
+@operator(
+    "retrieve(Tensor query, Tensor keys, int top_k, str norm, Tensor? weight, Tensor? bias, float eps) "
+    "-> (Tensor, Tensor)",
+    fake=_like_scores,
+    flops=lambda query, keys, *_, **__: 2 * query[0] * query[1] * query[2] * keys[-2],
+)
+def _retrieve(
+    query: Tensor, keys: Tensor, top_k: int, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    tokens, heads = query.shape[:2]
+
+    def queries() -> Iterator[tuple[slice, Tensor]]:
         for chunk in _chunks(query):
-            dquery[chunk] = _score_grads(query[chunk], keys, indices[chunk], dscores[chunk], dkeys)
-        return dquery, dkeys.to(keys.dtype), None
+            part = query[chunk]
+            yield chunk, part if weight is None else vector_norm(part, norm, weight, bias, eps)
+
+    with span("retrieve"):
+        indices, scores = _search(queries(), keys, tokens, heads, top_k)
+        return scores, indices
 
 
-class _ProjectAndRetrieve(torch.autograd.Function):
-    """:func:`project_and_retrieve`. The queries before the norm are kept; each chunk's norm is computed again."""
+def _like_arguments(
+    dscores: Tensor, indices: Tensor, query: Tensor, keys: Tensor, norm: str, weight: Tensor | None, bias: Any, eps: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None) -> Tensor:
+        shape, dtype = ((0,), torch.float32) if x is None else (x.shape, x.dtype)
+        return torch.empty(shape, dtype=dtype, device=query.device)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, keys: Tensor, norm: nn.Module, top_k: int, heads: int, *learned: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        raw = (x @ weight.t()).unflatten(-1, (heads, -1))
-        indices, best = _search(((chunk, norm(raw[chunk])) for chunk in _chunks(x)), keys, len(x), heads, top_k)
-        ctx.norm, ctx.learned = norm, learned
-        ctx.save_for_backward(x, weight, raw, keys, indices)
-        ctx.mark_non_differentiable(indices)
-        return indices, best
+    return like(query), like(keys), like(weight), like(bias)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: None, dscores: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, raw, keys, indices = ctx.saved_tensors
-        dkeys = torch.zeros(keys.shape, dtype=dscores.dtype, device=keys.device)
-        learned = [parameter for parameter in ctx.learned if parameter.requires_grad]
-        dlearned = [torch.zeros_like(parameter) for parameter in learned]
-        dweight, dx = torch.zeros_like(weight), torch.empty_like(x)
 
-        def add_grads(chunk: slice) -> None:
-            with torch.enable_grad():
-                projected = raw[chunk].detach().requires_grad_()
-                query = ctx.norm(projected)
-            dquery = _score_grads(query.detach(), keys, indices[chunk], dscores[chunk], dkeys)
-            dprojected, *grads = torch.autograd.grad(query, (projected, *learned), dquery)
-            for total, grad in zip(dlearned, grads):
-                total += grad
-            torch.mm(dprojected.flatten(1), weight, out=dx[chunk])
-            dweight.addmm_(dprojected.flatten(1).t(), x[chunk])
+@operator(
+    "retrieve_backward(Tensor dscores, Tensor indices, Tensor query, Tensor keys, str norm, Tensor? weight, "
+    "Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_like_arguments,
+    flops=lambda dscores, indices, query, *_, **__: 4 * indices[0] * indices[1] * indices[2] * query[2],
+)
+def _retrieve_backward(
+    dscores: Tensor,
+    indices: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    norm: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``query``, ``keys``, ``weight`` and ``bias``; empty where there is no such argument."""
+    dquery, dkeys, dweight, dbias = _like_arguments(dscores, indices, query, keys, norm, weight, bias, eps)
+    sums = [torch.zeros(x.shape, dtype=dscores.dtype, device=query.device) for x in (dkeys, dweight, dbias)]
+    with span("retrieve"):
+        for chunk in _chunks(query):
+            part = query[chunk]
+            normed = part if weight is None else vector_norm(part, norm, weight, bias, eps)
+            gradient = _score_grads(normed, keys, indices[chunk], dscores[chunk], sums[0])
+            if weight is not None:
+                gradient, of_weight, of_bias = vector_norm_backward(gradient, part, norm, weight, eps)
+                sums[1] += of_weight
+                if bias is not None:
+                    sums[2] += of_bias
+            dquery[chunk] = gradient
+    return dquery, sums[0].to(keys.dtype), sums[1].to(dweight.dtype), sums[2].to(dbias.dtype)
 
-        for chunk in _chunks(x):
-            add_grads(chunk)
-        grads_of_learned = iter(dlearned)
-        dnorm = [next(grads_of_learned) if parameter.requires_grad else None for parameter in ctx.learned]
-        return dx, dweight, dkeys.to(keys.dtype), None, None, None, *dnorm
+
+differentiable_no_further(_retrieve_backward)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, keys, _, ctx.norm, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(query, keys, weight, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dscores: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    query, keys, weight, bias, indices = ctx.saved_tensors
+    dquery, dkeys, dweight, dbias = _retrieve_backward(dscores, indices, query, keys, ctx.norm, weight, bias, ctx.eps)
+    return (
+        dquery,
+        dkeys,
+        None,
+        None,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        None,
+    )
+
+
+differentiable(_retrieve, _keep, _backward)

@@ -6,18 +6,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from peer_dist.layers.buffers import ExactBuffers, at_least_float32
+from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.recomputation import is_recomputation
+from peer_dist.layers.vector_norm import vector_norm
 
 QUERY_NORMS = ("batch", "layer", "rms", "none")
 KEY_NORMS = ("none", "layer", "rms")
 
 
-def make_query_norm(kind: str, heads: int, key_dim: int, group: dist.ProcessGroup | None) -> nn.Module:
+def make_query_norm(
+    kind: str,
+    heads: int,
+    key_dim: int,
+    group: dist.ProcessGroup | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
     """The norm of queries ``[tokens, heads, key_dim]``.
 
     Args:
@@ -25,10 +33,11 @@ def make_query_norm(kind: str, heads: int, key_dim: int, group: dist.ProcessGrou
         heads: queries of a token.
         key_dim: width of a query.
         group: ranks whose tokens ``batch`` takes its statistics over; None for this one.
+        device, dtype: as everywhere in torch.
     """
     if kind == "batch":
-        return QueryBatchNorm(heads, key_dim, group)
-    return nn.Identity() if kind == "none" else VectorNorm(kind, heads, key_dim)
+        return QueryBatchNorm(heads, key_dim, group, device=device, dtype=dtype)
+    return nn.Identity() if kind == "none" else VectorNorm(kind, heads, key_dim, device=device, dtype=dtype)
 
 
 class KeyNorm(nn.Module):
@@ -40,17 +49,25 @@ class KeyNorm(nn.Module):
         kind: ``layer`` or ``rms``.
         sets: of sub-keys, 2 per set of product keys.
         half: width of a sub-key.
+        std: standard deviation that sub-keys are drawn with.
+        device, dtype: as everywhere in torch.
     """
 
-    def __init__(self, kind: str, sets: int, half: int) -> None:
+    def __init__(
+        self,
+        kind: str,
+        sets: int,
+        half: int,
+        std: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.norm = VectorNorm(kind, sets, half)
+        self.norm = VectorNorm(kind, sets, half, scale=std, device=device, dtype=dtype)
 
-    @torch.no_grad()
-    def reset_parameters(self, std: float) -> None:
-        """Start anew: weights of ``std``, the standard deviation that sub-keys are drawn with, and no bias."""
+    def reset_parameters(self) -> None:
+        """Start anew: weights of ``std`` and no bias."""
         self.norm.reset_parameters()
-        self.norm.weight.fill_(std)
 
     def forward(self, keys: Tensor) -> Tensor:
         """The normalised sub-keys of ``keys [..., 2, n, half]``, in their shape and dtype."""
@@ -91,6 +108,10 @@ class QueryBatchNorm(ExactBuffers):
         group: ranks whose tokens the statistics are over; None for this one.
         eps: added to the variance.
         momentum: weight of a pass in the running statistics.
+        device, dtype: as everywhere in torch.
+
+    Raises:
+        ValueError: a training pass over one token in all, whose variance is 0.
     """
 
     running_mean: Tensor
@@ -103,14 +124,18 @@ class QueryBatchNorm(ExactBuffers):
         group: dist.ProcessGroup | None,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.group, self.eps, self.momentum = group, eps, momentum
         features = heads * key_dim
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
-        self.register_buffer("running_mean", torch.zeros(features))
-        self.register_buffer("running_var", torch.ones(features))
+        self.weight = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        exact = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.register_buffer("running_mean", torch.empty(features, device=device, dtype=exact))
+        self.register_buffer("running_var", torch.empty(features, device=device, dtype=exact))
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -133,6 +158,11 @@ class QueryBatchNorm(ExactBuffers):
         x = at_least_float32(query.flatten(1))
         if self.training:
             sums = self._total(torch.cat([x.sum(0), x.new_full((1,), x.shape[0])]))  # filled there: no copy to wait for
+            if x.shape[0] < 2 and int(sums[-1]) == 1:  # where ranks have more, nobody waits for the device
+                raise ValueError(
+                    "batch norm of queries needs more than one token in a training pass; call .eval(), or use "
+                    "query_norm='rms'"
+                )
             count = sums[-1].detach().clamp(min=1)
             mean = sums[:-1] / count
             var = self._total((x - mean).square().sum(0)) / count
@@ -153,27 +183,42 @@ class VectorNorm(nn.Module):
         heads: vectors of a token, each with weights of its own.
         key_dim: width of a vector.
         eps: added to the variance, or to the mean square.
+        scale: the weights at the start.
+        device, dtype: as everywhere in torch.
     """
 
-    def __init__(self, kind: str, heads: int, key_dim: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self,
+        kind: str,
+        heads: int,
+        key_dim: int,
+        eps: float = 1e-5,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.kind, self.eps = kind, eps
-        self.weight = nn.Parameter(torch.ones(heads * key_dim))
-        self.bias = nn.Parameter(torch.zeros(heads * key_dim)) if kind == "layer" else None
+        self.kind, self.eps, self.scale = kind, eps, scale
+        self.weight = nn.Parameter(torch.empty(heads * key_dim, device=device, dtype=dtype))
+        self.bias: nn.Parameter | None = None
+        if kind == "layer":
+            self.bias = nn.Parameter(torch.empty(heads * key_dim, device=device, dtype=dtype))
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew: weights 1, bias 0."""
-        self.weight.fill_(1)
+        """Start anew: weights ``scale``, bias 0."""
+        self.weight.fill_(self.scale)
         if self.bias is not None:
             self.bias.fill_(0)
 
-    def forward(self, query: Tensor) -> Tensor:
-        """The normalised queries of ``query [tokens, heads, key_dim]``, in its shape and dtype."""
-        x = at_least_float32(query)
-        width = (x.shape[-1],)
-        x = F.layer_norm(x, width, eps=self.eps) if self.kind == "layer" else F.rms_norm(x, width, eps=self.eps)
-        x = x * self.weight.view(query.shape[1:]).to(x.dtype)
-        if self.bias is not None:
-            x = x + self.bias.view(query.shape[1:]).to(x.dtype)
-        return x.to(query.dtype)
+    def forward(self, query: Tensor, keys: Tensor | None = None, top_k: int = 0) -> Any:
+        """The normalised queries of ``query [tokens, heads, key_dim]``, in its shape and dtype.
+
+        Args:
+            keys, top_k: if given, the result is that of :func:`peer_dist.layers.product_keys.retrieve` for the
+                normalised queries instead, which are then never held for all tokens at once.
+        """
+        if keys is None:
+            return vector_norm(query, self.kind, self.weight, self.bias, self.eps)
+        return retrieve(query, keys, top_k, self.kind, self.weight, self.bias, self.eps)

@@ -42,7 +42,6 @@ Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """The two halves of a dense block beside the experts; see :func:`routed_experts`."""
 
 
-@untraced
 def routed_experts(
     x: Tensor,
     indices: Tensor,
@@ -77,9 +76,28 @@ def routed_experts(
         domain: those of the SUM of the ranks' losses.
     """
     if not layout.spread:
-        traffic.picks_received += indices.numel()
+        _count(indices, traffic)
         y = expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
         return y if beside is None else y + beside[1](beside[0](x))
+    return _spread_experts(
+        x, indices, gates, down, up, activation, layout, traffic, sparse_grad, dispatch_chunks, beside
+    )
+
+
+@untraced
+def _spread_experts(
+    x: Tensor,
+    indices: Tensor,
+    gates: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    layout: GridLayout,
+    traffic: Traffic,
+    sparse_grad: bool,
+    dispatch_chunks: int,
+    beside: Beside | None,
+) -> Tensor:
     gate, transit = _planned(indices, gates, layout, traffic, dispatch_chunks)
     edge = _Dispatch.apply(x, gate, transit)
     half = None if beside is None else beside[0](x)
@@ -90,7 +108,6 @@ def routed_experts(
     return y if other is None else y + other
 
 
-@untraced
 def routed_values(
     indices: Tensor,
     gates: Tensor,
@@ -118,8 +135,27 @@ def routed_values(
         :func:`routed_experts`.
     """
     if not layout.spread:
-        traffic.picks_received += indices.numel()
+        _count(indices, traffic)
         return value_mix(gates.reshape(-1), values, Picks.even(indices), sparse_grad).to(dtype)
+    return _spread_values(indices, gates, values, dtype, layout, traffic, sparse_grad)
+
+
+def _count(indices: Tensor, traffic: Traffic) -> None:
+    """Count picks that stay here; not in a trace, which would keep one count for all calls."""
+    if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        traffic.picks_received += indices.numel()
+
+
+@untraced
+def _spread_values(
+    indices: Tensor,
+    gates: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,
+    layout: GridLayout,
+    traffic: Traffic,
+    sparse_grad: bool,
+) -> Tensor:
     gate, transit = _planned(indices, gates, layout, traffic)
     edge = _Values.apply(gate, values, dtype, sparse_grad, transit)
     transit.start_last_home()
@@ -272,8 +308,7 @@ class _Values(torch.autograd.Function):
         plan = transit.plan
         with span("dispatch"):
             received = plan.picks_at_owners(plan.start_picks_to_owners(gate))
-        with span("experts"):
-            transit.last = mix(received, values, plan.all_picks()).to(dtype)
+        transit.last = mix(received, values, plan.all_picks()).to(dtype)
         ctx.transit, ctx.sparse_grad = transit, sparse_grad
         ctx.save_for_backward(received, values)
         return values.new_empty(0, dtype=dtype)
@@ -289,11 +324,10 @@ class _Values(torch.autograd.Function):
             arrival.wait()
         going: Arrival | None = None
         if ctx.needs_input_grad[0]:
-            with span("experts"):
-                dgate = dots(dy, values, picks)
-                sum_columns = transit.sum_columns("ddots")
-                if sum_columns is not None:
-                    dgate = sum_columns(dgate)
+            dgate = dots(dy, values, picks)
+            sum_columns = transit.sum_columns("ddots")
+            if sum_columns is not None:
+                dgate = sum_columns(dgate)
             with span("combine"):
                 going = plan.start_picks_to_homes(dgate.to(gate.dtype))
         dvalues = value_table_grad(gate, dy, picks, values, ctx.sparse_grad) if ctx.needs_input_grad[1] else None

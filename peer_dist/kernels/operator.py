@@ -1,0 +1,101 @@
+"""How a function of ours becomes an operator of torch's: opaque to its compiler, exporters and tracers, and known to
+them by its shapes, its gradient and its FLOPs.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from peer_dist.tracing import untraced
+
+_library = torch.library.Library("peer_dist", "DEF")
+_flops: dict[str, Callable[..., int]] = {}  # of operators that torch's counter does not know yet
+
+
+def operator(
+    schema: str, *, fake: Callable[..., Any], flops: Callable[..., int] | None = None
+) -> Callable[[Callable[..., Any]], Any]:
+    """Register the function below as ``torch.ops.peer_dist.<name>``, for tensors of any device.
+
+    It runs with autocast off: what it computes in is its own decision. Until :func:`differentiable` is called for it,
+    differentiating it is refused.
+
+    Args:
+        schema: as torch writes it: ``name(Tensor x, int k) -> Tensor``. Results are new tensors.
+        fake: the results' shapes and dtypes, as empty tensors, from the same arguments.
+        flops: floating-point operations from the arguments with shapes in the place of tensors.
+
+    Returns:
+        The operator, which is called with the schema's arguments in their order.
+    """
+    name = schema.partition("(")[0]
+
+    def register(function: Callable[..., Any]) -> Any:
+        _library.define(schema)
+        _library.impl(name, untraced(_without_autocast(function)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"peer_dist::{name}", _telling(fake), lib=_library)
+        if flops is not None:
+            _flops[name] = flops
+        return getattr(torch.ops.peer_dist, name).default
+
+    return register
+
+
+def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Give an operator its gradient.
+
+    Args:
+        save: keeps in ``ctx`` (given as ``ctx, inputs, output`` by keyword) what ``backward`` needs.
+        backward: ``ctx`` and the results' gradients to the arguments' gradients, by operators that torch can trace.
+    """
+    torch.library.register_autograd(op.name(), backward, setup_context=save, lib=_library)
+
+
+def differentiable_no_further(op: Any) -> None:
+    """Let an operator that computes gradients refuse to be differentiated itself, instead of giving none."""
+
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{op.name()} has no gradient: the layers of peer_dist can be differentiated once")
+
+    torch.library.register_autograd(op.name(), backward, lib=_library)
+
+
+def tell_flops() -> None:
+    """Tell torch's FLOP counter of the operators, if it is in use: importing it takes a while where Triton is."""
+    if torch.compiler.is_compiling():
+        return
+    if _flops and "torch.utils.flop_counter" in sys.modules:
+        from torch.utils.flop_counter import register_flop_formula
+
+        while _flops:
+            name, formula = _flops.popitem()
+            register_flop_formula(getattr(torch.ops.peer_dist, name))(formula)
+
+
+def _telling(fake: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fake)
+    def call(*args: Any) -> Any:
+        tell_flops()  # whoever compiles meets this first
+        return fake(*args)
+
+    return call
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not kinds:
+            return function(*args)
+        with ExitStack() as off:
+            for kind in kinds:
+                off.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args)
+
+    return call
