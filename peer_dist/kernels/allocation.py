@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -16,14 +17,32 @@ _LARGE = 1 << 24  # bytes from which pages matter
 _idle: list[mmap.mmap] = []
 
 
+def address(tensor: Tensor) -> int | None:
+    """Where a CPU tensor's elements lie one after the other. None if they do not, or nowhere: a tensor may be strided,
+    stand for one of another device or of several processes, or have had its memory taken away.
+    """
+    if tensor.layout is not torch.strided or not tensor.is_cpu or tensor.is_neg():
+        return None
+    try:
+        if not tensor.is_contiguous():
+            return None
+        place, held = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    except (RuntimeError, ValueError):  # of functional transforms, and of parameters that are not initialised yet
+        return None
+    count = tensor.numel()
+    inside = (tensor.storage_offset() + count) * tensor.element_size() <= held
+    return place if count == 0 or (place and inside) else None
+
+
 def huge_pages(tensor: Tensor) -> Tensor:
     """Ask for huge pages under a large CPU tensor that nothing was written to yet: rows at random in gigabytes
     otherwise cost an address translation each. Without effect where the system has none.
     """
-    if tensor.device.type == "cpu" and tensor.nbytes >= _LARGE and sys.platform == "linux":
+    start = address(tensor) if sys.platform == "linux" and tensor.nbytes >= _LARGE else None
+    if start is not None:
         page = 1 << 21
-        begin = -(-tensor.data_ptr() // page) * page
-        length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
+        begin = -(-start // page) * page
+        length = (start + tensor.nbytes - begin) // page * page
         libc = ctypes.CDLL(None)
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_int(mmap.MADV_HUGEPAGE))
     return tensor
@@ -38,7 +57,7 @@ def gradient_memory(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
     """
     count = rows * dim * dtype.itemsize
     if count < _LARGE:
-        return torch.empty(rows, dim, dtype=dtype)
+        return torch.empty(rows, dim, dtype=dtype, device="cpu")
     block = _take(count)
     view = memoryview(block)
     weakref.finalize(view, _idle.append, block).atexit = False
@@ -46,14 +65,19 @@ def gradient_memory(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def _take(count: int) -> mmap.mmap:
-    fitting = [block for block in _idle if count <= len(block) <= 2 * count]
-    if fitting:
-        block = min(fitting, key=len)
-        _idle.remove(block)
-        return block
+    for block in sorted(_idle, key=len):
+        if count <= len(block) <= 2 * count:
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _idle.remove(block)
+                return block
     _idle.clear()
     step = 1 << max(21, math.ceil(math.log2(count)) - 3)  # the next step's rows are about as many
-    block = mmap.mmap(-1, -(-count // step) * step)
+    size = -(-count // step) * step
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    # private: a process that is forked off has its own from then on
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
-        block.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a system without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
     return block

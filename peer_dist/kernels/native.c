@@ -5,7 +5,7 @@
    there are. Rows lie at random in gigabytes: what costs time is waiting for memory, so each loop asks for the rows of a
    few picks ahead. Tables are float32 or bfloat16, all else is float32.
 
-   This file includes itself once per table type. */
+   signatures.py says what each function takes, and checks it. This file includes itself once per table type. */
 
 #ifndef ROW
 
@@ -222,6 +222,15 @@ static void largest(const float *s, i64 n, i64 k, float *value, int32_t *index) 
   settle(held, k, value, index);
 }
 
+/* Whether offsets do not ascend from 0 to the number of picks, or a pick is of no row. */
+i64 wrong_picks(i64 tokens, i64 picks, i64 rows, const i64 *offsets, const i64 *expert) {
+  int wrong = offsets[0] != 0 || offsets[tokens] != picks;
+  for (i64 t = 0; t < tokens; t++) wrong |= offsets[t] > offsets[t + 1];
+#pragma omp parallel for simd reduction(| : wrong) if (picks >= 1 << 16)
+  for (i64 p = 0; p < picks; p++) wrong |= (uint64_t)expert[p] >= (uint64_t)rows;
+  return wrong;
+}
+
 /* For each row the k largest sums first[a] + second[b], largest first, and their numbers a * n + b. A pair of the
    i-th and the j-th largest can be among them only if (i + 1)(j + 1) <= k: all of as small or smaller rank are no
    less. */
@@ -382,8 +391,8 @@ void NAME(mix)(i64 tokens, i64 dim, const float *weight, const i64 *offsets, con
 }
 
 /* Both halves: pre[p] = x[t] . down[e],  y[t] = sum of act(pre[p]) * gate[p] * up[e] */
-void NAME(forward)(i64 tokens, i64 dim, const float *x, const i64 *offsets, const i64 *expert,
-                   const float *gate, const ROW *down, const ROW *up, i64 kind, float *pre, float *y) {
+void NAME(forward)(i64 tokens, i64 dim, i64 kind, const float *x, const i64 *offsets, const i64 *expert,
+                   const float *gate, const ROW *down, const ROW *up, float *pre, float *y) {
   i64 parts = parts_of(offsets[tokens]);
 #pragma omp parallel for schedule(dynamic)
   for (i64 part = 0; part < parts; part++) {
@@ -403,9 +412,9 @@ void NAME(forward)(i64 tokens, i64 dim, const float *x, const i64 *offsets, cons
 }
 
 /* Its mirror image for tokens and picks. */
-void NAME(backward)(i64 tokens, i64 dim, const float *dy, const i64 *offsets, const i64 *expert,
-                    const float *pre, const float *gate, const ROW *down, const ROW *up, i64 kind, float *dx,
-                    float *dgate, float *dpre, float *hidden) {
+void NAME(backward)(i64 tokens, i64 dim, i64 kind, const float *dy, const i64 *offsets, const i64 *expert,
+                    const float *pre, const float *gate, const ROW *down, const ROW *up, float *dx, float *dgate,
+                    float *dpre, float *hidden) {
   i64 parts = parts_of(offsets[tokens]);
 #pragma omp parallel for schedule(dynamic)
   for (i64 part = 0; part < parts; part++) {
@@ -431,8 +440,8 @@ void NAME(backward)(i64 tokens, i64 dim, const float *dy, const i64 *offsets, co
 
 /* Gradients of a table's rows out of what `group` made: the sum of weight * x over the picks of segment s is written
    to row rows[s], or to row s without `rows`. */
-void NAME(table_grad)(i64 segments, i64 dim, const float *weight, const float *x, const int32_t *token,
-                      const int32_t *order, const i64 *starts, const i64 *rows, i64 stream, ROW *out) {
+void NAME(table_grad)(i64 segments, i64 dim, i64 stream, const float *weight, const float *x, const int32_t *token,
+                      const int32_t *order, const i64 *starts, const i64 *rows, ROW *out) {
   i64 parts = parts_of(starts[segments]);
 #pragma omp parallel for schedule(dynamic)
   for (i64 part = 0; part < parts; part++) {

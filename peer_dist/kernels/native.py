@@ -1,8 +1,8 @@
 """The expert products on CPU in C (native.c): float32 or bfloat16 tables, each picked row read once.
 
-The C compiler of the machine builds it in about a second at first use; the library is cached per user. Without
-a compiler a library that was built ahead serves (:func:`build_ahead`: container images have one), else the other
-CPU backends.
+The C compiler of the machine builds it in about a second at first use; the library is cached per user. Without a
+compiler a library that was built ahead serves (:func:`build_ahead`: container images have one), or one that another
+compiler put into the cache, else the other CPU backends.
 """
 
 from __future__ import annotations
@@ -11,19 +11,27 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import platform
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
+import time
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from peer_dist.kernels.allocation import gradient_memory
 from peer_dist.kernels.picks import Picks
+from peer_dist.kernels.signatures import call, declare
 from peer_dist.machine import cpu_features
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -34,10 +42,13 @@ _LEVELS = {
     "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
 }
 BUILT = Path(__file__).parent / "built"
-_KINDS = {"gelu": 0, "relu": 1, "silu": 2}
+COMPILER_SECONDS = 120  # after which a compiler hangs
+_KINDS = {"gelu": 0, "relu": 1, "silu": 2}  # as in native.c
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _MOST_TOP_K = 64  # as in native.c
 STREAM_BYTES = 1 << 24  # of gradients written past the caches: more than would stay there
+# What launchers call a process's number on its machine, the innermost first.
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
 def available(x: Tensor, *tables: Tensor) -> bool:
@@ -57,35 +68,33 @@ def searches(scores: Tensor, top_k: int) -> bool:
 
 def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.top_pairs`."""
-    queries, n = first.shape
     first, second = first.contiguous(), second.contiguous()
-    number, score = torch.empty(queries, top_k, dtype=torch.int64), torch.empty(queries, top_k)
-    _call("top_pairs", queries, n, top_k, first, second, number, score)
+    queries = len(first)
+    number = torch.empty(queries, top_k, dtype=torch.int64, device="cpu")
+    score = _floats(queries, top_k)
+    _call("top_pairs", k=top_k, first=first, second=second, number=number, score=score)
     return number, score
 
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """See :func:`peer_dist.kernels.reference.dots`."""
-    x = x.float().contiguous()
-    out = torch.empty(picks.expert.numel())
-    _over_tokens("dots", picks, table, x, picks.offsets, picks.expert, table, out)
+    out = _floats(picks.expert.numel())
+    _over_picks(_of("dots", table.dtype), picks, x=_wide(x), table=table, out=out)
     return out
 
 
 def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """See :func:`peer_dist.kernels.reference.mix`."""
-    weight = weight.float().contiguous()
-    out = torch.empty(picks.tokens, table.shape[1])
-    _over_tokens("mix", picks, table, weight, picks.offsets, picks.expert, table, out)
+    out = _floats(picks.tokens, table.shape[-1])
+    _over_picks(_of("mix", table.dtype), picks, weight=_wide(weight), table=table, out=out)
     return out
 
 
 def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.forward`."""
-    x, gate = x.float().contiguous(), gate.float().contiguous()
-    pre, y = torch.empty(picks.expert.numel()), torch.empty(x.shape)
-    kind = _KINDS[activation]
-    _over_tokens("forward", picks, down, x, picks.offsets, picks.expert, gate, down, up, kind, pre, y)
+    pre, y = _floats(picks.expert.numel()), _floats(*x.shape)
+    name, kind = _of("forward", down.dtype), _KINDS[activation]
+    _over_picks(name, picks, kind=kind, x=_wide(x), gate=_wide(gate), down=down, up=up, pre=pre, y=y)
     return y, pre
 
 
@@ -93,27 +102,23 @@ def backward(
     dy: Tensor, x: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.backward`."""
-    dy, gate = dy.float().contiguous(), gate.float().contiguous()
-    dx = torch.empty(dy.shape)
-    dgate, dpre, hidden = torch.empty_like(pre), torch.empty_like(pre), torch.empty_like(pre)
-    gradients = (dx, dgate, dpre, hidden)
-    kind = _KINDS[activation]
-    _over_tokens("backward", picks, down, dy, picks.offsets, picks.expert, pre, gate, down, up, kind, *gradients)
-    return gradients
+    dx, (dgate, dpre, hidden) = _floats(*dy.shape), (_floats(picks.expert.numel()) for _ in range(3))
+    name, kind = _of("backward", down.dtype), _KINDS[activation]
+    gradients = {"dx": dx, "dgate": dgate, "dpre": dpre, "hidden": hidden}
+    _over_picks(name, picks, kind=kind, dy=_wide(dy), pre=pre, gate=_wide(gate), down=down, up=up, **gradients)
+    return dx, dgate, dpre, hidden
 
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
-    """See :func:`peer_dist.kernels.reference.table_grad`."""
-    x, weight = x.float().contiguous(), weight.float().contiguous()
-    _check(picks, out)
-    _call("add_rows", out.shape[0], picks.tokens, x.shape[1], weight, x, picks.offsets, picks.expert, out)
+    """See :func:`peer_dist.kernels.reference.table_grad`; ``out`` in float32."""
+    _over_picks("add_rows", picks, weight=_wide(weight), x=_wide(x), out=out)
 
 
 def table_grads(sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int, *, dtype: torch.dtype) -> list[Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.table_grads`."""
     touched, order, token, starts = _group(picks, rows)
     grads = [gradient_memory(rows, x.shape[1], dtype).zero_() for _, x in sums]
-    _sum_segments(sums, order, token, starts, touched, grads)
+    _sum_segments(sums, picks, order, token, starts, touched, grads)
     return grads
 
 
@@ -123,7 +128,7 @@ def sparse_table_grads(
     """See :func:`peer_dist.kernels.reference.Composed.sparse_table_grads`."""
     touched, order, token, starts = _group(picks, rows)
     grads = [gradient_memory(touched.numel(), x.shape[1], dtype) for _, x in sums]
-    _sum_segments(sums, order, token, starts, None, grads)
+    _sum_segments(sums, picks, order, token, starts, None, grads)
     return touched, grads
 
 
@@ -135,17 +140,18 @@ def _group(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if count >= 1 << 31:
         raise ValueError(f"{count} picks in one call are more than 2**31 - 1; take the tokens in parts")
     most = min(count, rows)
-    order, token = torch.empty(2, count, dtype=torch.int32)
-    touched, starts = torch.empty(most, dtype=torch.int64), torch.empty(most + 1, dtype=torch.int64)
-    pairs = torch.empty(2 * count, dtype=torch.int64)
-    count_touched = _call(
-        "group", picks.tokens, rows, picks.offsets, picks.expert, pairs, order, token, touched, starts
+    order, token = torch.empty(2, count, dtype=torch.int32, device="cpu")
+    touched, starts, pairs = (
+        torch.empty(size, dtype=torch.int64, device="cpu") for size in (most, most + 1, 2 * count)
     )
+    room = {"pairs": pairs, "order": order, "token": token, "touched": touched, "starts": starts}
+    count_touched = _over_picks("group", picks, rows=rows, **room)
     return touched[:count_touched].clone(), order, token, starts[: count_touched + 1]
 
 
 def _sum_segments(
     sums: Sequence[tuple[Tensor, Tensor]],
+    picks: Picks,
     order: Tensor,
     token: Tensor,
     starts: Tensor,
@@ -154,63 +160,82 @@ def _sum_segments(
 ) -> None:
     """Write each picked row's gradients, to ``rows`` or one after the other."""
     for (weight, x), out in zip(sums, grads):
-        weight, x = weight.float().contiguous(), x.float().contiguous()
-        arguments = (weight, x, token, order, starts, rows, int(out.nbytes > STREAM_BYTES), out)
-        _call(f"table_grad_{_SUFFIX[out.dtype]}", starts.numel() - 1, x.shape[1], *arguments)
-
-
-def _over_tokens(name: str, picks: Picks, table: Tensor, *arguments: Tensor | int) -> None:
-    _check(picks, table)
-    _call(f"{name}_{_SUFFIX[table.dtype]}", picks.tokens, table.shape[1], *arguments)
-
-
-def _check(picks: Picks, table: Tensor) -> None:
-    if picks.expert.numel():
-        low, high = (int(end) for end in torch.aminmax(picks.expert))
-        if low < 0 or high >= table.shape[0]:
-            raise IndexError(f"picks of rows {low} to {high} from a table of {table.shape[0]} rows")
-
-
-def _call(name: str, *arguments: Tensor | int | None) -> int:
-    """Call a function of native.c; Python's lock is let go of meanwhile."""
-    library = load_library()
-    assert library is not None
-    function = getattr(library, name)
-    function.restype = ctypes.c_int64  # of those that return something
-    result: int = function(
-        *(
-            ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
-            for a in arguments
+        _call(
+            _of("table_grad", out.dtype),
+            tokens=picks.tokens,
+            segments=starts.numel() - 1,
+            stream=int(out.nbytes > STREAM_BYTES),
+            weight=_wide(weight),
+            x=_wide(x),
+            token=token,
+            order=order,
+            starts=starts,
+            rows=rows,
+            out=out,
         )
-    )
-    return result
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
+
+
+def _of(name: str, dtype: torch.dtype) -> str:
+    """The function for tables of a dtype."""
+    if dtype not in _SUFFIX:
+        raise TypeError(f"tables of {dtype} are not served in C, those of float32 and bfloat16 are")
+    return f"{name}_{_SUFFIX[dtype]}"
+
+
+def _over_picks(name: str, picks: Picks, **given: Tensor | int) -> int:
+    return _call(name, tokens=picks.tokens, offsets=picks.offsets, expert=picks.expert, **given)
+
+
+def _call(name: str, **given: Tensor | int | None) -> int:
+    library = load_library()
+    if library is None:
+        raise RuntimeError("there is no C library here; native.available tells")
+    return call(library, name, **given)
 
 
 @lru_cache(maxsize=1)
 def load_library() -> ctypes.CDLL | None:
-    """The compiled library; None where there is no compiler that builds it, and none was built ahead."""
-    compiler = _compiler()
-    if compiler is None:
-        return _built_ahead()
-    # a home folder may be shared by machines of several kinds
-    key = hashlib.sha256(b"\0".join([_source(), " ".join((compiler, *FLAGS)).encode(), cpu_features().encode()]))
-    name = f"expert_mix-{key.hexdigest()[:16]}.so"
-    try:
-        cached = _cache_folder() / name
-        if not cached.exists():
-            _compile(compiler, FLAGS, _source(), cached)
-        return ctypes.CDLL(str(cached))
-    except (OSError, subprocess.CalledProcessError):
-        return _built_ahead()
+    """The compiled library. None, which is said once, where none can be had: the other backends serve then."""
+    compiler, library = _compiler(), None
+    trouble: OSError | str = "there is no C compiler"
+    if compiler is not None:
+        try:
+            folder, name = _cache_folder(), _cached_name(compiler)
+            return _load(folder, name) or _build(compiler, FLAGS, folder, name)
+        except OSError as error:
+            trouble = error
+    with contextlib.suppress(OSError):
+        library = _built_ahead() or _load(_cache_folder(), _cached_name(None))
+    if library is None and compiler is not None and not isinstance(trouble, TimeoutError):
+        try:  # for this process alone
+            with tempfile.TemporaryDirectory(prefix="peer_dist-", ignore_cleanup_errors=True) as place:
+                return _build(compiler, FLAGS, Path(place), "expert_mix")
+        except OSError as error:
+            trouble = error
+    if library is None:
+        _say(trouble)
+    return library
 
 
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-
-
-@lru_cache(maxsize=1)
-def _source() -> bytes:
-    return resources.files("peer_dist.kernels").joinpath("native.c").read_bytes()
+def _say(trouble: OSError | str) -> None:
+    """Warn, on one rank of each machine."""
+    rank = next((os.environ[name] for name in _LOCAL_RANKS if name in os.environ), None)
+    if rank is None and dist.is_available() and dist.is_initialized():
+        rank = str(dist.get_rank())
+    if rank in (None, "0"):
+        warnings.warn(
+            f"PEER layers on this CPU take SLOWER: their C library could not be built, {trouble}; "
+            "install gcc, or name a compiler that works in CC",
+            stacklevel=2,
+        )
 
 
 def build_ahead() -> list[Path]:
@@ -226,45 +251,158 @@ def build_ahead() -> list[Path]:
     if compiler is None:
         raise RuntimeError("no C compiler: set CC, or install gcc")
     portable = tuple(flag for flag in FLAGS if not flag.startswith("-march"))
-    for target, level in _ahead().items():
-        target.parent.mkdir(exist_ok=True)
+    BUILT.mkdir(exist_ok=True)
+    for level, name in _ahead_names().items():
         try:
-            _compile(compiler, (*portable, f"-march={level}") if level else portable, _source(), target)
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"{compiler} failed: {error.stderr.decode(errors='replace')}") from error
+            _build(compiler, (*portable, f"-march={level}") if level else portable, BUILT, name)
+        except OSError as error:
+            raise RuntimeError(str(error)) from error
     return list(_ahead())
 
 
 def _built_ahead() -> ctypes.CDLL | None:
     """The best library built ahead that this processor can run."""
     features = set(cpu_features().split())
-    for target, level in _ahead().items():
-        if target.exists() and _LEVELS.get(level, set()) <= features:
-            with contextlib.suppress(OSError):
-                return ctypes.CDLL(str(target))
-    return None
+    usable = (path for path, level in _ahead().items() if _LEVELS.get(level, set()) <= features)
+    return next(filter(None, map(_open, usable)), None)
 
 
 def _ahead() -> dict[Path, str]:
-    """Where libraries built ahead from this source lie, best first, and the level that each is for ("": any)."""
-    version, machine = hashlib.sha256(_source()).hexdigest()[:16], os.uname().machine
+    """The libraries that were built ahead from this source, best first, and the level that each is for ("": any)."""
+    return {path: level for level, name in _ahead_names().items() for path in sorted(BUILT.glob(f"{name}-*.so"))}
+
+
+def _ahead_names() -> dict[str, str]:
+    version, machine = hashlib.sha256(_source()).hexdigest()[:16], platform.machine()
     levels = _LEVELS if machine == "x86_64" else [""]
-    return {BUILT / f"expert_mix-{level or machine}-{version}.so": level for level in levels}
-
-
-def _compile(compiler: str, flags: tuple[str, ...], source: bytes, target: Path) -> None:
-    """Build into a file of our own and rename it, so that ranks that start together do not meet a half."""
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        code, built = Path(folder, "native.c"), Path(folder, "native.so")
-        code.write_bytes(source)
-        command = [compiler, *flags, str(code), "-o", str(built), "-lm"]
-        if subprocess.run([*command, "-fopenmp"], capture_output=True).returncode:
-            subprocess.run(command, check=True, capture_output=True)  # on one thread, say by Apple's compiler
-        os.replace(built, target)
+    return {level: f"expert_mix-{level or machine}-{version}" for level in levels}
 
 
 def _cache_folder() -> Path:
-    """The folder of compiled libraries, which only this user can write to."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "peer_dist"
+    """The user's folder of compiled libraries, made if need be.
+
+    Raises:
+        OSError: there is none, it cannot be made, or others can write to it: what they put there must not run.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # as the standard asks
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(base):
+        raise OSError("there is no home folder")
+    folder = Path(base, "peer_dist")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not _is_ours(folder):
+        raise OSError(f"others can write to {folder}")
+    return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether only this user, and root, can change a file, or what is in a folder."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return sys.platform == "win32" or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
+
+
+def _cached_name(compiler: tuple[str, ...] | None) -> str:
+    """How the names of cached libraries begin: those that this compiler built, or any.
+
+    Machines of several kinds may share a home folder. Only Linux says what a processor has; elsewhere each machine has
+    its own.
+    """
+    kind = cpu_features(), "" if sys.platform == "linux" else platform.node()
+    key = _digest(b"\0".join([_source(), *(part.encode() for part in (*FLAGS, *kind))]))
+    return f"expert_mix-{key}-" + ("*" if compiler is None else _digest(" ".join(compiler).encode())[:8])
+
+
+def _load(folder: Path, name: str) -> ctypes.CDLL | None:
+    """A library of the user's folder that is whole, and the user's own."""
+    paths = (path for path in sorted(folder.glob(f"{name}-*.so")) if _is_ours(path))
+    return next(filter(None, map(_open, paths)), None)
+
+
+def _open(path: Path) -> ctypes.CDLL | None:
+    """The library at a path; None if it is not one of ours, or not whole: loading half of one can end the process."""
+    try:
+        whole = path.stem.endswith("-" + _digest(path.read_bytes()))
+        return declare(ctypes.CDLL(str(path))) if whole else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def _source() -> bytes:
+    return resources.files("peer_dist.kernels").joinpath("native.c").read_bytes()
+
+
+def _compiler() -> tuple[str, ...] | None:
+    """The command that compiles C: CC, which may have arguments, if there is such a program."""
+    chosen = os.environ.get("CC", "")
+    commands = [[chosen]]
+    with contextlib.suppress(ValueError):  # a quote that does not end
+        commands.append(shlex.split(chosen))
+    for command in (*commands, ["cc"], ["gcc"], ["clang"]):
+        if command and (program := shutil.which(command[0])):
+            return program, *command[1:]
+    return None
+
+
+def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, name: str) -> ctypes.CDLL:
+    """Build a library as ``name-<digest of the file>.so``.
+
+    It is built in a folder of its own and renamed, so that ranks that start together do not meet a half.
+
+    Raises:
+        OSError: it cannot be built, written or loaded; a ``TimeoutError`` if the compiler hangs.
+    """
+    for left in folder.glob("building-*"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=folder, ignore_cleanup_errors=True) as place:
+        code, built = Path(place, "native.c"), Path(place, "native.so")
+        code.write_bytes(_source())
+        _compile(compiler, flags, code, built)
+        built.chmod(0o755)
+        path = folder / f"{name}-{_digest(built.read_bytes())}.so"
+        os.replace(built, path)
+    library = _open(path)
+    if library is None:
+        path.unlink()
+        raise OSError(f"what {shlex.join(compiler)} makes cannot be loaded from {folder}")
+    return library
+
+
+def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], code: Path, built: Path) -> None:
+    """Without OpenMP on one thread, say by Apple's compiler, and without the flag for this processor if need be."""
+    portable = tuple(flag for flag in flags if flag != "-march=native")
+    for attempt in ((*flags, "-fopenmp"), flags, (*portable, "-fopenmp"), portable):
+        failure = _run([*compiler, *attempt, str(code), "-o", str(built), "-lm"], code.parent)
+        if failure is None:
+            return
+    raise OSError(f"{shlex.join(compiler)} failed: {failure}")
+
+
+def _run(command: list[str], folder: Path) -> str | None:
+    """Run a compiler, whose files are kept to a folder; None, or what it says of its failure."""
+    output = folder / "output"
+    environ = os.environ | {"TMPDIR": str(folder)}
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environ, start_new_session=True
+        )
+    try:
+        code = process.wait(COMPILER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"{command[0]} did not end within {COMPILER_SECONDS} s") from None
+    finally:
+        if process.poll() is None:  # it hangs, or somebody interrupts us: with all that it has started
+            os.killpg(process.pid, signal.SIGKILL) if sys.platform != "win32" else process.kill()
+            process.wait()
+    lines = output.read_text(errors="replace").splitlines()
+    return None if code == 0 else next((line for line in lines if "error" in line), f"exit status {code}")
