@@ -154,9 +154,10 @@ class ZeroEngine(Engine):
 
     def _norm_of_shards(self) -> Tensor:
         """The norm of all shards' gradients, or -1 to make DeepSpeed skip its step, within which it is called."""
+        device = next(iter(self.parameters.values())).device
         if self._skipping:
-            return torch.full((), -1.0, device=next(iter(self.parameters.values())).device)
-        norm = self._shard_norm(next(iter(self.parameters.values())).device)
+            return torch.full((), -1.0, dtype=torch.float32, device=device)
+        norm = self._shard_norm(device)
         # -1 is how DeepSpeed marks a norm that is not finite
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
