@@ -162,7 +162,8 @@ class TableOptimizer:
             values = grad.values() if self.lazy else grad
             if self._data_parallel_size > 1:
                 values.div_(self._data_parallel_size)
-            squares += torch.linalg.vector_norm(values, dtype=torch.float32).square()
+            wide = torch.promote_types(values.dtype, torch.float32)
+            squares += torch.linalg.vector_norm(values, dtype=wide).square()
             table.grad = grad
         dist.all_reduce(squares)
         return (squares / copies).sqrt()
