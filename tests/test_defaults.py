@@ -424,10 +424,11 @@ if not PENDING:
         "ZeRO 0, lazy": (
             2,
             {
-                "model": {"mlp": ["moe", "dense", "peer"]},
+                "model": {"mlp": ["moe", "dense", "pkm"]},
+                "pkm": {"num_values": 225, "heads": 2, "top_k": 4, "key_dim": 8},
                 "moe": {"num_experts": 4, "score": "sigmoid", "expert_bias": True, "z_loss": 1e-3},
                 "router": {"kind": "cosine", "state_size": 12},
-                "parallel": {"tensor": 2},
+                "parallel": {"tensor": 2, "sequence": True},
                 "table_optimizer": {"name": "rowwise_adagrad", "lazy": True},
                 "zero": {"stage": 0},
             },
@@ -435,8 +436,7 @@ if not PENDING:
         "ZeRO 3, bf16": (
             1,
             {
-                "model": {"mlp": ["pkm", "sigma_moe", "peer"]},
-                "pkm": {"num_values": 225, "heads": 2, "top_k": 4, "key_dim": 8},
+                "model": {"mlp": ["peer", "sigma_moe", "peer"]},
                 "sigma_moe": {"num_experts": 4, "expert_hidden_size": 16, "top_k": 2, "expert_dropout": 0.2},
                 "router": {"kind": "recurrent", "state_size": 12},
                 "peer": {"query_norm": "rms", "table_dtype": "bfloat16"},
@@ -469,7 +469,9 @@ def test_runs_are_the_same(name: str, small: dict[str, Any], tmp_path: Path) -> 
     assert want[10]["train/loss"] < want[1]["train/loss"]
     assert run_ranks(worked, ranks, fresh, *HARSH[1])[0] == want
     copy_checkpoint(plain, resumed, 4)
-    assert run_ranks(worked, ranks, resumed, *HARSH[0])[0] == {step: want[step] for step in want if step > 4}
+    got = run_ranks(worked, ranks, resumed, *HARSH[0])[0]
+    got.pop(5)  # its measures are of the steps since the last line, of which this run has made one
+    assert got == {step: want[step] for step in range(6, 11)}
 
 
 def saved(rank: int, world_size: int, tree: dict[str, Any]) -> None:
