@@ -124,7 +124,8 @@ def run(rank: int, options: argparse.Namespace, folder: str) -> None:
         timed("verify", verify_checkpoint, path)
         forget(path)
         timed("load", restore_run, path, trainer.model, trainer.engine, trainer.parallel, 1)
-    size, most = sum(files.values()), torch.tensor([growth[name] for name in NAMES])
+    size = sum(files.values())
+    most = torch.tensor([growth[name] for name in NAMES], dtype=torch.int64, device="cpu")
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     if rank == 0:
         rows = [

@@ -40,6 +40,8 @@ from peer_dist.sharding import ExpertGroups, GridLayout, Traffic, routed_experts
 from peer_dist.sharding.cost import exchange_bytes
 
 DIM, TOKENS, EXPERTS, HEADS, TOP_K = 128, 2048, 256**2, 8, 16
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+NUMBERS: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
 OVERLAPS = {"much to send": {"dim": 1024, "picks": 8}, "much to compute": {"dim": 256, "picks": 128}}
 
 
@@ -51,7 +53,7 @@ def grids(ranks: int) -> list[tuple[int, int]]:
 def counted(ranks: int) -> list[dict[str, Any]]:
     """A row for every grid of ``ranks``: KB per token as counted, and over those of the pure layouts."""
     torch.manual_seed(0)
-    indices = torch.randint(1024**2, (256, 128))
+    indices = torch.randint(1024**2, (256, 128), **NUMBERS)
     rows = []
     for row_shards, column_shards in grids(ranks):
         cost = exchange_bytes(indices, 1024**2, 1024, row_shards, column_shards)
@@ -79,9 +81,11 @@ def run(rank: int, ranks: int, folder: str) -> None:
     rows = []
     for row_shards, column_shards in grids(ranks):
         groups = ExpertGroups.over(dist.group.WORLD, column_shards)
-        layer = PEER(DIM, EXPERTS, HEADS, TOP_K, 64, query_norm="none", seed=0, group=groups, sparse_grad=True)
+        layer = PEER(
+            DIM, EXPERTS, HEADS, TOP_K, 64, query_norm="none", seed=0, group=groups, sparse_grad=True, **FLOATS
+        )
         torch.manual_seed(rank)
-        x = torch.randn(TOKENS // ranks, DIM, requires_grad=True)
+        x = torch.randn(TOKENS // ranks, DIM, requires_grad=True, **FLOATS)
         picked: list[torch.Tensor] = []
         layer.on_route = lambda indices, gates, picked=picked: picked.append(indices.flatten(1))
         times = []
@@ -94,7 +98,7 @@ def run(rank: int, ranks: int, folder: str) -> None:
             times.append(time.perf_counter() - begin)
         cost = exchange_bytes(picked[-1], EXPERTS, DIM, row_shards, column_shards, rank, 4, 4)
         sizes = 16 * (row_shards - 1 + (column_shards - 1) * row_shards)
-        totals = torch.tensor([layer.traffic.bytes_sent - sizes, cost.total], dtype=torch.float64)
+        totals = torch.tensor([layer.traffic.bytes_sent - sizes, cost.total], dtype=torch.float64, device="cpu")
         dist.all_reduce(totals)
         sent, counted_bytes = totals.tolist()
         assert abs(sent - counted_bytes) <= 2 * ranks * column_shards, (sent, counted_bytes)  # the ring's last byte
@@ -166,11 +170,11 @@ def overlap(rank: int, ranks: int, folder: str) -> None:
         dim, picks = sizes["dim"], sizes["picks"]
         torch.manual_seed(rank)
         layout = GridLayout(EXPERTS, dim, ExpertGroups.over(dist.group.WORLD))
-        x, dy = torch.randn(2, TOKENS // ranks, dim)
-        gates = torch.rand(len(x), picks, requires_grad=True)
-        indices = torch.randint(EXPERTS, (len(x), picks))
-        tables = [huge_pages(torch.randn(len(layout.rows), dim)).requires_grad_() for _ in range(2)]
-        dense = [torch.randn(*shape).requires_grad_() for shape in ((dim // 4, dim), (dim, dim // 4))]
+        x, dy = torch.randn(2, TOKENS // ranks, dim, **FLOATS)
+        gates = torch.rand(len(x), picks, requires_grad=True, **FLOATS)
+        indices = torch.randint(EXPERTS, (len(x), picks), **NUMBERS)
+        tables = [huge_pages(torch.randn(len(layout.rows), dim, **FLOATS)).requires_grad_() for _ in range(2)]
+        dense = [torch.randn(*shape, **FLOATS).requires_grad_() for shape in ((dim // 4, dim), (dim, dim // 4))]
         x.requires_grad_()
 
         def both(

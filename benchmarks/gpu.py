@@ -103,7 +103,7 @@ def layers(
 ) -> dict[str, Any]:
     """The whole layer against PEER-pytorch's, forward and backward: milliseconds and their ratio."""
     ours, theirs = twins(dim, experts, 8, 16, device)
-    x = torch.randn(1, tokens, dim, device=device)
+    x = torch.randn(1, tokens, dim, dtype=torch.float32, device=device)
     check(ours, theirs, x[:, :256])
     ours, theirs, x = ours.to(dtype), theirs.to(dtype), x.to(dtype).requires_grad_()
     dy = torch.randn_like(x)

@@ -51,7 +51,7 @@ class Problem:
         )
         self.x = torch.randn(case.tokens, case.dim, device=device, dtype=dtype)
         self.expert = synthetic_picks(case.experts, case.tokens, case.picks, case.zipf, device)
-        self.gate = torch.rand(case.tokens, case.picks, device=device)
+        self.gate = torch.rand(case.tokens, case.picks, dtype=torch.float32, device=device)
         self.dy = torch.randn_like(self.x)
         self.leaves = [self.x, self.gate, self.down, self.up]
         for leaf in self.leaves:

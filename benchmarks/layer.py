@@ -30,11 +30,11 @@ def twins(dim: int, experts: int, heads: int, top_k: int, device: torch.device) 
     half = dim // 2
     ours = PEER(
         dim, experts, heads=heads, top_k=top_k, key_dim=2 * half, query_norm="none", shared_keys=False,
-        sparse_grad=True, device=device,
+        sparse_grad=True, dtype=torch.float32, device=device,
     )  # fmt: skip
     theirs = Theirs(
         dim, heads=heads, num_experts=experts, num_experts_per_head=top_k, dim_key=half, non_competing_scores=False
-    ).to(device)
+    ).to(device, torch.float32)
     with torch.no_grad():
         weight = ours.query.weight.view(heads, 2, half, dim).transpose(0, 1).reshape(heads * 2 * half, dim)
         theirs.to_queries[0].weight.copy_(weight)
@@ -70,7 +70,7 @@ def main() -> None:
     assert math.isqrt(options.experts) ** 2 == options.experts
     torch.manual_seed(0)
     ours, theirs = twins(options.dim, options.experts, options.heads, options.top_k, device)
-    x = torch.randn(1, options.tokens, options.dim, device=device, requires_grad=True)
+    x = torch.randn(1, options.tokens, options.dim, dtype=torch.float32, device=device, requires_grad=True)
     dy = torch.randn_like(x)
     check(ours, theirs, x)
 

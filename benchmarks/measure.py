@@ -64,14 +64,14 @@ def extra_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 def large_copy(device: torch.device) -> tuple[int, Callable[[], Any]]:
     """A copy far larger than the caches, to be timed among others, and the bytes that it reads and writes."""
-    source = torch.randn(1 << (28 if device.type == "cuda" else 26), device=device)
+    source = torch.randn(1 << (28 if device.type == "cuda" else 26), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes, lambda: target.copy_(source)
 
 
 def cached_read(device: torch.device) -> tuple[int, Callable[[], Any]]:
     """A sum that reads 4 MB again and again, which stay in a GPU's L2, to be timed among others; the bytes read."""
-    source = torch.randn(1 << 20, device=device)
+    source = torch.randn(1 << 20, dtype=torch.float32, device=device)
     repeated = source.expand(256 if device.type == "cuda" else 16, -1)
     return repeated.numel() * source.element_size(), lambda: repeated.sum(1)
 

@@ -118,7 +118,7 @@ class Passes:
         """Stand in for the engine's ``accumulate`` and ``memory``."""
         self.most = 0
         # gradients of large tables have memory of their own, which the profiler would not see
-        native.gradient_memory = lambda rows, dim, dtype: torch.empty(rows, dim, dtype=dtype)
+        native.gradient_memory = lambda rows, dim, dtype: torch.empty(rows, dim, dtype=dtype, device="cpu")
         self._begin, self._end = engine.accumulate, engine.memory
         self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         engine.accumulate, engine.memory = self._start, self._stop
@@ -161,8 +161,8 @@ def compare(name: str, folder: str, ranks: int, hardware: Hardware, seconds: flo
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
     """Spearman's."""
-    places = [torch.tensor(values).argsort().argsort().double() for values in (first, second)]
-    return float(torch.corrcoef(torch.stack(places))[0, 1])
+    places = [torch.tensor(values, dtype=torch.float32, device="cpu").argsort().argsort() for values in (first, second)]
+    return float(torch.corrcoef(torch.stack(places).double())[0, 1])
 
 
 def main() -> None:

@@ -358,7 +358,7 @@ def _collectives(here: Here) -> dict[str, Any]:
     wrong = []
     for size in COLLECTIVE_BYTES:
         count = size // 4 // world * world
-        mine = torch.full((count,), float(rank + 1), device=here.device)
+        mine = torch.full((count,), float(rank + 1), dtype=torch.float32, device=here.device)
         out = torch.empty_like(mine)
         blocks = torch.arange(world, device=here.device, dtype=torch.float32).repeat_interleave(count // world)
         sent = blocks + world * rank  # the numbers of rank r for rank b tell both r and b

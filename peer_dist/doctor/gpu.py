@@ -303,7 +303,7 @@ def _inputs(
     generator = torch.Generator(here.device).manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=here.device)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device=here.device)
 
     return _Inputs(
         x=drawn(tokens, dim).to(dtype),
@@ -396,7 +396,10 @@ def _layer(here: Here) -> dict[str, Any]:
     layer.on_route = lambda indices, gates: picked.append(indices)
     generator = torch.Generator(here.device).manual_seed(0)
     x, dy = (
-        torch.randn(sizes.tokens, sizes.dim, generator=generator, device=here.device).to(sizes.dtype) for _ in range(2)
+        torch.randn(sizes.tokens, sizes.dim, generator=generator, dtype=torch.float32, device=here.device).to(
+            sizes.dtype
+        )
+        for _ in range(2)
     )
     x.requires_grad_()
 

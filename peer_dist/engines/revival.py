@@ -37,11 +37,11 @@ def subkey_sources(use: Tensor) -> Tensor:
         in turn.
     """
     n = use.shape[-1]
-    source = torch.arange(n, device=use.device).repeat(*use.shape[:2], 1)
+    source = torch.arange(n, dtype=torch.int64, device=use.device).repeat(*use.shape[:2], 1)
     for count, row in zip(use.flatten(0, 1), source.view(-1, n)):
         starved = (count * n * STARVED < count.sum()).nonzero()[:, 0]
         best = count.argsort(descending=True, stable=True)[: n - len(starved)]
-        row[starved] = best[torch.arange(len(starved), device=use.device) % len(best)]
+        row[starved] = best[torch.arange(len(starved), dtype=torch.int64, device=use.device) % len(best)]
     return source
 
 
@@ -74,7 +74,7 @@ class Revival:
         if number in self._mine:
             mine, counted = self._mine[number], (gates != 0).long()
             sets, _, n = mine.shape
-            first = torch.arange(sets, device=indices.device)[:, None] * 2 * n
+            first = torch.arange(sets, dtype=torch.int64, device=indices.device)[:, None] * 2 * n
             for half in (indices // n, indices % n + n):
                 mine.view(-1).index_add_(0, (half + first).flatten(), counted.flatten())
 
@@ -103,11 +103,15 @@ class Revival:
         for _ in self.state():
             pass
         sources = {number: subkey_sources(use) for number, use in self._use.items()}
-        moved = {n: source != torch.arange(source.shape[-1], device=source.device) for n, source in sources.items()}
+        moved = {
+            n: source != torch.arange(source.shape[-1], dtype=torch.int64, device=source.device)
+            for n, source in sources.items()
+        }
         self._move_keys(engine, step, sources, moved)
         for use in self._use.values():
             use.zero_()
-        total = torch.tensor(sum(int(changed.sum()) for changed in moved.values()), device=self._parallel.device)
+        count = sum(int(changed.sum()) for changed in moved.values())
+        total = torch.tensor(count, dtype=torch.int64, device=self._parallel.device)
         dist.all_reduce(total, group=self._parallel.pipeline_group)
         return int(total)
 
@@ -121,6 +125,6 @@ class Revival:
             if part == "master":
                 copies = keys.gather(2, sources[number][..., None].expand_as(keys))
                 generator = torch.Generator().manual_seed(stream_key(self._seed, f"revival.layer{number}", step))
-                noise = torch.randn(keys.shape, generator=generator).to(keys)
+                noise = torch.randn(keys.shape, generator=generator, dtype=torch.float32, device="cpu").to(keys)
                 new = copies + _NOISE * copies.square().mean(-1, keepdim=True).sqrt() * noise
             engine.load_dense_state(name, part, torch.where(moved[number][..., None], new, keys).view_as(value))

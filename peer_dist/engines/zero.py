@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -124,10 +124,10 @@ class ZeroEngine(Engine):
         self._norm = math.inf
         if stage == 3:
             dense_norms = self._zero._get_norm_groups
-            self._zero._get_norm_groups = lambda: [self._global_norm(dense_norms())]
+            self._zero._get_norm_groups = lambda: [self._global_norm(_on_host(dense_norms))]
         else:
             dense_norm = self._zero.scaled_global_norm
-            self._zero.scaled_global_norm = lambda *args, **kwargs: self._global_norm([dense_norm(*args, **kwargs)])
+            self._zero.scaled_global_norm = lambda: self._global_norm([_on_host(dense_norm)])
 
     def _masters(self) -> list[Tensor]:
         """This rank's partitions of the float32 masters, which Adam updates."""
@@ -154,9 +154,10 @@ class ZeroEngine(Engine):
 
     def _norm_of_shards(self) -> Tensor:
         """The norm of all shards' gradients, or -1 to make DeepSpeed skip its step, within which it is called."""
+        device = next(iter(self.parameters.values())).device
         if self._skipping:
-            return torch.full((), -1.0, device=next(iter(self.parameters.values())).device)
-        norm = self._shard_norm(next(iter(self.parameters.values())).device)
+            return torch.full((), -1.0, dtype=torch.float32, device=device)
+        norm = self._shard_norm(device)
         # -1 is how DeepSpeed marks a norm that is not finite
         return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
 
@@ -271,6 +272,12 @@ class ZeroEngine(Engine):
         size, group = parameter.ds_tensor.ds_numel, parameter.ds_process_group
         padded = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
         return padded.narrow(0, size * dist.get_rank(group), size)
+
+
+def _on_host(make: Callable[[], Any]) -> Any:
+    """What ``make`` of DeepSpeed's gives, which names no device for what it makes on the CPU and moves."""
+    with torch.device("cpu"):
+        return make()
 
 
 @contextlib.contextmanager

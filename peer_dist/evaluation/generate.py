@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -57,16 +57,16 @@ def generate(
         if any(outgrown):
             decoder.forget()
         width = max(len(text.window) for text in texts)  # that of the shorter ones begins with padding
-        first = torch.tensor([width - len(text.window) for text in texts])
-        padded = torch.tensor([[loaded.tokenizer.eod] * (width - len(text.window)) + text.window for text in texts])
+        first = _tokens([width - len(text.window) for text in texts])
+        padded = _tokens([[loaded.tokenizer.eod] * (width - len(text.window)) + text.window for text in texts])
         mask = _mask(first, decoder.seen, width)
         logits = decoder(
             padded[:, decoder.seen :].to(parallel.device), None if mask is None else mask.to(parallel.device)
         )
-        drawn = torch.zeros(len(texts), dtype=torch.int64)
+        drawn = _tokens([0] * len(texts))
         if parallel.is_last_stage:
             rows = logits[:, : loaded.tokenizer.vocab_size].float().cpu()
-            drawn = torch.tensor([_draw(row, temperature, top_k, top_p, text.draws) for row, text in zip(rows, texts)])
+            drawn = _tokens([_draw(row, temperature, top_k, top_p, text.draws) for row, text in zip(rows, texts)])
         # ranks may differ in the last bit, and must not in a token
         drawn = parallel.from_last_rank(drawn.to(parallel.device))
         yield [text.add(token, last=not left) for text, token in zip(texts, drawn.tolist())]
@@ -163,6 +163,11 @@ def write_texts(
     return f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s"
 
 
+def _tokens(numbers: Sequence[Any]) -> Tensor:
+    """int64, of whole numbers or lists of them, on the CPU."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 def _mask(first: Tensor, seen: int, width: int) -> Tensor | None:
     """bool ``[b, 1, width - seen, width]``, True where a position (from ``seen`` on) must not see another.
 
@@ -171,7 +176,7 @@ def _mask(first: Tensor, seen: int, width: int) -> Tensor | None:
     """
     if not first.any():
         return None
-    key = torch.arange(width)
+    key = torch.arange(width, dtype=torch.int64, device=first.device)
     query = key[seen:, None]
     return ((key > query) | ((key < first[:, None, None]) & (key != query))).unsqueeze(1)
 

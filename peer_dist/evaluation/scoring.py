@@ -95,7 +95,7 @@ def score(
     ]
     inputs = [np.concatenate([[eod], request.ids]) for request in requests]
     offsets = np.cumsum([0, *(len(request.ids) for request in requests)])
-    scored = torch.zeros(2, int(offsets[-1]), device=parallel.device)
+    scored = torch.zeros(2, int(offsets[-1]), dtype=torch.float32, device=parallel.device)
     for first in range(0, len(batches), parallel.data_parallel_size):
         mine = first + parallel.data_parallel_rank
         batch = batches[min(mine, len(batches) - 1)]  # beyond the end: to take part in the pass

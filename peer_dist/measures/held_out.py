@@ -54,7 +54,7 @@ def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) ->
     return {
         "tokens": tokens,
         "labels": labels,
-        "loss_mask": torch.ones(labels.shape, device=device),
+        "loss_mask": torch.ones(labels.shape, dtype=torch.float32, device=device),
         "attention_mask": segment_mask(sequences[:, :-1], eod, tokens),
     }
 
@@ -125,7 +125,10 @@ def held_out_loss(
                 range(own + number * per_pass, own + number * per_pass + micro_batch_size)
                 for number in range(parallel.pipeline_size)
             ]
-            reals = [torch.tensor([position < count for position in part]) for part in positions]
+            reals = [
+                torch.tensor([position < count for position in part], dtype=torch.bool, device="cpu")
+                for part in positions
+            ]
             for number, observer in (observers or {}).items():
                 layers[number].on_route = _only_real(observer, iter(reals))
             batches = MicroBatches(stream, positions, tokenizer.eod, parallel.device, end=count)

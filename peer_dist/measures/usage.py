@@ -75,7 +75,7 @@ def uniform_unevenness(num_experts: int, picks: int) -> float:
     mean = picks / num_experts
     spread = 12 * math.sqrt(mean) + 40
     low, high = max(0, int(mean - spread)), min(picks, int(mean + spread))
-    count = torch.arange(low, high + 1, dtype=torch.float64)
+    count = torch.arange(low, high + 1, dtype=torch.float64, device="cpu")
     log_p = (
         math.lgamma(picks + 1)
         - torch.lgamma(count + 1)
@@ -123,7 +123,7 @@ def shared_picks(indices: Tensor) -> Tensor:
         indices: picked experts, int64 ``[tokens, heads, top_k]``, distinct within a head.
     """
     heads, top_k = indices.shape[1:]
-    number = torch.arange(heads, device=indices.device).repeat_interleave(top_k)
+    number = torch.arange(heads, dtype=torch.int64, device=indices.device).repeat_interleave(top_k)
     picks = (indices.flatten(1) * heads + number).sort(1).values
     expert, head = picks // heads, picks % heads
     pairs = torch.zeros(heads * heads, dtype=torch.int64, device=indices.device)
@@ -144,7 +144,8 @@ def share_histogram(shares: Tensor) -> tuple[list[float], list[float]]:
         The number of experts in each bucket, and the buckets' upper limits.
     """
     counts = torch.histc(shares[shares != 0].log10().clamp(-_DECADES, _DECADES), 10 * _DECADES, -_DECADES, _DECADES)
-    return counts.tolist(), torch.linspace(-_DECADES, _DECADES, 10 * _DECADES + 1)[1:].tolist()
+    limits = torch.linspace(-_DECADES, _DECADES, 10 * _DECADES + 1, dtype=torch.float32, device="cpu")[1:]
+    return counts.tolist(), limits.tolist()
 
 
 class ExpertUsage:
@@ -194,8 +195,10 @@ class ExpertUsage:
         for byte in self._first:
             first |= _sum((byte != 0).to(torch.uint8), group, dist.ReduceOp.MAX) != 0
         n, picks = counts.numel(), int(counts.sum())
-        starts = torch.tensor([n * shard // shards for shard in range(shards)], device=counts.device)
-        owner = torch.bucketize(torch.arange(n, device=counts.device), starts, right=True) - 1
+        starts = [n * shard // shards for shard in range(shards)]
+        edges = torch.tensor(starts, dtype=torch.int64, device=counts.device)
+        number = torch.arange(n, dtype=torch.int64, device=counts.device)
+        owner = torch.bucketize(number, edges, right=True) - 1
         per_shard = torch.zeros(shards, dtype=torch.int64, device=counts.device).index_add_(0, owner, counts)
         return WindowSummary(
             **vars(summarize(_sum(self._mass, group), first, picks)),

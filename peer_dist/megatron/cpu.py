@@ -112,7 +112,7 @@ def _leave(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 def _cuda_type(tensor: torch.Tensor) -> str:
     """``Tensor.type()`` as its optimizers want it: torch.FloatTensor is a torch.cuda.FloatTensor."""
-    return "torch.cuda." + str(torch.tensor([], dtype=tensor.dtype).type()).rpartition(".")[2]
+    return "torch.cuda." + str(torch.empty(0, dtype=tensor.dtype, device=_CPU).type()).rpartition(".")[2]
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

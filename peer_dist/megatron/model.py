@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from typing import Any
 
@@ -162,8 +161,9 @@ def build_model(config: Config, parallel: Parallel, vocab_size: int, dtype: torc
     megatron = _transformer_config(config, parallel, dtype)
     pools: dict[int, PEER] = {}
     chunks = []
-    # Megatron makes weights on the CPU, and moves them: those of a large model on meta would not fit
-    made_on = parallel.device if parallel.device.type == "meta" else contextlib.nullcontext()
+    # Megatron names no device where it makes weights on the CPU, to move them: those of a large model on meta would
+    # not fit
+    made_on = torch.device("meta" if parallel.device.type == "meta" else "cpu")
     with torch.random.fork_rng(devices=[]), made_on:
         for number in range(parallel.virtual_pipeline_size):
             context = BuildContext(config, parallel, dtype, _router_core(config, parallel, number, dtype), pools)

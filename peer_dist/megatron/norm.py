@@ -22,7 +22,8 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # as Megatron's own weights: build_model moves them
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device="cpu"))
         # Tells whoever reduces gradients that each tensor rank saw only its own tokens.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -256,7 +256,7 @@ class StoredTensors:
 
 def _gathered(blocks: Sequence[_Block], where: Sequence[slice]) -> torch.Tensor:
     """What the blocks of a tensor have of a part of it, which they cover; only rows that are needed are read."""
-    part = torch.empty([wanted.stop - wanted.start for wanted in where], dtype=blocks[0].dtype)
+    part = torch.empty([wanted.stop - wanted.start for wanted in where], dtype=blocks[0].dtype, device="cpu")
     for block in blocks:
         common = [
             slice(max(wanted.start, begin), min(wanted.stop, begin + size))

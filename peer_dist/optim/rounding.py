@@ -30,7 +30,7 @@ def random_bits(key: int, rows: Tensor, columns: range) -> Tensor:
         ``[n, len(columns)]`` int32 from 0 to 65535.
     """
     first, last = columns.start // _DRAWS, -(-columns.stop // _DRAWS)
-    counter = (rows << 32)[:, None] + torch.arange(first, last, device=rows.device)
+    counter = (rows << 32)[:, None] + torch.arange(first, last, dtype=torch.int64, device=rows.device)
     word = counter.mul_(_signed(0x9E3779B97F4A7C15)).add_(key)
     word ^= _shifted(word, 30)
     word *= _signed(0xBF58476D1CE4E5B9)

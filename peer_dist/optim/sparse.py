@@ -12,7 +12,15 @@ from peer_dist.sharding.grid import first_of
 def row_gradient(rows: Tensor, values: Tensor, size: int) -> Tensor:
     """The gradient ``[size, columns]`` with ``values [touched, columns]`` at distinct ascending ``rows [touched]``."""
     shape = (size, values.shape[1])
-    return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        rows[None],
+        values,
+        shape,
+        dtype=values.dtype,
+        device=values.device,
+        is_coalesced=True,
+        check_invariants=False,
+    )
 
 
 def merge(grad: Tensor) -> Tensor:
@@ -38,14 +46,14 @@ def sum_over_copies(grad: Tensor, group: dist.ProcessGroup) -> Tensor:
     """
     ranks, size = dist.get_world_size(group), grad.shape[0]
     rows, values = grad.indices()[0], grad.values()
-    edges = first_of(size, torch.arange(ranks + 1, device=rows.device), ranks)
+    edges = first_of(size, torch.arange(ranks + 1, dtype=torch.int64, device=rows.device), ranks)
     send, receive = _counts(torch.searchsorted(rows, edges).diff(), group)
     rows, values = (_exchange(tensor, send, receive, group) for tensor in (rows, values))
     touched, place = torch.unique(rows, return_inverse=True)
-    total = torch.zeros(len(touched), values.shape[1], device=values.device)
+    total = torch.zeros(len(touched), values.shape[1], dtype=torch.float32, device=values.device)
     for to, part in zip(place.split(receive), values.split(receive)):
         total.index_add_(0, to, part.float())  # distinct rows: no order is left to the device
-    send, receive = _counts(torch.full((ranks,), len(touched), device=rows.device), group)
+    send, receive = _counts(torch.full((ranks,), len(touched), dtype=torch.int64, device=rows.device), group)
     sums = total.to(values.dtype)
     rows, values = (
         _exchange(tensor.repeat(ranks, *[1] * (tensor.dim() - 1)), send, receive, group) for tensor in (touched, sums)

@@ -124,7 +124,7 @@ class TableOptimizer:
         if self._rule.kind == "adam":
             moments["exp_avg_sq"] = torch.zeros_like(table, dtype=torch.float32, requires_grad=False)
         else:
-            moments["row_sq"] = torch.zeros(len(table), device=table.device)
+            moments["row_sq"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
         return moments
 
     def set_lr(self, lr: float) -> None:
@@ -162,7 +162,8 @@ class TableOptimizer:
             values = grad.values() if self.lazy else grad
             if self._data_parallel_size > 1:
                 values.div_(self._data_parallel_size)
-            squares += torch.linalg.vector_norm(values, dtype=torch.float32).square()
+            wide = torch.promote_types(values.dtype, torch.float32)
+            squares += torch.linalg.vector_norm(values, dtype=wide).square()
             table.grad = grad
         dist.all_reduce(squares)
         return (squares / copies).sqrt()
@@ -229,8 +230,9 @@ class TableOptimizer:
             if self._rule.rounding_seed is None:
                 rounded = weight.to(table.dtype)
             else:
-                numbers = torch.arange(block.start, block.stop, device=table.device) if rows is None else touched
-                rounded = self._round(name, numbers, weight)
+                if rows is None:
+                    touched = torch.arange(block.start, block.stop, dtype=torch.int64, device=table.device)
+                rounded = self._round(name, touched, weight)
             if rows is None:
                 table[block] = rounded
             else:
@@ -238,7 +240,7 @@ class TableOptimizer:
 
     def _row_mean(self, values: Tensor, blocks: list[slice], grad_scale: float) -> Tensor:
         """``[touched]``: the mean of the squared gradients over the columns of the whole table."""
-        mean = torch.empty(len(values), device=values.device)
+        mean = torch.empty(len(values), dtype=torch.float32, device=values.device)
         for block in blocks:
             torch.linalg.vector_norm(values[block].float(), dim=1, out=mean[block])
         mean.mul_(grad_scale).square_()

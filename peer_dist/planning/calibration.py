@@ -220,7 +220,7 @@ def _memory(here: Here) -> dict[str, float]:
     down, up = (torch.full(shape, sizes.dim**-0.5, dtype=dtype, device=here.device) for _ in range(2))
     x = torch.ones(sizes.tokens, sizes.dim, dtype=dtype, device=here.device)
     picks = synthetic_picks(sizes.experts, sizes.tokens, sizes.picks, device=here.device)
-    gate = torch.ones(picks.numel(), device=here.device)
+    gate = torch.ones(picks.numel(), dtype=torch.float32, device=here.device)
     with torch.no_grad():
         seconds = fastest(here, lambda: expert_mix(x, Picks.even(picks), gate, down, up, "gelu"))
     return {"copy": copy_rate, "gather": 2 * picks.numel() * sizes.dim * dtype.itemsize / seconds}
@@ -264,7 +264,7 @@ def _exchanged(here: Here, group: dist.ProcessGroup) -> dict[str, dict[str, floa
     for name, share in (("all-to-all", (ranks - 1) / ranks), ("all-reduce", 2 * (ranks - 1) / ranks)):
         seconds = []
         for size in (4 * ranks, _MESSAGE // 4 // ranks * ranks * 4):
-            sent = torch.ones(size // 4, device=here.device)
+            sent = torch.ones(size // 4, dtype=torch.float32, device=here.device)
             out = torch.empty_like(sent)
             run = (
                 functools.partial(dist.all_to_all_single, out, sent, group=group)
@@ -385,7 +385,8 @@ def _step_seconds(here: Here, config: Config) -> float:
             layer.release_shards()
         engine = make_engine(config, model, parallel, dtype)
         shape = (config.train.micro_batch_size, config.model.seq_length + 1)
-        batch = make_micro_batch(torch.randint(1, _WORDS, shape), 0, here.device)
+        sequences = torch.randint(1, _WORDS, shape, dtype=torch.int64, device="cpu")
+        batch = make_micro_batch(sequences, 0, here.device)
 
         def step() -> None:
             with engine.accumulate():

@@ -266,7 +266,7 @@ def _exchange(
     zipf: float,
 ) -> Exchange:
     domain, columns = groups["experts"], len(groups["expert columns"])
-    node = torch.tensor([member // gpus_per_node for member in domain])
+    node = torch.tensor([member // gpus_per_node for member in domain], dtype=torch.int64, device="cpu")
     near = node[:, None] == node
     sequences = config.train.global_batch_size // len(groups["data"])
     tokens = sequences * config.model.seq_length // len(groups["tensor"])

@@ -34,12 +34,12 @@ def fastest(here: Here, run: Callable[[], Any], rounds: int = 0) -> float:
 def product_seconds(here: Here, width: int, dtype: torch.dtype) -> float:
     """Seconds of a product of two square matrices, ``2 * width**3`` FLOPs."""
     # random numbers: a GPU multiplies ones faster, for they take less power
-    a = torch.randn(width, width, device=here.device).to(dtype)
+    a = torch.randn(width, width, dtype=torch.float32, device=here.device).to(dtype)
     return fastest(here, functools.partial(torch.mm, a, a, out=torch.empty_like(a)))
 
 
 def copy_seconds(here: Here, count: int) -> float:
     """Seconds of a copy of ``count`` float32 numbers, which reads and writes ``8 * count`` bytes."""
-    source = torch.ones(count, device=here.device)
+    source = torch.ones(count, dtype=torch.float32, device=here.device)
     target = torch.empty_like(source)
     return fastest(here, lambda: target.copy_(source))

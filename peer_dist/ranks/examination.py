@@ -115,7 +115,7 @@ class Here:
 
     def together(self) -> None:
         """A barrier of all ranks."""
-        dist.all_reduce(torch.zeros(1, device=self.device))
+        dist.all_reduce(torch.zeros(1, dtype=torch.float32, device=self.device))
         self.finish()
 
 
