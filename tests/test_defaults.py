@@ -84,9 +84,9 @@ def torch_takes(path: str) -> list[str]:
         found = getattr(importlib.import_module(module), name, None) if path.startswith("torch.") else None
     except ImportError:
         return []
-    names = (
-        list(inspect.signature(found).parameters) if isinstance(found, type) and issubclass(found, nn.Module) else []
-    )
+    if not isinstance(found, type) or not issubclass(found, nn.Module):
+        return []
+    names = list(inspect.signature(found).parameters)
     return names if {*NAMES} <= {*names} else []
 
 
@@ -164,16 +164,10 @@ class Reader(ast.NodeVisitor):
         folder = folder or module_of(self._file)
         if folder.partition(".")[0] != "peer_dist":
             return torch_takes(path)
-        exact = self._own.get(f"{folder}.{name}", [])
-        package = (ROOT / folder.replace(".", "/")).is_dir()  # which hands on what is in its modules
-        return exact or next(
-            (
-                names
-                for own, names in self._own.items()
-                if package and own.startswith(folder) and own.endswith(f".{name}")
-            ),
-            [],
-        )
+        within = [f"{folder}.{name}"]
+        if (ROOT / folder.replace(".", "/")).is_dir():  # a package, which hands on what is in its modules
+            within += [own for own in self._own if own.startswith(f"{folder}.") and own.endswith(f".{name}")]
+        return next((self._own[own] for own in within if own in self._own), [])
 
     def _missing(self, call: ast.Call, needed: tuple[str, ...], parameters: list[str]) -> list[str]:
         """Those of the two that a call does not name."""
