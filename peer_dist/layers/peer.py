@@ -251,7 +251,7 @@ class PEER(ProductKeyLayer):
         if self.state_query is not None:
             if state is None:
                 raise ValueError(f"a PEER layer of state_size={self.state_query.in_features} needs a state")
-            raw = raw + self.state_query(state.reshape(len(tokens), -1))
+            raw = raw + self.state_query(state.reshape(-1, self.state_query.in_features))
         return self._pick(self._queries(raw), self._product_keys())
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:

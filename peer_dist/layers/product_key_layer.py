@@ -106,8 +106,14 @@ class ProductKeyLayer(nn.Module):
         """``x [..., dim]`` as ``[tokens, dim]``.
 
         Raises:
+            NotImplementedError: ONNX is asked for.
             ValueError: another width, or a device that the layer is not on, or that it has no kernels for.
         """
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError(
+                f"{type(self).__name__} has no form in ONNX, which has no operators for its retrieval and its sums over "
+                "picks; torch.export and torch.jit.trace keep them as operators of peer_dist"
+            )
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise ValueError(f"the input must be [..., dim] with dim = {self.dim}, not of shape {tuple(x.shape)}")
         if x.device != self.keys.device:
