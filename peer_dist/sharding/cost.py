@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,11 +82,18 @@ class Routes:
         Args:
             hits: row shards that a token hits, if it is known better.
         """
-        shard = num_experts / row_shards
-        missed = math.prod(max(0.0, num_experts - shard - i) / (num_experts - i) for i in range(top_k)) ** heads
-        pairs = tokens * (row_shards * (1 - missed) if hits is None else hits)
+        if hits is None:
+            edges = [first_of(num_experts, shard, row_shards) for shard in range(row_shards + 1)]
+            sizes = Counter(end - begin for begin, end in pairwise(edges))  # two or three kinds, however many shards
+            hits = sum(number * (1 - _missed(num_experts, size, heads, top_k)) for size, number in sizes.items())
+        pairs = tokens * hits
         picks = tokens * num_experts * (1 - (1 - top_k / num_experts) ** heads)
         return cls(tokens, pairs, pairs / row_shards, picks, picks / row_shards)
+
+
+def _missed(num_experts: int, shard: int, heads: int, top_k: int) -> float:
+    """The probability that a token's picks are all outside a shard of so many experts."""
+    return math.prod(max(0.0, num_experts - shard - i) / (num_experts - i) for i in range(top_k)) ** heads
 
 
 def exchange_bytes(

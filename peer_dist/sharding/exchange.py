@@ -371,7 +371,7 @@ def plan_exchange(
     tokens, of_token = picks.expert.shape
     starts, blocks = layout.first_rows(picks.expert.device), layout.row_shards * parts
     token = torch.arange(tokens, device=starts.device)
-    part = ((token + 1) * parts - 1) // max(1, tokens)  # part p begins with token first_of(tokens, p, parts)
+    part = ((token + 1) * parts - 1) // max(1, tokens)  # part p begins with token tokens * p // parts
     owner = torch.bucketize(picks.expert, starts, right=True) - 1
     block = torch.where(picks.kept, owner * parts + part[:, None], blocks).to(torch.int32)  # the others come last
     block, sent = block.view(-1).sort(stable=True)

@@ -69,15 +69,19 @@ _Number = TypeVar("_Number", int, Tensor)
 def first_of(size: int, shard: _Number, shards: int) -> _Number:
     """The first row or column of shard number ``shard``, of ``size`` in all; ``size`` for the number ``shards``.
 
+    The split is that of :func:`torch.chunk`, and so DTensor's: each has ``size / shards`` rounded up, and what is then
+    missing is missing from the last ones, which may be empty.
+
     Args:
         shard: a number, or int64 numbers on any device, whose results stay there.
     """
-    return size * shard // shards
+    first = -(-size // shards) * shard
+    return first.clamp(max=size) if isinstance(first, Tensor) else min(size, first)
 
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Contiguous row and column shards of ``[num_experts, dim]`` tables; sizes differ by at most one.
+    """Contiguous row and column shards of ``[num_experts, dim]`` tables, split as :func:`first_of` says.
 
     Attributes:
         groups: the owners; None for one process.
