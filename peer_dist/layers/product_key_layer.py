@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peer_dist.layers.product_keys import project_and_retrieve, retrieve
 from peer_dist.layers.query_norm import QUERY_NORMS, QueryBatchNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
-from peer_dist.sharding import ExpertGroups, GridLayout, Traffic
+from peer_dist.sharding import ExpertGroups, GridLayout, TableModule, Traffic
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda scores: scores.softmax(-1),
@@ -35,7 +35,7 @@ def check_choices(*choices: tuple[str, str, tuple[str, ...] | dict[str, Callable
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
 
 
-class ProductKeyLayer(nn.Module):
+class ProductKeyLayer(TableModule):
     """The base of :class:`peer_dist.PEER` and :class:`peer_dist.ProductKeyMemory`, whose options these are: all but
     their tables. Without ``query_projection`` the query of every head is the input itself.
 
@@ -58,7 +58,7 @@ class ProductKeyLayer(nn.Module):
         *,
         query_projection: bool,
         shared_keys: bool,
-        group: dist.ProcessGroup | ExpertGroups | None,
+        group: dist.ProcessGroup | dist.DeviceMesh | ExpertGroups | None,
         data_group: dist.ProcessGroup | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -76,15 +76,14 @@ class ProductKeyLayer(nn.Module):
         check_choices(("query_norm", query_norm, QUERY_NORMS), ("gate", gate, GATES))
         self.dim, self.num_experts, self.heads, self.top_k, self.key_dim = dim, num_experts, heads, top_k, key_dim
         self.gate = gate
-        if group is not None and not isinstance(group, ExpertGroups):
-            group = ExpertGroups.over(group)
-        self.layout = GridLayout(num_experts, dim, group)
+        groups = None if group is None else ExpertGroups.of(group)
+        self.layout = GridLayout(num_experts, dim, groups)
         self.traffic = Traffic()
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
         """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass (but recomputed ones)."""
 
-        if data_group is None and group is not None:
-            data_group = group.domain
+        if data_group is None and groups is not None:
+            data_group = groups.domain
         self.query: nn.Linear | None = None
         if query_projection:
             self.query = nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype)
@@ -136,13 +135,14 @@ class ProductKeyLayer(nn.Module):
         drawn = torch.empty(linear.weight.shape, device="cpu")
         linear.weight.copy_(drawn.normal_(0, std, generator=generator))
 
-    def _drawn_seed(self) -> int:
-        """From torch's generator; the first rank's everywhere, since all but the tables is replicated."""
-        seed = [int(torch.randint(2**31, ()))]
-        if self.layout.groups is not None:
-            group = self.layout.groups.domain
-            dist.broadcast_object_list(seed, src=dist.get_global_rank(group, 0), group=group)
-        return seed[0]
+    def _same_seed(self, seed: int | None) -> int:
+        """The seed that all ranks were given, or one of the first rank's generator: all but the tables is replicated.
+
+        Raises:
+            ValueError: ranks were given different ones.
+        """
+        drawn = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        return drawn if self.layout.groups is None else self.layout.groups.agreed_seed(seed, drawn)
 
     def _draw_rows(self, table: Tensor, std: float, seed: int) -> None:
         rows = self.layout.rows
