@@ -78,7 +78,9 @@ def block_of(value: Tensor, layout: GridLayout, name: str) -> Tensor:
             f"or this rank's block {list(block)} of it"
         )
     value = value[rows.start : rows.stop]
-    return value[:, columns.start : columns.stop] if shape == layout.shape else value
+    if shape == layout.shape:
+        value = value[:, columns.start : columns.stop]
+    return value.clone(memory_format=torch.contiguous_format)  # it may become the parameter; the whole goes
 
 
 def _has_rows(shape: Sequence[int], rows: int) -> bool:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from peer_dist.sharding.blocks import as_dtensor, block_of
 from peer_dist.sharding.grid import GridLayout
+from peer_dist.tracing import untraced
 
 _State = dict[str, Any]
 _hooked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -37,8 +37,9 @@ def install(layouts: Callable[[], dict[int, GridLayout]]) -> None:
     register_optimizer_step_pre_hook(_before_step)
 
 
+@untraced
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling() or optimizer in _hooked:
+    if optimizer in _hooked:
         return
     _hooked.add(optimizer)
     optimizer.register_state_dict_post_hook(_give_dtensors)
