@@ -151,7 +151,8 @@ def test_layers_of_the_default_dtype(name, dtype):
     assert all(parameter.dtype in (dtype, torch.bfloat16) for parameter in layer.parameters())
     for key, value in LAYERS[name]().state_dict().items():
         if key not in ("up", "gate_out.weight", "dense_out.weight"):  # whose scale is measured on rounded keys
-            torch.testing.assert_close(layer.state_dict()[key], value.to(layer.state_dict()[key].dtype), rtol=0, atol=0)
+            got, exact = layer.state_dict()[key], 1e-7 if "key_norm" in key else 0  # a number that is not drawn
+            torch.testing.assert_close(got, value.to(got.dtype), rtol=exact, atol=0)
     arguments = inputs(layer, dtype=dtype)
     got = results(layer, arguments)
     assert got["y"].dtype == got["x"].dtype == dtype
@@ -274,7 +275,7 @@ def test_autocast_on_two_ranks(columns):
             whole = LAYERS[name]()
             want = in_autocast(whole, inputs(whole, 12), dtype)[0]
             got = found[f"{name}, {dtype}"]
-            rows = slice(0, 25) if rank == 0 else slice(25, 49)
+            rows = slice(0, 25) if rank == 0 else slice(25, 49)  # as torch.chunk has them
             if columns == 1:
                 for table in {"down", "up", "values"} & want.keys():
                     want[table] = 2 * want[table][rows]  # of the sum of both ranks' losses

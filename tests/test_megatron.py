@@ -34,6 +34,7 @@ from peer_dist.megatron import attention as attention_module
 from peer_dist.megatron.attention import SDPAttention
 from peer_dist.megatron.norm import RMSNorm
 from peer_dist.megatron.repeatable import with_repeatable_backward
+from peer_dist.sharding import grid
 from tests.models import EOD, SEQ, VOCAB, make_batch, make_config
 from tests.ranks import run_ranks
 
@@ -506,7 +507,13 @@ def make_state(model: Any, groups: Parallel) -> dict[str, Any]:
     return {"dense": dense, "moments": moments, "tables": tables, "step": 7, "notes": {"a": [1, None, "x"]}}
 
 
-def save_state(rank: int, world_size: int, folder: str) -> None:
+def former_first_of(size: int, shard: int, shards: int) -> int:
+    """Where shards began before they were torch.chunk's."""
+    return size * shard // shards
+
+
+def save_state(rank: int, world_size: int, folder: str, split: Any = grid.first_of) -> None:
+    grid.first_of = split  # in this process alone
     groups = Parallel.initialize(expert=world_size)
     model = build_model(make_config(), groups, VOCAB, torch.float32)
     run_forward_backward(model, [make_batch(rank)])  # moves BatchNorm's running statistics
@@ -516,7 +523,7 @@ def save_state(rank: int, world_size: int, folder: str) -> None:
 def load_state(rank: int, world_size: int, folder: str, expert: int) -> tuple[int, torch.Tensor]:
     groups = Parallel.initialize(expert=expert)
     model = build_model(make_config(), groups, VOCAB, torch.float32)
-    expected = {name: tensor.clone() for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
@@ -540,9 +547,17 @@ def test_checkpoint_fits_other_numbers_of_ranks_and_shards(tmp_path: Path) -> No
     assert rows == 64
     assert mean.abs().max() > 0
     uneven = run_ranks(load_state, 3, folder, 3)
-    assert sorted(rows for rows, _ in uneven) == [21, 21, 22]
+    assert sorted(rows for rows, _ in uneven) == [20, 22, 22]
     assert all(torch.equal(other, mean) for _, other in uneven)
     assert [rows for rows, _ in run_ranks(load_state, 2, folder, 1)] == [64, 64]
+
+
+def test_checkpoint_of_the_former_split(tmp_path: Path) -> None:
+    """Its shards of 64 rows began at 0, 21 and 42."""
+    folder = str(tmp_path / "checkpoint")
+    run_ranks(save_state, 3, folder, former_first_of)
+    for ranks, sizes in ((1, [64]), (3, [20, 22, 22])):
+        assert sorted(rows for rows, _ in run_ranks(load_state, ranks, folder, ranks)) == sizes
 
 
 @pytest.fixture

@@ -358,10 +358,8 @@ def _grads_of_tables(
         grads: list[Tensor] = _table_grads(weights, xs, offsets, expert, rows, dtype)
         return grads
     touched, *some = _sparse_table_grads(weights, xs, offsets, expert, rows, dtype)
-    return [
-        torch.sparse_coo_tensor(touched[None], grad, table.shape, is_coalesced=True, check_invariants=False)
-        for grad in some
-    ]
+    form: dict[str, Any] = {"dtype": dtype, "device": table.device, "is_coalesced": True, "check_invariants": False}
+    return [torch.sparse_coo_tensor(touched[None], grad, table.shape, **form) for grad in some]
 
 
 def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -32,7 +32,9 @@ def available(*tensors: Tensor) -> bool:
 
 def _csr(offsets: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
     size = (offsets.numel() - 1, width)
-    return torch.sparse_csr_tensor(offsets, columns, values, size=size, check_invariants=False)
+    return torch.sparse_csr_tensor(
+        offsets, columns, values, size=size, dtype=values.dtype, device=values.device, check_invariants=False
+    )
 
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:

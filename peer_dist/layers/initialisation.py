@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from peer_dist.sharding.blocks import is_dtensor
 
 
 class Drawn:
@@ -69,21 +68,14 @@ def own_block(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return parameter, (0,) * parameter.dim()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    whole: Any = parameter
-    _, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
-    return whole.to_local(), tuple(offset)
-
-
-def is_dtensor(x: Any) -> bool:
-    """Whether ``x`` is a ``DTensor``, asked without importing what defines them, which takes a while."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(x, module.DTensor)
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), tuple(offset)
 
 
 def same_on_all(seed: int, parameter: Tensor) -> int:
     """The first rank's ``seed``, on all ranks over which ``parameter``, if it is a ``DTensor``, is spread."""
     if is_dtensor(parameter):
-        mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+        mesh = parameter.device_mesh
         for dim in range(mesh.ndim):
             group, found = mesh.get_group(dim), [seed]
             dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)

@@ -76,7 +76,8 @@ class PEER(ProductKeyLayer):
         dense_hidden: hidden width of a dense block beside the experts; 0 for none.
         dispatch_chunks: number of parts in which tokens travel to the experts, so that the exchange of one overlaps the
             experts of another; the same on all ranks. Outputs do not depend on it.
-        group: process group over which the tables are row-sharded, or a grid of ranks; None keeps them whole.
+        group: process group over which the tables are row-sharded, or a mesh (rows, or rows and columns), or a grid of
+            ranks; None keeps them whole.
         data_group: ranks that see different tokens, for batch statistics; defaults to ``group``.
         output_std: standard deviation of an output component at initialisation.
         table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``, with ``tables_of`` to that layer's.
@@ -98,6 +99,7 @@ class PEER(ProductKeyLayer):
         ValueError: an impossible size, an unknown option, or tables of another layer that do not fit.
     """
 
+    table_names = ("down", "up")
     down: nn.Parameter
     up: nn.Parameter
 
@@ -117,7 +119,7 @@ class PEER(ProductKeyLayer):
         output_gate: bool = False,
         dense_hidden: int = 0,
         dispatch_chunks: int = 1,
-        group: dist.ProcessGroup | ExpertGroups | None = None,
+        group: dist.ProcessGroup | dist.DeviceMesh | ExpertGroups | None = None,
         data_group: dist.ProcessGroup | None = None,
         output_std: float | None = None,
         table_dtype: torch.dtype | None = None,
@@ -236,7 +238,7 @@ class PEER(ProductKeyLayer):
 
     def release_shards(self) -> None:
         """Take ``down`` and ``up`` out of the module's parameters (:func:`peer_dist.sharding.release`)."""
-        release(self, ("down", "up"))
+        release(self, self.table_names)
 
     def _new_key_norm(self, device: torch.device | str | None, dtype: torch.dtype | None) -> KeyNorm:
         half, std = self.key_dim // 2, (self.key_dim / 2) ** -0.5 / math.sqrt(3)

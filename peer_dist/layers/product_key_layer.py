@@ -13,7 +13,7 @@ from peer_dist.layers.initialisation import draws, own_block, redraw, same_on_al
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.query_norm import QUERY_NORMS, VectorNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
-from peer_dist.sharding import ExpertGroups, GridLayout, Traffic
+from peer_dist.sharding import ExpertGroups, GridLayout, TableModule, Traffic
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda scores: scores.softmax(-1),
@@ -38,7 +38,7 @@ def check_choices(*choices: tuple[str, str, tuple[str, ...] | dict[str, Callable
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
 
 
-class ProductKeyLayer(nn.Module):
+class ProductKeyLayer(TableModule):
     """The base of :class:`peer_dist.PEER` and :class:`peer_dist.ProductKeyMemory`, whose options these are: all but
     their tables. Without ``query_projection`` the query of every head is the input itself.
 
@@ -61,7 +61,7 @@ class ProductKeyLayer(nn.Module):
         *,
         query_projection: bool,
         shared_keys: bool,
-        group: dist.ProcessGroup | ExpertGroups | None,
+        group: dist.ProcessGroup | dist.DeviceMesh | ExpertGroups | None,
         data_group: dist.ProcessGroup | None,
         seed: int | None,
         device: torch.device | str | None,
@@ -80,15 +80,14 @@ class ProductKeyLayer(nn.Module):
         check_choices(("query_norm", query_norm, QUERY_NORMS), ("gate", gate, GATES))
         self.dim, self.num_experts, self.heads, self.top_k, self.key_dim = dim, num_experts, heads, top_k, key_dim
         self.gate = gate
-        if group is not None and not isinstance(group, ExpertGroups):
-            group = ExpertGroups.over(group)
-        self.layout = GridLayout(num_experts, dim, group)
+        groups = None if group is None else ExpertGroups.of(group)
+        self.layout = GridLayout(num_experts, dim, groups)
         self.traffic = Traffic()
         self.on_route: Callable[[Tensor, Tensor], None] | None = None
         """Called with the indices and gates ``[tokens, heads, top_k]`` of every forward pass (but recomputed ones)."""
 
-        if data_group is None and group is not None:
-            data_group = group.domain
+        if data_group is None and groups is not None:
+            data_group = groups.domain
         self.query: nn.Linear | None = None
         if query_projection:
             self.query = draws(nn.Linear(dim, heads * key_dim, bias=False, device=device, dtype=dtype), 0)
@@ -111,8 +110,8 @@ class ProductKeyLayer(nn.Module):
         """
         if torch.onnx.is_in_onnx_export():
             raise NotImplementedError(
-                f"{type(self).__name__} has no form in ONNX, which has no operators for its retrieval and its sums over "
-                "picks; torch.export and torch.jit.trace keep them as operators of peer_dist"
+                f"{type(self).__name__} has no form in ONNX, which has no operators for its retrieval and its sums "
+                "over picks; torch.export and torch.jit.trace keep them as operators of peer_dist"
             )
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise ValueError(f"the input must be [..., dim] with dim = {self.dim}, not of shape {tuple(x.shape)}")
@@ -160,18 +159,19 @@ class ProductKeyLayer(nn.Module):
         return keys.uniform_(-bound, bound, generator=generator)
 
     def _agreed_seed(self, seed: int | None) -> int:
-        """``seed``, from now on the layer's own, or its own, or one from torch's generator: the first rank's everywhere
-        since all but the tables is replicated.
+        """``seed``, from now on the layer's own, or its own, or one from the first rank's generator: all but the tables
+        is replicated.
+
+        Raises:
+            ValueError: ranks were given different ones.
         """
         if seed is not None:
             self._seed = seed
-        if self._seed is not None:
-            return self._seed
-        drawn = [int(torch.randint(2**31, (), dtype=torch.int64, device="cpu"))]
+        seed = self._seed
+        drawn = int(torch.randint(2**31, (), dtype=torch.int64, device="cpu")) if seed is None else seed
         if self.layout.groups is not None:
-            group = self.layout.groups.domain
-            dist.broadcast_object_list(drawn, src=dist.get_global_rank(group, 0), group=group)
-        return same_on_all(drawn[0], self.keys)
+            return self.layout.groups.agreed_seed(seed, drawn)
+        return same_on_all(drawn, self.keys)
 
     def _draw_rows(self, table: Tensor, std: float, seed: int) -> None:
         """Fill this rank's part of a table from N(0, std^2), in blocks of rows with a generator each."""

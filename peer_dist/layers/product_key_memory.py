@@ -60,6 +60,7 @@ class ProductKeyMemory(ProductKeyLayer):
     """
 
     rows_name = "num_values"
+    table_names = ("values",)
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class ProductKeyMemory(ProductKeyLayer):
         shared_keys: bool = False,
         init: str = "memory",
         num_layers: int = 1,
-        group: dist.ProcessGroup | ExpertGroups | None = None,
+        group: dist.ProcessGroup | dist.DeviceMesh | ExpertGroups | None = None,
         data_group: dist.ProcessGroup | None = None,
         table_dtype: torch.dtype | None = None,
         sparse_grad: bool = False,
@@ -139,7 +140,7 @@ class ProductKeyMemory(ProductKeyLayer):
 
     def release_shards(self) -> None:
         """Take ``values`` out of the module's parameters (:func:`peer_dist.sharding.release`)."""
-        release(self, ("values",))
+        release(self, self.table_names)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output ``[..., dim]`` for ``x [..., dim]``, in ``x``'s dtype.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -136,6 +137,12 @@ class QueryBatchNorm(ExactBuffers):
         self.register_buffer("running_mean", torch.empty(features, device=device, dtype=exact))
         self.register_buffer("running_var", torch.empty(features, device=device, dtype=exact))
         self.reset_parameters()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QueryBatchNorm:
+        memo[id(self.group)] = self.group  # shared: there is no copy of a process group
+        new = memo[id(self)] = self.__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -24,10 +24,14 @@ class RouterCore(nn.Module):
         self.state_size, self.recurrent = state_size, recurrent
         self.cell: nn.Module
         if recurrent:
-            self.cell = nn.GRUCell(state_size, state_size)
+            self.cell = nn.GRUCell(state_size, state_size, dtype=torch.float32, device="cpu")
         else:
             hidden = 3 * state_size
-            self.cell = nn.Sequential(nn.Linear(state_size, hidden), nn.GELU(), nn.Linear(hidden, state_size))
+            self.cell = nn.Sequential(
+                nn.Linear(state_size, hidden, dtype=torch.float32, device="cpu"),
+                nn.GELU(),
+                nn.Linear(hidden, state_size, dtype=torch.float32, device="cpu"),
+            )
         self.projection = projection(projected_from, state_size) if projected_from else None
 
     def forward(self, x: Tensor, state: Tensor) -> Tensor:
@@ -37,7 +41,7 @@ class RouterCore(nn.Module):
 
 def projection(dim: int, state_size: int) -> nn.Linear:
     """A linear map ``dim -> state_size`` into the state, whose output has its input's variance at the start."""
-    linear = nn.Linear(dim, state_size, bias=False)
+    linear = nn.Linear(dim, state_size, bias=False, dtype=torch.float32, device="cpu")
     nn.init.normal_(linear.weight, std=dim**-0.5)
     return linear
 

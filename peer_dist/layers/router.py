@@ -26,7 +26,7 @@ class LinearLogits(nn.Module):
 
     def __init__(self, width: int, num_experts: int, std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        self.weight = nn.Parameter(torch.empty(num_experts, width, dtype=torch.float32, device="cpu"))
         nn.init.normal_(self.weight, std=std)
 
     @torch.no_grad()
@@ -53,9 +53,9 @@ class CosineLogits(nn.Module):
 
     def __init__(self, width: int, num_experts: int, size: int) -> None:
         super().__init__()
-        self.projection = nn.Parameter(torch.empty(size, width))
-        self.weight = nn.Parameter(torch.empty(num_experts, size))
-        self.log_temperature = nn.Parameter(torch.tensor([_TEMPERATURE]).log())
+        self.projection = nn.Parameter(torch.empty(size, width, dtype=torch.float32, device="cpu"))
+        self.weight = nn.Parameter(torch.empty(num_experts, size, dtype=torch.float32, device="cpu"))
+        self.log_temperature = nn.Parameter(torch.tensor([_TEMPERATURE], dtype=torch.float32, device="cpu").log())
         nn.init.normal_(self.projection, std=width**-0.5)
         nn.init.normal_(self.weight, std=size**-0.5)
 
@@ -140,8 +140,10 @@ class Router(ExactBuffers):
         self.logits, self.num_experts, self.rule, self.group, self.sequence = logits, num_experts, rule, group, sequence
         self.loss_scale = 1.0
         self.losses: dict[str, Tensor] = {}
-        self.register_buffer("expert_bias", torch.zeros(num_experts) if rule.bias_rate else None)
-        self.register_buffer("loads", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        bias = torch.zeros(num_experts, dtype=torch.float32, device="cpu") if rule.bias_rate else None
+        self.register_buffer("expert_bias", bias)
+        loads = torch.zeros(num_experts, dtype=torch.int64, device="cpu")
+        self.register_buffer("loads", loads, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The experts of the tokens ``x [s, b, width]``.

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_dist.sharding.grid import first_of
+
 _DECADES = 5  # powers of ten that the histogram has on both sides of an even share
 _OVERLAP_TOKENS = 64  # tokens of each forward pass that the heads' overlap is measured on: enough for a mean
 
@@ -195,10 +197,9 @@ class ExpertUsage:
         for byte in self._first:
             first |= _sum((byte != 0).to(torch.uint8), group, dist.ReduceOp.MAX) != 0
         n, picks = counts.numel(), int(counts.sum())
-        starts = [n * shard // shards for shard in range(shards)]
-        edges = torch.tensor(starts, dtype=torch.int64, device=counts.device)
+        starts = first_of(n, torch.arange(shards, dtype=torch.int64, device=counts.device), shards)
         number = torch.arange(n, dtype=torch.int64, device=counts.device)
-        owner = torch.bucketize(number, edges, right=True) - 1
+        owner = torch.bucketize(number, starts, right=True) - 1
         per_shard = torch.zeros(shards, dtype=torch.int64, device=counts.device).index_add_(0, owner, counts)
         return WindowSummary(
             **vars(summarize(_sum(self._mass, group), first, picks)),

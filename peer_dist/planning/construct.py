@@ -95,7 +95,7 @@ def construct(
 def construct_stages(
     config: Config, world_size: int, gpus_per_node: int, vocab_size: int | None = None, device: str = "cuda"
 ) -> list[RankModel]:
-    """As :func:`construct`, of each pipeline stage the first and the last rank: those with its smallest and its largest
+    """As :func:`construct`, of each pipeline stage the first and the last rank: those with its largest and its smallest
     shards, where sizes do not divide.
     """
     size = max(1, world_size // config.parallel.pipeline)

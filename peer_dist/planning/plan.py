@@ -51,13 +51,13 @@ class Plan:
 
     @cached_property
     def _held(self) -> dict[Place, PeakMemory]:
-        """Memory of the ranks with the largest shards (the last ones), one for each different kind of stage."""
+        """Memory of the ranks with the largest shards (the first ones), one for each different kind of stage."""
         config, stages = self.layout.config, dict[Any, int]()
         firsts = {pool[0] for pool in config.pools}
         for stage in range(self.layout.pipeline):
             kinds = [[(config.model.mlp_kinds[n], n in firsts) for n in chunk] for chunk in self.layout.layers(stage)]
             stages.setdefault((str(kinds), stage == 0, stage == self.layout.pipeline - 1), stage)
-        places = [Place(stage, self.layout.rows - 1, self.layout.columns - 1) for stage in stages.values()]
+        places = [Place(stage) for stage in stages.values()]
         arguments = self.vocab_size, self.itemsize, self.hardware.device, self.hits
         return {place: memory(self.layout, place, *arguments) for place in places}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,11 +82,18 @@ class Routes:
         Args:
             hits: row shards that a token hits, if it is known better.
         """
-        shard = num_experts / row_shards
-        missed = math.prod(max(0.0, num_experts - shard - i) / (num_experts - i) for i in range(top_k)) ** heads
-        pairs = tokens * (row_shards * (1 - missed) if hits is None else hits)
+        if hits is None:
+            edges = [first_of(num_experts, shard, row_shards) for shard in range(row_shards + 1)]
+            sizes = Counter(end - begin for begin, end in pairwise(edges))  # two or three kinds, however many shards
+            hits = sum(number * (1 - _missed(num_experts, size, heads, top_k)) for size, number in sizes.items())
+        pairs = tokens * hits
         picks = tokens * num_experts * (1 - (1 - top_k / num_experts) ** heads)
         return cls(tokens, pairs, pairs / row_shards, picks, picks / row_shards)
+
+
+def _missed(num_experts: int, shard: int, heads: int, top_k: int) -> float:
+    """The probability that a token's picks are all outside a shard of so many experts."""
+    return math.prod(max(0.0, num_experts - shard - i) / (num_experts - i) for i in range(top_k)) ** heads
 
 
 def exchange_bytes(
@@ -176,11 +185,13 @@ def exchange_pairs(
         [
             first_of(dim, shard + 1, column_shards) - first_of(dim, shard, column_shards)
             for shard in range(column_shards)
-        ]
+        ],
+        dtype=torch.int64,
+        device=tokens.device,
     )
     ways = 1 if values else 2  # x (or nothing) and dy out, y and dx (or nothing) home
     slices = ways * itemsize * tokens[:, None] * widths  # [row shards, column shards]
-    pairs = torch.zeros(row_shards, column_shards, row_shards, column_shards, dtype=torch.int64)
+    pairs = torch.zeros((row_shards, column_shards) * 2, dtype=torch.int64, device=tokens.device)
     pairs[row, column] += slices
     pairs[:, :, row, column] += slices
     numbers = tokens * COUNT + picks * (COUNT + gate_itemsize)
@@ -204,16 +215,17 @@ def synthetic_picks(
     """
     shape = (tokens, picks)
     if zipf == 0:
-        return torch.randint(num_experts, shape, device=device)
+        return torch.randint(num_experts, shape, dtype=torch.int64, device=device)
     weight = torch.arange(1, num_experts + 1, device=device, dtype=torch.float64).pow(-zipf)
     ranks = torch.searchsorted(weight.cumsum(0) / weight.sum(), torch.rand(shape, device=device, dtype=torch.float64))
-    order = torch.randperm(num_experts, device=device)
+    order = torch.randperm(num_experts, dtype=torch.int64, device=device)
     return order[ranks.clamp(max=num_experts - 1)]
 
 
 def _hits(indices: Tensor, num_experts: int, row_shards: int) -> tuple[Tensor, Tensor]:
     """``[row shards]`` int64 each: the tokens that hit a shard, and the distinct picks of them that it has."""
-    starts = first_of(num_experts, torch.arange(row_shards), row_shards)
+    shards = torch.arange(row_shards, dtype=torch.int64, device=indices.device)
+    starts = first_of(num_experts, shards, row_shards)
     merged = MergedPicks.of(indices)
     token = merged.kept.nonzero()[:, 0]
     owner = torch.bucketize(merged.expert[merged.kept], starts, right=True) - 1

@@ -370,8 +370,8 @@ def plan_exchange(
     assert groups is not None
     tokens, of_token = picks.expert.shape
     starts, blocks = layout.first_rows(picks.expert.device), layout.row_shards * parts
-    token = torch.arange(tokens, device=starts.device)
-    part = ((token + 1) * parts - 1) // max(1, tokens)  # part p begins with token first_of(tokens, p, parts)
+    token = torch.arange(tokens, dtype=torch.int64, device=starts.device)
+    part = ((token + 1) * parts - 1) // max(1, tokens)  # part p begins with token tokens * p // parts
     owner = torch.bucketize(picks.expert, starts, right=True) - 1
     block = torch.where(picks.kept, owner * parts + part[:, None], blocks).to(torch.int32)  # the others come last
     block, sent = block.view(-1).sort(stable=True)
@@ -386,7 +386,8 @@ def plan_exchange(
     sent_tokens, sent_picks = sizes.sum((0, 1)).tolist()
 
     sent = sent[:sent_picks]
-    begin = torch.searchsorted(messages[1:], torch.arange(1, sent_tokens + 1, device=messages.device))
+    numbers = torch.arange(1, sent_tokens + 1, dtype=torch.int64, device=messages.device)
+    begin = torch.searchsorted(messages[1:], numbers)
     picks_of_token = F.pad(begin, (0, 1), value=sent_picks).diff().to(torch.int32)
     local = picks.expert.view(-1)[sent] - starts[block[:sent_picks] // parts]
     token_route, pick_route = (

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 @dataclass(frozen=True)
 class ExpertGroups:
     """The ranks that hold one copy of the tables between them, as a grid.
+
+    A copy of it (``deepcopy``) is itself: process groups are shared.
 
     Attributes:
         domain: all of them; rank ``r * columns + c`` has row shard ``r`` and column shard ``c``.
@@ -26,6 +32,7 @@ class ExpertGroups:
     domain: dist.ProcessGroup
     rows: dist.ProcessGroup
     columns: dist.ProcessGroup | None = None
+    _meshes: dict[str, DeviceMesh] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         ranks, rows = (dist.get_process_group_ranks(group) for group in (self.domain, self.rows))
@@ -48,19 +55,112 @@ class ExpertGroups:
             raise ValueError(f"{columns} column shards do not divide a group of {len(ranks)} ranks")
         if columns == 1:
             return cls(group, group)
-        everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, ranks)
-        mine = dist.get_rank()
-        new_groups = {}
-        for members in sorted({tuple(domain) for domain in everyone}):
-            for first in range(columns):
-                new_groups["rows", members[first::columns]] = dist.new_group(list(members[first::columns]))
-            for first in range(0, len(members), columns):
-                row = members[first : first + columns]
-                new_groups["columns", row] = dist.new_group(list(row))
-        (rows,) = (group for (kind, members), group in new_groups.items() if kind == "rows" and mine in members)
-        (column,) = (group for (kind, members), group in new_groups.items() if kind == "columns" and mine in members)
-        return cls(group, rows, column)
+        place = ranks.index(dist.get_rank())
+        first = place // columns * columns
+        rows, row = _new_groups([ranks[place % columns :: columns], ranks[first : first + columns]])
+        return cls(group, rows, row)
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | DeviceMesh | ExpertGroups) -> ExpertGroups:
+        """The grid that a layer's ``group`` means.
+
+        Args:
+            group: whose ranks have row shards; or a mesh, whose first dimension has row shards and whose second, if
+                there is one, has column shards. With two, every rank of the world must call this together, with its
+                own mesh, unless the mesh has all ranks: it makes a group, once for a mesh.
+
+        Raises:
+            ValueError: a mesh of more dimensions, in another order than that of its ranks, or without this rank.
+            TypeError: something else, such as a group that this rank is not in.
+        """
+        if isinstance(group, cls):
+            return group
+        if isinstance(group, dist.ProcessGroup):
+            return cls.over(group)
+        if not isinstance(group, dist.DeviceMesh):
+            raise TypeError(
+                "group must be a process group with this rank in it, a DeviceMesh or ExpertGroups, "
+                f"not {type(group).__name__} {group!r}"
+            )
+        known = _of_meshes.get(group)
+        if known is None or known.rows is not group.get_group(0):  # of an equal mesh in an earlier world
+            known = _of_meshes[group] = cls._of_mesh(group)
+        return known
+
+    @classmethod
+    def _of_mesh(cls, mesh: DeviceMesh) -> ExpertGroups:
+        ranks = mesh.mesh.flatten().tolist()
+        if mesh.ndim > 2:
+            raise ValueError(
+                f"group must be a mesh of one dimension (row shards) or two (rows and columns), not {mesh.ndim}: "
+                "take the dimensions of the tables out of it by their names, as mesh['rows', 'columns']"
+            )
+        if dist.get_rank() not in ranks:
+            raise ValueError(f"group must be a mesh with this rank, {dist.get_rank()}, in it: it has {ranks}")
+        if ranks != sorted(ranks):
+            raise ValueError(f"group must be a mesh whose ranks ascend, row by row: it has {mesh.mesh.tolist()}")
+        rows = mesh.get_group(0)
+        if mesh.ndim == 1:
+            groups = cls(rows, rows)
+        else:
+            columns = mesh.get_group(1)
+            # every rank finds a group of all these ranks, or none does
+            fits = [group for group in (rows, columns) if dist.get_process_group_ranks(group) == ranks]
+            if ranks == list(range(dist.get_world_size())):
+                fits.append(dist.distributed_c10d._get_default_group())
+            groups = cls(fits[0] if fits else _new_groups([ranks])[0], rows, columns)
+        groups._meshes[mesh.device_type] = mesh
+        return groups
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertGroups:
+        return self
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The grid as a mesh of devices of this type: row shards, then column shards if there are such groups."""
+        if device_type not in self._meshes:
+            if self.columns is None:
+                mesh = dist.DeviceMesh.from_group(self.rows, device_type)
+            else:
+                ranks = torch.tensor(dist.get_process_group_ranks(self.domain), dtype=torch.int64, device="cpu")
+                mesh = dist.DeviceMesh.from_group(
+                    [self.rows, self.columns],
+                    device_type,
+                    mesh=ranks.view(-1, dist.get_world_size(self.columns)),
+                    mesh_dim_names=("rows", "columns"),
+                )
+            self._meshes[device_type] = mesh
+        return self._meshes[device_type]
+
+    def agreed_seed(self, seed: int | None, drawn: int) -> int:
+        """The seed of all ranks. Collective over the domain.
+
+        Args:
+            seed: which this rank was given; None if it was given none.
+            drawn: which the first rank has if none was given to any.
+
+        Raises:
+            ValueError: on every rank, if they were given different ones.
+        """
+        everyone: list[tuple[int | None, int]] = [(None, 0)] * dist.get_world_size(self.domain)
+        dist.all_gather_object(everyone, (seed, drawn), group=self.domain)
+        given = {rank: each for rank, (each, _) in zip(dist.get_process_group_ranks(self.domain), everyone)}
+        if len(set(given.values())) > 1:
+            raise ValueError(
+                "seed must be the same on all ranks of group, or None on all: "
+                + ", ".join(f"{each} on rank {rank}" for rank, each in given.items())
+            )
+        return everyone[0][1] if seed is None else seed
+
+
+_of_meshes: weakref.WeakKeyDictionary[DeviceMesh, ExpertGroups] = weakref.WeakKeyDictionary()
+
+
+def _new_groups(mine: list[list[int]]) -> list[dist.ProcessGroup]:
+    """New groups of these ranks; every rank of the world must call it, with as many lists of its own."""
+    everyone: list[list[list[int]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    made = {ranks: dist.new_group(list(ranks)) for ranks in sorted({tuple(each) for of in everyone for each in of})}
+    return [made[tuple(ranks)] for ranks in mine]
 
 
 _Number = TypeVar("_Number", int, Tensor)
@@ -69,15 +169,19 @@ _Number = TypeVar("_Number", int, Tensor)
 def first_of(size: int, shard: _Number, shards: int) -> _Number:
     """The first row or column of shard number ``shard``, of ``size`` in all; ``size`` for the number ``shards``.
 
+    The split is that of :func:`torch.chunk`, and so DTensor's: each has ``size / shards`` rounded up, and what is then
+    missing is missing from the last ones, which may be empty.
+
     Args:
         shard: a number, or int64 numbers on any device, whose results stay there.
     """
-    return size * shard // shards
+    first = -(-size // shards) * shard
+    return first.clamp(max=size) if isinstance(first, Tensor) else min(size, first)
 
 
 @dataclass(frozen=True)
 class GridLayout:
-    """Contiguous row and column shards of ``[num_experts, dim]`` tables; sizes differ by at most one.
+    """Contiguous row and column shards of ``[num_experts, dim]`` tables, split as :func:`first_of` says.
 
     Attributes:
         groups: the owners; None for one process.
@@ -86,6 +190,9 @@ class GridLayout:
     num_experts: int
     dim: int
     groups: ExpertGroups | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GridLayout:
+        return self
 
     @property
     def row_shards(self) -> int:
@@ -149,4 +256,5 @@ class GridLayout:
 
     def first_rows(self, device: torch.device) -> Tensor:
         """``[row_shards]`` int64: the first global row of every row shard."""
-        return first_of(self.num_experts, torch.arange(self.row_shards, device=device), self.row_shards)
+        shards = torch.arange(self.row_shards, dtype=torch.int64, device=device)
+        return first_of(self.num_experts, shards, self.row_shards)

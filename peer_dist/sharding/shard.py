@@ -43,8 +43,11 @@ def release(module: nn.Module, names: tuple[str, ...]) -> None:
         module: has these parameters itself, not in a sub-module.
         names: the parameters' names.
 
+    Those that left it already stay where they are.
+
     Raises:
         KeyError: the module has no parameter of such a name.
     """
     for name in names:
-        object.__setattr__(module, name, module._parameters.pop(name))
+        if not isinstance(module.__dict__.get(name), nn.Parameter):
+            object.__setattr__(module, name, module._parameters.pop(name))
