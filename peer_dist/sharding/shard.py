@@ -41,9 +41,7 @@ def release(module: nn.Module, names: tuple[str, ...]) -> None:
 
     Args:
         module: has these parameters itself, not in a sub-module.
-        names: the parameters' names.
-
-    Those that left it already stay where they are.
+        names: the parameters' names; those that left the list already stay where they are.
 
     Raises:
         KeyError: the module has no parameter of such a name.
