@@ -59,7 +59,8 @@ def _signatures(row: torch.dtype) -> dict[str, Signature]:
 
 
 _PICKS: dict[str, Any] = {"offsets": (I64, "tokens + 1"), "expert": (I64, "picks")}
-# "tokens" is given to all that take picks, as C's integer or, for table_grad, to know how long x must be.
+# What table_grad takes of `group` is right in itself; how long x and out must be for it, the caller says by "tokens"
+# and "written".
 SIGNATURES = {
     "top_pairs": Signature(
         "queries n k", "1 <= k <= min(n, 64)", "n < 2**31",
