@@ -21,13 +21,11 @@ def address(tensor: Tensor) -> int | None:
     """Where a CPU tensor's elements lie one after the other. None if they do not, or nowhere: a tensor may be strided,
     stand for one of another device or of several processes, or have had its memory taken away.
     """
-    if tensor.layout is not torch.strided or not tensor.is_cpu or tensor.is_neg():
-        return None
     try:
-        if not tensor.is_contiguous():
+        if tensor.layout is not torch.strided or not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_neg():
             return None
         place, held = tensor.data_ptr(), tensor.untyped_storage().nbytes()
-    except (RuntimeError, ValueError):  # of functional transforms, and of parameters that are not initialised yet
+    except RuntimeError:  # of functional transforms, say
         return None
     count = tensor.numel()
     inside = (tensor.storage_offset() + count) * tensor.element_size() <= held

@@ -59,7 +59,8 @@ def _signatures(row: torch.dtype) -> dict[str, Signature]:
 
 
 _PICKS: dict[str, Any] = {"offsets": (I64, "tokens + 1"), "expert": (I64, "picks")}
-# "tokens" is given to all that take picks, as C's integer or, for table_grad, to know how long x must be.
+# What table_grad takes of `group` is right in itself; how long x and out must be for it, the caller says by "tokens"
+# and "written".
 SIGNATURES = {
     "top_pairs": Signature(
         "queries n k", "1 <= k <= min(n, 64)", "n < 2**31",
@@ -139,14 +140,13 @@ def _checked(name: str, key: str, value: Any, sizes: dict[str, int]) -> int | No
             f"{name}: {key} must be contiguous and in memory that this process can read, which {_said(value)} is not"
         )
     own = value.shape
-    fits = len(own) == len(shape) and all(
-        # tracing hands out tensors for sizes
-        type(size) is int and size == (sizes.setdefault(text, size) if code is None else eval(code, _FUNCTIONS, sizes))
-        for (text, code), size in zip(shape, own)
-    )
+    fits = len(own) == len(shape)
+    for size, (text, code) in zip(own, shape):  # tracing hands out tensors for sizes
+        wanted = sizes.setdefault(text, size) if code is None else eval(code, _FUNCTIONS, sizes)
+        fits = fits and type(size) is int and size == wanted
     if not fits:
-        wanted = ", ".join(str(sizes.get(text, text)) for text, _ in shape)
-        raise ValueError(f"{name}: {key} must have the shape [{wanted}], not {_said(value)}")
+        wanted = ", ".join(text for text, _ in shape)
+        raise ValueError(f"{name}: {key} must be [{wanted}] where {sizes}, not {_said(value)}")
     return place
 
 
