@@ -283,7 +283,8 @@ def test_autocast_on_two_ranks(columns):
                 part = slice(6 * rank, 6 * rank + 6)
                 for table in {"down", "up", "values"} & want.keys():
                     want[table] = 2 * want[table][:, part]
-            assert_same(got, want, rtol=2e-2 if name.startswith("table_dtype") else 1e-4, atol=1e-4)
+            rounded = 2e-2 if name.startswith("table_dtype") else 1e-3  # sums of other parts, in fewer bits
+            assert_same(got, want, rtol=rounded, atol=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,14 +318,20 @@ def test_compiled_in_one_graph(name, fresh_compiler):
 
 
 def test_compiled_by_inductor(fresh_compiler):
-    layer = LAYERS["everything"]()
+    layer = LAYERS["peer"]()
     compiled = torch.compile(layer, fullgraph=True)
     want = results(layer, inputs(layer))
     assert_same(results(layer, inputs(layer), compiled), want, rtol=1e-5, atol=1e-6)
+
+
+@every_layer
+def test_compiled_in_autocast(name, fresh_compiler):
+    layer = LAYERS[name]()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16):
         want = results(layer, inputs(layer))
         got = results(layer, inputs(layer), compiled)
-    assert_same(got, want, rtol=0.05, atol=0.05)
+    assert_same(got, want, rtol=1e-2, atol=1e-2)
 
 
 @every_layer
@@ -570,6 +577,8 @@ def fully_sharded_from_meta(rank, world_size):
     torch.manual_seed(rank)
     wrong = []
     for name, make in LAYERS.items():
+        if make().sparse_grad:
+            continue  # refused
         for seed in (3, None):
             with torch.device("meta"):
                 model = nn.Sequential(nn.Linear(DIM, DIM), make(seed=seed))

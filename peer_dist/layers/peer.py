@@ -164,6 +164,7 @@ class PEER(ProductKeyLayer):
         def linear(width: int, out: int, offset: int, after: tuple[int, ...] = ()) -> nn.Linear:
             return draws(nn.Linear(width, out, bias=False, device=device, dtype=dtype), offset, after)
 
+        self.state_size = state_size
         self.state_query = linear(state_size, heads * key_dim, 0) if state_size else None
         if output_gate:
             self.gate_in = linear(dim, dim, 4)
@@ -252,8 +253,8 @@ class PEER(ProductKeyLayer):
         raw = self.query(tokens)
         if self.state_query is not None:
             if state is None:
-                raise ValueError(f"a PEER layer of state_size={self.state_query.in_features} needs a state")
-            raw = raw + self.state_query(state.reshape(-1, self.state_query.in_features))
+                raise ValueError(f"a PEER layer of state_size={self.state_size} needs a state")
+            raw = raw + self.state_query(state.reshape(-1, state.shape[-1]))
         return self._pick(self._queries(raw), self._product_keys())
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
