@@ -36,10 +36,13 @@ class PEER(ProductKeyLayer):
         self.gate_out = linear(width, width) if section["output_gate"] else None
 
     def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
-        """Mix the picked experts' outputs; add the dense block, and apply the output gate, where the layer has them."""
+        """Mix the picked experts' outputs."""
         owner = self._tables_of[0] if self._tables_of else self
-        hidden = self.activation(wide(owner.down[rows] @ x[:, :, None]))[..., 0] * gates
-        y = (hidden[:, None].to(x.dtype) @ owner.up[rows])[:, 0]
+        hidden = self.activation(wide(owner.down[rows] @ x[:, :, None].to(owner.down.dtype)))[..., 0] * gates
+        return (hidden[:, None].to(owner.up.dtype) @ owner.up[rows])[:, 0]
+
+    def finished(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the dense block, and apply the output gate, where the layer has them."""
         if self.dense_in is not None and self.dense_out is not None:
             y = y + self.dense_out(self.activation(self.dense_in(x)))
         if self.gate_in is not None and self.gate_out is not None:
