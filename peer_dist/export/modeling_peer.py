@@ -66,22 +66,22 @@ class PeerForCausalLM(PreTrainedModel, GenerationMixin):
                 nn.init.normal_(value, std=std)
             else:
                 nn.init.constant_(value, float(name == "weight"))
-        for name, value in module.named_buffers(recurse=False):
-            nn.init.constant_(value, float(name == "running_var"))
+        for name, buffer in module.named_buffers(recurse=False):
+            nn.init.constant_(buffer, float(name == "running_var"))
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         """Return the embedding of the tokens."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Put another embedding in its place."""
         self.model.embedding = value
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear | None:
         """Return the map to logits."""
         return self.model.output
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Put another map to logits in its place."""
         self.model.output = new_embeddings
 
