@@ -396,7 +396,23 @@ def test_its_padded_example(made, model):
     assert len(tokenizer.batch_decode(made_text, skip_special_tokens=True)) == 2
 
 
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
+needs_accelerate = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"
+)
+
+
+@needs_accelerate
+@torch.no_grad()
+def test_weights_on_the_disk(model, tokens, wanted, tmp_path):
+    """Every weight is used by its own module, when that is called."""
+    from accelerate import disk_offload
+
+    disk_offload(model, offload_dir=str(tmp_path), execution_device=torch.device("cpu"))
+    assert {value.device.type for value in model.parameters()} == {"meta"}
+    assert close(model(tokens).logits, wanted)
+
+
+@needs_accelerate
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
 def test_trainer(model, tokens, tmp_path, options):
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
