@@ -14,6 +14,7 @@ routers: RMoE, Qiu 2024, arXiv 2408.06793. Cosine routers: XMoE, Chi 2022, arXiv
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
+ONE_FILE = "model.safetensors"  # of a folder that transformers wrote, which needs no index
 PREFIX = "model."  # of the tensors' names in the files
 
 EPS = 1e-5  # of the norms within layers
@@ -44,16 +46,20 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def unmixed(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where autocast rounds nothing: scores, gates and sums keep the dtypes that they are given."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def linear(width: int, out: int) -> nn.Linear:
     """A map without a bias."""
     return nn.Linear(width, out, bias=False)
 
 
 class Cache(Protocol):
-    """Keys and values of earlier tokens; transformers' ``DynamicCache`` is one too."""
-
-    def get_seq_length(self) -> int:
-        """Tokens so far."""
+    """Keys and values of earlier tokens."""
 
     def update(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Take those of new tokens, ``[batch, heads, length, channels]``; those of all tokens so far."""
@@ -102,13 +108,15 @@ class Attention(nn.Module):
         self.out = linear(width, width)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """``x: [batch, length, width]``; ``rotation``: cosines and sines ``[length, channels]``."""
+        """``x: [batch, length, width]``; ``rotation``: cosines and sines ``[batch or 1, 1, length, channels]``."""
         shared = self.heads // self.groups
         rows = self.qkv(x).unflatten(-1, (self.groups, shared + 2, self.channels)).permute(0, 2, 3, 1, 4)
         query, key, value = rows[:, :, :shared].flatten(1, 2), rows[:, :, shared], rows[:, :, shared + 1]
         query, key = _rotate(query, rotation), _rotate(key, rotation)  # [batch, heads or groups, length, channels]
         if cache is not None:
             key, value = cache.update(key, value, self.layer)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)
         if shared > 1:
             key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
         causal = mask is None and key.shape[2] == query.shape[2]
@@ -118,7 +126,8 @@ class Attention(nn.Module):
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     first, second = x.chunk(2, -1)
-    return x * rotation[0] + torch.cat([-second, first], -1) * rotation[1]
+    cos, sin = (part.to(x.dtype) for part in rotation)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class RouterCore(nn.Module):
@@ -145,9 +154,11 @@ class RouterState(nn.Module):
         (core,) = self._core
         project = core.projection if self.projection is None else self.projection
         assert project is not None
-        if not core.recurrent:
-            return core.cell(project(x))
-        return core.cell(project(x), state if self.passed else torch.zeros_like(state))
+        with unmixed(x):
+            projected = project(x.to(project.weight.dtype))
+            if not core.recurrent:
+                return core.cell(projected)
+            return core.cell(projected, state.to(projected.dtype) if self.passed else torch.zeros_like(projected))
 
 
 class ExportedLayer(nn.Module):
@@ -253,16 +264,17 @@ class LanguageModel(nn.Module):
         folder = Path(folder)
         with torch.device("meta"):
             model = cls(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = [ONE_FILE]
+        if (folder / INDEX).exists():
+            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         state: dict[str, Tensor] = {}
-        for file in sorted(set(files.values())):
+        for file in files:
             with safe_open(folder / file, framework="pt", device=str(device)) as tensors:
-                names = (name for name, home in files.items() if home == file)
-                state |= {name.removeprefix(PREFIX): tensors.get_tensor(name) for name in names}
+                state |= {name.removeprefix(PREFIX): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
         model.load_state_dict(state, assign=True)
         return model.eval()
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """Next-token logits ``[batch, length, vocab_size]`` of ``tokens: int64 [batch, length]``.
 
         Args:
@@ -272,28 +284,54 @@ class LanguageModel(nn.Module):
         """
         return self.logits(self.hidden(tokens, cache, mask))
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """The last layer's output ``[batch, length, hidden_size]``; see :meth:`forward`."""
         earlier, length = 0 if cache is None else cache.get_seq_length(), tokens.shape[1]
         if mask is None and earlier and length > 1:
             mask = torch.ones(length, earlier + length, dtype=torch.bool, device=tokens.device).tril(earlier)
-        x = self.embedding(tokens)
-        rotation = self._rotation(earlier, length, x)
-        state = x.new_zeros(tokens.numel(), self.state_size) if self.state_size else None
+        positions = torch.arange(earlier, earlier + length, dtype=torch.int64, device=tokens.device)
+        return self.transform(self.embedding(tokens), positions[None], cache, mask)
+
+    def transform(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: Cache | None,
+        mask: Tensor | None,
+        call: Callable[..., tuple[Tensor, Tensor | None]] = Layer.__call__,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Embedded tokens ``x: [batch, length, hidden_size]`` through all layers and the norm after them.
+
+        Args:
+            positions: int64 ``[batch or 1, length]``.
+            cache: of the tokens before these, which it is added to.
+            mask: as in :meth:`forward`, or of numbers that are added to the scores; None, where ``x`` is a single
+                token, or the cache has no others: every token sees itself and all before it.
+            call: calls a layer, given first, with its arguments.
+            seen: what every layer takes, and what leaves the last norm, is appended to it.
+        """
+        rotation = self._rotation(positions)
+        state = x.new_zeros(x.shape[0] * x.shape[1], self.state_size) if self.state_size else None
         for layer in self.layers:
-            x, state = layer(x, rotation, mask, cache, state)
-        return self.norm(x)
+            if seen is not None:
+                seen.append(x)
+            x, state = call(layer, x, rotation, mask, cache, state)
+        x = self.norm(x)
+        if seen is not None:
+            seen.append(x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., hidden_size]`` to ``[..., vocab_size]``."""
-        return F.linear(hidden, self.embedding.weight if self.output is None else self.output.weight)
+        return F.linear(hidden, self.embedding.weight) if self.output is None else self.output(hidden)
 
-    def _rotation(self, begin: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         channels = self.config["hidden_size"] // self.config["num_attention_heads"]
-        powers = torch.arange(0, channels, 2, dtype=torch.float32, device=like.device) / channels
-        positions = torch.arange(begin, begin + length, dtype=torch.float32, device=like.device)
-        angles = torch.outer(positions, 1 / self.config["rope_theta"] ** powers).repeat(1, 2)
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+        powers = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
+        rates = 1 / self.config["rope_theta"] ** powers
+        angles = (positions[:, None, :, None].to(torch.float32) * rates).repeat(1, 1, 1, 2)
+        return angles.cos(), angles.sin()
 
     @torch.no_grad()
     def generate(

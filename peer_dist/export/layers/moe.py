@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_dist.export.layers.dense import MLP
-from peer_dist.export.peer_model import GATES, ExportedLayer, wide
+from peer_dist.export.peer_model import GATES, ExportedLayer, unmixed, wide
 
 
 class LinearLogits(nn.Module):
@@ -52,7 +52,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[tokens, width]`` to experts and gates ``[tokens, top_k]``."""
-        scores = self.score(self.logits(x))
+        with unmixed(x):
+            scores = self.score(self.logits(x))
         experts = (scores if self.expert_bias is None else scores + self.expert_bias).topk(self.top_k, -1).indices
         gates = scores.gather(-1, experts)
         if self.normalize:
@@ -72,11 +73,11 @@ class MixtureOfExperts(ExportedLayer):
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
         """``x: [tokens, width]`` through the experts that are chosen by it or, if there is one, by the state."""
         chosen, gates = self.router(x if state is None else state)
-        y = torch.zeros_like(x)
+        y = torch.zeros_like(x, dtype=gates.dtype)
         for number, expert in enumerate(self.experts):
             tokens, places = (chosen == number).nonzero(as_tuple=True)
-            y = y.index_add(0, tokens, expert(x[tokens]) * gates[tokens, places, None].to(x.dtype))
-        return y
+            y = y.index_add(0, tokens, expert(x[tokens]) * gates[tokens, places, None])
+        return y.to(x.dtype)
 
 
 class MoE(MixtureOfExperts):

@@ -35,11 +35,23 @@ class PEER(ProductKeyLayer):
         self.gate_in = linear(width, width) if section["output_gate"] else None
         self.gate_out = linear(width, width) if section["output_gate"] else None
 
+    def forward(self, x: Tensor, state: Tensor | None = None, picked: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """As in every layer; of ``picked`` rows and gates, it mixes those experts' outputs and does nothing else."""
+        return super().forward(x, state) if picked is None else self._experts(x, *picked)
+
     def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
-        """Mix the picked experts' outputs; add the dense block, and apply the output gate, where the layer has them."""
-        owner = self._tables_of[0] if self._tables_of else self
-        hidden = self.activation(wide(owner.down[rows] @ x[:, :, None]))[..., 0] * gates
-        y = (hidden[:, None].to(x.dtype) @ owner.up[rows])[:, 0]
+        """Mix the picked experts' outputs."""
+        if not self._tables_of:
+            return self._experts(x, rows, gates)
+        (owner,) = self._tables_of
+        return owner(x, picked=(rows, gates))  # called, so that whoever keeps its tables elsewhere brings them
+
+    def _experts(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
+        hidden = self.activation(wide(self.down[rows] @ x[:, :, None].to(self.down.dtype)))[..., 0] * gates
+        return (hidden[:, None].to(self.up.dtype) @ self.up[rows])[:, 0]
+
+    def finished(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the dense block, and apply the output gate, where the layer has them."""
         if self.dense_in is not None and self.dense_out is not None:
             y = y + self.dense_out(self.activation(self.dense_in(x)))
         if self.gate_in is not None and self.gate_out is not None:

@@ -20,7 +20,7 @@ class ProductKeyMemory(ProductKeyLayer):
 
     def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
         """Sum the picked values, weighted by their gates."""
-        return (gates[:, None].to(x.dtype) @ self.values[rows])[:, 0]
+        return (gates[:, None].to(self.values.dtype) @ self.values[rows])[:, 0]
 
     @classmethod
     def of(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_dist.export.peer_model import EPS, GATES, ExportedLayer, linear, wide
+from peer_dist.export.peer_model import EPS, GATES, ExportedLayer, linear, unmixed, wide
 
 ELEMENTS = 1 << 23  # held at a time by a layer that looks at many keys and rows per token
 
@@ -91,17 +91,19 @@ class ProductKeyLayer(ExportedLayer):
         return torch.cat([self._some(*part, keys) for part in zip(x.split(self.step), states)])
 
     def _some(self, x: Tensor, state: Tensor | None, keys: Tensor) -> Tensor:
-        return self.mixed(x, *self.retrieve(x, state, keys))
-
-    def retrieve(self, x: Tensor, state: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and gates ``[tokens, heads * top_k]``."""
         if self.query is None:
             query = x[:, None].expand(-1, self.heads, -1)
         else:
             query = self.query(x) if self.state_query is None else self.query(x) + self.state_query(state)
             query = self.norm(query.unflatten(-1, (self.heads, -1)))
+        with unmixed(x):
+            mixed = self.mixed(x, *self.retrieve(wide(query), wide(keys)))
+        return self.finished(x, mixed)
+
+    def retrieve(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and gates ``[tokens, heads * top_k]`` of queries ``[tokens, heads, key_dim]``."""
         halves = query.unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, half]
-        scores, numbers = wide(halves @ keys.expand(self.heads, *keys.shape[-3:]).mT).topk(self.top_k, -1)
+        scores, numbers = (halves @ keys.expand(self.heads, *keys.shape[-3:]).mT).topk(self.top_k, -1)
         pairs = (scores[:, 0, :, :, None] + scores[:, 1, :, None, :]).flatten(-2)
         best, places = pairs.topk(self.top_k, -1)  # [heads, tokens, top_k]
         first = numbers[:, 0].gather(-1, places // self.top_k)
@@ -110,5 +112,9 @@ class ProductKeyLayer(ExportedLayer):
         return rows.transpose(0, 1).flatten(1), gates.transpose(0, 1).flatten(1)
 
     def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
-        """The output of tokens, of the rows that they picked; the kind of layer says how."""
+        """The sum over the rows that tokens picked; the kind of layer says how. Autocast is off."""
         raise NotImplementedError
+
+    def finished(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output of tokens, of that sum ``y``."""
+        return y
