@@ -1,0 +1,118 @@
+"""Every script of examples/ runs, and does what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import _free_port, run_each
+from tests.test_stacks import hide_broken_mpi, needs
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def _script(name: str, arguments: list[str], variables: dict[str, str]) -> str:
+    """What it prints, run in this process."""
+    os.environ |= variables
+    sys.argv = [name, *arguments]
+    hide_broken_mpi()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return output.getvalue()
+
+
+def run(name: str, *arguments: str, ranks: int = 0) -> str:
+    """What the first process prints, of as many as torchrun would start; of one, without torchrun, for 0."""
+    launched = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    variables = [launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] or [{}]
+    output, *others = run_each(_script, [(name, list(arguments), each) for each in variables])
+    assert not any(others), "one rank speaks for all"
+    return output
+
+
+def numbers(pattern: str, output: str) -> list[float]:
+    """The groups of what must be in it, as numbers."""
+    found = re.search(pattern, output)
+    assert found, output
+    return [float(group.replace(",", "")) for group in found.groups()]
+
+
+@needs("transformers", "accelerate")
+def test_transformers_trainer(tmp_path):
+    output = run("transformers_trainer.py", str(tmp_path))
+    before, after, loaded = numbers(
+        r"loss (\S+) before, (\S+) after 40 steps\n(?:.*\n)?loss (\S+) loaded again", output
+    )
+    assert after < 0.8 * before
+    assert loaded == pytest.approx(after, abs=5e-3)  # in bfloat16
+
+
+@needs("lightning")
+def test_lightning_module():
+    before, after, steps = numbers(r"loss (\S+) before, (\S+) after (\d+) steps", run("lightning_module.py"))
+    assert after < 0.8 * before
+    assert steps > 10
+
+
+@needs("peft")
+def test_lora():
+    output = run("lora.py")
+    trained, before, after = numbers(r"(\S+) parameters trained: loss (\S+) -> (\S+)", output)
+    assert trained < 10_000
+    assert after < 0.8 * before
+    (difference,) = numbers(r"merged, the output differs by (\S+)", output)
+    assert difference < 1e-4
+
+
+def test_compiled():
+    """In a process of its own: those that are forked have the compiler turned off."""
+    done = subprocess.run([sys.executable, EXAMPLES / "compiled.py"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    off, ratio = numbers(r"gradients agree to (\S+)\neager / compiled, .*: (\S+)", done.stdout)
+    assert off < 1e-4
+    assert ratio > 0.5  # of times on a machine that does other things too
+
+
+def test_fsdp2():
+    """With the tables gathered, and spread: the same losses."""
+    output = run("fsdp2.py", ranks=2)
+    losses = re.findall(r"rows here (\S+)  loss (\S+) -> (\S+)", output)
+    assert len(losses) == 2, output
+    assert {rows for rows, _, _ in losses} == {"2,048"}
+    (first, last), spread = ([float(value) for value in values] for _, *values in losses)
+    assert last < 0.8 * first
+    assert spread == pytest.approx([first, last], abs=2e-3)
+
+
+def steps(output: str) -> dict[int, tuple[float, float]]:
+    """Loss and norm of the gradient, by step."""
+    lines = re.findall(r"step (\d+)  loss (\S+)  gradient (\S+)  rows", output)
+    return {int(step): (float(loss), float(norm)) for step, loss, norm in lines}
+
+
+def test_checkpoint(tmp_path):
+    """Saved on two ranks, loaded on one and on three, the run goes on as if it had never stopped."""
+    never_stopped = steps(run("checkpoint.py", "--steps", "21", ranks=2))
+    assert list(never_stopped) == [0, 10, 20]
+    assert never_stopped[20][0] < 0.6 * never_stopped[0][0]
+    stopped = steps(run("checkpoint.py", "--steps", "11", "--save", str(tmp_path / "saved"), ranks=2))
+    for ranks in (1, 3):
+        went_on = steps(run("checkpoint.py", "--steps", "21", "--load", str(tmp_path / "saved"), ranks=ranks))
+        assert list(stopped | went_on) == list(never_stopped)
+        for step, values in (stopped | went_on).items():
+            assert values == pytest.approx(never_stopped[step], abs=2e-3), step
+
+
+def test_every_example_is_run():
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")} - {"every_example_is_run"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+    for path in EXAMPLES.glob("*.py"):
+        assert f"examples/{path.name}" in path.read_text().split('"""')[1], f"{path.name}: does not say how it is run"
