@@ -202,7 +202,7 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
         picks: the rows that each token reads.
         out: ``[rows, dim]``, at least float32; a table that is small beside the number of picks.
     """
-    backend(x, x).table_grad(weight, x, picks, out)
+    backend(x, out).table_grad(weight, x, picks, out)
 
 
 def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
