@@ -6,7 +6,11 @@ from setuptools.command.build_py import build_py
 
 # The training system. Whoever wants the layer alone is not to be given any of it.
 TRAIN = [
-    "megatron-core==0.16.1",
+    # Both have the tests behind them. 0.15 builds layers of experts otherwise, and its checkpoints have metadata of
+    # another class.
+    "megatron-core>=0.16.0,<=0.16.1",
+    # The newest, and the first to combine norms without taking one that is not finite for 1. The package reaches into
+    # its optimizers, so the next one is to be tried first.
     "deepspeed==0.19.8",
     "jinja2>=3.1",
     "matplotlib>=3.7",

@@ -20,7 +20,8 @@ def main() -> None:
         if not missing:
             raise
         print(
-            f"error: the training system is not installed (missing: {', '.join(missing)}): pip install 'peer_dist[train]'",
+            "error: the training system is not installed: pip install 'peer_dist[train]' "
+            f"(missing: {', '.join(missing[:3])}{', ...' if missing[3:] else ''})",
             file=sys.stderr,
         )
         raise SystemExit(MISTAKE) from None
