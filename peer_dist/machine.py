@@ -3,6 +3,8 @@
 psutil and py-cpuinfo are asked. Linux's own files are read here, and nowhere else, for what these two do not say, or
 take a second to say: the processor's name and instruction sets, the limits of a container, the identity of a boot,
 start times that do not change when the clock is set, and NVIDIA's driver, which is asked itself for what no file says.
+
+Both are imported where they are asked: the layer alone wants the processor's features, and is installed without them.
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ import subprocess
 import time
 from functools import cache
 from pathlib import Path
-
-import psutil
 
 _NVIDIA = Path("/proc/driver/nvidia")
 
@@ -56,6 +56,8 @@ def _cpu_lines(*keys: str) -> list[str]:
 
 def usable_cores() -> int:
     """The number of cores that this process may run on."""
+    import psutil
+
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):  # macOS binds no process to cores
         return len(process.cpu_affinity())
@@ -70,6 +72,8 @@ def nearest_existing(path: Path) -> Path:
 
 def free_memory() -> int:
     """Bytes of memory that are free on this machine, or that the container's limit leaves if those are fewer."""
+    import psutil
+
     free = psutil.virtual_memory().available
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup of version 2: no limit
@@ -82,6 +86,8 @@ def process_start(pid: int) -> str:
 
     It is empty if no such process runs. One that has ended and is not reaped yet does not run.
     """
+    import psutil
+
     if psutil.LINUX:
         ticks = _start_ticks(pid)
         return "" if ticks is None else str(ticks)
@@ -96,6 +102,8 @@ def process_start(pid: int) -> str:
 
 def process_age() -> float:
     """Seconds since this process began, which may have been before it ran this program."""
+    import psutil
+
     ticks = _start_ticks(os.getpid()) if psutil.LINUX else None
     if ticks is None:
         return time.time() - psutil.Process().create_time()
@@ -121,6 +129,8 @@ def process_space() -> str:
     Two containers on one machine do not see each other's processes. The name is empty if Linux does not tell, and the
     host's name on other systems.
     """
+    import psutil
+
     if not psutil.LINUX:
         return socket.gethostname()
     try:

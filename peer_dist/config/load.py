@@ -16,6 +16,8 @@ from peer_dist.config.schema import Config
 
 Tree = dict[str, Any]
 
+SHIPPED = Path(__file__).parents[1] / "configs"  # in a clone a link to the folder that lies beside the package
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run. Its message says what is wrong, where, and what to do."""
@@ -27,12 +29,37 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is impossible.
     """
+    path = find_config(path)
     tree = read_tree(path)
     origin = {key: str(path) for key in _leaves(tree)}
     for override in overrides:
         key = _apply(tree, override)
         origin[key] = f"command line ({override})"
     return parse_config(tree, str(path), origin)
+
+
+def find_config(path: str | os.PathLike[str]) -> Path:
+    """The file that ``path`` names: one that is there, else one that ships with the package, such as
+    ``configs/quickstart.yaml``.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    path = Path(path)
+    try:
+        os.stat(path)
+        return path
+    except FileNotFoundError as error:
+        shipped = {"configs" / file.relative_to(SHIPPED): file for file in SHIPPED.rglob("*.yaml")}
+        if path in shipped:
+            return shipped[path]
+        folder = path.parent if any(name.parent == path.parent for name in shipped) else Path("configs")
+        places = (name.relative_to(folder).parts for name in shipped if folder in name.parents)
+        names = sorted({part + "/" if more else part for part, *more in places})
+        own = f"; with peer_dist come, in {folder}/: {', '.join(names)}" if names else ""
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}){own}") from None
+    except OSError:
+        return path  # which read_tree finds out too, and tells
 
 
 def read_tree(path: str | os.PathLike[str]) -> Tree:

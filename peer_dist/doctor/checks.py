@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from peer_dist.config import ConfigError, check_world
 from peer_dist.data.documents import DataError
@@ -63,7 +65,7 @@ def _versions(here: Here) -> dict[str, str]:
 
 
 def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Finding]:
-    """Whether all ranks have the same versions, and those that peer_dist pins."""
+    """Whether all ranks have the same versions, and those that peer_dist was made for."""
     findings = []
     common = {}
     for name in sorted({name for installed in values.values() for name in installed}):
@@ -80,14 +82,14 @@ def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Fin
                         "start every rank in the same environment or image",
                     )
                 )
-    for name, pinned in _pins().items():
-        if common.get(name) != pinned:
+    for name, tried in _requirements().items():
+        if name not in common or not tried.contains(common[name], prereleases=True):
             findings.append(
                 Finding(
                     "versions",
                     "fail",
-                    f"{name} is {common.get(name, 'missing')}, but peer_dist was made with {pinned}",
-                    f"pip install {name}=={pinned}",
+                    f"{name} is {common.get(name, 'missing')}, but peer_dist was made for {tried}",
+                    f"pip install '{name}{tried}'",
                 )
             )
     text = ", ".join(
@@ -96,11 +98,14 @@ def _judge_versions(values: dict[int, dict[str, str]], ranks: Ranks) -> list[Fin
     return findings or [Finding("versions", "ok", text, figures=common)]
 
 
-def _pins() -> dict[str, str]:
-    """The versions that setup.py pins exactly, by package."""
-    lines = importlib.metadata.requires("peer_dist") or []
-    pairs = (line.partition("==") for line in lines if "==" in line and ";" not in line)
-    return {name.strip(): version.strip() for name, _, version in pairs}
+def _requirements() -> dict[str, SpecifierSet]:
+    """The versions that setup.py allows of the packages whose versions are asked, by name."""
+    needs = map(Requirement, importlib.metadata.requires("peer_dist") or [])
+    return {
+        need.name: need.specifier
+        for need in needs
+        if need.name in PACKAGES and (need.marker is None or need.marker.evaluate({"extra": "train"}))
+    }
 
 
 def _devices(here: Here) -> dict[str, Any]:

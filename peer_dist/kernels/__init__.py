@@ -202,7 +202,7 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
         picks: the rows that each token reads.
         out: ``[rows, dim]``, at least float32; a table that is small beside the number of picks.
     """
-    backend(x, x).table_grad(weight, x, picks, out)
+    backend(x, out).table_grad(weight, x, picks, out)
 
 
 def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -313,7 +313,7 @@ def _table_grads(
 ) -> list[Tensor]:
     with span("experts"):
         sums = [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
-        ops = backend(xs[0], xs[0].new_empty((0, 0), dtype=dtype))
+        ops = backend(xs[0], xs[0].new_empty((0, xs[0].shape[1]), dtype=dtype))
         grads: list[Tensor] = ops.table_grads(sums, Picks(offsets, expert), rows, dtype=dtype)
         return grads
 
@@ -334,7 +334,7 @@ def _sparse_table_grads(
 ) -> list[Tensor]:
     with span("experts"):
         sums = [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
-        ops = backend(xs[0], xs[0].new_empty((0, 0), dtype=dtype))
+        ops = backend(xs[0], xs[0].new_empty((0, xs[0].shape[1]), dtype=dtype))
         touched, grads = ops.sparse_table_grads(sums, Picks(offsets, expert), rows, dtype=dtype)
         return [touched, *grads]
 

@@ -141,9 +141,10 @@ def _checked(name: str, key: str, value: Any, sizes: dict[str, int]) -> int | No
         )
     own = value.shape
     fits = len(own) == len(shape)
-    for size, (text, code) in zip(own, shape):  # tracing hands out tensors for sizes
-        wanted = sizes.setdefault(text, size) if code is None else eval(code, _FUNCTIONS, sizes)
-        fits = fits and type(size) is int and size == wanted
+    for size, (text, code) in zip(own, shape):
+        if type(size) is not int:  # torch.jit hands out tensors
+            raise TypeError(f"{name}: {key} has sizes that are no ints, as while it is traced, which C cannot take")
+        fits = fits and size == (sizes.setdefault(text, size) if code is None else eval(code, _FUNCTIONS, sizes))
     if not fits:
         wanted = ", ".join(text for text, _ in shape)
         raise ValueError(f"{name}: {key} must be [{wanted}] where {sizes}, not {_said(value)}")

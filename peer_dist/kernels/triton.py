@@ -108,11 +108,15 @@ def _jit(function: Any) -> Any:
 
 
 def available(*tensors: Tensor) -> bool:
-    """Whether these kernels can serve these tensors: on CUDA, or anywhere under Triton's interpreter."""
+    """Whether these kernels can serve these tensors: on CUDA, or anywhere under Triton's interpreter; and with columns,
+    which the last shards of few columns over many ranks may lack.
+    """
     if triton is None:
         return False
     interpreted = not isinstance(_dots_kernel, triton.JITFunction)
-    return all((interpreted or tensor.is_cuda) and tensor.dtype in DTYPES for tensor in tensors)
+    return all(
+        (interpreted or tensor.is_cuda) and tensor.dtype in DTYPES and 0 not in tensor.shape[1:] for tensor in tensors
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

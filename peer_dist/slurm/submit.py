@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from peer_dist.config import Config, ConfigError, check_folders, check_world, load_config
+from peer_dist.config import Config, ConfigError, check_folders, check_world, find_config, load_config
 
 Runtime = Literal["pyxis", "apptainer"]
 
@@ -112,7 +112,7 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     check_folders(settings)  # a container cannot be given what is not there
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(config, kept)
+        shutil.copyfile(find_config(config), kept)
         path = kept.with_name(f"{kept.stem}.sbatch")
         path.write_text(script, encoding="utf-8")
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 
 from peer_dist.config import Config, ConfigError, parse_config
-from peer_dist.config.load import Tree, read_tree, sentence, set_key
+from peer_dist.config.load import Tree, find_config, read_tree, sentence, set_key
 from peer_dist.config.schema import Section
 from peer_dist.planning.counts import Counts, count
 
@@ -166,14 +166,14 @@ def load_sweep(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> 
     """Read a sweep's file and check every run of it.
 
     Args:
-        path: the sweep's file.
+        path: the sweep's file, as :func:`peer_dist.config.find_config` finds it.
         folder: the folder for the runs' folders; nothing is written.
 
     Raises:
         ConfigError: the file or the config of one of its runs is invalid.
         DataError: the data are not prepared.
     """
-    path, folder = Path(path), Path(folder)
+    path, folder = find_config(path), Path(folder)
     tree = read_tree(path)
     try:
         file = SweepFile.model_validate(tree)

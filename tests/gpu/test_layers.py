@@ -107,7 +107,8 @@ def test_compiled(kind, options):
     layer = layer.float().to(DEVICE)
     want = run(layer, x, dy)
     # Inductor takes a while for each; one is enough
-    compiled = torch.compile(layer, backend="inductor" if (DEVICE.type, kind, options) == COMPILED else "aot_eager")
+    backend = "inductor" if (DEVICE.type, kind, options) == COMPILED else "aot_eager"
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for _ in range(2):
         x_grad = x.clone().requires_grad_()
         y = compiled(x_grad)
