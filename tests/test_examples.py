@@ -16,24 +16,27 @@ import pytest
 from tests.ranks import _free_port, run_each
 from tests.test_stacks import hide_broken_mpi, needs
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
-def _script(name: str, arguments: list[str], variables: dict[str, str]) -> str:
+def _script(path: Path, arguments: list[str], variables: dict[str, str]) -> str:
     """What it prints, run in this process."""
     os.environ |= variables
-    sys.argv = [name, *arguments]
+    sys.argv = [str(path), *arguments]
     hide_broken_mpi()
+    if path.parent != EXAMPLES:
+        os.chdir(path.parent)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
     return output.getvalue()
 
 
-def run(name: str, *arguments: str, ranks: int = 0) -> str:
+def run(script: str | Path, *arguments: str, ranks: int = 0) -> str:
     """What the first process prints, of as many as torchrun would start; of one, without torchrun, for 0."""
     launched = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     variables = [launched | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)] or [{}]
-    output, *others = run_each(_script, [(name, list(arguments), each) for each in variables])
+    output, *others = run_each(_script, [(EXAMPLES / script, list(arguments), each) for each in variables])
     assert not any(others), "one rank speaks for all"
     return output
 
@@ -111,8 +114,20 @@ def test_checkpoint(tmp_path):
             assert values == pytest.approx(never_stopped[step], abs=2e-3), step
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorials/layer.md"])
+def test_whole_scripts_of(page, tmp_path):
+    """Those of its Python blocks that are: they begin with an import."""
+    blocks = re.findall(r"^```python\n(import .*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for place, block in enumerate(blocks):
+        script = tmp_path / f"{place}.py"
+        script.write_text(block)
+        run(script, ranks=2 if "init_process_group" in block else 0)
+    assert (tmp_path / "checkpoint" / ".metadata").exists() == (page == "README.md")
+
+
 def test_every_example_is_run():
-    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")} - {"every_example_is_run"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+    missing = [path.name for path in EXAMPLES.glob("*.py") if f"test_{path.stem}" not in globals()]
+    assert not missing, "examples without a test"
     for path in EXAMPLES.glob("*.py"):
         assert f"examples/{path.name}" in path.read_text().split('"""')[1], f"{path.name}: does not say how it is run"
