@@ -108,9 +108,18 @@ def test_low_rank_adapters(name):
 # Trainers.
 
 
+@pytest.fixture
+def own_accelerator():
+    """Its settings are the process's, until somebody takes them back."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @needs("accelerate")
 @pytest.mark.parametrize("name", ["peer", "everything", "query_norm=batch", "memory", "sparse_grad=True"])
-def test_accelerate(name, tmp_path):
+def test_accelerate(name, tmp_path, own_accelerator):
     """A loop in mixed precision with clipping, saved and loaded."""
     from accelerate import Accelerator
 
