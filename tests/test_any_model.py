@@ -367,10 +367,6 @@ def test_on_meta(name):
     layer = LAYERS[name](device="meta")
     arguments = tuple(x.detach().to("meta") for x in inputs(layer))
     arguments[0].requires_grad_()
-    if "sparse" in name or name == "memory, rms":
-        arguments = (arguments[0].detach(), *arguments[1:])
-        assert layer(*arguments).shape == arguments[0].shape
-        return
     found = layer(*arguments)
     found.sum().backward()
     assert found.shape == arguments[0].shape == arguments[0].grad.shape

@@ -41,19 +41,14 @@ def build_known(config: Config, parallel: Parallel) -> torch.nn.ModuleList:
 
 @pytest.mark.parametrize("changes", CASES, ids=str)
 def test_counts_are_those_of_the_model(parallel: Parallel, changes: dict[str, Any]) -> None:
-    """Parameters, and the FLOPs of a forward pass but those of kernels of our own."""
+    """Parameters, and the FLOPs of a forward pass."""
     config = make(changes)
     model, counts = build_known(config, parallel), count(config, VOCAB)
     assert counts.total.parameters == sum(parameter.numel() for parameter in model.parameters())
     tokens = torch.randint(VOCAB, TOKENS)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         token_losses(model, tokens, tokens)
-    unseen = [
-        parts[name].flops
-        for kind, name in (("peer", "experts"), ("pkm", "values"))
-        for parts in (layer.feed_forward for layer in counts.layers if layer.kind == kind)
-    ]
-    assert counter.get_total_flops() == tokens.numel() * (counts.total.flops - sum(unseen))
+    assert counter.get_total_flops() == tokens.numel() * counts.total.flops
 
 
 def test_training_counts_three_times_the_forward_pass(parallel: Parallel) -> None:

@@ -313,7 +313,7 @@ def test_a_second_derivative_is_refused(backend):
     picks, values = case(7, 20, 9, 5, torch.float32, 8)
     y = expert_mix(values[0], picks, *values[1:], "gelu")
     for grad in torch.autograd.grad(y.square().sum(), values, create_graph=True):
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="differentiated once"):
             grad.sum().backward(retain_graph=True)
 
 

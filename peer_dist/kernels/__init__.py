@@ -319,7 +319,10 @@ def _table_grads(
 
 
 def _some_rows(weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, rows: Any, dtype: Any) -> Any:
-    touched = torch.library.get_ctx().new_dynamic_size()
+    try:
+        touched = torch.library.get_ctx().new_dynamic_size()
+    except RuntimeError:  # of a plain meta tensor, which can stand for no number of rows but one
+        touched = min(expert.shape[0], rows)
     return [_empty(expert, (touched,), torch.int64), *(_empty(x, (touched, x.shape[1]), dtype) for x in xs)]
 
 

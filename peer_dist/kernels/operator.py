@@ -15,6 +15,8 @@ import torch
 from peer_dist.tracing import untraced
 
 _library = torch.library.Library("peer_dist", "DEF")
+functions: dict[str, Callable[..., Any]] = {}
+"""What the operators run, by name, for whoever wants them run where torch runs their fakes."""
 _flops: dict[str, Callable[..., int]] = {}  # of operators that torch's counter does not know yet
 
 
@@ -37,6 +39,7 @@ def operator(
     name = schema.partition("(")[0]
 
     def register(function: Callable[..., Any]) -> Any:
+        functions[name] = function
         _library.define(schema)
         _library.impl(name, untraced(_without_autocast(function)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"peer_dist::{name}", _telling(fake), lib=_library)

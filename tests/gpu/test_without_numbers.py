@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peer_dist.kernels as package
 from peer_dist import PEER
 from peer_dist.kernels import Picks, reference
+from peer_dist.kernels.operator import functions
 from peer_dist.layers import product_keys
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
 from peer_dist.optim import TableOptimizer, TableRule
@@ -42,6 +44,16 @@ class NoCopies(TorchFunctionMode):
         )
         assert not (made or copied) or out.device == CPU, f"{function.__name__} copies from the host"
         return out
+
+
+class Operators(TorchDispatchMode):
+    """Our operators are really run, where torch would ask for shapes alone."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "peer_dist":
+            with NoCopies():
+                return functions[function.name().partition("::")[2]](*args)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -76,7 +88,7 @@ def meta_layer(kind, options, **more):
 
 def step(layer):
     x = torch.empty(TOKENS, layer.dim, device=META, dtype=torch.bfloat16, requires_grad=True)
-    with NoCopies():
+    with NoCopies(), Operators():
         y = layer(x)
         assert y.device == META
         assert y.dtype == x.dtype
