@@ -196,7 +196,6 @@ def in_hugging_faces_trainer(rank: int, ranks: int, folder: str) -> tuple[list[f
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        train_sampling_strategy="sequential",
     )
     trainer = Trainer(model, arguments, train_dataset=data(16 * STEPS))
     trainer.train()
