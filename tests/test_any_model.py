@@ -6,6 +6,8 @@ import contextlib
 import copy
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -334,6 +336,16 @@ def test_compiled_in_autocast(name, fresh_compiler):
     assert_same(got, want, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_compiled_where_a_default_device_is_set(device, fresh_compiler):
+    for name in ("peer", "memory", "everything"):
+        layer = LAYERS[name]()
+        want, arguments = results(layer, inputs(layer)), inputs(layer)
+        with default_device(device):
+            got = results(layer, arguments, torch.compile(layer, fullgraph=True, backend="aot_eager"))
+        assert_same(got, want, rtol=1e-5, atol=1e-6)
+
+
 @every_layer
 def test_exported(name):
     layer = LAYERS[name]().eval()
@@ -423,6 +435,30 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == 3 * query + scores + of_scores + 3 * products
 
 
+FIRST_COUNTS = """
+import torch
+from peer_dist import PEER
+layer = PEER(12, 49, 3, 4, 6, "rms", device={device!r})
+x = torch.randn(10, 12, device={device!r}, requires_grad=True)
+y = layer(x) if {backward_only} else None
+from torch.utils.flop_counter import FlopCounterMode
+for _ in range(2):
+    with FlopCounterMode(display=False) as counter:
+        (layer(x) if y is None else y).sum().backward(retain_graph=True)
+    print(counter.get_total_flops())
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("backward_only", [False, True])
+def test_the_first_count_of_flops_is_whole(device, backward_only):
+    """A counter that was imported, and made, before its formulas were asked for."""
+    script = FIRST_COUNTS.format(device=device, backward_only=backward_only)
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, second = found.stdout.split()
+    assert first == second
+
+
 def sharded_flops(rank, world_size):
     groups = ExpertGroups.over(dist.group.WORLD, 2)
     layer = PEER(DIM, 49, 3, 4, 6, "rms", seed=0, group=groups, data_group=dist.group.WORLD)
@@ -447,6 +483,22 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(layer(x).sum(), layer.down, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         grad.sum().backward()
+
+
+@every_layer
+def test_forward_mode_is_refused(name):
+    """An operator without a rule for tangents would drop them."""
+    layer = LAYERS[name]().eval()
+    x, *state = inputs(layer)
+    x = x.detach()
+    for frozen in (False, True):
+        layer.requires_grad_(not frozen)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(lambda x, layer=layer, state=state: layer(x, *state), (x,), (x,))
+        with torch.autograd.forward_ad.dual_level():
+            layer(x, *state)
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                layer(torch.autograd.forward_ad.make_dual(x, x), *state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -611,6 +663,10 @@ def test_refusals(name):
     x, *state = inputs(layer)
     for wrong in (x[..., :6], torch.cat([x, x], -1), x.new_ones(()), x.new_ones(5)):
         with pytest.raises(ValueError, match=r"must be \[\.\.\., dim\] with dim = 12"):
+            layer(wrong, *state)
+    numbers = x.detach()
+    for wrong in (numbers.long(), numbers > 0, numbers.to(torch.complex64), numbers.to_sparse()):
+        with pytest.raises(ValueError, match="must be dense and of floating-point numbers"):
             layer(wrong, *state)
     with pytest.raises(ValueError, match="input is on meta, but the layer is on cpu"):
         layer(x.detach().to("meta"), *state)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.allocation import huge_pages
-from peer_dist.kernels.operator import differentiable, differentiable_no_further, operator, tell_flops
+from peer_dist.kernels.operator import differentiable, differentiable_no_further, operator, refuse_tangents, tell_flops
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -32,6 +32,7 @@ __all__ = [
     "huge_pages",
     "mix",
     "operator",
+    "refuse_tangents",
     "table_grad",
     "tell_flops",
     "top_pairs",
@@ -80,6 +81,7 @@ def expert_mix(
         ``[tokens, dim]`` in ``x``'s dtype. Differentiable (once) in ``x``, ``gate``, ``down`` and ``up``.
     """
     tell_flops()
+    refuse_tangents(x, gate, down, up)
     return _expert_mix(x, picks.offsets, picks.expert, gate, down, up, activation, sparse_grad)[0]
 
 
@@ -178,6 +180,7 @@ def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = Fa
         ``[tokens, dim]`` in at least float32.
     """
     tell_flops()
+    refuse_tangents(gate, values)
     return _value_mix(gate, values, picks.offsets, picks.expert, sparse_grad)
 
 
@@ -372,6 +375,7 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _backward_of_experts(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    tell_flops()
     x, offsets, expert, gate, down, up, pre = ctx.saved_tensors
     dx, dgate, dpre, hidden = _expert_mix_backward(dy, x, offsets, expert, pre, gate, down, up, ctx.activation)
     ddown: Tensor | None = None
@@ -387,6 +391,7 @@ def _keep_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_of_values(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    tell_flops()
     gate, values, offsets, expert = ctx.saved_tensors
     dgate = dvalues = None
     if ctx.needs_input_grad[0]:

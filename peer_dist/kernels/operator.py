@@ -11,6 +11,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from peer_dist.tracing import untraced
 
@@ -74,11 +77,33 @@ def tell_flops() -> None:
     if torch.compiler.is_compiling():
         return
     if _flops and "torch.utils.flop_counter" in sys.modules:
-        from torch.utils.flop_counter import register_flop_formula
+        from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
-        while _flops:
-            name, formula = _flops.popitem()
-            register_flop_formula(getattr(torch.ops.peer_dist, name))(formula)
+        told = {}
+        for name in list(_flops):
+            formula = _flops.pop(name, None)
+            if formula is not None:  # else another thread was faster
+                packet = getattr(torch.ops.peer_dist, name)
+                register_flop_formula(packet)(formula)
+                told[packet] = flop_registry[packet]
+        for mode in _get_current_dispatch_mode_stack():  # a counter copies the formulas when it is made
+            counter = getattr(mode, "counter", None)
+            if isinstance(counter, FlopCounterMode):
+                counter.flop_registry.update(told)
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Refuse forward-mode differentiation, in which an operator would lose the tangents and say nothing.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "the layers of peer_dist have no forward-mode derivative (jvp, jacfwd, dual numbers); use reverse mode"
+        )
 
 
 def _telling(fake: Callable[..., Any]) -> Callable[..., Any]:

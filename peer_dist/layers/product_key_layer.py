@@ -106,13 +106,17 @@ class ProductKeyLayer(TableModule):
 
         Raises:
             NotImplementedError: ONNX is asked for.
-            ValueError: another width, or a device that the layer is not on, or that it has no kernels for.
+            ValueError: not dense floating-point numbers, another width, or a device that the layer is not on, or that
+                it has no kernels for.
         """
         if torch.onnx.is_in_onnx_export():
             raise NotImplementedError(
                 f"{type(self).__name__} has no form in ONNX, which has no operators for its retrieval and its sums "
                 "over picks; torch.export and torch.jit.trace keep them as operators of peer_dist"
             )
+        if x.is_nested or x.layout is not torch.strided or not x.is_floating_point():
+            kind = "nested" if x.is_nested else x.layout
+            raise ValueError(f"the input must be dense and of floating-point numbers, not {kind} and of {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise ValueError(f"the input must be [..., dim] with dim = {self.dim}, not of shape {tuple(x.shape)}")
         if x.device != self.keys.device:
@@ -134,7 +138,8 @@ class ProductKeyLayer(TableModule):
 
     def _queries(self, raw: Tensor) -> Tensor:
         """``[tokens, heads * key_dim]`` as ``[tokens, heads, key_dim]``."""
-        return raw.unflatten(-1, (self.heads, self.key_dim))
+        # not Tensor.unflatten, which the compiler does not know where a default device is set
+        return raw.reshape(*raw.shape[:-1], self.heads, self.key_dim)
 
     def _reset_retrieval(self, seed: int) -> Tensor:
         """Queries from N(0, 1/dim), keys by :meth:`_draw_keys`; the keys, whole, on the CPU and in float32.

@@ -14,6 +14,7 @@ from peer_dist.kernels import (
     differentiable,
     differentiable_no_further,
     operator,
+    refuse_tangents,
     tell_flops,
     top_pairs,
     wide,
@@ -50,6 +51,7 @@ def retrieve(
         not) and differentiable (once) in ``query``, ``keys``, ``weight`` and ``bias``.
     """
     tell_flops()
+    refuse_tangents(query, keys, *(tensor for tensor in (weight, bias) if tensor is not None))
     scores, indices = _retrieve(query, keys, top_k, norm, weight, bias, eps)
     return indices, scores
 

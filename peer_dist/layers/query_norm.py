@@ -165,7 +165,10 @@ class QueryBatchNorm(ExactBuffers):
         x = at_least_float32(query.flatten(1))
         if self.training:
             sums = self._total(torch.cat([x.sum(0), x.new_full((1,), x.shape[0])]))  # filled there: no copy to wait for
-            if x.shape[0] < 2 and int(sums[-1]) == 1:  # where ranks have more, nobody waits for the device
+            tokens = x.shape[0]
+            if tokens < 2 and self.group is not None:  # where ranks have more, nobody waits for the device
+                tokens = int(sums[-1])
+            if tokens == 1:
                 raise ValueError(
                     "batch norm of queries needs more than one token in a training pass; call .eval(), or use "
                     "query_norm='rms'"
