@@ -346,6 +346,30 @@ def test_compiled_where_a_default_device_is_set(device, fresh_compiler):
         assert_same(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_compiled_layer_that_is_recomputed_moves_its_statistics_once(fresh_compiler):
+    layer, twin = LAYERS["query_norm=batch"](), LAYERS["query_norm=batch"]()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        (x,) = inputs(layer)
+        torch.utils.checkpoint.checkpoint(compiled, x, use_reentrant=False).sum().backward()
+        twin(x)
+    assert_same(layer.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+    assert layer.norm.running_mean.abs().max() > 0
+
+
+@every_layer
+def test_built_of_fake_tensors(name):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = LAYERS[name]()
+        layer.reset_parameters()
+        x = torch.empty(3, 4, DIM, requires_grad=True)
+        y = layer(x, *([torch.empty(3, 4, STATE)] if "state" in name or name == "everything" else []))
+        y.sum().backward()
+    assert y.shape == x.grad.shape == (3, 4, DIM)
+
+
 @every_layer
 def test_exported(name):
     layer = LAYERS[name]().eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class Drawn:
 
     def __call__(self) -> None:
         """Draw the weights again."""
-        if self.drawn is None or self.linear.weight.is_meta:
+        if self.drawn is None or not has_numbers(self.linear.weight):
             return
         seed, std = self.drawn
         generator = torch.Generator().manual_seed(seed + self.offset)
@@ -48,6 +50,12 @@ def redraw(module: nn.Module | None, seed: int, std: float) -> None:
     if isinstance(reset, Drawn):
         reset.drawn = seed, std
         reset()
+
+
+def has_numbers(parameter: Tensor) -> bool:
+    """Whether a parameter is more than its shape: not on ``meta``, nor one of torch's fake tensors."""
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    return not parameter.is_meta and not (fakes is not None and isinstance(parameter, fakes.FakeTensor))
 
 
 def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_dist.kernels import ACTIVATIONS, huge_pages
-from peer_dist.layers.initialisation import draws, redraw
+from peer_dist.layers.initialisation import draws, has_numbers, redraw
 from peer_dist.layers.product_key_layer import GATES, ProductKeyLayer, check_choices
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.query_norm import KEY_NORMS, KeyNorm
@@ -158,8 +158,7 @@ class PEER(ProductKeyLayer):
         if tables_of is not None:
             table_dtype = table_dtype or tables_of.down.dtype
             _check_same_tables(tables_of, self.layout, table_dtype)
-        second_moment = activation_second_moment(ACTIVATIONS[activation])
-        self.output_std = math.sqrt(second_moment) if output_std is None else output_std
+        self.output_std = output_std
 
         def linear(width: int, out: int, offset: int, after: tuple[int, ...] = ()) -> nn.Linear:
             return draws(nn.Linear(width, out, bias=False, device=device, dtype=dtype), offset, after)
@@ -191,7 +190,7 @@ class PEER(ProductKeyLayer):
             output_std, seed: as in the class, for this and later calls; by default what they were before. A layer
                 without a seed draws another one each time.
         """
-        if self.keys.is_meta:
+        if not has_numbers(self.keys):
             return
         if output_std is not None:
             self.output_std = output_std
@@ -200,7 +199,8 @@ class PEER(ProductKeyLayer):
         if self.key_norm is not None:
             self.key_norm.reset_parameters()
         second_moment = activation_second_moment(ACTIVATIONS[self.activation])
-        part_std = self.output_std * math.sqrt(0.5) if self.dense_hidden else self.output_std
+        std = math.sqrt(second_moment) if self.output_std is None else self.output_std
+        part_std = std * math.sqrt(0.5) if self.dense_hidden else std
         if self.owns_tables:
             up_std = part_std / math.sqrt(second_moment * self._gate_energy(seed, keys))
             self._draw_rows(self.down, self.dim**-0.5, seed + 1)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peer_dist.layers.initialisation import draws, own_block, redraw, same_on_all, write
+from peer_dist.layers.initialisation import draws, has_numbers, own_block, redraw, same_on_all, write
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.query_norm import QUERY_NORMS, VectorNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
@@ -180,7 +180,7 @@ class ProductKeyLayer(TableModule):
 
     def _draw_rows(self, table: Tensor, std: float, seed: int) -> None:
         """Fill this rank's part of a table from N(0, std^2), in blocks of rows with a generator each."""
-        if table.is_meta:
+        if not has_numbers(table):
             return
         local, offset = own_block(table)
         first_row, first_column = (begin + more for begin, more in zip(self.layout.offset, offset))

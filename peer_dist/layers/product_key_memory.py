@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peer_dist.kernels import huge_pages
+from peer_dist.layers.initialisation import has_numbers
 from peer_dist.layers.product_key_layer import ProductKeyLayer, check_choices
 from peer_dist.sharding import ExpertGroups, Shard, release, routed_values
 from peer_dist.tracing import span
@@ -120,7 +121,7 @@ class ProductKeyMemory(ProductKeyLayer):
             seed: as in the class, for this and later calls; by default what it was before. A layer without a seed draws
                 another one each time.
         """
-        if self.keys.is_meta:
+        if not has_numbers(self.keys):
             return
         seed = self._agreed_seed(seed)
         self._reset_retrieval(seed)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from peer_dist.layers.buffers import ExactBuffers, at_least_float32
 from peer_dist.layers.product_keys import retrieve
-from peer_dist.layers.recomputation import is_recomputation
+from peer_dist.layers.recomputation import in_first_pass, is_recomputation
 from peer_dist.layers.vector_norm import vector_norm
 
 QUERY_NORMS = ("batch", "layer", "rms", "none")
@@ -157,6 +157,8 @@ class QueryBatchNorm(ExactBuffers):
     def _keep(self, mean: Tensor, var: Tensor) -> None:
         # a pass that is not finite is skipped by the optimizer and must not stay here either
         fine = torch.isfinite(mean) & torch.isfinite(var)
+        if torch.compiler.is_compiling():
+            fine &= in_first_pass(mean)
         for running, new in ((self.running_mean, mean), (self.running_var, var)):
             running.lerp_(torch.where(fine, new.to(running.dtype), running), self.momentum)
 
