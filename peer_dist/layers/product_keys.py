@@ -146,7 +146,7 @@ def _like_arguments(
     dscores: Tensor, indices: Tensor, query: Tensor, keys: Tensor, norm: str, weight: Tensor | None, bias: Any, eps: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(x: Tensor | None) -> Tensor:
-        shape, dtype = ((0,), torch.float32) if x is None else (x.shape, x.dtype)
+        shape, dtype = ((), dscores.dtype) if x is None else (x.shape, x.dtype)
         return torch.empty(shape, dtype=dtype, device=query.device)
 
     return like(query), like(keys), like(weight), like(bias)
@@ -168,9 +168,10 @@ def _retrieve_backward(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of ``query``, ``keys``, ``weight`` and ``bias``; empty where there is no such argument."""
-    dquery, dkeys, dweight, dbias = _like_arguments(dscores, indices, query, keys, norm, weight, bias, eps)
-    sums = [torch.zeros(x.shape, dtype=dscores.dtype, device=query.device) for x in (dkeys, dweight, dbias)]
+    """The gradients of ``query``, ``keys``, ``weight`` and ``bias``; a number where there is no such argument."""
+    dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    others = (keys, weight, bias)
+    sums = [torch.zeros(() if x is None else x.shape, dtype=dscores.dtype, device=query.device) for x in others]
     with span("retrieve"):
         for chunk in _chunks(query):
             part = query[chunk]
@@ -182,7 +183,8 @@ def _retrieve_backward(
                 if bias is not None:
                     sums[2] += of_bias
             dquery[chunk] = gradient
-    return dquery, sums[0].to(keys.dtype), sums[1].to(dweight.dtype), sums[2].to(dbias.dtype)
+    dkeys, dweight, dbias = (total.to(dscores.dtype if x is None else x.dtype) for total, x in zip(sums, others))
+    return dquery, dkeys, dweight, dbias
 
 
 differentiable_no_further(_retrieve_backward)
