@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from peer_dist.sharding.blocks import is_dtensor
@@ -78,14 +77,3 @@ def own_block(parameter: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
     _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return parameter.to_local(), tuple(offset)
-
-
-def same_on_all(seed: int, parameter: Tensor) -> int:
-    """The first rank's ``seed``, on all ranks over which ``parameter``, if it is a ``DTensor``, is spread."""
-    if is_dtensor(parameter):
-        mesh = parameter.device_mesh
-        for dim in range(mesh.ndim):
-            group, found = mesh.get_group(dim), [seed]
-            dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)
-            (seed,) = found
-    return seed

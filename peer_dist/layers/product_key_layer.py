@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peer_dist.layers.initialisation import draws, has_numbers, own_block, redraw, same_on_all, write
+from peer_dist.layers.initialisation import draws, has_numbers, own_block, redraw, write
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.query_norm import QUERY_NORMS, VectorNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
-from peer_dist.sharding import ExpertGroups, GridLayout, TableModule, Traffic
+from peer_dist.sharding import ExpertGroups, GridLayout, TableModule, Traffic, agreed_seed
+from peer_dist.sharding.blocks import is_dtensor
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda scores: scores.softmax(-1),
@@ -174,9 +175,12 @@ class ProductKeyLayer(TableModule):
             self._seed = seed
         seed = self._seed
         drawn = int(torch.randint(2**31, (), dtype=torch.int64, device="cpu")) if seed is None else seed
+        groups: list[dist.ProcessGroup] = []
         if self.layout.groups is not None:
-            return self.layout.groups.agreed_seed(seed, drawn)
-        return same_on_all(drawn, self.keys)
+            groups = [self.layout.groups.domain]
+        elif is_dtensor(self.keys):  # by fully_shard
+            groups = self.keys.device_mesh.get_all_groups()
+        return agreed_seed(seed, drawn, groups)
 
     def _draw_rows(self, table: Tensor, std: float, seed: int) -> None:
         """Fill this rank's part of a table from N(0, std^2), in blocks of rows with a generator each."""

@@ -15,6 +15,7 @@ from peer_dist.kernels import (
     differentiable_no_further,
     operator,
     refuse_tangents,
+    table_grad,
     tell_flops,
     top_pairs,
     wide,
@@ -99,14 +100,12 @@ def _score_grads(query: Tensor, keys: Tensor, indices: Tensor, dscores: Tensor, 
     """
     n, half = keys.shape[-2:]
     table = keys.reshape(-1, half)
-    sets = torch.arange(len(table) // n, dtype=torch.int64, device=keys.device).view(
-        -1, 2, 1
-    )  # of sub-keys: [heads or 1, 2, 1]
+    sets = torch.arange(len(table) // n, dtype=torch.int64, device=keys.device).view(-1, 2, 1)  # [heads or 1, 2, 1]
     rows = torch.stack([indices // n, indices % n], 2).add_(sets * n)  # [tokens, heads, 2, top_k]
     picks = Picks.even(rows.flatten(0, 2))
     dpicked = dscores[:, :, None].expand_as(rows).flatten()
     x = query.reshape(-1, half)
-    backend(x, dkeys).table_grad(dpicked, x, picks, dkeys.view_as(table))
+    table_grad(dpicked, x, picks, dkeys.view_as(table))
     dquery: Tensor = backend(dpicked, table).mix(dpicked, table, picks)
     return dquery.view_as(query)
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_dist.kernels import wide
 from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.rounding import random_bits, round_stochastically, stream_key
 from peer_dist.optim.sparse import merge, row_gradient, sum_over_copies
@@ -162,8 +163,7 @@ class TableOptimizer:
             values = grad.values() if self.lazy else grad
             if self._data_parallel_size > 1:
                 values.div_(self._data_parallel_size)
-            wide = torch.promote_types(values.dtype, torch.float32)
-            squares += torch.linalg.vector_norm(values, dtype=wide).square()
+            squares += torch.linalg.vector_norm(values, dtype=wide(values)).square()
             table.grad = grad
         dist.all_reduce(squares)
         return (squares / copies).sqrt()

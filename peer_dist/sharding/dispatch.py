@@ -252,10 +252,9 @@ class _Experts(torch.autograd.Function):
                 transit.start_last_home()
             with span("dispatch"):
                 arrival.wait()
-            y, pre = expert_mix_forward(
+            transit.last, pre = expert_mix_forward(
                 x[part.tokens], plan.picks_of(part), gate[part.picks], down, up, activation, transit.sum_columns("dots")
             )
-            transit.last = y.to(x.dtype)
             pre_of_parts.append(pre)
         ctx.transit, ctx.activation, ctx.sparse_grad = transit, activation, sparse_grad
         ctx.save_for_backward(x, gate, down, up, *pre_of_parts)
@@ -286,11 +285,11 @@ class _Experts(torch.autograd.Function):
             )
             of_parts.append((dgate, dpre, hidden))
             if goes_home:
-                transit.start_home(dx.to(x.dtype), "dx")
+                transit.start_home(dx, "dx")
         dgate, dpre, hidden = (values[0] if len(values) == 1 else torch.cat(values) for values in zip(*of_parts))
         if goes_home:
             with span("combine"):
-                transit.picks = plan.start_picks_to_homes(dgate.to(gate.dtype))
+                transit.picks = plan.start_picks_to_homes(dgate)
         ddown: Tensor | None = None
         dup: Tensor | None = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:

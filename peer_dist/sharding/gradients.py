@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from peer_dist.kernels import wide
 from peer_dist.sharding.blocks import is_dtensor
 from peer_dist.sharding.table_module import TableModule, layouts
 
@@ -50,7 +51,6 @@ def clip_grad_norm_(
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, not {norm_type}")
     known, given = layouts(), _all_of(parameters)
-    wide = torch.float64 if any(parameter.dtype == torch.float64 for parameter in given) else torch.float32
     dense: list[Tensor] = []  # the same on every rank
     spread: dict[Any, tuple[list[dist.ProcessGroup], list[Tensor]]] = {}
     scaled: list[Tensor] = []
@@ -67,7 +67,8 @@ def clip_grad_norm_(
     norms = [_norm(dense, norm_type, foreach, device)]
     for (on, *_), (groups, values) in spread.items():
         norms.append(_norm_over(_norm(values, norm_type, foreach, on), norm_type, groups))
-    total = torch.linalg.vector_norm(torch.stack([norm.to(device, wide) for norm in norms]), norm_type)
+    # of the parameters' dtype: a rank may lack the gradients that others have
+    total = torch.linalg.vector_norm(torch.stack([norm.to(device, wide(*given)) for norm in norms]), norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise RuntimeError(f"the norm of order {norm_type} of the gradients is not finite, so they cannot be clipped")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -128,8 +129,7 @@ def _norm(values: list[Tensor], norm_type: float, foreach: bool | None, device: 
         norms.append(
             get_total_norm([value for value in values if value.dtype.itemsize >= 4], norm_type, False, foreach)
         )
-    wide = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    return torch.linalg.vector_norm(torch.stack([norm.to(device, wide) for norm in norms]), norm_type)
+    return torch.linalg.vector_norm(torch.stack([norm.to(device, wide(*norms)) for norm in norms]), norm_type)
 
 
 def _norm_over(norm: Tensor, norm_type: float, groups: list[dist.ProcessGroup]) -> Tensor:

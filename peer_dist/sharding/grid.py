@@ -131,26 +131,6 @@ class ExpertGroups:
             self._meshes[device_type] = mesh
         return self._meshes[device_type]
 
-    def agreed_seed(self, seed: int | None, drawn: int) -> int:
-        """The seed of all ranks. Collective over the domain.
-
-        Args:
-            seed: which this rank was given; None if it was given none.
-            drawn: which the first rank has if none was given to any.
-
-        Raises:
-            ValueError: on every rank, if they were given different ones.
-        """
-        everyone: list[tuple[int | None, int]] = [(None, 0)] * dist.get_world_size(self.domain)
-        dist.all_gather_object(everyone, (seed, drawn), group=self.domain)
-        given = {rank: each for rank, (each, _) in zip(dist.get_process_group_ranks(self.domain), everyone)}
-        if len(set(given.values())) > 1:
-            raise ValueError(
-                "seed must be the same on all ranks of group, or None on all: "
-                + ", ".join(f"{each} on rank {rank}" for rank, each in given.items())
-            )
-        return everyone[0][1] if seed is None else seed
-
 
 _of_meshes: weakref.WeakKeyDictionary[DeviceMesh, ExpertGroups] = weakref.WeakKeyDictionary()
 
@@ -161,6 +141,30 @@ def _new_groups(mine: list[list[int]]) -> list[dist.ProcessGroup]:
     dist.all_gather_object(everyone, mine)
     made = {ranks: dist.new_group(list(ranks)) for ranks in sorted({tuple(each) for of in everyone for each in of})}
     return [made[tuple(ranks)] for ranks in mine]
+
+
+def agreed_seed(seed: int | None, drawn: int, groups: list[dist.ProcessGroup]) -> int:
+    """The seed of all ranks over which a layer is spread. Collective over the groups, one after the other.
+
+    Args:
+        seed: which this rank was given; None if it was given none.
+        drawn: which the first rank has if none was given to any.
+        groups: a mesh's, by dimension, or a single one; of a layer that is not spread none.
+
+    Raises:
+        ValueError: on every rank of a group, if its ranks were given different ones.
+    """
+    for group in groups:
+        everyone: list[tuple[int | None, int]] = [(None, 0)] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, (seed, drawn), group=group)
+        given = {rank: each for rank, (each, _) in zip(dist.get_process_group_ranks(group), everyone)}
+        if len(set(given.values())) > 1:
+            raise ValueError(
+                "seed must be the same on all ranks, or None on all: "
+                + ", ".join(f"{each} on rank {rank}" for rank, each in given.items())
+            )
+        drawn = everyone[0][1]
+    return drawn if seed is None else seed
 
 
 _Number = TypeVar("_Number", int, Tensor)
