@@ -53,11 +53,12 @@ class PEER(ProductKeyLayer):
     Shared tables (``tables_of``): the layer reads, and gives gradients to, the ``down`` and ``up`` of another layer. It
     does not draw them; the scale of the experts' sum is that which the other layer gave to ``up``.
 
-    Sharding. With ``group`` the rows of ``down`` and ``up`` are spread over its ranks, or rows and columns over
-    those of :class:`peer_dist.sharding.ExpertGroups`, and every rank must call the layer (and its backward)
-    together, with any number of tokens. Table gradients are then those of the SUM of the ranks' losses; divide by
-    the number of ranks where each rank's loss is a mean over its own tokens. All else is replicated: average its
-    gradients as data parallelism does.
+    Sharding. With ``group`` the rows of ``down`` and ``up`` are spread over its ranks, or rows and columns over those
+    of a mesh of two dimensions or of :class:`peer_dist.sharding.ExpertGroups`. Every rank must build the layer, reset
+    it and call it (and its backward) together with the others, with any number of tokens. Table gradients are then
+    those of the SUM of the ranks' losses; divide by the number of ranks where each rank's loss is a mean over its own
+    tokens. All else is replicated: average its gradients as data parallelism does
+    (:func:`peer_dist.exempt_tables` keeps DDP and FSDP off the tables).
 
     Args:
         dim: width of input and output.
@@ -78,7 +79,7 @@ class PEER(ProductKeyLayer):
             experts of another; the same on all ranks. Outputs do not depend on it.
         group: process group over which the tables are row-sharded, or a mesh (rows, or rows and columns), or a grid of
             ranks; None keeps them whole.
-        data_group: ranks that see different tokens, for batch statistics; defaults to ``group``.
+        data_group: ranks that see different tokens, for batch statistics; defaults to all ranks of ``group``.
         output_std: standard deviation of an output component at initialisation.
         table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``, with ``tables_of`` to that layer's.
         sparse_grad: give ``down`` and ``up`` sparse gradients, of the picked rows only (for SparseAdam, say).
@@ -90,13 +91,16 @@ class PEER(ProductKeyLayer):
         device, dtype: as everywhere in torch.
 
     State dict: ``query.weight [heads*key_dim, dim]``, ``keys [2, sqrt(N), key_dim/2]`` (``[heads, 2, ...]``
-    if not shared), ``down`` and ``up`` ``[rows of the shard, its columns]``, the norms', the output gate's
+    if not shared), ``down`` and ``up`` ``[num_experts, dim]``, the norms', the output gate's
     ``gate_in.weight`` and ``gate_out.weight``, the dense block's ``dense_in.weight [dense_hidden, dim]`` and
     ``dense_out.weight [dim, dense_hidden]``, and ``state_query.weight [heads*key_dim, state_size]``. Layers that
-    share tables both list them.
+    share tables both list them. Spread tables are DTensors there, of which each rank holds its rows and columns; they
+    are loaded from DTensors, from whole tables, and from this rank's block.
 
     Raises:
-        ValueError: an impossible size, an unknown option, or tables of another layer that do not fit.
+        ValueError: an impossible size, an unknown option, a mesh that is no grid, ranks with different seeds, or tables
+            of another layer that do not fit.
+        TypeError: ``group`` is none of these, such as a group without this rank.
     """
 
     table_names = ("down", "up")
@@ -184,11 +188,14 @@ class PEER(ProductKeyLayer):
     @torch.no_grad()
     def reset_parameters(self, output_std: float | None = None, seed: int | None = None) -> None:
         """Draw all weights anew, but for another layer's tables; see the class. For a given ``seed`` they are the same
-        in any sharding, and those of the tables on devices of one model, which draw them.
+        in any sharding, and those of the tables on devices of one model, which draw them. On meta nothing is drawn.
 
         Args:
             output_std, seed: as in the class, for this and later calls; by default what they were before. A layer
                 without a seed draws another one each time.
+
+        Raises:
+            ValueError: ranks over which the layer is spread were given different seeds.
         """
         if not has_numbers(self.keys):
             return
@@ -269,6 +276,7 @@ class PEER(ProductKeyLayer):
         Raises:
             ValueError: an input of another width, or on another device than the layer; no state, where one is needed;
                 one token in all under batch norm in training.
+            NotImplementedError: an export to ONNX, or a forward-mode derivative.
         """
         tokens = self._tokens(x)
         with span("retrieve"):

@@ -54,10 +54,12 @@ class ProductKeyMemory(ProductKeyLayer):
         device, dtype: as everywhere in torch.
 
     State dict: ``query.weight [heads*key_dim, dim]`` if projected, ``keys [heads, 2, sqrt(N), key_dim/2]``
-    (``[2, ...]`` if shared), ``values`` ``[rows of the shard, its columns]`` and the norm's.
+    (``[2, ...]`` if shared), ``values`` ``[num_values, dim]``, a DTensor if it is spread, and the norm's.
 
     Raises:
-        ValueError: an impossible size, an unknown option, or options that exclude each other.
+        ValueError: an impossible size, an unknown option, options that exclude each other, a mesh that is no grid, or
+            ranks with different seeds.
+        TypeError: as in :class:`peer_dist.PEER`.
     """
 
     rows_name = "num_values"
@@ -115,11 +117,14 @@ class ProductKeyMemory(ProductKeyLayer):
     @torch.no_grad()
     def reset_parameters(self, seed: int | None = None) -> None:
         """Draw all weights anew; see the class. For a given ``seed`` they are the same in any sharding, and those of
-        the table on devices of one model, which draw them.
+        the table on devices of one model, which draw them. On meta nothing is drawn.
 
         Args:
             seed: as in the class, for this and later calls; by default what it was before. A layer without a seed draws
                 another one each time.
+
+        Raises:
+            ValueError: ranks over which the layer is spread were given different seeds.
         """
         if not has_numbers(self.keys):
             return
@@ -152,6 +157,7 @@ class ProductKeyMemory(ProductKeyLayer):
         Raises:
             ValueError: an input of another width, or on another device than the layer; one token in all under batch
                 norm in training.
+            NotImplementedError: an export to ONNX, or a forward-mode derivative.
         """
         tokens = self._tokens(x)
         with span("retrieve"):
