@@ -326,7 +326,19 @@ def test_compiled_by_inductor(fresh_compiler):
     assert_same(results(layer, inputs(layer), compiled), want, rtol=1e-5, atol=1e-6)
 
 
-@every_layer
+@pytest.mark.parametrize(
+    "name",
+    [
+        "peer",
+        "query_norm=batch",
+        "query_norm=layer",
+        "key_norm=rms",
+        "sparse_grad=True",
+        "everything",
+        "memory",
+        "memory, dense",
+    ],
+)
 def test_compiled_in_autocast(name, fresh_compiler):
     layer = LAYERS[name]()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

@@ -317,6 +317,17 @@ def test_a_second_derivative_is_refused(backend):
             grad.sum().backward(retain_graph=True)
 
 
+def test_picks_are_worked_out_once_for_operators_that_share_them():
+    picks, _ = case(9, 20, 30, 6, torch.float32, 3)
+    with picks.shared():
+        assert Picks.of(picks.offsets[:], picks.expert[:]) is picks
+        assert Picks.of(picks.offsets, picks.expert.clone()) is not picks
+        with Picks(picks.offsets, picks.expert).shared():
+            assert Picks.of(picks.offsets, picks.expert) is not picks
+        assert Picks.of(picks.offsets, picks.expert) is picks
+    assert Picks.of(picks.offsets, picks.expert) is not picks
+
+
 def test_the_native_backend_is_built_here_and_missed_nowhere(monkeypatch, tmp_path):
     """It compiles into the user's cache; without a compiler, or with a broken one, MKL serves."""
     picks, (x, gate, down, up) = case(9, 20, 30, 6, torch.float32, 3)

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.allocation import huge_pages
-from peer_dist.kernels.operator import differentiable, differentiable_no_further, operator, refuse_tangents, tell_flops
+from peer_dist.kernels.custom_ops import (
+    differentiable,
+    differentiable_no_further,
+    operator,
+    refuse_tangents,
+    tell_flops,
+)
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -249,7 +255,7 @@ def _expert_mix(
     sparse_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     with span("experts"):
-        y, pre = backend(x, down, up).forward(x.contiguous(), Picks(offsets, expert), gate, down, up, activation)
+        y, pre = backend(x, down, up).forward(x.contiguous(), Picks.of(offsets, expert), gate, down, up, activation)
         return y.to(x.dtype), pre.to(wide(x, gate, down, up))
 
 
@@ -276,7 +282,7 @@ def _expert_mix_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with span("experts"):
-        picks = Picks(offsets, expert)
+        picks = Picks.of(offsets, expert)
         dx, dgate, dpre, hidden = backend(x, down, up).backward(
             dy.contiguous(), x.contiguous(), picks, pre, gate, down, up, activation
         )
@@ -292,7 +298,7 @@ def _expert_mix_backward(
 )
 def _value_mix(gate: Tensor, values: Tensor, offsets: Tensor, expert: Tensor, sparse_grad: bool) -> Tensor:
     with span("experts"):
-        return backend(gate, values).mix(gate, values, Picks(offsets, expert)).to(wide(gate, values))
+        return backend(gate, values).mix(gate, values, Picks.of(offsets, expert)).to(wide(gate, values))
 
 
 @operator(
@@ -302,7 +308,7 @@ def _value_mix(gate: Tensor, values: Tensor, offsets: Tensor, expert: Tensor, sp
 )
 def _dots(x: Tensor, table: Tensor, offsets: Tensor, expert: Tensor) -> Tensor:
     with span("experts"):
-        return backend(x, table).dots(x.contiguous(), table, Picks(offsets, expert)).to(wide(x, table))
+        return backend(x, table).dots(x.contiguous(), table, Picks.of(offsets, expert)).to(wide(x, table))
 
 
 @operator(
@@ -317,7 +323,7 @@ def _table_grads(
     with span("experts"):
         sums = [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
         ops = backend(xs[0], xs[0].new_empty((0, xs[0].shape[1]), dtype=dtype))
-        grads: list[Tensor] = ops.table_grads(sums, Picks(offsets, expert), rows, dtype=dtype)
+        grads: list[Tensor] = ops.table_grads(sums, Picks.of(offsets, expert), rows, dtype=dtype)
         return grads
 
 
@@ -341,7 +347,7 @@ def _sparse_table_grads(
     with span("experts"):
         sums = [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
         ops = backend(xs[0], xs[0].new_empty((0, xs[0].shape[1]), dtype=dtype))
-        touched, grads = ops.sparse_table_grads(sums, Picks(offsets, expert), rows, dtype=dtype)
+        touched, grads = ops.sparse_table_grads(sums, Picks.of(offsets, expert), rows, dtype=dtype)
         return [touched, *grads]
 
 
@@ -377,11 +383,12 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _backward_of_experts(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     tell_flops()
     x, offsets, expert, gate, down, up, pre = ctx.saved_tensors
-    dx, dgate, dpre, hidden = _expert_mix_backward(dy, x, offsets, expert, pre, gate, down, up, ctx.activation)
     ddown: Tensor | None = None
     dup: Tensor | None = None
-    if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-        ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], offsets, expert, down, ctx.sparse_grad)
+    with Picks(offsets, expert).shared():
+        dx, dgate, dpre, hidden = _expert_mix_backward(dy, x, offsets, expert, pre, gate, down, up, ctx.activation)
+        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+            ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], offsets, expert, down, ctx.sparse_grad)
     return dx, None, None, dgate, ddown, dup, None, None
 
 
@@ -394,10 +401,11 @@ def _backward_of_values(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tell_flops()
     gate, values, offsets, expert = ctx.saved_tensors
     dgate = dvalues = None
-    if ctx.needs_input_grad[0]:
-        dgate = _dots(dy, values, offsets, expert).to(gate.dtype)
-    if ctx.needs_input_grad[1]:
-        (dvalues,) = _grads_of_tables([gate], [dy], offsets, expert, values, ctx.sparse_grad)
+    with Picks(offsets, expert).shared():
+        if ctx.needs_input_grad[0]:
+            dgate = _dots(dy, values, offsets, expert).to(gate.dtype)
+        if ctx.needs_input_grad[1]:
+            (dvalues,) = _grads_of_tables([gate], [dy], offsets, expert, values, ctx.sparse_grad)
     return dgate, dvalues, None, None, None
 
 

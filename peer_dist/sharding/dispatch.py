@@ -268,32 +268,34 @@ class _Experts(torch.autograd.Function):
         x, gate, down, up, *pre_of_parts = ctx.saved_tensors
         dy, arrivals = transit.take_rows()
         goes_home = ctx.needs_input_grad[0]
-        of_parts: list[tuple[Tensor, Tensor, Tensor]] = []  # dgate, dpre, hidden
-        for part, arrival, pre in zip(plan.parts, arrivals, pre_of_parts):
-            with span("dispatch"):
-                arrival.wait()
-            dx, dgate, dpre, hidden = expert_mix_backward(
-                dy[part.tokens],
-                x[part.tokens],
-                plan.picks_of(part),
-                pre,
-                gate[part.picks],
-                down,
-                up,
-                ctx.activation,
-                transit.sum_columns("ddots"),
-            )
-            of_parts.append((dgate, dpre, hidden))
-            if goes_home:
-                transit.start_home(dx, "dx")
-        dgate, dpre, hidden = (values[0] if len(values) == 1 else torch.cat(values) for values in zip(*of_parts))
-        if goes_home:
-            with span("combine"):
-                transit.picks = plan.start_picks_to_homes(dgate)
         ddown: Tensor | None = None
         dup: Tensor | None = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            ddown, dup = expert_table_grads(dpre, hidden, x, dy, plan.all_picks(), down, ctx.sparse_grad)
+        picks = plan.all_picks()
+        of_parts: list[tuple[Tensor, Tensor, Tensor]] = []  # dgate, dpre, hidden
+        with picks.shared():  # by the only part, if there is one
+            for part, arrival, pre in zip(plan.parts, arrivals, pre_of_parts):
+                with span("dispatch"):
+                    arrival.wait()
+                dx, dgate, dpre, hidden = expert_mix_backward(
+                    dy[part.tokens],
+                    x[part.tokens],
+                    plan.picks_of(part),
+                    pre,
+                    gate[part.picks],
+                    down,
+                    up,
+                    ctx.activation,
+                    transit.sum_columns("ddots"),
+                )
+                of_parts.append((dgate, dpre, hidden))
+                if goes_home:
+                    transit.start_home(dx, "dx")
+            dgate, dpre, hidden = (values[0] if len(values) == 1 else torch.cat(values) for values in zip(*of_parts))
+            if goes_home:
+                with span("combine"):
+                    transit.picks = plan.start_picks_to_homes(dgate)
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, ctx.sparse_grad)
         return (edge if goes_home else None), ddown, dup, None, None, None
 
 

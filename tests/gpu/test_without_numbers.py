@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peer_dist.kernels as package
 from peer_dist import PEER
 from peer_dist.kernels import Picks, reference
-from peer_dist.kernels.operator import functions
+from peer_dist.kernels.custom_ops import functions
 from peer_dist.layers import product_keys
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
 from peer_dist.optim import TableOptimizer, TableRule
