@@ -664,6 +664,22 @@ def optimizers_case(rank, ranks):
             found = {name for name, value in state.items() if isinstance(value, DTensor)}
             assert found == names
             assert all(state[name].shape == (EXPERTS, DIM) for name in names)
+
+    class Nested(torch.optim.Optimizer):
+        """Somebody's own, which keeps its states in dictionaries and lists."""
+
+        def step(self):
+            for table in self.param_groups[0]["params"]:
+                self.state[table].setdefault("of", {"mean": torch.ones_like(table), "past": [torch.zeros_like(table)]})
+
+    optimizer = Nested(tables, {})
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        assert all(isinstance(value, DTensor) for value in (state["of"]["mean"], *state["of"]["past"]))
+    optimizer.load_state_dict(saved)
+    assert type(optimizer.state[tables[0]]["of"]["past"][0]) is torch.Tensor
+
     model = Model(dist.group.WORLD)
     rows = model.peer.layout.rows
     optimizer = torch.optim.Adafactor([model.peer.down])

@@ -91,10 +91,12 @@ def _numbered(optimizer: Optimizer, state_dict: _State) -> Iterator[tuple[Any, n
     return zip(numbers, parameters)
 
 
-def _changed(state: _State, layout: GridLayout, change: Callable[..., Tensor]) -> _State:
-    return {
-        name: change(value, layout, f"the optimizer's {name!r}")
-        if isinstance(value, Tensor) and value.dim() > 0
-        else value
-        for name, value in state.items()
-    }
+def _changed(state: Any, layout: GridLayout, change: Callable[..., Tensor], name: str = "") -> Any:
+    """A state with its tensors changed, those in dictionaries and lists of the optimizer's own included."""
+    if isinstance(state, dict):
+        return {key: _changed(value, layout, change, str(key)) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_changed(value, layout, change, name) for value in state]
+    if isinstance(state, Tensor) and state.dim() > 0:
+        return change(state, layout, f"the optimizer's {name!r}")
+    return state
