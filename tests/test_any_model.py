@@ -703,6 +703,22 @@ def test_initialisation_under_fully_sharded_data_parallelism():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Outputs.
+
+
+@every_layer
+def test_outputs_are_no_views(name):
+    """As a linear map's are not: what is added in place to a view would lose the hooks that FSDP2 puts on outputs."""
+    layer = LAYERS[name]()
+    x, *state = inputs(layer)
+    y = layer(x, *state)
+    assert not y._is_view()
+    want = results(layer, (x, *state), lambda *arguments: layer(*arguments) + x)
+    assert_same(results(layer, (x, *state), lambda *arguments: layer(*arguments).add_(x)), want)
+    assert not layer(x.detach().flatten(0, 1), *(each.flatten(0, 1) for each in state))._is_view()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Refusals.
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -20,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -374,6 +377,91 @@ def test_wrappers_are_refused(sparse):
     run_ranks(wrappers_case, 2, sparse)
 
 
+def roots_case(rank, ranks):
+    """The layer itself is wrapped, whose tables DDP calls by two names; or torch's checkpointing of it is."""
+    whole = PEER(DIM, 8**2, 2, 3, 4, "rms", seed=1)  # as many rows on both ranks: nothing but numbers would tell
+    x = torch.stack(batch(0)).float()
+    whole(x).sum().backward()
+    for wrap in (
+        lambda layer: layer,
+        checkpoint_wrapper,
+        nn.Sequential,
+        lambda layer: nn.Sequential(checkpoint_wrapper(layer)),
+    ):
+        layer = PEER(DIM, 8**2, 2, 3, 4, "rms", group=dist.group.WORLD, seed=1)
+        model, before, rows = (
+            wrap(layer),
+            layer.down.detach().clone(),
+            slice(layer.layout.rows.start, layer.layout.rows.stop),
+        )
+        peer_dist.exempt_tables(model)
+        model = DistributedDataParallel(model)
+        assert torch.equal(layer.down, before)
+        model(x[rank::ranks]).sum().backward()
+        torch.testing.assert_close(layer.down.grad, whole.down.grad[rows], rtol=1e-5, atol=1e-5)
+        weights = get_model_state_dict(model)
+        assert sum(isinstance(value, DTensor) for value in weights.values()) == 2
+        set_model_state_dict(model, weights)
+
+
+def test_tables_of_the_wrapped_module_itself_are_exempt():
+    run_ranks(roots_case, 2)
+
+
+def zero_redundancy_case(rank, ranks):
+    model, tables, _ = wrapped(grid(1))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.0)
+    before = tables[0].detach().clone()
+    model(torch.stack(batch(0)[rank::ranks])).sum().backward()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer .* an optimizer of their own"):
+            optimizer.step()
+    assert torch.equal(tables[0], before)
+    mine = {id(table) for table in tables}
+    dense = ZeroRedundancyOptimizer([p for p in model.parameters() if id(p) not in mine], torch.optim.SGD, lr=0.1)
+    dense.step()
+
+
+def test_zero_redundancy_optimizer_is_refused():
+    run_ranks(zero_redundancy_case, 2)
+
+
+def alike_case(rank, ranks):
+    """What is not finite on one rank alone stops all of them, or scales the gradients of all."""
+    for value in (math.nan, math.inf):
+        for part in ("first.bias", "peer.down"):
+            model = Model(grid(1))
+            gradients(model, ranks, rank)
+            if rank == 1:
+                model.get_parameter(part).grad.view(-1)[0] = value
+            with pytest.raises(RuntimeError, match="not finite"):
+                peer_dist.clip_grad_norm_(model, 1.0, error_if_nonfinite=True)
+            assert not peer_dist.clip_grad_norm_(model, 1.0).isfinite()
+
+
+def test_ranks_stop_together():
+    run_ranks(alike_case, 2)
+
+
+def scaler_case(rank, ranks):
+    model, _, optimizer = wrapped(grid(1))
+    scaler = ShardedGradScaler("cpu", init_scale=8.0)
+    scaler.scale(model(torch.stack(batch(0)[rank::ranks])).square().mean()).backward()
+    if rank == 1:
+        model.module.peer.down.grad[0, 0] = math.inf
+    scaler.unscale_(optimizer)
+    peer_dist.clip_grad_norm_(model, 1.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_overflow_on_one_rank_stops_the_step_on_all():
+    run_ranks(scaler_case, 2)
+
+
 def fsdp_case(rank, ranks, flat):
     model = Model(grid(1))
     tables = peer_dist.exempt_tables(model)
@@ -381,6 +469,9 @@ def fsdp_case(rank, ranks, flat):
         model = FullyShardedDataParallel(
             model, device_id=torch.device("cpu"), ignored_states=tables, use_orig_params=True
         )
+        for parameters in (model, model.parameters()):
+            with pytest.raises(ValueError, match=r"FSDP1.* use fully_shard"):
+                peer_dist.clip_grad_norm_(parameters, 1.0)
         return train_without_clipping(model, adamw(model), tables, rank, ranks)
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)), ignored_params=set(tables))
     optimizer = adamw(model)
@@ -577,6 +668,22 @@ def optimizers_case(rank, ranks):
             found = {name for name, value in state.items() if isinstance(value, DTensor)}
             assert found == names
             assert all(state[name].shape == (EXPERTS, DIM) for name in names)
+
+    class Nested(torch.optim.Optimizer):
+        """Somebody's own, which keeps its states in dictionaries and lists."""
+
+        def step(self):
+            for table in self.param_groups[0]["params"]:
+                self.state[table].setdefault("of", {"mean": torch.ones_like(table), "past": [torch.zeros_like(table)]})
+
+    optimizer = Nested(tables, {})
+    optimizer.step()
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        assert all(isinstance(value, DTensor) for value in (state["of"]["mean"], *state["of"]["past"]))
+    optimizer.load_state_dict(saved)
+    assert type(optimizer.state[tables[0]]["of"]["past"][0]) is torch.Tensor
+
     model = Model(dist.group.WORLD)
     rows = model.peer.layout.rows
     optimizer = torch.optim.Adafactor([model.peer.down])

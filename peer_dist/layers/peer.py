@@ -296,7 +296,7 @@ class PEER(ProductKeyLayer):
         )
         if self.output_gate:
             y = self.gate_out(y * F.silu(self.gate_in(tokens)))
-        return y.to(x.dtype).view_as(x)
+        return self._shaped(y.to(x.dtype), x)
 
     def _dense_hidden(self, tokens: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](self.dense_in(tokens))

@@ -126,6 +126,14 @@ class ProductKeyLayer(TableModule):
             raise ValueError(f"{type(self).__name__} runs on {' and '.join(DEVICES[:2])} devices, not on {x.device}")
         return x.reshape(-1, self.dim)
 
+    @staticmethod
+    def _shaped(y: Tensor, x: Tensor) -> Tensor:
+        """The output ``y [tokens, dim]`` in the shape of ``x``; no view, as no linear map's is.
+
+        What is computed in place on a view loses the hooks that wrappers (FSDP2) put on an output.
+        """
+        return torch.ops.aten._unsafe_view(y, x.shape)
+
     def _pick(self, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Indices and gates ``[tokens, heads, top_k]`` for queries ``[tokens, heads, key_dim]`` before their norm."""
         if isinstance(self.norm, VectorNorm):

@@ -169,7 +169,7 @@ class ProductKeyMemory(ProductKeyLayer):
         y = routed_values(
             indices.flatten(1), gates.flatten(1), self.values, x.dtype, self.layout, self.traffic, self.sparse_grad
         )
-        return y.view_as(x)
+        return self._shaped(y, x)
 
     def extra_repr(self) -> str:
         """The options that printing a model shows."""

@@ -44,13 +44,18 @@ def clip_grad_norm_(
         The norm before clipping, a scalar in at least float32.
 
     Raises:
-        ValueError: ``norm_type`` is not above 0.
+        ValueError: ``norm_type`` is not above 0, or a parameter is a part of FSDP1's.
         RuntimeError: the norm is not finite, with ``error_if_nonfinite``; on every rank.
     """
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, not {norm_type}")
     known, given = layouts(), _all_of(parameters)
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in given):
+        raise ValueError(
+            "the parameters of FullyShardedDataParallel (FSDP1) do not say which part of them this rank has: use "
+            "fully_shard (FSDP2), or the wrapper's own clip_grad_norm_ where no tables are spread"
+        )
     dense: list[Tensor] = []  # the same on every rank
     spread: dict[Any, tuple[list[dist.ProcessGroup], list[Tensor]]] = {}
     scaled: list[Tensor] = []
@@ -66,7 +71,9 @@ def clip_grad_norm_(
             dense += values
     norms = [_norm(dense, norm_type, foreach, device)]
     for (on, *_), (groups, values) in spread.items():
-        norms.append(_norm_over(_norm(values, norm_type, foreach, on), norm_type, groups))
+        norm, other = _norm(values, norm_type, foreach, on), norms[0].to(on)
+        # what is not finite on one rank alone, the others must know of too: else it would stop, and they wait for it
+        norms.append(_norm_over(torch.where(other.isfinite(), norm, other), norm_type, groups))
     # of the parameters' dtype: a rank may lack the gradients that others have
     total = torch.linalg.vector_norm(torch.stack([norm.to(device, wide(*given)) for norm in norms]), norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):

@@ -8,6 +8,7 @@ becomes local at that step.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -41,6 +42,7 @@ def install(layouts: Callable[[], dict[int, GridLayout]]) -> None:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if optimizer in _hooked:
         return
+    _refuse_zero_redundancy(optimizer)
     _hooked.add(optimizer)
     optimizer.register_state_dict_post_hook(_give_dtensors)
     optimizer.register_load_state_dict_pre_hook(_take_dtensors)
@@ -48,6 +50,19 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for parameter, state in optimizer.state.items():
         if id(parameter) in layouts:
             optimizer.state[parameter] = _changed(state, layouts[id(parameter)], block_of)
+
+
+def _refuse_zero_redundancy(optimizer: Optimizer) -> None:
+    """It lets one rank step each parameter, and broadcasts that rank's: of a table, other rows."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None or not isinstance(optimizer, module.ZeroRedundancyOptimizer):
+        return
+    layouts = _layouts()
+    if any(id(parameter) in layouts for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "ZeroRedundancyOptimizer would give every rank one rank's block of a table spread over ranks: give the "
+            "tables, peer_dist.exempt_tables(model), an optimizer of their own"
+        )
 
 
 def _give_dtensors(optimizer: Optimizer, state_dict: _State) -> _State:
@@ -76,10 +91,12 @@ def _numbered(optimizer: Optimizer, state_dict: _State) -> Iterator[tuple[Any, n
     return zip(numbers, parameters)
 
 
-def _changed(state: _State, layout: GridLayout, change: Callable[..., Tensor]) -> _State:
-    return {
-        name: change(value, layout, f"the optimizer's {name!r}")
-        if isinstance(value, Tensor) and value.dim() > 0
-        else value
-        for name, value in state.items()
-    }
+def _changed(state: Any, layout: GridLayout, change: Callable[..., Tensor], name: str = "") -> Any:
+    """A state with its tensors changed, those in dictionaries and lists of the optimizer's own included."""
+    if isinstance(state, dict):
+        return {key: _changed(value, layout, change, str(key)) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_changed(value, layout, change, name) for value in state]
+    if isinstance(state, Tensor) and state.dim() > 0:
+        return change(state, layout, f"the optimizer's {name!r}")
+    return state

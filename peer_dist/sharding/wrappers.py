@@ -33,8 +33,10 @@ def exempt_tables(model: nn.Module) -> list[nn.Parameter]:
     tables: dict[int, nn.Parameter] = {}
     for prefix, module in _table_modules(model, remove_duplicate=False):
         if module.layout.spread:
-            names += [f"{prefix}{name}" for name in module.tables()]
+            names += [name for table in module.tables() for name in _names_for_ddp(prefix, table)]
             tables |= {id(table): table for table in module.tables().values()}
+    # torch's wrapper of checkpointing hides its own name from named_parameters, by which DDP broadcasts
+    names += [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in tables]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(dict.fromkeys(names)))
     return list(tables.values())
 
@@ -68,6 +70,11 @@ def _table_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[
             yield f"{name}." if name else "", module
 
 
+def _names_for_ddp(prefix: str, table: str) -> list[str]:
+    """What DDP calls a table: that of the wrapped module itself ``.down`` to average it, ``down`` to broadcast it."""
+    return [prefix + table] if prefix else [table, f".{table}"]
+
+
 def _check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Refuse a wrapper at the moment at which it takes the model."""
     if child is None:
@@ -76,7 +83,8 @@ def _check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         ignored = getattr(child, _IGNORED, ())
         for prefix, module in _table_modules(child):
             for table, parameter in module.tables().items():
-                mine = table in module._parameters and prefix + table not in ignored
+                told = all(name in ignored for name in _names_for_ddp(prefix, table))
+                mine = table in module._parameters and not told
                 if mine and (module.layout.spread or (module.sparse_grad and parameter.requires_grad)):
                     raise ValueError(refusal("DistributedDataParallel", prefix + table, module))
     elif "torch.distributed.fsdp" in sys.modules:
