@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from peer_dist import PEER, ProductKeyMemory
+from peer_dist.kernels import mkl, native
 from peer_dist.layers.recurrence import RouterCore, RouterState
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
 from peer_dist.sharding import ExpertGroups
@@ -257,6 +258,19 @@ def test_autocast(name, dtype):
     torch.testing.assert_close(
         got["y"].flatten(0, 1)[tokens], want["y"].flatten(0, 1)[tokens], rtol=0, atol=32 * rounding * scale
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernels", [["mkl"], []], ids=str)
+def test_autocast_of_other_kernels(kernels, dtype, monkeypatch):
+    """Those in plain torch, of whose operations autocast knows some, are out of its sight too."""
+    monkeypatch.setattr(native, "available", lambda *tensors: False)
+    monkeypatch.setattr(native, "searches", lambda *arguments: False)
+    if not kernels:
+        monkeypatch.setattr(mkl, "available", lambda *tensors: False)
+    layer = LAYERS["memory, dense"]()  # without a linear map, whose bits autocast would take
+    got, _ = in_autocast(layer, inputs(layer), dtype)
+    assert_same(got, results(layer, inputs(layer)))
 
 
 def sharded_autocast(rank, world_size, columns):
