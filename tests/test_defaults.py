@@ -33,12 +33,12 @@ from peer_dist.evaluation.generate import generate
 from peer_dist.evaluation.loading import load_model, open_text
 from peer_dist.evaluation.scoring import Request, score
 from peer_dist.evaluation.usage_report import HeadUsage
+from peer_dist.kernels import row_gradient
 from peer_dist.measures.held_out import held_out_loss, make_micro_batch, unigram_loss
 from peer_dist.measures.usage import ExpertUsage, share_histogram
 from peer_dist.measures.usage_map import usage_map
 from peer_dist.megatron import sparse_layers
 from peer_dist.optim import TableOptimizer, TableRule
-from peer_dist.optim.sparse import row_gradient
 from peer_dist.optim.tables import KINDS
 from peer_dist.planning.construct import RankModel, build_rank
 from tests.ranks import run_ranks

@@ -16,7 +16,6 @@ from peer_dist.kernels import (
     Picks,
     allocation,
     expert_mix,
-    mix,
     mkl,
     native,
     reference,
@@ -207,7 +206,7 @@ def test_the_two_halves_of_any_backend(backend):
     picks, (x, weight, table, out) = case(30, 20, 9, 12, torch.float32, 6)
     x, weight, table, out = (value.detach() for value in (x, weight, table, out))
     want = torch.zeros(30, 20).index_add(0, picks.token, weight[:, None] * table[picks.expert])
-    torch.testing.assert_close(mix(weight, table, picks), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(value_mix(weight, table, picks), want, rtol=1e-5, atol=1e-5)
     want = out.index_add(0, picks.expert, weight[:, None] * x[picks.token])
     table_grad(weight, x, picks, out)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)

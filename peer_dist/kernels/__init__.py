@@ -13,13 +13,7 @@ from torch import Tensor
 
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.allocation import huge_pages
-from peer_dist.kernels.custom_ops import (
-    differentiable,
-    differentiable_no_further,
-    operator,
-    refuse_tangents,
-    tell_flops,
-)
+from peer_dist.kernels.custom_ops import differentiable, differentiable_no_further, operator
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -36,11 +30,9 @@ __all__ = [
     "expert_mix_forward",
     "expert_table_grads",
     "huge_pages",
-    "mix",
     "operator",
-    "refuse_tangents",
+    "row_gradient",
     "table_grad",
-    "tell_flops",
     "top_pairs",
     "value_mix",
     "value_table_grad",
@@ -86,8 +78,6 @@ def expert_mix(
     Returns:
         ``[tokens, dim]`` in ``x``'s dtype. Differentiable (once) in ``x``, ``gate``, ``down`` and ``up``.
     """
-    tell_flops()
-    refuse_tangents(x, gate, down, up)
     return _expert_mix(x, picks.offsets, picks.expert, gate, down, up, activation, sparse_grad)[0]
 
 
@@ -163,11 +153,6 @@ def expert_table_grads(
     return ddown, dup
 
 
-def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
-    """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``, at least float32."""
-    return value_mix(weight, table, picks)
-
-
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]``, at least float32."""
     return _dots(x, table, picks.offsets, picks.expert)
@@ -185,8 +170,6 @@ def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = Fa
     Returns:
         ``[tokens, dim]`` in at least float32.
     """
-    tell_flops()
-    refuse_tangents(gate, values)
     return _value_mix(gate, values, picks.offsets, picks.expert, sparse_grad)
 
 
@@ -203,7 +186,7 @@ def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, spa
 
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
-    """``out_e += sum over picks of row e of w_i x_t``, the gradient of :func:`mix`, in a fixed order of the sum.
+    """``out_e += sum over picks of row e of w_i x_t``, the gradient of :func:`value_mix`, in a fixed order of the sum.
 
     Args:
         weight: ``[picks]``.
@@ -212,6 +195,19 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
         out: ``[rows, dim]``, at least float32; a table that is small beside the number of picks.
     """
     backend(x, out).table_grad(weight, x, picks, out)
+
+
+def row_gradient(rows: Tensor, values: Tensor, size: int) -> Tensor:
+    """The gradient ``[size, columns]`` with ``values [touched, columns]`` at distinct ascending ``rows [touched]``."""
+    return torch.sparse_coo_tensor(
+        rows[None],
+        values,
+        (size, values.shape[1]),
+        dtype=values.dtype,
+        device=values.device,
+        is_coalesced=True,
+        check_invariants=False,
+    )
 
 
 def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -311,6 +307,14 @@ def _dots(x: Tensor, table: Tensor, offsets: Tensor, expert: Tensor) -> Tensor:
         return backend(x, table).dots(x.contiguous(), table, Picks.of(offsets, expert)).to(wide(x, table))
 
 
+def _backend_and_sums(
+    weights: list[Tensor], xs: list[Tensor], dtype: torch.dtype
+) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """What computes the gradients of tables of this dtype, and what of."""
+    table = xs[0].new_empty((0, xs[0].shape[1]), dtype=dtype)
+    return backend(xs[0], table), [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
+
+
 @operator(
     "table_grads(Tensor[] weights, Tensor[] xs, Tensor offsets, Tensor expert, SymInt rows, ScalarType dtype) "
     "-> Tensor[]",
@@ -321,8 +325,7 @@ def _table_grads(
     weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, rows: int, dtype: torch.dtype
 ) -> list[Tensor]:
     with span("experts"):
-        sums = [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
-        ops = backend(xs[0], xs[0].new_empty((0, xs[0].shape[1]), dtype=dtype))
+        ops, sums = _backend_and_sums(weights, xs, dtype)
         grads: list[Tensor] = ops.table_grads(sums, Picks.of(offsets, expert), rows, dtype=dtype)
         return grads
 
@@ -345,20 +348,19 @@ def _sparse_table_grads(
     weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, rows: int, dtype: torch.dtype
 ) -> list[Tensor]:
     with span("experts"):
-        sums = [(weight, x.contiguous()) for weight, x in zip(weights, xs)]
-        ops = backend(xs[0], xs[0].new_empty((0, xs[0].shape[1]), dtype=dtype))
+        ops, sums = _backend_and_sums(weights, xs, dtype)
         touched, grads = ops.sparse_table_grads(sums, Picks.of(offsets, expert), rows, dtype=dtype)
         return [touched, *grads]
 
 
-for _op in (_expert_mix_backward, _dots, _table_grads, _sparse_table_grads):
-    differentiable_no_further(_op)
+for _name in ("expert_mix_backward", "dots", "table_grads", "sparse_table_grads"):
+    differentiable_no_further(_name)
 
 
 class _Halves:
     """The two products, for :func:`peer_dist.kernels.reference.by_halves`."""
 
-    dots, mix = staticmethod(dots), staticmethod(mix)
+    dots, mix = staticmethod(dots), staticmethod(value_mix)
 
 
 def _grads_of_tables(
@@ -370,8 +372,7 @@ def _grads_of_tables(
         grads: list[Tensor] = _table_grads(weights, xs, offsets, expert, rows, dtype)
         return grads
     touched, *some = _sparse_table_grads(weights, xs, offsets, expert, rows, dtype)
-    form: dict[str, Any] = {"dtype": dtype, "device": table.device, "is_coalesced": True, "check_invariants": False}
-    return [torch.sparse_coo_tensor(touched[None], grad, table.shape, **form) for grad in some]
+    return [row_gradient(touched, grad, rows) for grad in some]
 
 
 def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -381,7 +382,6 @@ def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _backward_of_experts(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    tell_flops()
     x, offsets, expert, gate, down, up, pre = ctx.saved_tensors
     ddown: Tensor | None = None
     dup: Tensor | None = None
@@ -398,7 +398,6 @@ def _keep_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_of_values(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    tell_flops()
     gate, values, offsets, expert = ctx.saved_tensors
     dgate = dvalues = None
     with Picks(offsets, expert).shared():
@@ -409,5 +408,5 @@ def _backward_of_values(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dgate, dvalues, None, None, None
 
 
-differentiable(_expert_mix, _keep_experts, _backward_of_experts)
-differentiable(_value_mix, _keep_values, _backward_of_values)
+differentiable("expert_mix", _keep_experts, _backward_of_experts)
+differentiable("value_mix", _keep_values, _backward_of_values)

@@ -28,8 +28,7 @@ def operator(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Register the function below as ``torch.ops.peer_dist.<name>``, for tensors of any device.
 
-    It runs with autocast off: what it computes in is its own decision. Until :func:`differentiable` is called for it,
-    differentiating it is refused.
+    It runs with autocast off: what it computes in is its own decision. It refuses forward-mode derivatives.
 
     Args:
         schema: as torch writes it: ``name(Tensor x, int k) -> Tensor``. Results are new tensors.
@@ -37,7 +36,7 @@ def operator(
         flops: floating-point operations from the arguments with shapes in the place of tensors.
 
     Returns:
-        The operator, which is called with the schema's arguments in their order.
+        What calls the operator, with the schema's arguments in their order.
     """
     name = schema.partition("(")[0]
 
@@ -45,37 +44,45 @@ def operator(
         functions[name] = function
         _library.define(schema)
         _library.impl(name, untraced(_without_autocast(function)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"peer_dist::{name}", _telling(fake), lib=_library)
+        torch.library.register_fake(f"peer_dist::{name}", fake, lib=_library)
         if flops is not None:
             _flops[name] = flops
-        return getattr(torch.ops.peer_dist, name).default
+        op = getattr(torch.ops.peer_dist, name).default
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                _tell_flops()
+                _refuse_tangents(args)
+            return op(*args)
+
+        return call
 
     return register
 
 
-def differentiable(op: Any, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+def differentiable(name: str, save: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Give an operator its gradient.
 
     Args:
+        name: of the operator.
         save: keeps in ``ctx`` (given as ``ctx, inputs, output`` by keyword) what ``backward`` needs.
         backward: ``ctx`` and the results' gradients to the arguments' gradients, by operators that torch can trace.
     """
-    torch.library.register_autograd(op.name(), backward, setup_context=save, lib=_library)
+    torch.library.register_autograd(f"peer_dist::{name}", backward, setup_context=save, lib=_library)
 
 
-def differentiable_no_further(op: Any) -> None:
+def differentiable_no_further(name: str) -> None:
     """Let an operator that computes gradients refuse to be differentiated itself, instead of giving none."""
 
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{op.name()} has no gradient: the layers of peer_dist can be differentiated once")
+        raise RuntimeError(f"peer_dist::{name} has no gradient: the layers of peer_dist can be differentiated once")
 
-    torch.library.register_autograd(op.name(), backward, lib=_library)
+    torch.library.register_autograd(f"peer_dist::{name}", backward, lib=_library)
 
 
-def tell_flops() -> None:
+def _tell_flops() -> None:
     """Tell torch's FLOP counter of the operators, if it is in use: importing it takes a while where Triton is."""
-    if torch.compiler.is_compiling():
-        return
     if _flops and "torch.utils.flop_counter" in sys.modules:
         from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
@@ -92,27 +99,15 @@ def tell_flops() -> None:
                 counter.flop_registry.update(told)
 
 
-def refuse_tangents(*tensors: Tensor) -> None:
-    """Refuse forward-mode differentiation, in which an operator would lose the tangents and say nothing.
-
-    Raises:
-        NotImplementedError: a tensor has a tangent.
-    """
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def _refuse_tangents(args: tuple[Any, ...]) -> None:
+    """Refuse forward-mode differentiation, in which an operator would lose the tangents and say nothing."""
+    if forward_ad._current_level < 0:
         return
+    tensors = (value for value in args if isinstance(value, Tensor))
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
             "the layers of peer_dist have no forward-mode derivative (jvp, jacfwd, dual numbers); use reverse mode"
         )
-
-
-def _telling(fake: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(fake)
-    def call(*args: Any) -> Any:
-        tell_flops()  # whoever compiles meets this first
-        return fake(*args)
-
-    return call
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

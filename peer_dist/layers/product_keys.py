@@ -14,9 +14,7 @@ from peer_dist.kernels import (
     differentiable,
     differentiable_no_further,
     operator,
-    refuse_tangents,
     table_grad,
-    tell_flops,
     top_pairs,
     wide,
 )
@@ -51,8 +49,6 @@ def retrieve(
         Expert numbers ``[tokens, heads, top_k]`` int64 and their scores, best first, in at least float32 (autocast or
         not) and differentiable (once) in ``query``, ``keys``, ``weight`` and ``bias``.
     """
-    tell_flops()
-    refuse_tangents(query, keys, *(tensor for tensor in (weight, bias) if tensor is not None))
     scores, indices = _retrieve(query, keys, top_k, norm, weight, bias, eps)
     return indices, scores
 
@@ -186,7 +182,7 @@ def _retrieve_backward(
     return dquery, dkeys, dweight, dbias
 
 
-differentiable_no_further(_retrieve_backward)
+differentiable_no_further("retrieve_backward")
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -209,4 +205,4 @@ def _backward(ctx: Any, dscores: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     )
 
 
-differentiable(_retrieve, _keep, _backward)
+differentiable("retrieve", _keep, _backward)

@@ -6,21 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_dist.kernels import row_gradient
 from peer_dist.sharding.grid import first_of
-
-
-def row_gradient(rows: Tensor, values: Tensor, size: int) -> Tensor:
-    """The gradient ``[size, columns]`` with ``values [touched, columns]`` at distinct ascending ``rows [touched]``."""
-    shape = (size, values.shape[1])
-    return torch.sparse_coo_tensor(
-        rows[None],
-        values,
-        shape,
-        dtype=values.dtype,
-        device=values.device,
-        is_coalesced=True,
-        check_invariants=False,
-    )
 
 
 def merge(grad: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peer_dist.kernels import wide
+from peer_dist.kernels import row_gradient, wide
 from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.rounding import random_bits, round_stochastically, stream_key
-from peer_dist.optim.sparse import merge, row_gradient, sum_over_copies
+from peer_dist.optim.sparse import merge, sum_over_copies
 
 KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
 

@@ -30,7 +30,6 @@ from peer_dist.kernels import (
     expert_mix_backward,
     expert_mix_forward,
     expert_table_grads,
-    mix,
     value_mix,
     value_table_grad,
 )
@@ -309,7 +308,7 @@ class _Values(torch.autograd.Function):
         plan = transit.plan
         with span("dispatch"):
             received = plan.picks_at_owners(plan.start_picks_to_owners(gate))
-        transit.last = mix(received, values, plan.all_picks()).to(dtype)
+        transit.last = value_mix(received, values, plan.all_picks()).to(dtype)
         ctx.transit, ctx.sparse_grad = transit, sparse_grad
         ctx.save_for_backward(received, values)
         return values.new_empty(0, dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -79,8 +79,8 @@ def clip_grad_norm_(
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise RuntimeError(f"the norm of order {norm_type} of the gradients is not finite, so they cannot be clipped")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for values in _by(lambda value: value.device, scaled):
-        torch._foreach_mul_(values, factor.to(values[0].device))
+    for on in {value.device for value in scaled}:
+        torch._foreach_mul_([value for value in scaled if value.device == on], factor.to(on))
     return total
 
 
@@ -148,10 +148,3 @@ def _norm_over(norm: Tensor, norm_type: float, groups: list[dist.ProcessGroup]) 
     for group in groups:
         dist.all_reduce(total, op, group=group)
     return total if math.isinf(norm_type) else total ** (1 / norm_type)
-
-
-def _by(key: Callable[[Tensor], Any], values: list[Tensor]) -> list[list[Tensor]]:
-    groups: dict[Any, list[Tensor]] = {}
-    for value in values:
-        groups.setdefault(key(value), []).append(value)
-    return list(groups.values())
