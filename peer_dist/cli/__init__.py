@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperCommand
 
 from peer_dist.cli import checkpoints, data, planning, results, runs
-from peer_dist.ranks.exit_codes import MISTAKE
+from peer_dist.mistake import Mistake, printable
+from peer_dist.output import check_results, messages, outlast_readers
 
 app = typer.Typer(
     name="peer-dist",
@@ -69,24 +70,20 @@ app.command()(runs.doctor)
 
 def main() -> None:
     """Run a command; a mistake of the user is reported in one sentence, with exit code 2."""
+    outlast_readers()
     try:
-        app(standalone_mode=True)
-    except Exception as error:
-        if not _is_users(error):
+        try:
+            app(standalone_mode=True)
+        except SystemExit as end:
+            if not end.code:
+                check_results()
             raise
+    except Mistake as error:
         names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
         rank = next((os.environ[name] for name in names if name in os.environ), "0")
         if rank != "0" and type(error).__name__ != "WorldError":
             # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)
         where = f" (rank {rank})" if rank != "0" else ""
-        Console(stderr=True).print(f"[red]error{where}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise SystemExit(getattr(error, "exit_code", MISTAKE)) from None
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether the message alone says what to do. Looked up by name: importing the classes would take seconds."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return not names.isdisjoint(
-        {"ConfigError", "DataError", "CheckpointError", "WorldError", "LockError", "SubmitError", "KindError"}
-    )
+        messages().print(Text.assemble((f"error{where}:", "red"), f" {printable(str(error))}"))
+        raise SystemExit(error.exit_code) from None

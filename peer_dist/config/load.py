@@ -13,13 +13,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from peer_dist.config.schema import Config
+from peer_dist.mistake import Mistake
 
 Tree = dict[str, Any]
 
 SHIPPED = Path(__file__).parents[1] / "configs"  # in a clone a link to the folder that lies beside the package
 
 
-class ConfigError(ValueError):
+class ConfigError(Mistake, ValueError):
     """A configuration that cannot be run. Its message says what is wrong, where, and what to do."""
 
 

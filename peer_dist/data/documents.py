@@ -15,13 +15,15 @@ from typing import IO, Protocol, cast
 
 import zstandard
 
+from peer_dist.mistake import Mistake
+
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 MAX_DOCUMENT = 16384
 _BLOCK = 1 << 20
 _UNSOUND = (gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
-class DataError(ValueError):
+class DataError(Mistake, ValueError):
     """A text or prepared data set cannot be used; the message says what is wrong, where, and what to do."""
 
 

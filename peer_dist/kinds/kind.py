@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypeVa
 
 from peer_dist.kinds.cost import FLOAT, Parts, Shape
 from peer_dist.kinds.section import Section
+from peer_dist.mistake import Mistake
 
 if TYPE_CHECKING:
     from megatron.core.transformer import ModuleSpec
@@ -31,7 +32,7 @@ Mode = Literal["flops", "params"]
 LARGEST = 1 << 24  # where the search for a size ends
 
 
-class KindError(ImportError):
+class KindError(Mistake, ImportError):
     """A kind of layer of another package that cannot be used; the message says which, and what to do."""
 
 

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from peer_dist.mistake import Mistake
 from peer_dist.ranks.rank_zero import from_every_rank, on_rank_zero
 
 from .model import chunks_of, shards_of
@@ -51,7 +52,7 @@ State = dict[str, Any]
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Mistake, RuntimeError):
     """A checkpoint cannot be written or read; the message says why in one sentence."""
 
 

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from peer_dist.mistake import Mistake
 from peer_dist.ranks.rank_zero import on_rank_zero
 
 
-class CacheError(RuntimeError):
+class CacheError(Mistake, RuntimeError):
     """Megatron's index of a data set cannot be built or read. Raised by every rank of the process group."""
 
 

@@ -9,8 +9,10 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from peer_dist.mistake import Mistake
 
-class WorldError(RuntimeError):
+
+class WorldError(Mistake, RuntimeError):
     """The ranks that were started do not fit the machine or each other; the message says what to change."""
 
 

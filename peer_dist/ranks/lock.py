@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 
 from peer_dist.machine import process_space, process_start
+from peer_dist.mistake import Mistake
 from peer_dist.ranks.rank_zero import on_rank_zero
 
 NAME = "run.lock"
@@ -54,7 +55,7 @@ def run_lock(folder: str | os.PathLike[str], rank: int) -> Iterator[RunLock | No
         yield lock if rank == 0 else None
 
 
-class LockError(RuntimeError):
+class LockError(Mistake, RuntimeError):
     """Another run writes to the folder; the message names it."""
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Literal
 
 from peer_dist.config import Config, ConfigError, check_folders, check_world, find_config, load_config
+from peer_dist.mistake import Mistake
 
 Runtime = Literal["pyxis", "apptainer"]
 
 
-class SubmitError(RuntimeError):
+class SubmitError(Mistake, RuntimeError):
     """The job cannot be submitted as asked; the message says what to change."""
 
 

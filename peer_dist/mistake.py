@@ -1,0 +1,41 @@
+"""What a person can mend: the base of every error that the commands report as one sentence."""
+
+from __future__ import annotations
+
+
+class Mistake(Exception):
+    """Something that a person can mend. The message is one sentence: what is wrong, where, and what to do.
+
+    Attributes:
+        exit_code: of a command that ends by it.
+    """
+
+    exit_code = 2
+
+
+def in_words(error: BaseException | str, most: int = 200) -> str:
+    """Another library's error as a part of a sentence: its first lines in one, without control characters, cut.
+
+    Args:
+        error: the error, or its text.
+        most: number of characters.
+    """
+    text = error if isinstance(error, str) else str(error) or type(error).__name__
+    text = printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def printable(text: str) -> str:
+    """``text`` with what a terminal would obey, or no encoding can write, spelled out: ``\\x1b``, ``\\ud800``."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_spelled(char) if _obeyed(char) else char for char in text)
+
+
+def _obeyed(char: str) -> bool:
+    code = ord(char)
+    return (code < 32 and char not in "\n\t") or 127 <= code < 160 or 0xD800 <= code < 0xE000
+
+
+def _spelled(char: str) -> str:
+    return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
