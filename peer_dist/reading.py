@@ -106,6 +106,11 @@ def parse_yaml(text: str, source: str, raises: type[Mistake], advice: str = "") 
             raise raises(f"{source}: is not valid YAML{where}: {problem}{end}") from None
 
 
+def as_yaml(value: Any) -> str:
+    """A YAML text that :func:`parse_yaml`, and readers of YAML 1.1 too, read as ``value``."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
 def _yaml_value(text: str) -> Any:
     _check_depth(text)
     loader = _Loader(text)
@@ -268,6 +273,10 @@ class _Loader(yaml.SafeLoader):
         return {key.value: self.construct_object(value) for key, value in node.value}
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes strings that it or :class:`_Loader` would read as something else."""
+
+
 def _shown(node: yaml.Node) -> str:
     """A node as it is written, for a sentence."""
     return f"{node.value:.40}" if isinstance(node, yaml.ScalarNode) else "what is there"
@@ -299,7 +308,8 @@ _PLAIN = {
     "merge": (r"<<", ["<"]),
 }
 for _name, (_pattern, _first) in _PLAIN.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+    for _user in (_Loader, _Dumper):
+        _user.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 

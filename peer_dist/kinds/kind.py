@@ -29,8 +29,6 @@ S = TypeVar("S")
 Mode = Literal["flops", "params"]
 """What two models may have in common: FLOPs of a token, or parameters."""
 
-LARGEST = 1 << 24  # where the search for a size ends
-
 
 class KindError(Mistake, ImportError):
     """A kind of layer of another package that cannot be used; the message says which, and what to do."""
