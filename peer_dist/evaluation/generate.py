@@ -35,7 +35,7 @@ def generate(
 
     Args:
         tokens: how many to draw for each; an end-of-document token ends a text earlier.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0, or what a float32 cannot divide them by, takes the most likely token.
         top_k: draw among this many most likely tokens only; 0: among all.
         top_p: and of those among the most likely that together have this probability; 1: among all.
         seed: of the draws of each prompt.
@@ -72,6 +72,9 @@ def generate(
         yield [text.add(token, last=not left) for text, token in zip(texts, drawn.tolist())]
         if all(text.ended for text in texts):
             return
+
+
+_COLDEST = 1e-30  # a logit over less may be more than a float32 holds
 
 
 class _Text:
@@ -183,7 +186,7 @@ def _mask(first: Tensor, seen: int, width: int) -> Tensor | None:
 
 def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: torch.Generator) -> int:
     """A token by its ``logits [vocab]``; see :func:`generate`."""
-    if temperature == 0:
+    if temperature < _COLDEST:
         return int(logits.argmax())
     logits = logits / temperature
     if 0 < top_k < len(logits):
