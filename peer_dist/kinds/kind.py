@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from peer_dist.kinds.cost import FLOAT, Parts, Shape
+from peer_dist.kinds.section import LARGEST as LARGEST  # for kinds of other packages
 from peer_dist.kinds.section import Section
 from peer_dist.mistake import Mistake
 

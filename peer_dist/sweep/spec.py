@@ -74,7 +74,8 @@ class SweepFile(Section):
         """Refuse a file that contradicts itself."""
         if bool(self.budgets) == (self.tokens is not None):
             raise ValueError("give exactly one of budgets and tokens")
-        runs = math.prod(map(len, (self.models, self.sizes, self.variants, self.seeds, self.budgets or [None])))
+        sizes = (len(self.models), len(self.sizes), len(self.variants), len(self.seeds), len(self.budgets) or 1)
+        runs = math.prod(sizes)
         if self.tune:
             runs += (len(self.tune.seeds) or 1) * sum(map(len, self.tune.learning_rates.values()))
         if runs > _MOST_RUNS:
