@@ -14,6 +14,7 @@ from peer_dist.config import ConfigError
 from peer_dist.data.documents import DataError
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.evaluation.loading import LoadedModel
+from peer_dist.kinds.section import shown
 from peer_dist.megatron import Decoder
 
 
@@ -120,6 +121,9 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     Raises:
         DataError: the file cannot be read or holds none.
     """
+    for prompt in prompts:  # bytes of a command line that are no UTF-8 come as halves of surrogate pairs
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise DataError(f"--prompt {shown(prompt)}: is no text in UTF-8")
     if file is None:
         return list(prompts) or [""]
     try:
