@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from peer_dist.cli.options import whole
+
 
 def prepare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Prefix of the files to write.")],
@@ -18,10 +20,10 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="'byte', or a tokenizer.json of Hugging Face.")] = "byte",
     train_bpe: Annotated[
         int | None,
-        typer.Option(help="First learn a byte-level BPE vocabulary of this size.", show_default=False),
+        whole(1, 1 << 24, "First learn a byte-level BPE vocabulary of this size.", show_default=False),
     ] = None,
     max_document: Annotated[
-        int, typer.Option(help="Characters after which a .txt is cut into documents, at blank lines.")
+        int, whole(1, 1 << 31, "Characters after which a .txt is cut into documents, at blank lines.")
     ] = 16384,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing data set.")] = False,
 ) -> None:
