@@ -469,9 +469,7 @@ def test_weights_must_match() -> None:
 
 
 def test_missing_and_damaged_sets(tmp_path: Path, shared: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"none\.bin: .* make one with `peer-dist prepare FILE\.{3} --output .*none`"
-    ):
+    with pytest.raises(DataError, match=r"none\.bin: .* make one with `peer-dist prepare FILE\.{3} --output .*none`"):
         stream_of(tmp_path / "none")
     for ending in (".bin", ".idx", ".json", ".tokenizer.json"):
         shutil.copy(f"{shared}{ending}", f"{tmp_path / 'set'}{ending}")

@@ -21,7 +21,7 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the tokens' dtype,
 _MAGIC = b"MMIDIDX\0\0"
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # by Megatron's codes
 _BLOCK, _BLOCKS = 1 << 16, 1 << 10  # bytes of a block of .bin, and how many are read of a file that has more
-_CHUNK = 1 << 20  # documents looked at together
+_CHUNK = 1 << 16  # documents looked at together: what stays in cache
 _AGAIN = "copy it again, or prepare the data again"
 
 
@@ -120,14 +120,14 @@ def _check_index(path: str, index: TokenIndex, tokens: int) -> str:
     """The digest of ``PREFIX.idx``, whose documents must lie one after the other and fill ``PREFIX.bin``."""
     documents, place = len(index.lengths), 0
     for first in range(0, documents, _CHUNK):
-        lengths = index.lengths[first : first + _CHUNK].astype(np.int64)
-        if (lengths < 0).any():
+        lengths, begins = index.lengths[first : first + _CHUNK], index.pointers[first : first + _CHUNK]
+        if int(lengths.min()) < 0:
             at = int((lengths < 0).argmax())
             raise _damaged(path, f"document {first + at} has a length of {lengths[at]} tokens")
-        after = place + np.cumsum(lengths * index.dtype.itemsize)
-        wrong = index.pointers[first : first + _CHUNK] != np.concatenate([[place], after[:-1]])
-        if wrong.any():
-            raise _damaged(path, f"document {first + int(wrong.argmax())} does not begin where the one before it ends")
+        after = begins + np.multiply(lengths, index.dtype.itemsize, dtype=np.int64)
+        if int(begins[0]) != place or not np.array_equal(begins[1:], after[:-1]):
+            at = 0 if int(begins[0]) != place else 1 + int((begins[1:] != after[:-1]).argmax())
+            raise _damaged(path, f"document {first + at} does not begin where the one before it ends")
         place = int(after[-1])
     if place != tokens * index.dtype.itemsize:
         raise _damaged(path, f"its documents have {place // index.dtype.itemsize} tokens where {tokens} were written")
@@ -160,6 +160,21 @@ def _check_tokens(path: str, index: TokenIndex, tokens: int, vocab_size: int) ->
                     path, f"token {begin // itemsize + at} is {int(ids[at])}, and the vocabulary has {vocab_size} ids"
                 )
     return digest.hexdigest()
+
+
+def holds_tokens(prefix: str, documents: int, fingerprint: str) -> bool:
+    """Whether ``PREFIX.bin`` holds the tokens of a fingerprint, their SHA-256 as int32.
+
+    A file of more than 64 MiB is not read for that, and is believed: this is for sets that earlier versions made.
+    """
+    path, dtype = f"{prefix}.bin", open_index(prefix, documents).dtype
+    digest = hashlib.sha256()
+    with reading(path, DataError, advice=_AGAIN), open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size > _BLOCK * _BLOCKS:
+            return True
+        while block := file.read(1 << 22):
+            digest.update(np.frombuffer(block, dtype.newbyteorder("<")).astype("<i4").tobytes())
+    return digest.hexdigest() == fingerprint
 
 
 def _blocks(size: int, itemsize: int) -> list[int]:

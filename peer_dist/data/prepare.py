@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from peer_dist.data.documents import MAX_DOCUMENT, DataError, cut, input_files, read_documents
-from peer_dist.data.files import open_index, sound_digests
+from peer_dist.data.files import holds_tokens, open_index, sound_digests
 from peer_dist.data.tokenizer import MOST_TOKENS, TextTokenizer, file_digest, load_tokenizer
 from peer_dist.data.tokenizer import train_bpe as learn_bpe
 from peer_dist.megatron.indexed_data import IndexedWriter
@@ -137,12 +137,14 @@ def read_prepared(prefix: str | os.PathLike[str]) -> PreparedSet:
     """
     summary = describe_prepared(prefix)
     digests = content_digests(os.fspath(prefix), summary)
-    for ending, digest in (summary.digests or {}).items():
-        if digest != digests[ending]:
-            raise DataError(
-                f"{prefix}{ending}: does not hold what was written, by its digest in {prefix}.json; copy it again, or "
-                "prepare the data again"
-            )
+    changed = [ending for ending, digest in (summary.digests or {}).items() if digest != digests[ending]]
+    if summary.digests is None and not holds_tokens(os.fspath(prefix), summary.documents, summary.fingerprint):
+        changed = [".bin"]
+    if changed:
+        raise DataError(
+            f"{prefix}{changed[0]}: does not hold what was written, by its digest in {prefix}.json; copy it again, or "
+            "prepare the data again"
+        )
     return summary
 
 
@@ -200,6 +202,13 @@ def _write(
     paths: list[Path], prefix: Path, tokenizer: TextTokenizer, max_document: int, progress: Progress
 ) -> PreparedSet:
     """Write the four files of a data set under ``prefix``, and return its description."""
+    tokenizer.save(f"{prefix}.tokenizer.json")
+    again = load_tokenizer(f"{prefix}.tokenizer.json")
+    if (again.eod, again.content) != (tokenizer.eod, tokenizer.content):
+        raise DataError(
+            f"{tokenizer.name}: its tokens get other ids when it is saved and loaded again; number them from 0 without "
+            "holes"
+        )
     task = progress.add_task("tokenize", total=_total(paths), note="")
     documents = tokens = 0
     digest = hashlib.sha256()
@@ -228,7 +237,6 @@ def _write(
             raise DataError(f"no text in {', '.join(map(str, paths))}; there is nothing to prepare")
         if tokens == documents:
             raise DataError(f"the tokenizer {tokenizer.name} has no token for any of the text; use another one")
-    tokenizer.save(f"{prefix}.tokenizer.json")
     summary = PreparedSet(
         documents=documents,
         tokens=tokens,
