@@ -289,10 +289,13 @@ def _load_plain(path: str, mmap_mode: str | None = None, allow_pickle: bool = Fa
         name = os.path.basename(path)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{name} is no file")
-        version = np.lib.format.read_magic(file)
+        try:
+            version = np.lib.format.read_magic(file)
+            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        except Exception:  # of many kinds, with texts about Python's parser
+            raise ValueError(f"{name} does not begin as an array's file") from None
         if version != (1, 0):
             raise ValueError(f"{name} is of another version")
-        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype.str not in ("<i4", "<i8", "<u4") or columns_first or not 1 <= len(shape) <= 2:
             raise ValueError(f"{name} holds no order of sequences but {dtype} {shape}")
         size = dtype.itemsize
