@@ -904,6 +904,15 @@ def test_broken_tokenizers(
     assert capfd.readouterr().err == ""  # where the library says that it panicked
 
 
+def test_padding_and_truncation_are_left_out(tmp_path: Path) -> None:
+    """However many tokens a file asks for."""
+    padding = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": 2**32, "pad_token": "x"}
+    truncation = {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    parts = {"padding": padding | {"pad_id": 0, "pad_type_id": 0}, "truncation": truncation}
+    model = {"type": "BPE", "vocab": END | {"a": 1, "b": 2}, "merges": []}
+    assert load_tokenizer(tokenizer_file(tmp_path / "t.json", model, **parts)).encode("aba") == [1, 2, 1]
+
+
 def test_tokenizers_without_a_token_for_the_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     unknown = {"type": "WordLevel", "vocab": END | {"some": 1}, "unk_token": "[UNK]"}

@@ -171,6 +171,8 @@ def _check_file(tree: Any, name: str) -> None:
 
 def _probe(tokenizer: Tokenizer) -> None:
     """Find a part that cannot work at all, such as a table of characters that is none, before it meets a long text."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()  # to any number of tokens
     with suppress(Exception):  # at a text that it has no tokens for; a panic is none, and passes
         tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids)
 
