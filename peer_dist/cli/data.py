@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from peer_dist.cli.options import whole
 
@@ -29,10 +28,10 @@ def prepare(
 ) -> None:
     """Turn text into the token files that training reads (Megatron's .bin and .idx)."""
     from peer_dist.data.prepare import prepare as run
+    from peer_dist.output import messages
 
-    console = Console(stderr=True)
+    console = messages()
     prepared = run(inputs or None, output, tokenizer, train_bpe, max_document, force=force, console=console)
     console.print(
-        f"{output}: {prepared.documents:,} documents, {prepared.tokens:,} tokens, vocabulary {prepared.vocab_size:,}",
-        highlight=False,
+        f"{output}: {prepared.documents:,} documents, {prepared.tokens:,} tokens, vocabulary {prepared.vocab_size:,}"
     )
