@@ -57,10 +57,10 @@ def read_hardware(folder):
 def read_data(folder):
     """As a run opens its data, and some of what it reads."""
     from peer_dist.config.schema import DataConfig
-    from peer_dist.data.stream import open_data
+    from peer_dist.data.stream import check_data, open_data
 
     config = DataConfig(prefix=str(folder / "text"))
-
+    check_data(config, 32, 5)
     streams = open_data(config, 32, 5)
     streams.train.batch(range(4))
     streams.validation.batch(range(2))
