@@ -177,7 +177,7 @@ def run_sweep(
         while True:
             for ended in slots.reap():
                 row, outcome = ended.outcome(stopping)
-                console.print(f"{ended.run.name}: {outcome}", highlight=False, soft_wrap=True)
+                console.print(f"{ended.run.name}: {outcome}")
                 if row is not None:
                     _finish(ended.folder, row, sweep.file.keep_checkpoints)
                     rows |= finished(sweep)  # read again: other tasks of a job array finish runs too
@@ -201,10 +201,10 @@ def run_sweep(
     blocked = [] if stopping else [name for name in undone if name not in failed]
     for names, state in ((failed, "failed"), (blocked, "not started, for want of their model's trials")):
         if names:
-            console.print(f"{len(names)} {state}: {', '.join(names)}", highlight=False, soft_wrap=True)
+            console.print(f"{len(names)} {state}: {', '.join(names)}")
     if stopping and undone:
         console.print(f"stopped with {len(undone)} of {len(runs)} runs to do; the same command goes on")
-    console.print(f"results: {sweep.folder / RESULTS}", highlight=False, soft_wrap=True)
+    console.print(f"results: {sweep.folder / RESULTS}")
     return FAILED if failed or blocked else STOPPED if undone else DONE
 
 
@@ -238,7 +238,7 @@ def _take_settled(sweep: Sweep, waiting: list[Run], rows: dict[str, Row]) -> Run
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -394,7 +394,7 @@ def _print_choice(sweep: Sweep, run: Run, rows: dict[str, Row], console: Console
     """After a model's last trial, print the learning rates that were chosen."""
     choice = choose_rates(sweep, run.model, rows) if run.trial is not None else None
     if choice is not None:
-        console.print(f"{run.model}: {choice}", highlight=False, soft_wrap=True)
+        console.print(f"{run.model}: {choice}")
 
 
 def _gpus() -> list[str]:
