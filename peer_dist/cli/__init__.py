@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from peer_dist import output
 from peer_dist.cli import checkpoints, data, planning, results, runs
 from peer_dist.mistake import Mistake
+from peer_dist.ranks.signals import end_with_torchrun
 
 app = typer.Typer(
     name="peer-dist",
@@ -70,6 +71,7 @@ app.command()(runs.doctor)
 def main() -> None:
     """Run a command; a mistake of the user is reported in one sentence, with exit code 2."""
     output.outlast_readers()
+    end_with_torchrun()
     try:
         try:
             app(standalone_mode=True)
