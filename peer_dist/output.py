@@ -53,8 +53,9 @@ class _Outlasting(io.RawIOBase):
     may have room again later: it is tried again with the next words.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self.lost, self._gone = descriptor, "", False
+    def __init__(self, descriptor: int, closed: bool = False) -> None:
+        self._descriptor, self._gone = descriptor, closed
+        self.lost = os.strerror(errno.EBADF) if closed else ""
 
     def write(self, data: Any, /) -> int:
         size = len(memoryview(data).cast("B"))
@@ -96,11 +97,13 @@ def outlast_readers() -> None:
     Standard descriptors that are closed are opened to nothing: the next file to be opened would otherwise get one, and
     what a library prints would be written into it.
     """
+    closed = []
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError as error:
             if error.errno == errno.EBADF:
+                closed.append(descriptor)
                 null = os.open(os.devnull, os.O_RDWR)
                 if null != descriptor:  # pragma: no cover - the lowest free one is taken
                     os.dup2(null, descriptor)
@@ -108,7 +111,7 @@ def outlast_readers() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None or (name not in _streams and _descriptor(stream) == descriptor):
-            raw = _streams[name] = _Outlasting(descriptor)
+            raw = _streams[name] = _Outlasting(descriptor, descriptor in closed)
             line_buffering = name == "stderr" or raw.isatty()
             encoding = getattr(stream, "encoding", None) or "utf-8"
             buffer = io.BufferedWriter(raw)
