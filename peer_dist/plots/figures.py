@@ -143,7 +143,7 @@ def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
     figure, panels = _panels(2)
     axes = (("experts used (%)", "usage_percent"), ("unevenness (nats)", "unevenness"))
     for panel, (name, field) in zip(panels, axes):
-        for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
+        for own, look in zip(lines.values(), _looks(list(lines)).values()):
             points = _means(own, lambda row: float(row.num_experts or 0), attrgetter(field))
             _errorbar(panel, points, look)
         # neither can be negative: with few seeds intervals would be most of the figure
@@ -165,7 +165,7 @@ def loss_by_picks(rows: Sequence[Row]) -> Figure | None:
     if not lines:
         return None
     figure, (panel,) = _panels(1)
-    for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
+    for own, look in zip(lines.values(), _looks(list(lines)).values()):
         _errorbar(panel, _means(own, lambda row: float(row.active_experts or 0), loss_of), look)
     _log_axis(panel, {str(row.active_experts): row.active_experts or 0 for own in lines.values() for row in own})
     panel.set(xlabel="experts per token h·k", ylabel=_LOSS)
