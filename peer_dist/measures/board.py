@@ -54,7 +54,7 @@ class Board:
             OSError: it cannot be written.
         """
         self._written_at = time.monotonic()
-        if self._started and not self._path.exists():  # somebody has removed it
+        if self._started and not os.path.exists(self._path):  # somebody has removed it
             waiting, self._waiting = self._waiting, []
             self._begin()
             self._waiting += waiting
