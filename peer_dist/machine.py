@@ -162,6 +162,17 @@ def _start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+def ancestors() -> list[tuple[int, list[str]]]:
+    """Process id and command line of this process's parent, of that one's parent and so on, as far as they are seen."""
+    import psutil
+
+    found: list[tuple[int, list[str]]] = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            found.append((process.pid, process.cmdline()))
+    return found
+
+
 def process_space() -> str:
     """A name for the space in which process ids are unique: this boot of the kernel and the pid namespace in it.
 

@@ -7,6 +7,7 @@ prompts are shown as they are. Colours are given as styles (``console.print(text
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -15,10 +16,12 @@ import sys
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 from peer_dist.mistake import Mistake, printable
 
 _PATIENCE = 5.0  # seconds for which a stream that takes nothing is waited for, where it says so instead of blocking
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutputError(Mistake, OSError):
@@ -26,35 +29,53 @@ class OutputError(Mistake, OSError):
 
 
 class _Console(Console):
-    """A console that shows text as it is."""
+    """A console that shows text as it is, also in the cells, titles and headings of tables."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich's, with control characters of texts spelled out."""
-        super().print(*(printable(thing) if isinstance(thing, str) else thing for thing in objects), **options)
+        super().print(*(_spelled(thing) if isinstance(thing, Text) else thing for thing in objects), **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich's, with control characters spelled out."""
+        return super().render_str(printable(text), **options)
+
+
+def _spelled(text: Text) -> Text:
+    """``text`` with control characters spelled out, in its style as a whole if there are some."""
+    plain = printable(text.plain)
+    return text if plain == text.plain else Text(plain, text.style)
 
 
 class _Outlasting(io.RawIOBase):
-    """Writes to a descriptor as long as that works; when it no longer does, ``lost`` says why.
+    """Writes to a descriptor as long as that works; ``lost`` says why words were lost, when some were.
 
-    A reader that has gone (``| head -1``), a terminal that was closed or a full disk is no reason to end a run.
+    A reader that has gone (``| head -1``), a terminal that was closed or a full disk is no reason to end a run. A disk
+    may have room again later: it is tried again with the next words.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self.lost = descriptor, ""
+    def __init__(self, descriptor: int, closed: bool = False) -> None:
+        self._descriptor, self._gone = descriptor, closed
+        self.lost = os.strerror(errno.EBADF) if closed else ""
 
     def write(self, data: Any, /) -> int:
         size = len(memoryview(data).cast("B"))
-        if self.lost:
+        if self._gone:
             return size
         try:
             return os.write(self._descriptor, data)
         except BlockingIOError:
-            if select.select([], [self._descriptor], [], _PATIENCE)[1]:
-                return 0
-            self.lost = f"nothing was taken for {_PATIENCE:.0f} s"
+            with contextlib.suppress(OSError, ValueError):
+                poll = select.poll()  # select() knows no descriptors above 1023
+                poll.register(self._descriptor, select.POLLOUT)
+                if poll.poll(_PATIENCE * 1e3):
+                    return 0
+            self._lose(f"nothing was taken for {_PATIENCE:.0f} s")
         except OSError as error:
-            self.lost = error.strerror or str(error)
+            self._lose(error.strerror or str(error), error.errno not in _FULL)
         return size
+
+    def _lose(self, why: str, gone: bool = True) -> None:
+        self.lost, self._gone = self.lost or why, gone
 
     def writable(self) -> bool:
         return True
@@ -76,11 +97,13 @@ def outlast_readers() -> None:
     Standard descriptors that are closed are opened to nothing: the next file to be opened would otherwise get one, and
     what a library prints would be written into it.
     """
+    closed = []
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError as error:
             if error.errno == errno.EBADF:
+                closed.append(descriptor)
                 null = os.open(os.devnull, os.O_RDWR)
                 if null != descriptor:  # pragma: no cover - the lowest free one is taken
                     os.dup2(null, descriptor)
@@ -88,7 +111,7 @@ def outlast_readers() -> None:
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None or (name not in _streams and _descriptor(stream) == descriptor):
-            raw = _streams[name] = _Outlasting(descriptor)
+            raw = _streams[name] = _Outlasting(descriptor, descriptor in closed)
             line_buffering = name == "stderr" or raw.isatty()
             encoding = getattr(stream, "encoding", None) or "utf-8"
             buffer = io.BufferedWriter(raw)
@@ -112,6 +135,12 @@ def messages(quiet: bool = False) -> Console:
     return _Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+def say_at_once(sentence: str) -> None:
+    """Write a line to stderr from a thread that must wait for nobody, such as one that ends the process."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{printable(sentence)}\n".encode(errors="backslashreplace"))
+
+
 def results(least_width: int = 0) -> Console:
     """The console for tables that were asked for: stdout, text as it is.
 
@@ -127,10 +156,16 @@ def results(least_width: int = 0) -> Console:
 
 
 def show(text: object) -> None:
-    """Print a result, as it is and in a line of its own, to stdout."""
+    """Print a result in a line of its own to stdout, as it is; on a terminal, control characters are spelled out."""
+    stream = result_stream()
+    print(printable(str(text)) if stream.isatty() else text, file=stream)
+
+
+def result_stream() -> TextIO:
+    """stdout, for a result that is written bit by bit."""
     global _results_shown
     _results_shown = True
-    print(text, file=sys.stdout)
+    return sys.stdout
 
 
 def check_results() -> None:

@@ -198,7 +198,7 @@ def read_json_lines(path: str | os.PathLike[str], raises: type[Mistake]) -> Line
     objects, numbers, unread = [], [], []
     for place, line in enumerate(texts):
         try:
-            value = json.loads(line.decode("utf-8"), parse_int=_whole)
+            value = json.loads(line.decode("utf-8").removeprefix("\ufeff"), parse_int=_whole)
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):

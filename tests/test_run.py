@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 import torch.distributed as dist
+from rich.console import Console
 
 from peer_dist.config import parse_config
 from peer_dist.ranks import exit_codes
@@ -141,11 +142,10 @@ def lame_run(rank, world_size, tree, lame):
         return forward(*args, **kwargs)
 
     import peer_dist.sharding.dispatch as routed
-    from peer_dist.training import trainer
 
     routed.expert_mix_forward = slow
-    told = trainer.Console.print
-    trainer.Console.print = lambda self, *args, **kwargs: (said.append(str(args[0])), told(self, *args, **kwargs))[1]
+    told = Console.print
+    Console.print = lambda self, *args, **kwargs: (said.append(str(args[0])), told(self, *args, **kwargs))[1]
     coded_run(rank, world_size, tree)
     dist.barrier()
     return [line for line in said if "slow rank" in line]

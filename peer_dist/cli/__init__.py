@@ -7,13 +7,13 @@ import time
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand
 
+from peer_dist import output
 from peer_dist.cli import checkpoints, data, planning, results, runs
-from peer_dist.mistake import Mistake, printable
-from peer_dist.output import check_results, messages, outlast_readers
+from peer_dist.mistake import Mistake
+from peer_dist.ranks.signals import end_with_torchrun
 
 app = typer.Typer(
     name="peer-dist",
@@ -32,7 +32,7 @@ class _WithKeys(TyperCommand):
         super().format_help(ctx, formatter)
         from peer_dist.config.reference import key_tables
 
-        console = Console()
+        console = output.results()
         console.print("The config file's sections and keys:\n")
         for table in key_tables():
             console.print(table)
@@ -42,7 +42,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from peer_dist import __version__
 
-        typer.echo(f"peer_dist {__version__}")
+        output.show(f"peer_dist {__version__}")
         raise typer.Exit()
 
 
@@ -70,13 +70,14 @@ app.command()(runs.doctor)
 
 def main() -> None:
     """Run a command; a mistake of the user is reported in one sentence, with exit code 2."""
-    outlast_readers()
+    output.outlast_readers()
+    end_with_torchrun()
     try:
         try:
             app(standalone_mode=True)
         except SystemExit as end:
             if not end.code:
-                check_results()
+                output.check_results()
             raise
     except Mistake as error:
         names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
@@ -85,5 +86,5 @@ def main() -> None:
             # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)
         where = f" (rank {rank})" if rank != "0" else ""
-        messages().print(Text.assemble((f"error{where}:", "red"), f" {printable(str(error))}"))
+        output.messages().print(Text.assemble((f"error{where}:", "red"), f" {error}"))
         raise SystemExit(error.exit_code) from None

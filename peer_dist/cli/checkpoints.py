@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.table import Table
 
 from peer_dist.cli.options import (
     MOST_RANKS,
@@ -21,6 +20,7 @@ from peer_dist.cli.options import (
     queue_for_ranks,
     whole,
 )
+from peer_dist.output import messages, result_stream, results, show
 
 
 def evaluate(
@@ -64,13 +64,10 @@ def evaluate(
     if result is None:  # another rank prints
         return
     if as_json:
-        typer.echo(result.json())
+        show(result.json())
         return
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
     for table in result.tables():
-        console.print(table, highlight=False)
+        results(200).print(table)
 
 
 def usage(
@@ -90,10 +87,10 @@ def usage(
     if report is None:  # another rank prints
         return
     if as_json:
-        typer.echo(report.json())
+        show(report.json())
         return
     for part in usage_tables(report):
-        Console().print(part, "", sep="\n", highlight=False, soft_wrap=isinstance(part, str))
+        results().print(part, "", sep="\n", soft_wrap=not isinstance(part, Table))
 
 
 def generate(
@@ -127,9 +124,9 @@ def generate(
     with world.joined():
         loaded = load_model(checkpoint, world.world_size, tensor, pipeline)
         draw = partial(run, loaded, tokens=tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        said = write_texts(draw, prompts, batch_size, sys.stdout if world.rank == 0 else None)
+        said = write_texts(draw, prompts, batch_size, result_stream() if world.rank == 0 else None)
         if world.rank == 0:
-            typer.echo(said, err=True)
+            messages().print(said)
 
 
 def export(
@@ -148,6 +145,4 @@ def export(
         raise DataError(f"export: is the work of one process, but {world.world_size} ranks were started; start one")
     with world.joined():
         written = run(checkpoint, output, dtype, shard_size)
-    typer.echo(
-        f"{output}: {written.tensors} tensors, {written.bytes / 1e6:,.1f} MB, of {written.path} (step {written.step})"
-    )
+    show(f"{output}: {written.tensors} tensors, {written.bytes / 1e6:,.1f} MB, of {written.path} (step {written.step})")

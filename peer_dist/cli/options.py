@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from peer_dist.mistake import Mistake, printable
 
@@ -87,6 +86,7 @@ BatchSize = Annotated[int, whole(1, 1 << 16, "Sequences per rank and forward pas
 Sbatch = Annotated[
     list[str] | None, typer.Option(help="Any other option of sbatch, such as --sbatch=--partition=gpu; repeatable.")
 ]
+WIDTH = 160  # characters of a table whose names must stay whole in a file or a pipe
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -113,9 +113,3 @@ def vocab_size_of(config: Config) -> int:
         return open_tokenizer(config.data).padded_vocab_size
     except DataError as error:
         raise DataError(f"{error}; or give the rows of the embedding with --vocab-size") from None
-
-
-def wide_console() -> Console:
-    """A console for tables whose names must stay whole in a file or a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from peer_dist.cli.options import (
     MOST_RANKS,
+    WIDTH,
     ConfigFile,
     Overrides,
     VocabSize,
     number,
     vocab_size_of,
     whole,
-    wide_console,
 )
+from peer_dist.output import messages, results, show
 
 
 def plan(
@@ -77,10 +77,10 @@ def plan(
             )
         ranks = construct_chosen(settings, construct, gpus or per_node, per_node, vocab_size, hardware.device)
         if as_json:
-            typer.echo(json.dumps([asdict(rank) for rank in ranks], indent=1))
+            show(json.dumps([asdict(rank) for rank in ranks], indent=1))
         else:
             for table in built(ranks):
-                wide_console().print(table, highlight=False)
+                results(WIDTH).print(table)
         return
     budget = None if tokens is None else round(tokens)
     arguments = (settings, gpus or per_node, per_node, hardware, vocab_size, hits, budget, price)
@@ -88,13 +88,12 @@ def plan(
     best = plans[0]
     if as_json:
         shown = [candidate.values() for candidate in plans[:SHOWN]]
-        typer.echo(json.dumps(shown if search else shown[0], indent=1))
+        show(json.dumps(shown if search else shown[0], indent=1))
     else:
         for table in [*([search_table(plans)] if search else []), *best.tables()]:
-            wide_console().print(table, highlight=False)
+            results(WIDTH).print(table)
     if not best.fits:
-        text = escape(advice(best))
-        Console(stderr=True).print(f"[red]error:[/] {text}", highlight=False, soft_wrap=True)
+        messages().print(Text.assemble(("error:", "red"), f" {advice(best)}"))
         raise typer.Exit(1)
     if file is not None:
         about = f"By peer-dist plan, for {best.layout.world_size} x {hardware.name}, {per_node} a node."
@@ -132,10 +131,10 @@ def match(
     settings = load_config(config, overrides or [])
     vocab_size = vocab_size or vocab_size_of(settings)
     partners = run(settings, vocab_size, kind or [], mode, reference_kind, tolerance)
-    Console().print(comparison(partners))
-    console = Console(stderr=True)
+    results().print(comparison(partners))
+    console = messages()
     for sentence in [*overruled(partners, overrides or []), *misses(partners, tolerance)]:
-        console.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(("warning:", "yellow"), f" {sentence}"))
     if folder is not None:
         for path in write(partners[1:], folder, config.stem, mode):
-            console.print(f"wrote {escape(str(path))}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}")

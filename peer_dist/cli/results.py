@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from peer_dist.cli.options import Sbatch, number, whole, wide_console
+from peer_dist.cli.options import WIDTH, Sbatch, number, whole
+from peer_dist.output import messages, results, show
 
 
 def sweep(
@@ -38,15 +38,15 @@ def sweep(
     if slurm:
         from peer_dist.sweep.array import submit_array
 
-        typer.echo(submit_array(loaded, ranks, jobs, sbatch or [], dry_run))
+        show(submit_array(loaded, ranks, jobs, sbatch or [], dry_run))
         return
     from peer_dist.sweep.runner import run_sweep, runs_table, select
 
     runs = select(loaded, only or [], task)
     if dry_run:
-        wide_console().print(runs_table(loaded, runs), highlight=False)
+        results(WIDTH).print(runs_table(loaded, runs))
         return
-    raise typer.Exit(run_sweep(loaded, runs, jobs, ranks, limit_minutes, Console(stderr=True)))
+    raise typer.Exit(run_sweep(loaded, runs, jobs, ranks, limit_minutes, messages()))
 
 
 def plot(
@@ -69,9 +69,9 @@ def plot(
 
     paths = run(inputs, output, kind or [], against)
     for table in tables(results_of(inputs), against):
-        wide_console().print(table, highlight=False)
+        results(WIDTH).print(table)
     for path in paths:
-        typer.echo(path)
+        show(path)
 
 
 def report(
@@ -86,4 +86,4 @@ def report(
     """What was run and what came of it, as one HTML page that needs nothing else."""
     from peer_dist.report.page import write_report
 
-    typer.echo(write_report(runs, output))
+    show(write_report(runs, output))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from peer_dist.cli.options import MOST_RANKS, AsJson, ConfigFile, Overrides, Sbatch, number, queue_for_ranks, whole
+from peer_dist.output import show
 
 
 def train(
@@ -97,7 +98,7 @@ def submit(
         max_restarts=max_restarts,
         options=tuple(sbatch or ()),
     )
-    typer.echo(run(config, overrides or [], job, dry_run))
+    show(run(config, overrides or [], job, dry_run))
 
 
 def doctor(

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import torch
-import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from peer_dist.config.schema import Config
 from peer_dist.doctor.checks import CHECKS
+from peer_dist.mistake import printable
+from peer_dist.output import OutputError, check_results, messages, results, show
 from peer_dist.planning.calibration import calibrate, check_writable
 from peer_dist.ranks.examination import Examination, Finding, examine
 from peer_dist.ranks.launchers import free_port
@@ -51,12 +51,18 @@ def run(config: Config | None, seconds: float, *, as_json: bool, hardware: Path 
     report = report or examine(world, CHECKS, config, seconds)
     if world.rank == 0 or report.ranks == 0:
         if as_json:
-            typer.echo(report.json())
+            show(report.json())
         else:
             _print(report, time.monotonic() - start)
+    code = 0 if report.ok else 1
+    try:
+        check_results()
+    except OutputError as error:
+        messages().print(Text.assemble(("error:", "red"), f" {error}"))
+        code = error.exit_code
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if report.ok else 1)
+    os._exit(code)
 
 
 def on_ranks(count: int, command: list[str]) -> int:
@@ -100,11 +106,11 @@ def _print(report: Examination, seconds: float) -> None:
     """Print a report as a table, and a last line with its verdict."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for finding in report.findings:
-        text = escape(finding.told) + (f"\n[dim]-> {escape(finding.advice)}[/]" if finding.advice else "")
-        colour = _COLOURS[finding.verdict]
-        table.add_row(finding.check, f"[{colour}]{finding.verdict}[/]", text)
-    console = Console()
-    console.print(table, highlight=False)
+        advice = (f"\n-> {printable(finding.advice)}", "dim") if finding.advice else ""
+        verdict = Text(finding.verdict, _COLOURS[finding.verdict])
+        table.add_row(finding.check, verdict, Text.assemble(printable(finding.told), advice))
+    console = results()
+    console.print(table)
     counts = [f"{sum(f.verdict == verdict for f in report.findings)} {verdict}" for verdict in _COLOURS]
-    word = "[green]ready[/]" if report.ok else "[red]not ready[/]"
-    console.print(f"{word}: {', '.join(counts)}; {seconds:.1f} s", highlight=False)
+    word = ("ready", "green") if report.ok else ("not ready", "red")
+    console.print(Text.assemble(word, f": {', '.join(counts)}; {seconds:.1f} s"))

@@ -16,6 +16,7 @@ from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.evaluation.loading import LoadedModel
 from peer_dist.kinds.section import shown
 from peer_dist.megatron import Decoder
+from peer_dist.mistake import printable
 
 
 def generate(
@@ -153,7 +154,7 @@ def write_texts(
 
     def write(text: str) -> None:
         if out is not None:
-            out.write(text)
+            out.write(printable(text) if out.isatty() else text)
             out.flush()
 
     alone, tokens, begin = len(prompts) == 1, 0, time.perf_counter()

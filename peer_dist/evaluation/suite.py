@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -20,6 +18,8 @@ from peer_dist.evaluation.evaluation_sets import Document, EvaluationSet, parse_
 from peer_dist.evaluation.loading import LoadedModel, load_model
 from peer_dist.evaluation.scoring import Request, score
 from peer_dist.measures.held_out import perplexity_of
+from peer_dist.mistake import printable
+from peer_dist.output import messages
 from peer_dist.ranks.world import World
 
 _ROUND = 1 << 24  # characters tokenized and scored at a time
@@ -84,8 +84,8 @@ class Suite:
     def tables(self) -> Iterator[Table]:
         """The main figures, a row per model and a column per set as in the PEER paper's table 1; then all."""
         metrics = [result.metrics() for result in self.results]
-        names = [escape(result.name.replace("_", " ")) for result in self.results]
-        notes = escape("\n".join(f"{result.name}: {result.note}" for result in self.results if result.note))
+        names = [result.name.replace("_", " ") for result in self.results]
+        notes = "\n".join(f"{result.name}: {result.note}" for result in self.results if result.note)
         title = f"windows of {self.seq_length} tokens, stride {self.stride}"
         summary, every = Table(title=title, caption=notes or None), Table(title="all figures")
         summary.add_column("model", overflow="fold")
@@ -94,7 +94,7 @@ class Suite:
             summary.add_column(f"{name}\n{UNITS[result.unit]}", justify="right", min_width=8)
             every.add_column(name, justify="right", min_width=10)
         main = (_digits(values[result.unit], 3) for values, result in zip(metrics, self.results))
-        summary.add_row(f"{escape(self.checkpoint)} (step {self.step})", *main)
+        summary.add_row(f"{self.checkpoint} (step {self.step})", *main)
         for key in ("documents", "tokens", "words", "bytes", "characters"):
             every.add_row(key, *(f"{getattr(result, key):,}" for result in self.results))
         for key, title in UNITS.items():
@@ -138,7 +138,7 @@ def evaluate_sets(checkpoint: str, specs: Sequence[str], stride: int | None, bat
 
 def _evaluate(loaded: LoadedModel, test_set: EvaluationSet, stride: int, batch_size: int, progress: Progress) -> Result:
     result = Result(test_set.name, test_set.source, test_set.unit, test_set.note)
-    task = progress.add_task(escape(test_set.name), total=test_set.size, note="")
+    task = progress.add_task(printable(test_set.name), total=test_set.size, note="")
     read = shown = 0.0  # bytes of the file; what lies between is being scored
 
     def advance(count: int) -> None:
@@ -200,11 +200,11 @@ def _share_of(progress: Progress, task: TaskID, size: float) -> Callable[[float]
 
 def _progress(rank: int) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=messages(),
         disable=rank != 0,
     )

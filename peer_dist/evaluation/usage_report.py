@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from peer_dist.checkpoints.store import find_checkpoint
@@ -230,7 +231,7 @@ def analyze_usage(
     return report
 
 
-def usage_tables(report: UsageReport) -> Iterator[Table | str]:
+def usage_tables(report: UsageReport) -> Iterator[Table | Text | str]:
     """What the command prints: for each layer its usage, and what its heads have in common."""
     yield f"{report.checkpoint} (step {report.step}) on {report.data}, {report.split}: {report.tokens:,} tokens"
     for number, layer in report.layers.items():
@@ -266,4 +267,4 @@ def usage_tables(report: UsageReport) -> Iterator[Table | str]:
                 table.add_row(name, *cells, *(f"{value:.3f}" for value in layer.overlap[row][row + 1 :]))
             yield table
         if (warning := layer.warning()) is not None:
-            yield f"[yellow]layer {number}:[/] {warning}"
+            yield Text.assemble((f"layer {number}:", "yellow"), f" {warning}")

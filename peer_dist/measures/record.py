@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +15,8 @@ import numpy as np
 
 from peer_dist.config import ConfigError
 from peer_dist.measures.metrics import EVENTS, IMAGES, metrics_file, read_metrics
+from peer_dist.mistake import Mistake, printable
+from peer_dist.reading import read_object
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class RunRecord:
         """Numbers of the layers with experts, counted from 1, in order."""
         ends = "_usage_percent"
         names = [name.removeprefix("experts/layer").removesuffix(ends) for name in self.names("experts/layer")]
-        return sorted(int(name) for name in names if name.isdecimal())
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and len(name) < 6)
 
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
@@ -89,19 +93,25 @@ class RunRecord:
         return self.starts[-1]["config"] if self.starts else {}
 
     @property
+    def planned_steps(self) -> int:
+        """The steps that the config asks for; 0 if that is not known."""
+        steps = self.config.get("train", {}).get("steps")
+        return steps if type(steps) is int else 0
+
+    @property
     def planned_speed(self) -> float | None:
         """Tokens per second that the plan predicted; None without a plan."""
         return self.plan.get("tokens_per_second")
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Read the record of a run.
+    """Read the record of a run. What is damaged in it is left out, unless nothing is left.
 
     Args:
         folder: the run's folder, or that of its logs.
 
     Raises:
-        ConfigError: there is no run in the folder, or its metrics hold no step yet.
+        ConfigError: there is no run in the folder, its metrics hold no step yet, or its plan.json is no plan.
     """
     metrics = metrics_file(folder)
     if metrics is None:
@@ -111,28 +121,76 @@ def read_run(folder: Path) -> RunRecord:
         raise ConfigError(f"{metrics}: holds no step yet; wait for the run's first")
     logs = metrics.parent
     run = logs.parent if logs.name == "logs" else logs
-    events = read_metrics(logs / EVENTS) if (logs / EVENTS).is_file() else []
-    pictures = sorted((logs / IMAGES).glob("experts_layer*_map.png"), key=lambda path: int(_layer(path)))
-    stores = [Path(event["config"]["checkpoint"]["dir"]) for event in events if event["event"] == "start"]
-    plans = [path for path in (run / "plan.json", logs / "plan.json") if path.is_file()]
+    events = read_metrics(logs / EVENTS) if os.path.isfile(logs / EVENTS) else []
+    stores = [event["config"].get("checkpoint", {}).get("dir") for event in events if event["event"] == "start"]
     return RunRecord(
-        name=run.absolute().name,
+        name=printable(run.absolute().name),
         lines=lines,
         events=events,
-        maps={f"layer {_layer(path)}": path.read_bytes() for path in pictures},
-        checkpoints=_checkpoints([*stores[-1:], run / "checkpoints"]),
-        plan=json.loads(plans[0].read_text(encoding="utf-8")) if plans else {},
+        maps=_maps(logs / IMAGES),
+        checkpoints=_checkpoints([*(Path(name) for name in stores[-1:] if _is_path(name)), run / "checkpoints"]),
+        plan=_plan([run / "plan.json", logs / "plan.json"]),
     )
 
 
-def _layer(path: Path) -> str:
-    """The number of the layer that a picture shows."""
-    return path.stem.removeprefix("experts_layer").removesuffix("_map")
+def _maps(folder: Path) -> dict[str, bytes]:
+    """The pictures that can be read, in the order of their layers."""
+    maps: dict[int, bytes] = {}
+    with contextlib.suppress(OSError):
+        for path in folder.glob("experts_layer*_map.png"):
+            layer = path.stem.removeprefix("experts_layer").removesuffix("_map")
+            if not (layer.isascii() and layer.isdecimal() and len(layer) < 6):
+                continue
+            with contextlib.suppress(OSError):
+                picture = path.read_bytes()
+                if picture.startswith(b"\x89PNG\r\n\x1a\n"):
+                    maps[int(layer)] = picture
+    return {f"layer {layer}": maps[layer] for layer in sorted(maps)}
+
+
+def _plan(files: list[Path]) -> dict[str, Any]:
+    """The first of the files that is there; empty if none is.
+
+    Raises:
+        ConfigError: it is no plan.
+    """
+    path = next((path for path in files if os.path.isfile(path)), None)
+    if path is None:
+        return {}
+    advice = "write it again by peer-dist plan --json, or remove it"
+    plan = read_object(path, ConfigError, advice)
+    speed = plan.get("tokens_per_second")
+    if speed is not None and not (_is_number(speed) and 0 < speed < math.inf):
+        raise ConfigError(f"{path}: tokens_per_second must be a number above 0; {advice}")
+    return plan
 
 
 def _checkpoints(folders: list[Path]) -> dict[int, int]:
-    """Bytes by step of the checkpoints in the first folder that exists, read without the libraries that load one."""
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    manifests = sorted(folder.glob("step-*/manifest.json")) if folder is not None else []
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in manifests]
-    return {manifest["step"]: sum(size for size, _ in manifest["files"].values()) for manifest in contents}
+    """Bytes by step of the checkpoints in the first folder that exists, read without the libraries that load one.
+
+    Those whose manifest is damaged, or of another step than its folder, are left out.
+    """
+    folder = next((folder for folder in folders if os.path.isdir(folder)), None)
+    sizes: dict[int, int] = {}
+    for path in sorted(folder.glob("step-*/manifest.json")) if folder is not None else []:
+        with contextlib.suppress(Mistake):
+            manifest = read_object(path, ConfigError)
+            step, files = manifest.get("step"), manifest.get("files")
+            if type(step) is not int or path.parent.name != f"step-{step:08d}" or not isinstance(files, dict):
+                continue
+            if all(_is_sized(entry) for entry in files.values()):
+                sizes[step] = sum(entry[0] for entry in files.values())
+    return sizes
+
+
+def _is_sized(entry: object) -> bool:
+    """Whether a manifest's entry of a file is ``[size, checksum]``."""
+    return isinstance(entry, list) and len(entry) == 2 and type(entry[0]) is int and entry[0] >= 0
+
+
+def _is_path(name: object) -> bool:
+    return isinstance(name, str) and name != "" and "\0" not in name
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

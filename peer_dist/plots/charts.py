@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from peer_dist.measures.record import RunRecord, Series
-from peer_dist.plots.panels import band, empty_panels, short_numbers, style
+from peer_dist.plots.panels import as_written, band, empty_panels, short_numbers, style
 
 COLORS = 6  # of the page's series: --c0 to --c5
 SPLIT = ("retrieve", "dispatch", "experts", "combine", "optimizer", "other")  # of a step's time
@@ -123,19 +123,21 @@ def step_split(runs: Sequence[RunRecord]) -> Chart:
     """A step's time by its parts: over the steps of one run, or for several runs the median of each."""
 
     def draw_one(panel: Axes) -> None:
-        parts = [_thinned(runs[0].series(f"time/{part}")) for part in SPLIT]
-        panel.stackplot(
-            parts[0].step, [part.value * 1e3 for part in parts], colors=[_color(n) for n in range(COLORS)], linewidth=0
-        )
-        panel.set(xlabel="step", ylabel="ms of a step", xlim=(parts[0].step[0], parts[0].step[-1]))
-        # a slow first step would flatten all others
-        panel.set_ylim(0, 1.5e3 * float(np.quantile(_thinned(runs[0].series("time/step")).value, 0.9)))
+        parts = _thinned(runs[0].together([*(f"time/{part}" for part in SPLIT), "time/step"]))
+        panel.set(xlabel="step", ylabel="ms of a step")
+        if not parts:
+            return
+        *times, whole = parts.value.T * 1e3
+        panel.stackplot(parts.step, times, colors=[_color(n) for n in range(COLORS)], linewidth=0)
+        panel.set_xlim(parts.step[0], parts.step[-1])
+        panel.set_ylim(0, 1.5 * float(np.quantile(whole, 0.9)))  # a slow first step would flatten all others
 
     def draw_all(panel: Axes) -> None:
         left = np.zeros(len(runs))
         for number, part in enumerate(SPLIT):
-            width = np.array([np.median(run.series(f"time/{part}").value) * 1e3 for run in runs])
-            panel.barh([run.name for run in runs], width, left=left, color=_color(number), height=0.6)
+            times = [run.series(f"time/{part}") for run in runs]
+            width = np.array([np.median(series.value) * 1e3 if series else 0.0 for series in times])
+            panel.barh([as_written(run.name) for run in runs], width, left=left, color=_color(number), height=0.6)
             left += width
         panel.invert_yaxis()
         panel.grid(axis="y", visible=False)

@@ -145,7 +145,11 @@ def _measure(name: str) -> Measure:
 def _curves(inputs: Sequence[Path]) -> list[figures.Curve]:
     """Held-out losses if every run was validated three times or more after its start, else training losses."""
     runs = {path: read_metrics(metrics) for path in inputs if (metrics := metrics_file(path))}
-    steps = {path: [line for line in lines if "time/step" in line] for path, lines in runs.items()}
+    times = ("time/step", "speed/tokens_per_second")
+    steps = {
+        path: [line for line in lines if all(line.get(name) is not None for name in times)]
+        for path, lines in runs.items()
+    }
     held_out = all(sum(line.get("val/loss") is not None for line in lines) >= 3 for lines in steps.values())
     return [_curve(path, lines, held_out) for path, lines in steps.items() if lines]
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from peer_dist.plots.panels import band, empty_panels, short_numbers
+from peer_dist.plots.panels import as_written, band, empty_panels, short_numbers
 from peer_dist.sweep.fit import Interval, Measure, grid_rows, loss_of, mean_interval, optima
 from peer_dist.sweep.results import Row
 
@@ -101,7 +101,7 @@ def loss_by_model(rows: Sequence[Row]) -> Figure | None:
         panel.plot(losses, [place] * len(losses), color=look["color"], marker=".", linestyle="none", alpha=0.5)
         marks: dict[str, Any] = {"color": look["color"], "marker": look["marker"], "capsize": 2, "elinewidth": 0.8}
         panel.errorbar([mean.value], [place], xerr=_half_widths([mean]), **marks)
-    panel.set_yticks(range(len(labels)), labels)
+    panel.set_yticks(range(len(labels)), [as_written(label) for label in labels])
     panel.set_ylim(len(labels) - 0.5, -0.5)
     panel.set_xlabel(_LOSS)
     return figure
@@ -120,7 +120,7 @@ def loss_curves(curves: Sequence[Curve], over: str) -> Figure:
         losses = [mean_interval(list(values)) for values in zip(*(c.loss[keep] for c, keep in zip(seeds, chosen)))]
         mean = np.array([loss.value for loss in losses])
         mark = look["marker"] if len(x) <= 30 else None
-        panel.plot(x, mean, color=look["color"], marker=mark, label=label)
+        panel.plot(x, mean, color=look["color"], marker=mark, label=look["label"])
         if len(seeds) > 1:
             width = np.array([loss.half_width for loss in losses])
             band(panel, x, mean - width, mean + width, look["color"])
@@ -143,9 +143,9 @@ def usage_by_experts(rows: Sequence[Row]) -> Figure | None:
     figure, panels = _panels(2)
     axes = (("experts used (%)", "usage_percent"), ("unevenness (nats)", "unevenness"))
     for panel, (name, field) in zip(panels, axes):
-        for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
+        for own, look in zip(lines.values(), _looks(list(lines)).values()):
             points = _means(own, lambda row: float(row.num_experts or 0), attrgetter(field))
-            _errorbar(panel, points, look, label=label)
+            _errorbar(panel, points, look)
         # neither can be negative: with few seeds intervals would be most of the figure
         panel.set_ylim(0, 1.1 * max(getattr(row, field) for own in lines.values() for row in own))
         _log_axis(panel, {_count(row.num_experts or 0): row.num_experts or 0 for row in rows})
@@ -165,8 +165,8 @@ def loss_by_picks(rows: Sequence[Row]) -> Figure | None:
     if not lines:
         return None
     figure, (panel,) = _panels(1)
-    for (label, own), look in zip(lines.items(), _looks(list(lines)).values()):
-        _errorbar(panel, _means(own, lambda row: float(row.active_experts or 0), loss_of), look, label=label)
+    for own, look in zip(lines.values(), _looks(list(lines)).values()):
+        _errorbar(panel, _means(own, lambda row: float(row.active_experts or 0), loss_of), look)
     _log_axis(panel, {str(row.active_experts): row.active_experts or 0 for own in lines.values() for row in own})
     panel.set(xlabel="experts per token h·k", ylabel=_LOSS)
     _legend(figure, [panel])
@@ -190,7 +190,9 @@ def usage_distribution(mass: Mapping[str, np.ndarray]) -> Figure:
         used = share[share > 0]
         color = looks[name]["color"]
         unused = 100 * (1 - len(used) / len(share))
-        label = f"{name}: {len(share):,} experts" + (f", {unused:.1f}% unused" if len(used) < len(share) else "")
+        label = f"{as_written(name)}: {len(share):,} experts" + (
+            f", {unused:.1f}% unused" if len(used) < len(share) else ""
+        )
         ranked.plot(np.arange(1, len(used) + 1), used, color=color, label=label)
         weights = np.full(len(used), 100 / len(share))
         histogram.hist(
@@ -259,7 +261,7 @@ def _errorbar(panel: Axes, points: Sequence[tuple[float, Interval]], look: dict[
 def _looks(labels: Sequence[str]) -> dict[str, dict[str, str]]:
     """A colour and a marker for every label, in order of appearance."""
     return {
-        label: {"color": _COLORS[n % len(_COLORS)], "marker": _MARKERS[n % len(_MARKERS)], "label": label}
+        label: {"color": _COLORS[n % len(_COLORS)], "marker": _MARKERS[n % len(_MARKERS)], "label": as_written(label)}
         for n, label in enumerate(dict.fromkeys(labels))
     }
 

@@ -16,6 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from peer_dist.mistake import printable
 from peer_dist.units import short
 
 _STYLE = {
@@ -50,6 +51,12 @@ def empty_panels(count: int, width: float, height: float) -> tuple[Figure, list[
     """A figure of ``width`` x ``height`` inches, and its ``count`` panels side by side."""
     figure, panels = plt.subplots(1, count, figsize=(width, height), layout="constrained", squeeze=False)
     return figure, list(panels.flat)
+
+
+def as_written(name: str) -> str:
+    """A name as a label: matplotlib reads what is between dollars as mathematics, and hides what begins with ``_``."""
+    name = printable(name).replace("$", r"\$")
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def band(panel: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, color: str) -> None:

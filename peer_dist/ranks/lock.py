@@ -266,13 +266,15 @@ def _read(path: Path, unsure: Holder | None = None) -> Holder | None:
         unsure: returned if the file system does not answer.
     """
     try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+        holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except OSError:
         return unsure
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
+    right = all(type(value) is (int if field in ("pid", "restart") else str) for field, value in asdict(holder).items())
+    return holder if right else None
 
 
 def _elastic_run() -> str:

@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from peer_dist.output import say_at_once
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.rank_zero import on_rank_zero
 from peer_dist.ranks.verdict import Beat, gone_sentence, judge, limit
@@ -186,7 +187,7 @@ class Watchdog:
         """Connect again after the store failed, or leave if that fails too: rank 0 is gone. Rank 0 only says it."""
         patience = max(1.0, 3 * self._interval)
         if self._rank == 0:
-            os.write(2, f"the watchdog's store failed: {reason}\n".encode())
+            say_at_once(f"the watchdog's store failed: {reason}")
         elif not self._ending.wait(patience):
             try:
                 self._store = self._connect(patience)
@@ -244,12 +245,11 @@ class Watchdog:
         """Print the verdict and end this process, whatever its main thread does."""
         with self._leaving:  # one thread says it once
             rank = f" (rank {self._rank})" if self._rank else ""
-            text = f"error{rank}: {verdict}; start again to go on from the newest checkpoint\n"
+            text = f"error{rank}: {verdict}; start again to go on from the newest checkpoint"
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):
                     stream.flush()
-            with contextlib.suppress(OSError):
-                os.write(2, text.encode())
+            say_at_once(text)
             with contextlib.suppress(RuntimeError):  # no thread can be started
                 dump = threading.Thread(target=self._dump_nccl, daemon=True)  # NCCL may not answer
                 dump.start()

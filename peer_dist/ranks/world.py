@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.machine import usable_cores
+from peer_dist.output import messages
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.launchers import Launch, WorldError, discover
 
@@ -193,7 +193,7 @@ class World(Launch):
                 return text
             if absent:
                 wait = f"for {end - time.monotonic():.0f} s more at most"
-                print(f"waiting for {text} of {self.world_size}, {wait}", file=sys.stderr, flush=True)
+                messages().print(f"waiting for {text} of {self.world_size}, {wait}")
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,11 @@ from jinja2 import Environment, PackageLoader
 
 from peer_dist import __version__
 from peer_dist.config import ConfigError
+from peer_dist.measures.metrics import time_of
 from peer_dist.measures.record import RunRecord, read_run
 from peer_dist.plots import charts
 
+_CENTURY = 3.2e9  # seconds: no run takes as long
 _EVENTS = 100  # shown of a run, the newest
 
 
@@ -35,7 +37,7 @@ def write_report(folders: Sequence[Path], output: Path | None) -> Path:
         runs = [replace(run, name=str(folder)) for run, folder in zip(runs, folders)]
     output = output or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     try:
-        output.write_text(page(runs), encoding="utf-8")
+        output.write_text(page(runs), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror}; name a file in a folder that is there") from None
     return output
@@ -85,7 +87,7 @@ def page(runs: Sequence[RunRecord]) -> str:
 def _subtitle(runs: Sequence[RunRecord]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs compared"
-    begun = datetime.fromisoformat(runs[0].starts[0]["time"]) if runs[0].starts else None
+    begun = time_of(runs[0].starts[0]) if runs[0].starts else None
     return "" if begun is None else f"begun {begun:%d %B %Y, %H:%M}"
 
 
@@ -101,13 +103,12 @@ def _last(name: str, form: str) -> Callable[[RunRecord], str]:
 
 
 def _steps(run: RunRecord) -> str:
-    done, wanted = int(run.series("train/loss").step[-1]), run.config.get("train", {}).get("steps", 0)
+    done, wanted = run.lines[-1]["step"], run.planned_steps
     return f"{done:,}" + (f" of {wanted:,}" if wanted > done else "")
 
 
 def _tokens(run: RunRecord) -> float:
-    lines = [line for line in run.lines if "time/step" in line]
-    return float(sum(line["time/step"] * line["speed/tokens_per_second"] for line in lines))
+    return float(run.together(["time/step", "speed/tokens_per_second"]).value.prod(1).sum())
 
 
 def _parameters(run: RunRecord) -> str:
@@ -118,13 +119,17 @@ def _parameters(run: RunRecord) -> str:
 
 
 def _speed(run: RunRecord) -> str:
-    median = float(np.median(run.series("speed/tokens_per_second").value))
+    speed = run.series("speed/tokens_per_second")
+    if not speed:
+        return "–"
+    median = float(np.median(speed.value))
     planned = run.planned_speed
     return f"{median:,.0f}" + (f" ({median / planned:.0%} of the plan)" if planned else "")
 
 
 def _time(run: RunRecord) -> str:
-    return str(timedelta(seconds=round(run.series("time/step").value.sum())))
+    seconds = run.series("time/step").value.sum()
+    return str(timedelta(seconds=round(seconds))) if abs(seconds) < _CENTURY else "–"
 
 
 def _interruptions(run: RunRecord) -> str:
@@ -190,14 +195,14 @@ def _events(run: RunRecord) -> list[tuple[str, str, str]]:
         kind, step = event["event"], event["step"]
         text = f"{kind}: {event['told']}" if "told" in event else kind
         if kind == "start":
-            ranks = event["environment"]["layout"]["ranks"]
+            ranks = event["environment"]["layout"].get("ranks", "?")
             before = run.events[number - 1]["event"] if number else ""
             text = f"began, {ranks} rank(s)"
             if number:
                 lost = "" if before in ("done", "stopped by a signal") else " after it had been cut off"
                 text = f"went on{lost}, {ranks} rank(s)"
         if kind != "checkpoint":
-            entries.append((step, f"{datetime.fromisoformat(event['time']):%d %b %H:%M:%S}", text))
+            entries.append((step, f"{time_of(event):%d %b %H:%M:%S}", text))
     for name, why in _SKIPPED.items():
         points = run.series(name)
         grows = np.flatnonzero(np.diff(points.value, prepend=0.0) > 0)

@@ -77,7 +77,7 @@ def row_of(run: Run, metrics: Sequence[dict[str, float]], diverged: bool) -> Row
         diverged: whether it ended because it diverged; a run without a validation loss counts as diverged too.
     """
     last = metrics[-1] if metrics else {}
-    steps = [line for line in metrics if "time/step" in line]
+    steps = [line for line in metrics if line.get("time/step") is not None]
     seconds = sum(line["time/step"] for line in steps)
     tokens = len(steps) * run.config.train.global_batch_size * run.config.model.seq_length
     val_loss = last.get("val/loss")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import yaml
 from rich.console import Console
@@ -23,8 +24,10 @@ from rich.table import Table
 from peer_dist.config import ConfigError, check_world, load_config
 from peer_dist.machine import usable_cores
 from peer_dist.measures.metrics import read_metrics
+from peer_dist.mistake import Mistake
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, STOPPED
 from peer_dist.ranks.signals import StopRequest
+from peer_dist.reading import reading
 from peer_dist.sweep.results import RESULTS, Row, row_of, write_results
 from peer_dist.sweep.spec import Run, Sweep
 from peer_dist.sweep.tuning import choose_rates
@@ -70,8 +73,12 @@ def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) 
 def finished(sweep: Sweep) -> dict[str, Row]:
     """The rows of the runs that have ended, by the runs' names."""
     paths = {run.name: sweep.folder / run.name / _RESULT for run in sweep.runs}
-    texts = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
-    return {name: Row.model_validate_json(text) for name, text in texts.items()}
+    rows = {}
+    for name, path in paths.items():
+        if path.is_file():
+            with reading(path, ConfigError, "the result of a run", "remove it to run that one again"):
+                rows[name] = Row.model_validate_json(path.read_bytes())
+    return rows
 
 
 def settled(sweep: Sweep, run: Run, rows: dict[str, Row]) -> Run | None:
@@ -177,7 +184,7 @@ def run_sweep(
         while True:
             for ended in slots.reap():
                 row, outcome = ended.outcome(stopping)
-                console.print(f"{ended.run.name}: {outcome}", highlight=False, soft_wrap=True)
+                console.print(f"{ended.run.name}: {outcome}")
                 if row is not None:
                     _finish(ended.folder, row, sweep.file.keep_checkpoints)
                     rows |= finished(sweep)  # read again: other tasks of a job array finish runs too
@@ -201,10 +208,10 @@ def run_sweep(
     blocked = [] if stopping else [name for name in undone if name not in failed]
     for names, state in ((failed, "failed"), (blocked, "not started, for want of their model's trials")):
         if names:
-            console.print(f"{len(names)} {state}: {', '.join(names)}", highlight=False, soft_wrap=True)
+            console.print(f"{len(names)} {state}: {', '.join(names)}")
     if stopping and undone:
         console.print(f"stopped with {len(undone)} of {len(runs)} runs to do; the same command goes on")
-    console.print(f"results: {sweep.folder / RESULTS}", highlight=False, soft_wrap=True)
+    console.print(f"results: {sweep.folder / RESULTS}")
     return FAILED if failed or blocked else STOPPED if undone else DONE
 
 
@@ -238,7 +245,7 @@ def _take_settled(sweep: Sweep, waiting: list[Run], rows: dict[str, Row]) -> Run
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -260,7 +267,7 @@ class _Running:
         """The number of steps that the run has logged so far."""
         try:
             return max(0, sum(1 for _ in (self.folder / "metrics.jsonl").open("rb")) - 1)
-        except FileNotFoundError:
+        except OSError:
             return 0
 
     def outcome(self, stopped: bool) -> tuple[Row | None, str]:
@@ -270,7 +277,9 @@ class _Running:
             stopped: whether the run was asked to stop.
         """
         code, path = self.process.returncode, self.folder / "metrics.jsonl"
-        metrics = read_metrics(path) if path.is_file() else []
+        metrics: list[dict[str, Any]] = []
+        with contextlib.suppress(Mistake):  # the run has said so itself
+            metrics = read_metrics(path) if path.is_file() else []
         complete = code == DONE and metrics and metrics[-1]["step"] == self.run.config.train.steps
         if complete and "val/loss" not in metrics[-1]:
             return None, "failed: its validation split has no whole sequence; raise the second share of data.split"
@@ -394,7 +403,7 @@ def _print_choice(sweep: Sweep, run: Run, rows: dict[str, Row], console: Console
     """After a model's last trial, print the learning rates that were chosen."""
     choice = choose_rates(sweep, run.model, rows) if run.trial is not None else None
     if choice is not None:
-        console.print(f"{run.model}: {choice}", highlight=False, soft_wrap=True)
+        console.print(f"{run.model}: {choice}")
 
 
 def _gpus() -> list[str]:

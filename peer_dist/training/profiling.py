@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from peer_dist.mistake import in_words
 from peer_dist.sharding.exchange import Traffic
 from peer_dist.tracing import position
 
@@ -69,6 +70,7 @@ class Profile:
         self._seconds: list[float] = []
         self._collectives, self._kernels = _Sums(_Sum), _Sums(_Sum)
         self._sent: Counter[str] = Counter()
+        self._lost = ""  # why the trace could not be written
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -101,14 +103,16 @@ class Profile:
             )
             return
         steps, seconds = len(self._seconds), sum(self._seconds)
-        console.print(f"{self._name}, means of {steps} step(s) of {seconds / steps * 1e3:.1f} ms:", highlight=False)
+        console.print(f"{self._name}, means of {steps} step(s) of {seconds / steps * 1e3:.1f} ms:")
         for table in self._tables():
-            console.print(table, highlight=False)
-        console.print(f"profile              {self._folder} (see https://ui.perfetto.dev)", highlight=False)
+            console.print(table)
+        if self._lost:
+            console.print(f"no profile could be written to {self._folder}: {self._lost}")
+            return
+        console.print(f"profile              {self._folder} (see https://ui.perfetto.dev)")
 
     def _begin(self) -> None:
         """Start the profilers and the counting of collectives."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._running = ExitStack()
         self._running.enter_context(_watched(self._collectives))
         cuda = torch.cuda.is_available()
@@ -133,11 +137,16 @@ class Profile:
         if self._trace is None:
             return
         path = self._folder / f"{self._name}.json.gz"
-        self._trace.export_chrome_trace(str(path))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._trace.export_chrome_trace(str(path))
+            _finish_trace(path, self._kernels)
+            if torch.cuda.is_available():
+                torch.cuda.memory._dump_snapshot(str(self._folder / f"{self._name}-memory.pickle"))
+        except (OSError, RuntimeError, EOFError, ValueError) as error:  # torch may write half a file, and say nothing
+            self._lost = in_words(error)
         self._trace = None
-        _finish_trace(path, self._kernels)
         if torch.cuda.is_available():
-            torch.cuda.memory._dump_snapshot(str(self._folder / f"{self._name}-memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
 
     def _tables(self) -> Iterator[Table]:

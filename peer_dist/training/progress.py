@@ -28,7 +28,7 @@ class Progress:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
@@ -58,7 +58,7 @@ class Progress:
         if self._bar.disable and (now - self._last_line >= _LOG_SECONDS or step == self._total):
             self._last_line = now
             remaining = timedelta(seconds=round((now - self._begin) / (step - self._start) * (self._total - step)))
-            self._console.print(f"step {step}/{self._total}  {status}  ETA {remaining}", highlight=False)
+            self._console.print(f"step {step}/{self._total}  {status}  ETA {remaining}")
 
     def say(self, status: str) -> None:
         """Show ``status`` in the bar until the next update; log files have no such line."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
+from rich.text import Text
 
-from peer_dist.measures.metrics import Metrics, read_metrics
+from peer_dist.measures.metrics import METRICS, Metrics, read_metrics
 from peer_dist.megatron import fuses_weight_gradients
+from peer_dist.mistake import Mistake
+from peer_dist.output import lost, messages
 from peer_dist.ranks.environment import environment
 from peer_dist.ranks.exit_codes import DONE, stopped_code
 from peer_dist.ranks.lock import LockError, RunLock
@@ -39,10 +42,11 @@ class Run:
         self._first = trainer.steps_done + 1
         fused = fuses_weight_gradients(trainer.config, trainer.parallel.device)
         self._fused = "apex: weight gradients" if fused else "none"
-        self._console = Console(stderr=True, quiet=trainer.parallel.rank != 0)
+        self._console = messages(quiet=trainer.parallel.rank != 0)
         self._metrics: Metrics | None = None  # on rank 0, once the run has begun
         self._values: dict[str, float] = {}  # numbers to record for the step that has just ended
         self._saved: dict[str, float] = {}  # numbers of a save, recorded in the next step's line
+        self._unheard: set[str] = set()  # streams that took no more words, once an event says so
         self._stopped = False  # whether some rank has received a signal
         self._writing = False  # whether some rank is still writing a checkpoint
         trainer.flags = self._flags
@@ -59,10 +63,13 @@ class Run:
             self._say(self._lock.note)
         dtype = str(trainer.dtype).removeprefix("torch.")
         self._say(
-            f"[bold]peer_dist[/] {trainer.parameters / 1e6:.1f}M parameters, "
-            f"{trainer.expert_parameters / 1e6:.1f}M of them in experts; "
-            f"{trainer.parallel.world_size} x {trainer.parallel.device.type}, {dtype}; "
-            + (f"going on from step {trainer.steps_done}" if trainer.steps_done else "starting at step 0")
+            Text.assemble(
+                ("peer_dist", "bold"),
+                f" {trainer.parameters / 1e6:.1f}M parameters, "
+                f"{trainer.expert_parameters / 1e6:.1f}M of them in experts; "
+                f"{trainer.parallel.world_size} x {trainer.parallel.device.type}, {dtype}; "
+                + (f"going on from step {trainer.steps_done}" if trainer.steps_done else "starting at step 0"),
+            )
         )
         if self._fused != "none":
             self._say(f"used of {self._fused}")
@@ -74,7 +81,9 @@ class Run:
         trainer, config = self._trainer, self._config
         hosts = environment(trainer.parallel)
         if trainer.parallel.rank == 0:
-            self._metrics = Metrics(Path(config.logging.dir), trainer.steps_done if trainer.resumed else None)
+            self._metrics = Metrics(
+                Path(config.logging.dir), trainer.steps_done if trainer.resumed else None, self._say
+            )
             tree = config.model_dump(mode="json")
             if not trainer.resumed:
                 self._metrics.config(tree)
@@ -208,6 +217,10 @@ class Run:
         """Write the step's numbers to the metrics."""
         if self._metrics is not None and self._values:
             self._metrics.write(self._trainer.steps_done, self._values)
+        for stream, why in lost().items():
+            if stream not in self._unheard:
+                self._unheard.add(stream)
+                self._event("output lost", told=f"{stream}: {why}")
 
     def _show(self) -> None:
         self._progress.update(self._trainer.steps_done, self._values)
@@ -225,8 +238,10 @@ class Run:
         steps = trainer.store.agreed_steps()
         text = trainer.guard.explain(trainer.store.path(steps[-1]) if steps else None)
         if self._metrics is not None:  # rank 0
-            report = trainer.guard.write_report(Path(self._config.logging.dir), text)
-            text += f" The report is {report}."
+            try:
+                text += f" The report is {trainer.guard.write_report(Path(self._config.logging.dir), text)}."
+            except OSError as error:
+                text += f" No report could be written to {self._config.logging.dir} ({error.strerror})."
             self._event("diverged", told=text)
             self._metrics.close()
         raise Diverged(text)
@@ -245,9 +260,9 @@ class Run:
 
     # Printing and recording.
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str | Text) -> None:
         """Print on rank 0."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text)
 
     def _event(self, name: str, **details: object) -> None:
         """Write an event on rank 0."""
@@ -260,11 +275,13 @@ class Run:
         if trainer.parallel.rank != 0:
             return
         folder = Path(self._config.logging.dir)
-        lines = read_metrics(folder / "metrics.jsonl")
+        lines: list[dict[str, Any]] = []
+        with contextlib.suppress(Mistake):  # logs that could not be written
+            lines = read_metrics(folder / METRICS)
         validations = [line for line in lines if line.get("val/perplexity") is not None]
         if validations:
             ends = validations[:1] if len(validations) == 1 else [validations[0], validations[-1]]
-            shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {int(line['step'])})" for line in ends)
+            shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {line['step']})" for line in ends)
             self._say(f"held-out perplexity  {shown}")
         self._say(f"checkpoint           {trainer.store.path(trainer.steps_done)}")
         self._say(f"watch it with        tensorboard --logdir {folder}")

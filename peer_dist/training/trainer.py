@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
+from rich.text import Text
 
 from peer_dist import __version__
 from peer_dist.checkpoints.manifest import read_manifest
@@ -84,15 +84,14 @@ def train(config: Config, profile: range | None = None) -> int:
         startup.ended("join")
         if world.rank == 0:
             ranks = f": {world.world_size} rank(s)" if world.master_port else ""
-            Console(stderr=True).print(f"{world.launcher}{ranks}", highlight=False)
+            messages().print(f"{world.launcher}{ranks}")
             for remark in data.remarks:
                 messages().print(remark)
         with run_lock(config.checkpoint.dir, world.rank) as lock:
             try:
                 code = Trainer(config, startup, profile).run(stop, lock)
             except Diverged as error:  # on every rank
-                console = Console(stderr=True, quiet=world.rank != 0)
-                console.print(f"[red]stopped:[/] {error}", highlight=False, soft_wrap=True)
+                messages(quiet=world.rank != 0).print(Text.assemble(("stopped:", "red"), f" {error}"))
                 code = DIVERGED
     return code
 
@@ -144,10 +143,8 @@ class Trainer:
         self.flagged: list[bool] = []
         self.guard = Guard(config.guard)
 
-        console = Console(stderr=True, quiet=self.parallel.rank != 0)
-        resumed = self.store.newest(
-            config.checkpoint.fall_back, lambda text: console.print(text, highlight=False, soft_wrap=True)
-        )
+        console = messages(quiet=self.parallel.rank != 0)
+        resumed = self.store.newest(config.checkpoint.fall_back, console.print)
         if resumed is None and config.checkpoint.init_from is not None:
             open_source(config, self.data.tokenizer).restore(self.model, self.parallel)
         self.engine = make_engine(config, self.model, self.parallel, self.dtype)
