@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -26,9 +27,12 @@ def train(
 
     Alone, or a process per GPU under torchrun, srun or mpirun:  torchrun --nproc-per-node 8 -m peer_dist train -c FILE
     """
-    from peer_dist.config import load_config
+    from peer_dist.config import check_world, load_config
+    from peer_dist.ranks.launchers import ranks_started
 
     settings = load_config(config, overrides or [])
+    if started := ranks_started(os.environ):
+        check_world(settings, started)  # training asks again, but only after seconds of imports
     steps = None if profile is None else _steps(profile, settings.train.steps)
     queue_for_ranks(settings.parallel.tensor)
     from peer_dist.training import train as run
