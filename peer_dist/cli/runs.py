@@ -79,7 +79,8 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
     """Submit a training run to Slurm; it goes on by itself after time limits, preemption and lost nodes."""
-    from peer_dist.slurm.submit import Job, SubmitError
+    from peer_dist.slurm.script import SubmitError
+    from peer_dist.slurm.submit import Job
     from peer_dist.slurm.submit import submit as run
 
     if container_runtime not in ("pyxis", "apptainer"):
