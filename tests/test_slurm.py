@@ -218,7 +218,7 @@ ODD = [
 ]  # fmt: skip
 
 
-def _sbatch_reads(script):
+def sbatch_reads(script):
     """The options that `sbatch` reads: it knows quotes, backslashes and comments, and stops at the first command."""
     options = []
     for line in script.split("\n")[1:]:
@@ -295,7 +295,7 @@ def test_every_value_arrives_as_it_is(runtime, tmp_path, monkeypatch):
         lines = script.split("\n")
         plain = plain or lines
         assert [line[:5] for line in lines] == [line[:5] for line in plain], "no line is added"
-        options = _sbatch_reads(script)
+        options = sbatch_reads(script)
         assert f"--comment={odd}" in options
         assert f"--wckey={odd}x" in options
         assert f"-A{odd}" in options
