@@ -159,6 +159,7 @@ def test_an_mpi_that_cannot_be_loaded(monkeypatch):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
+        ({"RANK": ""}, "RANK is '', not a number from 0 on; start ranks with torchrun, srun or mpirun, or unset it"),
         ({"RANK": "0"}, "RANK is set but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start the ranks with torchrun"),
         ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number from 1 to 1000000; start ranks with"),
         (
@@ -333,6 +334,7 @@ def test_a_name_service_that_does_not_answer_is_not_waited_for(monkeypatch):
     [
         ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is 5, but must be below 2"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999', not a number from 1 to 65535"),
+        ({"MASTER_ADDR": "a.invalid"}, "the node of rank 0, a.invalid, has no address on"),
         ({"WORLD_SIZE": "3", "RANK": "1"}, "train.global_batch_size: 8 is not a multiple of"),
     ],
 )

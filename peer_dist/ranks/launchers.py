@@ -67,13 +67,13 @@ def discover(environ: Mapping[str, str]) -> Launch:
 
 
 def ranks_started(environ: Mapping[str, str]) -> int | None:
-    """How many processes were started together, as far as their launcher says it; None if only MPI knows.
+    """How many processes were started together, as far as it is known without a call of MPI; None if only that tells.
 
     Raises:
-        WorldError: what the launcher says is incomplete or contradicts itself.
+        WorldError: as :func:`discover` does.
     """
     launcher, started = _launcher(environ)
-    return _WITHOUT_MPI[launcher](environ).world_size if launcher in _WITHOUT_MPI else started
+    return discover(environ).world_size if launcher in _WITHOUT_MPI else started
 
 
 def rank_said(environ: Mapping[str, str]) -> str:
@@ -113,6 +113,7 @@ def _alone(environ: Mapping[str, str]) -> Launch:
 
 def _torchrun(environ: Mapping[str, str]) -> Launch:
     """The launch that torchrun's variables describe, whoever set them."""
+    _number(environ, "RANK")
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name, "").strip()]
     if missing:
         raise WorldError(f"RANK is set but not {', '.join(missing)}; start the ranks with torchrun, or unset RANK")
