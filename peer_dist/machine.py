@@ -3,6 +3,7 @@
 psutil and py-cpuinfo are asked. Linux's own files are read here, and nowhere else, for what these two do not say, or
 take a second to say: the processor's name and instruction sets, the limits of a container, the identity of a boot,
 start times that do not change when the clock is set, and NVIDIA's driver, which is asked itself for what no file says.
+It also makes and checks folders that are this user's alone, and tells whether files have changed.
 
 Both are imported where they are asked: the layer alone wants the processor's features, and is installed without them.
 """
@@ -15,7 +16,9 @@ import os
 import platform
 import shutil
 import socket
+import stat
 import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -68,6 +71,42 @@ def nearest_existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists, absolute: for questions about what is not created yet."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
+
+
+def private_folder(path: Path) -> Path:
+    """A folder that this user alone can enter, made if need be: what is read from it may be believed.
+
+    Raises:
+        OSError: it cannot be made, is a link or no folder, or is another user's; or others can write to it, or could
+            have. The text says which.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise OSError(f"{path} is {'a link' if stat.S_ISLNK(status.st_mode) else 'no folder'}")
+    if sys.platform != "win32":
+        if status.st_uid != os.geteuid():
+            raise OSError(f"{path} belongs to another user")
+        if status.st_mode & 0o022:
+            raise OSError(f"others can write to {path}")
+        if status.st_mode & 0o055:  # made by hand, or by an earlier version: nobody else can have put anything there
+            with contextlib.suppress(OSError):
+                path.chmod(0o700)
+    return path
+
+
+def file_stamp(*paths: str | os.PathLike[str]) -> tuple[object, ...] | None:
+    """What differs if one of the files has changed since; None if they changed so lately that it might not.
+
+    Raises:
+        OSError: one of them is not there.
+    """
+    states = [os.stat(path) for path in paths]
+    if time.time() - max(max(state.st_mtime, state.st_ctime) for state in states) < 2:  # clocks of files are coarse
+        return None
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states)
 
 
 def free_memory() -> int:

@@ -19,7 +19,8 @@ from peer_dist.mistake import Mistake, in_words
 
 MOST_BYTES = 64 << 20  # of a text that is read at once: far more than any config, index or manifest has
 MOST_DIGITS = 40  # of a whole number
-_MOST_DEPTH, _MOST_VALUES = 64, 1_000_000  # of a YAML file, aliases written out
+_MOST_DEPTH, _MOST_VALUES = 64, 100_000  # of a YAML file, aliases written out
+_MOST_YAML = 4 << 20  # bytes, which PyYAML takes seconds for
 
 
 @contextmanager
@@ -75,7 +76,7 @@ def read_text(path: str | os.PathLike[str], raises: type[Mistake], advice: str =
 
 def read_yaml(path: str | os.PathLike[str], raises: type[Mistake], advice: str = "") -> Any:
     """The value that a YAML file holds; see :func:`parse_yaml`."""
-    return parse_yaml(read_text(path, raises, advice), str(path), raises, advice)
+    return parse_yaml(read_text(path, raises, advice, _MOST_YAML), str(path), raises, advice)
 
 
 def parse_yaml(text: str, source: str, raises: type[Mistake], advice: str = "") -> Any:
@@ -106,8 +107,13 @@ def parse_yaml(text: str, source: str, raises: type[Mistake], advice: str = "") 
             raise raises(f"{source}: is not valid YAML{where}: {problem}{end}") from None
 
 
+def as_yaml(value: Any) -> str:
+    """A YAML text that :func:`parse_yaml`, and readers of YAML 1.1 too, read as ``value``."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
 def _yaml_value(text: str) -> Any:
-    _check_depth(text)
+    _check_events(text)
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -268,6 +274,10 @@ class _Loader(yaml.SafeLoader):
         return {key.value: self.construct_object(value) for key, value in node.value}
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes strings that it or :class:`_Loader` would read as something else."""
+
+
 def _shown(node: yaml.Node) -> str:
     """A node as it is written, for a sentence."""
     return f"{node.value:.40}" if isinstance(node, yaml.ScalarNode) else "what is there"
@@ -299,15 +309,18 @@ _PLAIN = {
     "merge": (r"<<", ["<"]),
 }
 for _name, (_pattern, _first) in _PLAIN.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+    for _user in (_Loader, _Dumper):
+        _user.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
-def _check_depth(text: str) -> None:
-    """Refuse a text that is nested deeper than any file is, without nesting calls to find out."""
+def _check_events(text: str) -> None:
+    """Refuse a text that is nested deeper, or holds more, than any file does, before it is built."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+        if number > 2 * _MOST_VALUES:  # a collection has two events
+            raise _Fault(event, f"holds more than {_MOST_VALUES:,} values")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > _MOST_DEPTH:
@@ -328,7 +341,7 @@ def _check_size(node: yaml.Node, sizes: dict[int, int], above: list[int]) -> int
         for part in parts:
             size += _check_size(part, sizes, [*above, id(node)])
             if size > _MOST_VALUES:
-                raise _Fault(node, "holds millions of values through its aliases (*name); write out what is needed")
+                raise _Fault(node, f"holds more than {_MOST_VALUES:,} values, aliases (*name) written out")
     sizes[id(node)] = size
     return size
 

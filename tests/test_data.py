@@ -6,8 +6,14 @@ import gzip
 import io
 import json
 import os
+import pickle
+import resource
 import shutil
+import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +22,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from peer_dist.checkpoints.resuming import check_resumable, data_identity
+from peer_dist.config import parse_config
 from peer_dist.config.schema import DataConfig
+from peer_dist.data import files as data_files
+from peer_dist.data import stream as data_stream
 from peer_dist.data.documents import DataError, cut, read_documents
 from peer_dist.data.prepare import PreparedSet, prepare, read_prepared
-from peer_dist.data.stream import HeldOutStream, TokenStream, open_data
-from peer_dist.data.tokenizer import load_tokenizer, train_bpe
-from peer_dist.megatron.indexed_data import SplitDataset
+from peer_dist.data.stream import HeldOutStream, TokenStream, check_data, open_data
+from peer_dist.data.tokenizer import file_digest, load_tokenizer, train_bpe
+from peer_dist.machine import private_folder
+from peer_dist.megatron import CheckpointError
+from peer_dist.megatron.indexed_data import SplitDataset, TokenError
 from tests.ranks import run_ranks
 
 ODD = "naïve 日本語 🙂‍🙂 \0 \u2028 \r\n\t <|endoftext|> \ufeff end"
@@ -469,7 +481,7 @@ def test_weights_must_match() -> None:
 
 
 def test_missing_and_damaged_sets(tmp_path: Path, shared: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.bin: .*; make it with `peer-dist prepare --output .*none`"):
+    with pytest.raises(DataError, match=r"none\.bin: .* make one with `peer-dist prepare FILE\.{3} --output .*none`"):
         stream_of(tmp_path / "none")
     for ending in (".bin", ".idx", ".json", ".tokenizer.json"):
         shutil.copy(f"{shared}{ending}", f"{tmp_path / 'set'}{ending}")
@@ -556,3 +568,431 @@ def test_summary_is_plain_json(shared: Path) -> None:
     tree = json.loads(Path(f"{shared}.json").read_text())
     assert PreparedSet(**tree) == summary
     assert tree["sizes"][".bin"] == 2 * summary.tokens
+
+
+# --- damage
+
+
+ENDINGS = (".bin", ".idx", ".tokenizer.json", ".json")
+
+
+def copied(shared: Path, folder: Path, older: bool = False) -> Path:
+    """A copy of a set; or as earlier versions wrote it, without digests."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for ending in ENDINGS:
+        shutil.copyfile(f"{shared}{ending}", f"{folder / 'set'}{ending}")
+    if older:
+        change_json(folder / "set.json", digests=None)
+    return folder / "set"
+
+
+def change_json(path: Path, **keys: Any) -> None:
+    tree = json.loads(path.read_text())
+    tree.update(keys)
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+def refusal(prefix: Path, seq_length: int = 16) -> str:
+    """The sentence by which both refuse the data; empty if both take them."""
+    messages = []
+    for read in (check_data, open_data):
+        try:
+            read(DataConfig(prefix=str(prefix)), seq_length, 5)
+            messages.append("")
+        except DataError as error:
+            messages.append(str(error))
+    assert messages[0] == messages[1]
+    assert "\n" not in messages[0]
+    return messages[0]
+
+
+def damages(content: bytes, other: bytes, flips: int = 40) -> Iterator[bytes]:
+    """Flipped, cut, grown, emptied, zeroed, and what another file holds."""
+    step = max(1, len(content) // flips)
+    for at in range(0, len(content), step):
+        yield content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :]
+    for size in (0, 1, 33, 34, len(content) // 2, len(content) - 1):
+        yield content[:size]
+    yield content + b"\0"
+    yield bytes(len(content))
+    yield other
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_no_damage_is_taken_for_data(tmp_path: Path, bpe: Path, shared: Path, ending: str, older: bool) -> None:
+    """Whatever is done to a file is refused in a sentence that names it, or changes nothing that is read."""
+    prepare([f"{shared.parent / 'in.jsonl'}"], tmp_path / "other", tokenizer=str(bpe), console=quiet())
+    prefix = copied(shared, tmp_path / "copy", older)
+    assert refusal(prefix) == ""
+    rows = stream_of(prefix).batch(range(20))
+    path = Path(f"{prefix}{ending}")
+    content = path.read_bytes()
+    for damaged in damages(content, Path(f"{tmp_path / 'other'}{ending}").read_bytes()):
+        path.write_bytes(damaged)
+        message = refusal(prefix)
+        if message:
+            assert message.startswith(str(prefix)), message
+        else:
+            assert ending == ".json" or (older and ending == ".tokenizer.json"), damaged[:60]
+            assert torch.equal(stream_of(prefix).batch(range(20)), rows)
+    path.write_bytes(content)
+    assert refusal(prefix) == ""
+
+
+def header(**changes: int | bytes) -> bytes:
+    fields = {"magic": b"MMIDIDX\0\0", "version": 1, "code": 8, "documents": 40, "ends": 41} | changes
+    return struct.pack("<9sQBQQ", *fields.values())
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (header(magic=b"MMIDIDX\0\1"), "its header is not that of an index"),
+        (header(version=2), "its header is not that of an index"),
+        (header(code=7), "its header is not that of an index"),
+        (header(code=200), "its header is not that of an index"),
+        (header(documents=2**63), f"tells of {2**63} documents where 40 were written"),
+        (header(ends=2**64 - 1), "tells of 40 documents where 40 were written"),
+        (header(code=4), r"document 1 does not begin where the one before it ends"),
+    ],
+)
+def test_index_headers(tmp_path: Path, shared: Path, head: bytes, message: str) -> None:
+    prefix = copied(shared, tmp_path / "copy")
+    content = (tmp_path / "copy" / "set.idx").read_bytes()
+    (tmp_path / "copy" / "set.idx").write_bytes(head + content[len(head) :])
+    begin = time.perf_counter()
+    assert message in refusal(prefix)
+    assert time.perf_counter() - begin < 1
+
+
+def test_lengths_that_lie(tmp_path: Path, shared: Path) -> None:
+    """Negative, swapped, or with pointers that agree and lead beyond the file."""
+    path = tmp_path / "copy" / "set.idx"
+    for older in (False, True):
+        prefix = copied(shared, tmp_path / "copy", older)
+        content = bytearray(path.read_bytes())
+        lengths = np.frombuffer(content, "<i4", 40, 34)
+        pointers = np.frombuffer(content, "<i8", 40, 34 + 160)
+        kept = lengths.copy(), pointers.copy()
+        lengths[3] = -lengths[3]
+        path.write_bytes(content)
+        assert f"set.idx: is damaged: document 3 has a length of {lengths[3]} tokens" in refusal(prefix)
+        lengths[3], lengths[4] = kept[0][4], kept[0][3]
+        path.write_bytes(content)
+        assert "set.idx: is damaged: document 4 does not begin" in refusal(prefix)
+        pointers[4] = pointers[3] + 2 * lengths[3]
+        path.write_bytes(content)  # sound in itself
+        assert bool(refusal(prefix)) is not older
+        lengths[:], pointers[:] = kept
+        lengths[39] += 1
+        path.write_bytes(content)
+        assert "set.idx: is damaged: its documents have" in refusal(prefix)
+
+
+def test_large_files_are_sampled(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the blocks that are read a change is not noticed, but what is no token never reaches the model."""
+    monkeypatch.setattr(data_files, "_BLOCK", 64)
+    monkeypatch.setattr(data_files, "_BLOCKS", 4)
+    prefix = copied(shared, tmp_path / "copy", older=True)
+    content = bytearray(Path(f"{prefix}.bin").read_bytes())
+    begins = data_files._blocks(len(content), 2)
+    assert (len(begins), begins[0], begins[-1]) == (4, 0, len(content) - 64)
+    for begin in begins:
+        bad = content.copy()
+        bad[begin + 2 : begin + 4] = struct.pack("<H", 257)
+        Path(f"{prefix}.bin").write_bytes(bad)
+        assert f"set.bin: is damaged: token {begin // 2 + 1} is 257, and the vocabulary has 257 ids" in refusal(prefix)
+    content[100:102] = struct.pack("<H", 9999)
+    Path(f"{prefix}.bin").write_bytes(content)
+    assert refusal(prefix) == ""
+    stream = open_data(DataConfig(prefix=str(prefix), split="1,0,0"), 16, 5).train
+    with pytest.raises(TokenError, match=r"set\.bin: is damaged: a sequence holds the token 9999, and the vocabulary"):
+        stream.batch(range(len(stream.datasets[0])))
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 5, True])
+def test_descriptions_of_another_kind(tmp_path: Path, shared: Path, value: object) -> None:
+    prefix = copied(shared, tmp_path / "copy")
+    path = Path(f"{prefix}.json")
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(value))
+    assert "set.json: must hold a JSON object" in refusal(prefix)
+    path.write_text("[" * 5000)
+    assert "set.json: is nested too deeply" in refusal(prefix)
+    for key in good:
+        if type(value) is not type(good[key]) and (key, value) != ("digests", None):
+            path.write_text(json.dumps(good | {key: value}))
+            assert f"set.json: is not what `peer-dist prepare` writes ({key}" in refusal(prefix)
+        path.write_text(json.dumps({name: part for name, part in good.items() if name != key}))
+        assert key == "digests" or "set.json: is not what `peer-dist prepare` writes" in refusal(prefix)
+    for changes in ({"documents": -1}, {"tokens": 2**70}, {"sizes": {".bin": 1}}, {"more": 1}, {"vocab_size": 10**9}):
+        path.write_text(json.dumps(good | changes))
+        assert "set.json: is not what `peer-dist prepare` writes" in refusal(prefix)
+
+
+class Evil:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_the_index_runs(tmp_path: Path, shared: Path) -> None:
+    """Damage of any kind, and pickles, in each file of Megatron's index: a sentence that names the folder."""
+    prefix = copied(shared, tmp_path / "copy")
+    rows = stream_of(prefix).batch(range(20))
+    (folder,) = Path(f"{prefix}.cache").iterdir()
+    ran = tmp_path / "ran"
+    array = io.BytesIO()
+    np.save(array, np.array([Evil(ran)], dtype=object), allow_pickle=True)
+    paths = sorted(folder.glob("*.npy"))
+    assert len(paths) == 9
+    for path in paths:
+        content = path.read_bytes()
+        other = paths[paths.index(path) - 3].read_bytes()
+        for damaged in (pickle.dumps(Evil(ran)), array.getvalue(), *damages(content, other, 3)):
+            path.write_bytes(damaged)
+            message = refusal(prefix)
+            assert message.startswith(f"{folder}: is not Megatron's index") or damaged == content, message
+            assert message.endswith("; delete this folder") or damaged == content
+        path.unlink()
+        assert "delete this folder" in refusal(prefix)  # and it is not built anew in place
+        os.mkfifo(path)
+        assert "delete this folder" in refusal(prefix)
+        path.unlink()
+        path.write_bytes(content)
+    assert not ran.exists()
+    assert torch.equal(stream_of(prefix).batch(range(20)), rows)
+
+
+def test_private_folders(tmp_path: Path) -> None:
+    assert private_folder(tmp_path / "new" / "one").stat().st_mode & 0o777 == 0o700
+    folder = tmp_path / "new" / "one"
+    folder.chmod(0o755)  # as earlier versions made it
+    assert private_folder(folder).stat().st_mode & 0o777 == 0o700
+    for mode in (0o770, 0o707, 0o1777, 0o720):
+        folder.chmod(mode)
+        with pytest.raises(OSError, match="others can write to"):
+            private_folder(folder)
+    folder.chmod(0o700)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(OSError, match="is a link"):
+        private_folder(tmp_path / "link")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="is no folder"):
+        private_folder(tmp_path / "file")
+    if os.geteuid() == 0:
+        os.chown(folder, 12345, 12345)
+        with pytest.raises(OSError, match="belongs to another user"):
+            private_folder(folder)
+
+
+def test_index_of_data_that_lie_where_one_cannot_write(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = copied(shared, tmp_path / "copy")
+    monkeypatch.setattr(data_stream.os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(data_stream.tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"peer_dist-{os.getuid()}"
+    check_data(DataConfig(prefix=str(prefix)), 16, 5)
+    assert not folder.exists()
+    rows = stream_of(prefix).batch(range(20))
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", folder.name]
+    folder.rename(tmp_path / "theirs")
+    folder.symlink_to(tmp_path / "theirs")
+    assert "is a link); remove it, or set TMPDIR to a folder of your own" in refusal(prefix)
+    folder.unlink()
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    assert "others can write to" in refusal(prefix)
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    assert torch.equal(stream_of(prefix).batch(range(20)), rows)
+
+
+def test_data_identity(tmp_path: Path, shared: Path, bpe: Path) -> None:
+    """A run goes on with the same data only: the files, not what is said of them. Older manifests say less."""
+    prefix = copied(shared, tmp_path / "copy", older=True)
+    config = parse_config({"data": {"prefix": str(prefix)}}, "test")
+    identity = data_identity(config)
+    assert data_identity(parse_config({"data": {"prefix": str(shared)}}, "test")) == identity
+
+    def resume(saved: object, now: list[list[Any]]) -> None:
+        check_resumable(tmp_path, config, now, {"config": config.model_dump(mode="json"), "data": saved})
+
+    resume(json.loads(json.dumps(identity)), identity)
+    resume([entry[:2] for entry in identity], identity)
+    path = Path(f"{prefix}.tokenizer.json")
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"truncation": None, "version": "9"}))
+    assert data_identity(config) == identity
+    path.write_text(json.dumps(tree | {"normalizer": {"type": "Lowercase"}}))
+    changed = data_identity(config)
+    bad: list[object] = [changed, [["0" * 64, *identity[0][1:]]], [[identity[0][0], 2.0]], [], None, [None], [[]]]
+    for saved in bad:
+        with pytest.raises(CheckpointError, match=r"was made from other data than .* or another tokenizer"):
+            resume(saved, identity)
+
+
+def test_tokenizers_by_their_content(tmp_path: Path, bpe: Path) -> None:
+    """The same vocabulary with other merges is another tokenizer; another layout of the file is not."""
+    source = tmp_path / "a.txt"
+    source.write_text(prose(1, 100))
+    prepare([source], tmp_path / "set", tokenizer=str(bpe), console=quiet())
+    tree = json.loads(bpe.read_text())
+    merges = tree["model"]["merges"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(tree | {"model": tree["model"] | {"merges": [" ".join(pair) for pair in merges]}}))
+    assert file_digest(other) == file_digest(bpe)
+    open_data(DataConfig(prefix=str(tmp_path / "set"), tokenizer=str(other), split="1,0,0"), 16, 5)
+    merges[0], merges[1] = merges[1], merges[0]
+    other.write_text(json.dumps(tree))
+    assert load_tokenizer(str(other)).digest == load_tokenizer(str(bpe)).digest
+    assert file_digest(other) != file_digest(bpe)
+    with pytest.raises(DataError, match="the same tokens, but another way of dividing texts"):
+        check_data(DataConfig(prefix=str(tmp_path / "set"), tokenizer=str(other), split="1,0,0"), 16, 5)
+    shutil.copyfile(other, tmp_path / "set.tokenizer.json")
+    with pytest.raises(DataError, match=r"set\.tokenizer\.json: does not hold what was written"):
+        read_prepared(tmp_path / "set")
+
+
+def tokenizer_file(path: Path, model: dict[str, Any], **parts: Any) -> str:
+    end = {"id": 0, "content": "<|endoftext|>", "special": True}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    path.write_text(json.dumps({"added_tokens": [end], "model": model} | parts))
+    return str(path)
+
+
+END = {"<|endoftext|>": 0}
+BPE = {"type": "BPE", "vocab": END, "merges": []}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ({"type": "BPE", "vocab": END | {"a": 10**9}, "merges": []}, {}),
+        ({"type": "BPE", "vocab": END | {"a": -1}, "merges": []}, {}),
+        ({"type": "BPE", "vocab": END | {"a": 1}, "merges": [["a", "z"]]}, {}),
+        ({"type": "BPE", "vocab": END | {"a": 1}, "merges": 5}, {}),
+        (  # ends the process, with a text that is no UTF-8
+            {"type": "BPE", "vocab": END | {"a": 1, "\u65e5": 2}, "merges": [["a", "\u65e5"]]}
+            | {"continuing_subword_prefix": "##"},
+            {},
+        ),
+        ({"type": "Unigram", "vocab": [], "unk_id": 0}, {}),
+        ({"type": "Unknown", "vocab": END}, {}),
+        ({"vocab": 5}, {}),
+        (BPE, {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}),
+        (BPE, {"pre_tokenizer": {"type": "FixedLength", "length": 0}}),
+        (BPE, {"pre_tokenizer": SPLIT | {"pattern": {"Regex": "(("}}}),
+    ],
+)
+def test_broken_tokenizers(
+    tmp_path: Path, model: dict[str, Any], parts: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = tokenizer_file(tmp_path / "t.json", model, **parts)
+    with pytest.raises(DataError, match=r"t\.json: ") as error:
+        load_tokenizer(name)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""  # where the library says that it panicked
+
+
+def test_padding_and_truncation_are_left_out(tmp_path: Path) -> None:
+    """However many tokens a file asks for."""
+    padding = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": 2**32, "pad_token": "x"}
+    truncation = {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    parts = {"padding": padding | {"pad_id": 0, "pad_type_id": 0}, "truncation": truncation}
+    model = {"type": "BPE", "vocab": END | {"a": 1, "b": 2}, "merges": []}
+    assert load_tokenizer(tokenizer_file(tmp_path / "t.json", model, **parts)).encode("aba") == [1, 2, 1]
+
+
+def test_tokenizers_without_a_token_for_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    unknown = {"type": "WordLevel", "vocab": END | {"some": 1}, "unk_token": "[UNK]"}
+    for model, message in ((unknown, r"Missing \[UNK\] token"), (BPE, "has no token for any of the text")):
+        name = tokenizer_file(tmp_path / "t.json", model, pre_tokenizer={"type": "Whitespace"})
+        with pytest.raises(DataError, match=message):
+            prepare([tmp_path / "a.txt"], tmp_path / "x", tokenizer=name, console=quiet())
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "t.json"]
+
+
+def test_odd_files_to_prepare(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "null.txt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "lines.txt").write_text("\n\n \n")
+    (tmp_path / "folder.bin").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("loop.txt", {}, r"loop\.txt: (cannot be read|there is no such file)"),
+        ("null.txt", {}, r"null\.txt: is a pipe or a device"),
+        ("pipe.txt", {}, r"pipe\.txt: is a pipe or a device"),
+        ("n" * 300 + ".txt", {}, r"n\.txt: cannot be read \(File name too long\)"),
+        ("a\0.txt", {}, r"\.txt: .*null"),
+        ("good.txt/a.txt", {}, r"a\.txt: there is no such file"),
+        ("lines.txt", {}, r"no text in .*lines\.txt; there is nothing to prepare"),
+        ("lines.txt", {"train_bpe": 300}, r"no text in .*lines\.txt; there is nothing to prepare"),
+        ("good.txt", {"train_bpe": 10**18}, "at most 4,194,304 tokens"),
+        ("good.txt", {"tokenizer": "t" * 300}, "there is no such tokenizer file"),
+        ("good.txt", {"output": tmp_path / ("n" * 250)}, r"n: cannot be written \(File name too long\)"),
+        ("good.txt", {"output": tmp_path / "a\0"}, "cannot be written .*null"),
+        ("good.txt", {"output": tmp_path / "folder", "force": True}, r"folder\.bin: is a folder"),
+    ]
+    for name, options, message in cases:
+        with pytest.raises(DataError, match=message) as error:
+            prepare([tmp_path / name], **{"output": tmp_path / "out", "console": quiet()} | options)
+        assert "\n" not in str(error.value)
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """At any size at which the disk may end, a sentence, and nothing is left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "a.txt").write_text(prose(1, 200))
+    try:
+        for size in (0, 100, 1000, 2000, 10_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            with pytest.raises(DataError, match=r"out: cannot be written \(File too large\)"):
+                prepare([tmp_path / "a.txt"], tmp_path / "out", console=quiet())
+            assert os.listdir(tmp_path) == ["a.txt"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# --- what is known before a run joins
+
+
+def test_check_data_makes_nothing(tmp_path: Path, shared: Path) -> None:
+    prefix = copied(shared, tmp_path / "copy")
+    before = sorted(os.listdir(tmp_path / "copy"))
+    checked = check_data(DataConfig(prefix=str(prefix), split="90,5,5"), 16, 5)
+    assert (checked.tokenizer.eod, checked.remarks) == (256, [])
+    tokens = read_prepared(prefix).tokens
+    with pytest.raises(DataError, match=rf"has {tokens} tokens, too few for one sequence \({tokens + 1}\)"):
+        check_data(DataConfig(prefix=str(prefix), split="1,0,0"), tokens, 5)
+    check_data(DataConfig(prefix=str(prefix), split="1,0,0"), tokens - 1, 5)
+    (remark,) = check_data(DataConfig(prefix=str(prefix), split="99.9,0.1,0"), 16, 5).remarks
+    assert "the validation split has 0 documents and 0 tokens, too few for one sequence (17)" in remark
+    assert check_data(DataConfig(prefix=str(prefix), split="1,0,0"), 16, 5).remarks == []
+    with pytest.raises(DataError, match=r"set\.bin: Megatron's index cannot be written there \(it is no folder\)"):
+        check_data(DataConfig(prefix=str(prefix)), 16, 5, f"{prefix}.bin")
+    assert sorted(os.listdir(tmp_path / "copy")) == before
+
+
+@pytest.mark.parametrize("split", ["90,5,5", "1,1e-3,0", "70,20,10", "0.5,0.25,0.25", "1,0,2"])
+@pytest.mark.parametrize("seq_length", [7, 64, 500])
+def test_check_data_counts_as_megatron_does(shared: Path, tmp_path: Path, split: str, seq_length: int) -> None:
+    """Both refuse the same, and tell the same of the validation split."""
+    config = DataConfig(prefix=str(shared), split=split)
+    checked = check_data(config, seq_length, 5, tmp_path)
+    streams = open_data(config, seq_length, 5, tmp_path)
+    assert (streams.validation is None) == bool(checked.remarks or float(split.split(",")[1]) == 0)
+    check_data(config, seq_length, 5, tmp_path)

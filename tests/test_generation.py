@@ -143,6 +143,9 @@ def test_draws():
         return {token: found.count(token) for token in set(found)}
 
     assert set(drawn()) == {0, 1, 2, 3, 4}
+    for cold in (1e-30, 1e-31, 1e-300, 5e-324):
+        assert drawn(temperature=cold) == {1: 1600}
+    assert set(drawn(temperature=1e6)) == {0, 1, 2, 3, 4}
     assert drawn(temperature=0) == drawn(top_k=1, temperature=9.0) == drawn(top_p=0.5) == drawn(top_p=0.0) == {1: 1600}
     assert set(drawn(top_p=0.51)) == set(drawn(top_k=2)) == {1, 4}
     assert set(drawn(top_p=0.8)) == {1, 4, 2}
@@ -158,6 +161,8 @@ def test_prompts_and_what_is_written(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\n two\n")
     assert read_prompts([], None) == [""]
+    with pytest.raises(DataError, match=r"--prompt 'a.udcff': is no text in UTF-8"):
+        read_prompts(["a\udcff"], None)
     assert read_prompts(["zero"], file) == ["zero", "one", " two"]
     file.write_text("\n")
     with pytest.raises(DataError, match=r"prompts.txt: holds no prompt"):

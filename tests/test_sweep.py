@@ -119,10 +119,7 @@ RATES = {"dense": [1e-3, 2e-3], "peer": [[1e-3, 1e-3], [2e-3, 4e-3]]}
             {"budgets": [3e9, 3.0000001e9]},
             "the runs of budget 3000000000.0 and 3000000100.0 would have one folder, dense-h16-",
         ),
-        (
-            {"tune": {"size": "h16", "seeds": [7, 7], "learning_rates": RATES}},
-            "the runs of the seed 7, which is listed twice, would have one folder, dense-h16-3e09-s7-trial0",
-        ),
+        ({"tune": {"size": "h16", "seeds": [7, 7], "learning_rates": RATES}}, "tune.seeds lists a value twice"),
         ({"models": {"m" * 250: {}}}, "folder whose name has 262 bytes, and at most 255 can be; shorten the names"),
         ({"models": {"\u4e2d" * 84: {}}}, "folder whose name has 264 bytes, and at most 255 can be"),
         ({"tune": {"learning_rates": RATES}}, "tune.size: '' is none of the sizes"),

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from peer_dist.config import Config
-from peer_dist.data.prepare import read_prepared
+from peer_dist.data.documents import DataError
+from peer_dist.data.prepare import content_digests, read_prepared
 from peer_dist.kinds import KINDS
 from peer_dist.megatron import CheckpointError
+from peer_dist.ranks.rank_zero import on_rank_zero
 
 
 def data_identity(config: Config) -> list[list[Any]]:
-    """The fingerprint and the weight of each data set, in order: what the data are, wherever their files lie.
+    """What the data are, wherever their files lie, as rank 0 reads them. A collective call in a process group.
+
+    Returns:
+        For each data set, in order: its fingerprint, its weight, and a digest of what its files hold now, the tokenizer
+        among them.
 
     Raises:
         DataError: prepared files are missing or damaged.
     """
-    return [[read_prepared(prefix).fingerprint, weight] for prefix, weight in config.data.weights.items()]
+
+    def identity() -> list[list[Any]]:
+        sets = []
+        for prefix, weight in config.data.weights.items():
+            summary = read_prepared(prefix)
+            digests = json.dumps(content_digests(prefix, summary), sort_keys=True)
+            sets.append([summary.fingerprint, weight, hashlib.sha256(digests.encode()).hexdigest()])
+        return sets
+
+    return on_rank_zero(identity, raises=DataError)
+
+
+def _same_data(saved: Any, identity: list[list[Any]]) -> bool:
+    """Whether a manifest's data are these. Earlier versions wrote no digests."""
+    if not isinstance(saved, list) or len(saved) != len(identity):
+        return False
+    return all(isinstance(was, list) and len(was) >= 2 and was == now[: len(was)] for was, now in zip(saved, identity))
 
 
 def check_resumable(path: Path, config: Config, identity: list[list[Any]], manifest: dict[str, Any]) -> None:
@@ -42,10 +66,11 @@ def check_resumable(path: Path, config: Config, identity: list[list[Any]], manif
                 "back, choose another checkpoint.dir, or start from its weights with checkpoint.init_from"
             )
 
-    if manifest["data"] != identity:
+    if not _same_data(manifest["data"], identity):
         raise CheckpointError(
             f"{path}: was made from other data than {', '.join(config.data.weights)} holds now (or with other "
-            "weights); name the same prepared files, or start from its weights with checkpoint.init_from"
+            "weights, or another tokenizer); name the same prepared files, or start from its weights with "
+            "checkpoint.init_from"
         )
 
 

@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from peer_dist.cli.options import AsJson, BatchSize, Checkpoint, DataPrefix, Split, queue_for_ranks
+from peer_dist.cli.options import (
+    MOST_RANKS,
+    AsJson,
+    BatchSize,
+    Checkpoint,
+    DataPrefix,
+    Split,
+    number,
+    queue_for_ranks,
+    whole,
+)
 
 
 def evaluate(
@@ -27,7 +37,7 @@ def evaluate(
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="With --dataset: tokens scored per window. Default: half of seq_length.", show_default=False),
+        whole(1, 1 << 24, "With --dataset: tokens scored per window. Default: half of seq_length.", show_default=False),
     ] = None,
     batch_size: BatchSize = 8,
     as_json: AsJson = False,
@@ -94,16 +104,14 @@ def generate(
     prompt_file: Annotated[
         Path | None, typer.Option(help="File of more of them, one per line.", show_default=False)
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to draw for each.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among the k most likely; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0, max=1, help="Draw among the most likely that together have this probability.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws, of each prompt.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 8,
-    tensor: Annotated[int, typer.Option(min=1, help="Ranks that share each layer's matrices.")] = 1,
-    pipeline: Annotated[int, typer.Option(min=1, help="Stages that the layers are cut into.")] = 1,
+    tokens: Annotated[int, whole(1, 10**7, "Tokens to draw for each.")] = 200,
+    temperature: Annotated[float, number(0, 10**6, "0 takes the most likely token.")] = 0.8,
+    top_k: Annotated[int, whole(0, 1 << 31, "Draw among the k most likely; 0: all.")] = 0,
+    top_p: Annotated[float, number(0, 1, "Draw among the most likely that together have this probability.")] = 1.0,
+    seed: Annotated[int, whole(0, 2**63 - 1, "Seed of the draws, of each prompt.")] = 0,
+    batch_size: Annotated[int, whole(1, 1 << 16, "Texts at a time.")] = 8,
+    tensor: Annotated[int, whole(1, MOST_RANKS, "Ranks that share each layer's matrices.")] = 1,
+    pipeline: Annotated[int, whole(1, MOST_RANKS, "Stages that the layers are cut into.")] = 1,
 ) -> None:
     """Continue texts with a trained model, on any number of ranks; several are told apart by lines of their numbers."""
     queue_for_ranks(tensor)

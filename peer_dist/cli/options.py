@@ -2,30 +2,88 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from peer_dist.mistake import Mistake, printable
+
 if TYPE_CHECKING:
     from peer_dist.config import Config
+
+MOST_RANKS = 1 << 17  # as kinds/section.py says of keys; that is not imported for --help
+
+
+class OptionError(Mistake):
+    """An option's value that cannot be used."""
+
+
+def whole(least: int, most: int, help: str, *names: str, **more: Any) -> Any:
+    """An option that is a whole number between two; ``names`` and ``more`` are those of ``typer.Option``."""
+    return _number(_integer, "a whole number", least, most, help, names, more)
+
+
+def number(least: int, most: int, help: str, *names: str, **more: Any) -> Any:
+    """An option that is a finite number between two."""
+    return _number(_float, "a number", least, most, help, names, more)
+
+
+def _number(
+    parser: Callable[[Any], Any],
+    kind: str,
+    least: int,
+    most: int,
+    help: str,
+    names: tuple[str, ...],
+    more: dict[str, Any],
+) -> Any:
+    """Typer's own ranges let through what is not a number, and say of the others what they are not in several lines."""
+
+    def checked(param: typer.CallbackParam, value: Any) -> Any:
+        if value is None or (not isinstance(value, str) and least <= value <= most):
+            return value
+        text = printable(str(value))
+        text = repr(text if len(text) <= 40 else f"{text[:37]}...")
+        raise OptionError(f"{param.opts[-1]} {text}: must be {kind} from {least:,} to {most:,}")
+
+    return typer.Option(*names, parser=parser, callback=checked, help=help, **more)
+
+
+def _integer(text: Any) -> Any:
+    """The number, or the text where it is none. (Typer shows the function's name, and asks it about defaults too.)"""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _float(text: Any) -> Any:
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return value if math.isfinite(value) else str(text)
+
+
+_integer.__name__, _float.__name__ = "integer", "float"
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="SECTION.KEY=VALUE", help="Change single keys of the file.", show_default=False),
 ]
-VocabSize = Annotated[
-    int | None, typer.Option(min=1, help="Rows of the embedding. Default: the data's tokenizer's, padded.")
-]
+VocabSize = Annotated[int | None, whole(1, 1 << 31, "Rows of the embedding. Default: the data's tokenizer's, padded.")]
 Checkpoint = Annotated[str, typer.Option(help="A checkpoint, or a folder of them (the newest is taken).")]
 DataPrefix = Annotated[
     str | None, typer.Option("--data", help="A prepared data set. Default: the one it was trained on.")
 ]
 Split = Annotated[str, typer.Option(help="validation, test, or all of the data set.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences per rank and forward pass.")]
+BatchSize = Annotated[int, whole(1, 1 << 16, "Sequences per rank and forward pass.")]
 Sbatch = Annotated[
     list[str] | None, typer.Option(help="Any other option of sbatch, such as --sbatch=--partition=gpu; repeatable.")
 ]

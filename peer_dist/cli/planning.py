@@ -11,7 +11,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from peer_dist.cli.options import ConfigFile, Overrides, VocabSize, vocab_size_of, wide_console
+from peer_dist.cli.options import (
+    MOST_RANKS,
+    ConfigFile,
+    Overrides,
+    VocabSize,
+    number,
+    vocab_size_of,
+    whole,
+    wide_console,
+)
 
 
 def plan(
@@ -20,16 +29,16 @@ def plan(
     gpu: Annotated[
         str, typer.Option(help="Device: h100, h200, a100, b200, cpu, or a .yaml file with the figures of another.")
     ] = "h100",
-    gpus: Annotated[int | None, typer.Option(min=1, help="Devices (ranks). Default: a node's.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Devices of a node. Default: the device's.")] = None,
+    gpus: Annotated[int | None, whole(1, MOST_RANKS, "Devices (ranks). Default: a node's.")] = None,
+    gpus_per_node: Annotated[int | None, whole(1, MOST_RANKS, "Devices of a node. Default: the device's.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Find the best of all layouts that fit.")] = False,
     tokens: Annotated[
-        float | None, typer.Option(min=1, help="Tokens to train on. Default: those of the config's steps.")
+        float | None, number(1, 10**18, "Tokens to train on. Default: those of the config's steps.")
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Price of a device per hour.")] = None,
+    price: Annotated[float | None, number(0, 10**9, "Price of a device per hour.")] = None,
     hits: Annotated[
         float | None,
-        typer.Option(min=1, help="Row shards that a token hits, as measured. Default: that of uniform picks."),
+        number(1, MOST_RANKS, "Row shards that a token hits, as measured. Default: that of uniform picks."),
     ] = None,
     vocab_size: VocabSize = None,
     file: Annotated[
@@ -109,7 +118,7 @@ def match(
     reference_kind: Annotated[
         str | None, typer.Option(help="Kind of the layers to replace. Default: the one that is not dense.")
     ] = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Deviation from which on there is a warning.")] = 0.02,
+    tolerance: Annotated[float, number(0, 10**6, "Deviation from which on there is a warning.")] = 0.02,
     folder: Annotated[
         Path | None, typer.Option("--write", help="Folder for the partners' configs.", show_default=False)
     ] = None,

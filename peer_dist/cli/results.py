@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from peer_dist.cli.options import Sbatch, wide_console
+from peer_dist.cli.options import Sbatch, number, whole, wide_console
 
 
 def sweep(
@@ -16,15 +16,15 @@ def sweep(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the runs. Default: runs/NAME.", show_default=False)
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share cores and GPUs.")] = 1,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes of each run.")] = 1,
+    jobs: Annotated[int, whole(1, 1024, "Runs at a time; they share cores and GPUs.")] = 1,
+    ranks: Annotated[int, whole(1, 1024, "Processes of each run.")] = 1,
     limit_minutes: Annotated[
-        float | None, typer.Option(min=0, help="Stop after this; the same command goes on.", show_default=False)
+        float | None, number(0, 10**8, "Stop after this; the same command goes on.", show_default=False)
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="A run, model, size or variant, also with * and ?; repeatable.")
     ] = None,
-    task: Annotated[int | None, typer.Option(min=0, help="Run this one (from 0) alone.", show_default=False)] = None,
+    task: Annotated[int | None, whole(0, 10**6, "Run this one (from 0) alone.", show_default=False)] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit the runs as a Slurm job array instead.")] = False,
     sbatch: Sbatch = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs (or the batch script) alone.")] = False,

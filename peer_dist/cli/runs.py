@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from peer_dist.cli.options import AsJson, ConfigFile, Overrides, Sbatch, queue_for_ranks
+from peer_dist.cli.options import MOST_RANKS, AsJson, ConfigFile, Overrides, Sbatch, number, queue_for_ranks, whole
 
 
 def train(
@@ -43,17 +43,17 @@ def train(
 def submit(
     config: ConfigFile,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each; 0: train on CPUs.")] = 0,
+    nodes: Annotated[int, whole(1, MOST_RANKS, "Nodes.")] = 1,
+    gpus_per_node: Annotated[int, whole(0, 1024, "GPUs of each; 0: train on CPUs.")] = 0,
     ranks_per_node: Annotated[
-        int | None, typer.Option(help="Ranks on each. Default: one per GPU, or one.", show_default=False)
+        int | None, whole(1, 4096, "Ranks on each. Default: one per GPU, or one.", show_default=False)
     ] = None,
     time_limit: Annotated[
         str | None, typer.Option("--time", help="Time limit: minutes, HH:MM:SS or D-HH:MM:SS.", show_default=False)
     ] = None,
     sbatch: Sbatch = None,
     signal_lead: Annotated[
-        int, typer.Option(min=1, help="Seconds before the time limit at which the run saves; Slurm is up to 30 s late.")
+        int, whole(1, 10**6, "Seconds before the time limit at which the run saves; Slurm is up to 30 s late.")
     ] = 120,
     container: Annotated[str | None, typer.Option(help="Image to run in.", show_default=False)] = None,
     container_runtime: Annotated[str, typer.Option(help="What runs it: pyxis or apptainer.")] = "pyxis",
@@ -67,7 +67,7 @@ def submit(
     ] = None,
     local_disk: Annotated[Path, typer.Option(help="Folder on each node's own disk.")] = Path("/tmp"),
     doctor: Annotated[bool, typer.Option("--doctor", help="Let peer-dist doctor examine all ranks first.")] = False,
-    chain: Annotated[int, typer.Option(min=0, help="Jobs that follow, each when the one before has ended.")] = 0,
+    chain: Annotated[int, whole(0, 1000, "Jobs that follow, each when the one before has ended.")] = 0,
     requeue: Annotated[
         bool | None,
         typer.Option(
@@ -75,7 +75,7 @@ def submit(
             help="Start again after a time limit, preemption or crash. Default: yes, without --chain.",
         ),
     ] = None,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts in a row without a new checkpoint.")] = 10,
+    max_restarts: Annotated[int, whole(0, 10**6, "Restarts in a row without a new checkpoint.")] = 10,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
     """Submit a training run to Slurm; it goes on by itself after time limits, preemption and lost nodes."""
@@ -110,7 +110,7 @@ def doctor(
         Path | None, typer.Option("--config", "-c", help="YAML file of the run: its folders and layout.")
     ] = None,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Time limit of each check; who takes longer is named.")] = 30.0,
+    seconds: Annotated[float, number(1, 10**6, "Time limit of each check; who takes longer is named.")] = 30.0,
     calibrate: Annotated[
         Path | None,
         typer.Option(
@@ -141,9 +141,10 @@ def _steps(text: str, last: int) -> range:
     from peer_dist.config import ConfigError
 
     first, colon, end = text.partition(":")
-    if not (first.isdecimal() and (end if colon else first).isdecimal()):
-        raise ConfigError(f"--profile {text}: is no range of steps; write 10:15 for the steps 10 to 15, or 10 for one")
+    shown = text if len(text) <= 40 else f"{text[:37]}..."
+    if not (first.isdecimal() and (end if colon else first).isdecimal()) or len(text) > 40:
+        raise ConfigError(f"--profile {shown}: is no range of steps; write 10:15 for the steps 10 to 15, or 10 for one")
     steps = range(int(first), int(end or first) + 1)
     if not steps or steps[0] < 1 or steps[-1] > last:
-        raise ConfigError(f"--profile {text}: the run has the steps 1 to {last} (train.steps); name some of them")
+        raise ConfigError(f"--profile {shown}: the run has the steps 1 to {last} (train.steps); name some of them")
     return steps

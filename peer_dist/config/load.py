@@ -7,13 +7,15 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from peer_dist.config.schema import Config
-from peer_dist.mistake import Mistake
+from peer_dist.kinds.section import shown
+from peer_dist.mistake import Mistake, in_words
+from peer_dist.reading import as_yaml, parse_yaml, read_yaml
 
 Tree = dict[str, Any]
 
@@ -35,7 +37,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     origin = {key: str(path) for key in _leaves(tree)}
     for override in overrides:
         key = _apply(tree, override)
-        origin[key] = f"command line ({override})"
+        origin[key] = f"command line ({override if len(override) < 80 else override[:77] + '...'})"
     return parse_config(tree, str(path), origin)
 
 
@@ -61,6 +63,8 @@ def find_config(path: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}){own}") from None
     except OSError:
         return path  # which read_tree finds out too, and tells
+    except ValueError:
+        raise ConfigError(f"{shown(str(path))}: is no path of a file; name one") from None
 
 
 def read_tree(path: str | os.PathLike[str]) -> Tree:
@@ -69,18 +73,7 @@ def read_tree(path: str | os.PathLike[str]) -> Tree:
     Raises:
         ConfigError: it cannot be read, or holds no sections.
     """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not a text file in UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "is malformed"
-        raise ConfigError(f"{path}: is not valid YAML{where}: {problem}") from None
+    tree = read_yaml(path, ConfigError)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -105,8 +98,7 @@ def write_config(config: Config, path: Path, about: str) -> None:
     tree = config.model_dump(mode="json", exclude_defaults=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None)
-        path.write_text(f"# {about}\n{text}", encoding="utf-8")
+        path.write_text(f"# {about}\n{as_yaml(tree)}", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another place") from None
 
@@ -190,7 +182,7 @@ def _worlds_that_fit(config: Config, world_size: int) -> str:
     unit = math.lcm(*(math.prod(parts.values()) for parts in _layout_parts(config)))
     interleaved = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
     worlds = []
-    for ranks in range(1, passes + 1):  # data-parallel
+    for ranks in divisors(passes):  # data-parallel
         world = ranks * parallel.tensor * parallel.pipeline
         if passes % (ranks * interleaved) == 0 and world % unit == 0:
             worlds.append(world)
@@ -200,32 +192,38 @@ def _worlds_that_fit(config: Config, world_size: int) -> str:
     return f"worlds that fit: {', '.join(map(str, nearest))} rank(s)"
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, ascending."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
 def _apply(tree: Tree, override: str) -> str:
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"command line: {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"command line: {override!r}: the value is not valid YAML") from None
-    set_key(tree, parts, value, f"command line: {override!r}")
-    return ".".join(parts)
+    source = f"command line: {shown(override, 80)}"
+    if not equals:
+        raise ConfigError(f"{source} is not of the form section.key=value")
+    set_key(tree, key, parse_yaml(text, source, ConfigError), source)
+    return key.strip()
 
 
-def set_key(tree: Tree, parts: Sequence[str], value: Any, source: str) -> None:
-    """Put ``value`` at the key that ``parts`` lead to; ``source`` names it in errors.
+def set_key(tree: Tree, key: str, value: Any, source: str) -> None:
+    """Put ``value`` at ``key`` (``section.key``); ``source`` names it in errors. Values that sections share by aliases
+    stay as they are in the other ones.
 
     Raises:
-        ConfigError: one of the parts before the last is no section.
+        ConfigError: it is not of that form, or one of the parts before the last is no section.
     """
+    *sections, last = key.strip().split(".")
+    if not all((*sections, last)):
+        raise ConfigError(f"{source} is not of the form section.key=value")
     node = tree
-    for part in parts[:-1]:
-        child = node.setdefault(part, {})
+    for part in sections:
+        child = node.get(part, {})
         if not isinstance(child, dict):
             raise ConfigError(f"{source}: {part!r} is a value, not a section")
-        node = child
-    node[parts[-1]] = value
+        node[part] = node = dict(child)
+    node[last] = value
 
 
 def _leaves(tree: Tree, prefix: str = "") -> list[str]:
@@ -236,37 +234,13 @@ def _leaves(tree: Tree, prefix: str = "") -> list[str]:
     return keys
 
 
-def _section(parts: Sequence[str], root: type[BaseModel]) -> type[BaseModel]:
-    model = root
-    for part in parts:
-        annotation = model.model_fields[part].annotation
-        for candidate in (annotation, *get_args(annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                model = candidate
-                break
-    return model
-
-
 def sentence(error: ValidationError, source: str, origin: dict[str, str], root: type[BaseModel] = Config) -> str:
     """What is wrong with a file of the shape ``root``: where, which key, and what to do."""
     errors = error.errors(include_url=False)
     # a misspelt key first: it may be why another one is missing
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    # pydantic adds the branch of a union to the location; keep what the user wrote
-    location = [str(part) for part in first["loc"]]
-    parts: list[str] = []
-    model: type[BaseModel] | None = root
-    for part in location:
-        parts.append(part)
-        if model is None or part not in model.model_fields:
-            break
-        nested = model.model_fields[part].annotation
-        model = nested if isinstance(nested, type) and issubclass(nested, BaseModel) else None
-        if model is None:
-            break
-    key = ".".join(parts)
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    key, section = _place(first, root)
+    message = _message(first, [e for e in errors if _place(e, root)[0] == key] if key else [first], section, key)
     # a rule over a whole section, or over several, may be broken by one of its keys on the command line
     inside = [
         place
@@ -274,13 +248,94 @@ def sentence(error: ValidationError, source: str, origin: dict[str, str], root: 
         if place.startswith("command") and (leaf.startswith(f"{key}.") if key else leaf in message)
     ]
     where = origin.get(key) or next(iter(inside), source)
-    if first["type"] == "extra_forbidden":
-        known = list(_section(parts[:-1], root).model_fields)
-        near = difflib.get_close_matches(parts[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        return f"{where}: {key}: unknown key; {hint}"
-    if first["type"] == "missing":
-        return f"{where}: {key}: is missing; it has no default"
-    if first["type"] != "value_error" and not isinstance(first["input"], (dict, list)):
-        message += f"; got {first['input']!r}"
-    return f"{where}: {key}: {message}" if key else f"{where}: {message}"
+    return in_words(f"{where}: {key}: {message}" if key else f"{where}: {message}", most=2000)
+
+
+def _place(error: ErrorDetails, root: type[BaseModel]) -> tuple[str, type[BaseModel]]:
+    """The key that an error is about, as the user wrote it, and the section that has it or should have it.
+
+    Pydantic adds places in lists, keys of mappings and branches of unions to the location; those are left out.
+    """
+    parts: list[str] = []
+    section, inside = root, root
+    for part in map(str, error["loc"]):
+        if part in inside.model_fields:
+            section, nested = inside, _section_of(inside.model_fields[part].annotation)
+            parts.append(part)
+            if nested is None:
+                break
+            inside = nested
+        elif error["type"] == "extra_forbidden":
+            section = inside
+            parts.append(part)
+            break
+    return ".".join(parts), section
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, if it holds one."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+_WANTED = {
+    "whole": "a whole number",
+    "float": "a valid number",
+    "bool": "true or false",
+    "string": "a string",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping (name: value)",
+    "model": "a section of keys and values",
+}
+
+
+def _message(first: ErrorDetails, alike: list[ErrorDetails], section: type[BaseModel], key: str) -> str:
+    """What is wrong with a key, and what it should be.
+
+    Args:
+        first: the error.
+        alike: all errors of the key: one for each branch of a union.
+        section: which has the key, or should.
+    """
+    kind, name = first["type"], key.rpartition(".")[2]
+    if kind == "extra_forbidden":
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(name, known, n=1)
+        return "unknown key; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+    if kind == "missing" and len(first["loc"]) == len(key.split(".")):
+        return "is missing; it has no default"
+    field = section.model_fields.get(name)
+    lengths = {len(get_args(t)) for t in _branches(field.annotation) if get_origin(t) is tuple} if field else set()
+    if lengths and (kind == "missing" or (kind == "too_long" and len(alike) == 1)):
+        return f"input should be a list of {max(lengths)} numbers; got {shown(first['input'])}"
+    if kind == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        return message[:1].lower() + message[1:]
+    wanted = [_wanted(e) for e in alike] if _wanted(first) else []
+    if wanted and all(wanted):
+        message = f"input should be {' or '.join(dict.fromkeys(map(str, wanted)))}"
+    else:
+        message = first["msg"][:1].lower() + first["msg"][1:]
+    given = first["input"]
+    if isinstance(given, dict):
+        return message if kind == "too_long" else f"{message}; got a mapping"
+    return f"{message}; got {shown(given)}" + (" (no value)" if given is None else "")
+
+
+def _wanted(error: ErrorDetails) -> str | None:
+    """The type that an error says is wanted; None where it says something else."""
+    kind = error["type"]
+    if kind == "literal_error":
+        return error["msg"].removeprefix("Input should be ")
+    name, _, fault = kind.partition("_")
+    if fault in ("type", "parsing", "from_float", "parsing_size"):
+        return _WANTED.get("whole" if name == "int" else name)
+    return None
+
+
+def _branches(annotation: Any) -> tuple[Any, ...]:
+    """The types that a value may have: an annotation's own, or those of a union."""
+    return (annotation, *(part for part in get_args(annotation)))

@@ -11,9 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, create_model, field_validator, model_validator
 
 from peer_dist.kinds import DENSE, KINDS, Kind, NotCausal
+from peer_dist.kinds.cost import total
 from peer_dist.kinds.routing import RouterSection
-from peer_dist.kinds.section import Section
+from peer_dist.kinds.section import (
+    LARGEST,
+    MOST_LAYERS,
+    MOST_STEPS,
+    Coefficient,
+    Epsilon,
+    FilePath,
+    Ranks,
+    Rate,
+    Section,
+    Seed,
+    Size,
+    Steps,
+    shown,
+)
 
+_MOST_PARAMETERS = 1 << 58  # whose weights, gradients and moments an int64 counts in bytes
+_MOST_TOKENS = 1 << 62  # of a run
+_MOST_AT_ONCE = 1 << 32  # tokens of a pass
+_MOST_SETS = 1 << 14  # of a blend, whose indices number them in 16 bits
 VOCAB_MULTIPLE = 128  # what the vocabulary is padded to a multiple of, in every layout
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -22,25 +41,27 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class ModelConfig(Section):
     """The transformer: Megatron-core's GPTModel with rotary positions and RMSNorm."""
 
-    num_layers: int = Field(4, ge=1, description="transformer layers")
-    hidden_size: int = Field(128, ge=1, description="width of the residual stream")
-    num_attention_heads: int = Field(4, ge=1, description="attention heads; must divide hidden_size")
-    num_query_groups: int | None = Field(
+    num_layers: int = Field(4, ge=1, le=MOST_LAYERS, description="transformer layers")
+    hidden_size: Size = Field(128, description="width of the residual stream")
+    num_attention_heads: Size = Field(4, description="attention heads; must divide hidden_size")
+    num_query_groups: Size | None = Field(
         None,
-        ge=1,
         description="heads of keys and values, each shared by as many of the attention heads; null: as many as those",
     )
-    rope_base: float = Field(10000.0, gt=1, description="base of the rotary positions' wavelengths (RoPE theta)")
-    norm_eps: float = Field(1e-5, gt=0, description="added to the mean square in the layers' RMSNorms")
-    ffn_hidden_size: int = Field(512, ge=1, description="hidden width of the dense feed-forward layers")
+    rope_base: float = Field(
+        10000.0, gt=1, le=1e30, description="base of the rotary positions' wavelengths (RoPE theta)"
+    )
+    norm_eps: Epsilon = Field(1e-5, description="added to the mean square in the layers' RMSNorms")
+    ffn_hidden_size: Size = Field(512, description="hidden width of the dense feed-forward layers")
     ffn_activation: Literal["gelu", "swiglu"] = Field("swiglu", description="dense feed-forward activation")
     ffn_top_k: int = Field(
         0,
         ge=0,
+        le=LARGEST,
         description="hidden units of a dense feed-forward kept per token, the largest; 0: all (sigma-MoE paper)",
     )
-    seq_length: int = Field(128, ge=2, description="tokens per sequence")
-    mlp: str | list[str] = Field(
+    seq_length: int = Field(128, ge=2, le=LARGEST, description="tokens per sequence")
+    mlp: str | Annotated[list[str], Field(max_length=MOST_LAYERS)] = Field(
         DENSE.name,
         description=f"feed-forward kind, one for all layers or a list with one per layer: {' | '.join(KINDS)}",
     )
@@ -97,16 +118,16 @@ class ModelConfig(Section):
 class ParallelConfig(Section):
     """How ranks divide the work. Ranks left over by these replicate the whole (data parallelism)."""
 
-    tensor: int = Field(1, ge=1, description="tensor-parallel ranks; a power of two that divides heads and widths")
-    pipeline: int = Field(1, ge=1, description="pipeline stages")
-    virtual_pipeline: int = Field(1, ge=1, description="model chunks per pipeline stage; above 1: interleaved schedule")
+    tensor: Ranks = Field(1, description="tensor-parallel ranks; a power of two that divides heads and widths")
+    pipeline: Ranks = Field(1, description="pipeline stages")
+    virtual_pipeline: Ranks = Field(1, description="model chunks per pipeline stage; above 1: interleaved schedule")
     sequence: bool = Field(False, description="sequence parallelism within the tensor group")
-    expert: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    expert: Ranks | Literal["auto"] = Field(
         1,
         description="row shards of each expert table (all-to-all between them); auto: the ranks of a pipeline stage "
         "over expert_tensor, in whatever world the run is started",
     )
-    expert_tensor: int = Field(1, ge=1, description="column shards of each expert table")
+    expert_tensor: Ranks = Field(1, description="column shards of each expert table")
     batch_p2p: bool = Field(
         False, description="send and receive between stages in one batched call; not with 2 interleaved stages"
     )
@@ -162,19 +183,20 @@ class ZeroConfig(Section):
 class OptimizerConfig(Section):
     """AdamW for the dense part, and the learning-rate schedule that the tables' optimizer shares by default."""
 
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr: Rate = Field(1e-3, description="peak learning rate")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final over peak learning rate")
-    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up from 0")
-    decay_steps: int = Field(
+    warmup_steps: int = Field(20, ge=0, le=MOST_STEPS, description="steps of linear warm-up from 0")
+    decay_steps: Steps = Field(
         1000,
-        ge=1,
         description="step at which the cosine reaches its floor; apart from train.steps on purpose, "
         "so that a longer run has the same schedule",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's betas")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; norms and biases have none")
-    grad_clip: float = Field(1.0, ge=0, description="global gradient norm to clip at, tables included; 0: never")
+    eps: Epsilon = Field(1e-8, description="AdamW's epsilon")
+    weight_decay: Coefficient = Field(0.1, description="decay of matrices; norms and biases have none")
+    grad_clip: float = Field(
+        1.0, ge=0, le=1e30, description="global gradient norm to clip at, tables included; 0: never"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
@@ -189,12 +211,14 @@ class TableOptimizerConfig(Section):
     name: Literal["adam", "rowwise_adam", "rowwise_adagrad"] = Field(
         "adam", description="adam; rowwise_adam: one second moment a row; rowwise_adagrad: that, and no first moment"
     )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of the tables")
+    lr: Rate = Field(1e-3, description="peak learning rate of the tables")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's betas; rowwise_adagrad has none")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the tables")
-    warmup_steps: int | None = Field(None, ge=0, description="their own warm-up; null: optimizer.warmup_steps")
-    decay_steps: int | None = Field(None, ge=1, description="their own; null: optimizer.decay_steps")
+    eps: Epsilon = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: Coefficient = Field(0.0, description="decoupled weight decay of the tables")
+    warmup_steps: int | None = Field(
+        None, ge=0, le=MOST_STEPS, description="their own warm-up; null: optimizer.warmup_steps"
+    )
+    decay_steps: Steps | None = Field(None, description="their own; null: optimizer.decay_steps")
     min_lr_ratio: float | None = Field(None, ge=0, le=1, description="their own; null: optimizer.min_lr_ratio")
     lazy: bool = Field(
         False,
@@ -208,9 +232,9 @@ class TableOptimizerConfig(Section):
 class DataConfig(Section):
     """What to train on: files that `peer-dist prepare` made."""
 
-    prefix: str | None = Field(None, description="path of one data set without .bin / .idx")
-    blend: dict[str, float] | None = Field(None, description="several: a mapping from prefix to weight")
-    tokenizer: str | None = Field(
+    prefix: FilePath | None = Field(None, description="path of one data set without .bin / .idx")
+    blend: dict[FilePath, float] | None = Field(None, description="several: a mapping from prefix to weight")
+    tokenizer: FilePath | None = Field(
         None, description="byte, or a tokenizer.json of Hugging Face tokenizers; null: the one the data was made with"
     )
     split: str = Field("90,5,5", description="train, validation and test shares, by documents")
@@ -219,11 +243,14 @@ class DataConfig(Section):
     @classmethod
     def _split(cls, value: str) -> str:
         try:
-            shares = [float(part) for part in value.split(",")]
+            shares = [float(part) for part in value.split(",")] if value.isprintable() else []
         except ValueError:
             shares = []
-        if len(shares) != 3 or min(shares) < 0 or shares[0] <= 0:
-            raise ValueError(f"must be three numbers such as 90,5,5, the first above 0; got {value!r}")
+        if len(shares) != 3 or not all(0 <= share <= 1e12 for share in shares) or shares[0] < 1e-9:
+            raise ValueError(
+                f"must be three numbers such as 90,5,5, the first above 0; got {shown(value)}: shares of train, "
+                "validation and test"
+            )
         return value
 
     @field_validator("blend")
@@ -231,6 +258,10 @@ class DataConfig(Section):
     def _weights(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         if value is not None and (not value or min(value.values()) <= 0):
             raise ValueError("needs at least one prefix, and every weight above 0")
+        if value is not None and not all(1e-30 <= weight <= 1e30 for weight in value.values()):
+            raise ValueError("every weight must lie between 1e-30 and 1e30: only their ratios matter")
+        if value is not None and len(value) > _MOST_SETS:
+            raise ValueError(f"has {len(value):,} prefixes; {_MOST_SETS:,} are the most: prepare several as one")
         return value
 
     @model_validator(mode="after")
@@ -248,23 +279,26 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """The run."""
 
-    steps: int = Field(1000, ge=1, description="optimizer steps in all; raise it to go on from a checkpoint")
-    micro_batch_size: int = Field(8, ge=1, description="sequences per rank and forward pass")
-    global_batch_size: int = Field(16, ge=1, description="sequences per step over all ranks")
+    steps: Steps = Field(1000, description="optimizer steps in all; raise it to go on from a checkpoint")
+    micro_batch_size: Size = Field(8, description="sequences per rank and forward pass")
+    global_batch_size: Size = Field(16, description="sequences per step over all ranks")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on a GPU, fp32 on CPU")
     fused: Literal["auto", "none"] = Field(
         "auto",
         description="auto: with zero.stage 0 on a GPU, apex's kernel adds up gradients of weights, where apex is "
         "installed; none: torch alone, whatever is installed",
     )
-    seed: int = Field(1234, ge=0, le=2**32 - 1, description="seed of weights, dropout and data order")
+    seed: Seed = Field(1234, description="seed of weights, dropout and data order")
     recompute_layers: int = Field(
         0,
         ge=0,
         description="layers of each stage (and virtual stage) whose activations are computed again in backward",
     )
     watchdog_seconds: float = Field(
-        600.0, ge=0, description="a rank that dies or hangs is noticed within it, and every rank leaves; 0: no watchdog"
+        600.0,
+        ge=0,
+        le=1e8,
+        description="a rank that dies or hangs is noticed within it, and every rank leaves; 0: no watchdog",
     )
 
 
@@ -277,7 +311,7 @@ class GuardConfig(Section):
     spike_factor: float = Field(
         0.0, ge=0, description="leave out a batch whose loss exceeds the running median by this factor; 0: never"
     )
-    spike_window: int = Field(50, ge=2, description="steps of the running median")
+    spike_window: int = Field(50, ge=2, le=1_000_000, description="steps of the running median")
 
     @field_validator("spike_factor")
     @classmethod
@@ -297,7 +331,7 @@ class EvaluationConfig(Section):
 class CheckpointConfig(Section):
     """Checkpoints: written under another name, verified, then renamed."""
 
-    dir: str = Field("runs/default/checkpoints", description="folder of this run's checkpoints")
+    dir: FilePath = Field("runs/default/checkpoints", description="folder of this run's checkpoints")
     interval: int = Field(200, ge=1, description="steps between checkpoints (the last step always has one)")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     asynchronous: bool = Field(
@@ -306,7 +340,7 @@ class CheckpointConfig(Section):
     fall_back: bool = Field(
         False, description="where the newest is damaged, set it aside and go on from the newest that is intact"
     )
-    init_from: str | None = Field(
+    init_from: FilePath | None = Field(
         None,
         description="a checkpoint, a Llama model's folder (Hugging Face) or a checkpoint of Megatron-core, whose "
         "weights start a new run (fresh optimizers, step 0); PEER layers in the place of its dense ones begin with an "
@@ -317,7 +351,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """TensorBoard and metrics.jsonl, written by rank 0."""
 
-    dir: str = Field("runs/default/logs", description="folder of metrics.jsonl and TensorBoard's files")
+    dir: FilePath = Field("runs/default/logs", description="folder of metrics.jsonl and TensorBoard's files")
     interval: int = Field(10, ge=1, description="steps per window of the expert-usage statistics")
 
 
@@ -399,7 +433,26 @@ class Config(_Layers):
                     f"table_optimizer.stochastic_rounding rounds to bfloat16, but {kind.key('table_dtype')} is "
                     f"{tables.dtype}; set that to bfloat16 or stochastic_rounding to false"
                 )
+        self._check_products()
         return self
+
+    def _check_products(self) -> None:
+        """Refuse sizes that can be had one by one, but not together."""
+        model, train = self.model, self.train
+        of_kinds = {kind: total(kind.cost(self)).parameters for kind in self.kinds}
+        largest = max(of_kinds, key=lambda kind: of_kinds[kind])
+        parameters = model.num_layers * (4 * model.hidden_size**2 + of_kinds[largest])
+        if parameters > _MOST_PARAMETERS:
+            keys = ", ".join(["model.num_layers", "model.hidden_size", *map(largest.key, largest.sizes)])
+            raise ValueError(f"the model would have about {parameters:.1e} parameters, too many to count; lower {keys}")
+        at_once = train.micro_batch_size * model.seq_length
+        in_all = train.global_batch_size * model.seq_length * train.steps
+        for keys, tokens, most in (
+            ("train.micro_batch_size x model.seq_length", at_once, _MOST_AT_ONCE),
+            ("train.steps x train.global_batch_size x model.seq_length", in_all, _MOST_TOKENS),
+        ):
+            if tokens > most:
+                raise ValueError(f"{keys} is {tokens:.1e} tokens, and {most:.1e} are the most; lower one of them")
 
     def _check_kinds(self) -> None:
         """What the layers' kinds and routers need of the layout."""

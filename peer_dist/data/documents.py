@@ -6,6 +6,7 @@ import codecs
 import gzip
 import json
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import IO, Protocol, cast
 import zstandard
 
 from peer_dist.mistake import Mistake
+from peer_dist.reading import reading
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 MAX_DOCUMENT = 16384
@@ -45,10 +47,15 @@ def input_files(inputs: Sequence[str | os.PathLike[str]] | None) -> Iterator[lis
     if not paths:
         raise DataError("no input: name at least one .txt or .jsonl file (plain or .gz)")
     for path in paths:
-        if path.is_dir():
+        with reading(path, DataError):
+            try:
+                mode = path.stat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                raise DataError(f"{path}: there is no such file") from None
+        if stat.S_ISDIR(mode):
             raise DataError(f"{path}: is a folder; name the files in it")
-        if not path.exists():
-            raise DataError(f"{path}: there is no such file")
+        if not stat.S_ISREG(mode):
+            raise DataError(f"{path}: is a pipe or a device; write the text to a file, which is read twice")
         if not path.name.lower().endswith(SUFFIXES):
             raise DataError(f"{path}: its kind is not known by its name; known are {', '.join(SUFFIXES)}")
     yield paths

@@ -13,31 +13,42 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from peer_dist.data.documents import MAX_DOCUMENT, DataError, cut, input_files, read_documents
-from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
+from peer_dist.data.files import holds_tokens, open_index, sound_digests
+from peer_dist.data.tokenizer import MOST_TOKENS, TextTokenizer, file_digest, load_tokenizer
 from peer_dist.data.tokenizer import train_bpe as learn_bpe
 from peer_dist.megatron.indexed_data import IndexedWriter
+from peer_dist.mistake import in_words, printable
+from peer_dist.output import messages
+from peer_dist.reading import read_object, reading
 
 _BATCH = 1 << 18  # characters tokenized at a time: the tokenizer takes some hundred bytes of memory for each
 _ENDINGS = (".bin", ".idx", ".tokenizer.json", ".json")
+
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
 class PreparedSet:
     """The description of a prepared data set, which ``PREFIX.json`` holds."""
 
-    documents: int
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    documents: Count
     """Number of documents."""
-    tokens: int
+    tokens: Count
     """Number of tokens, one end-of-document token per document included."""
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=MOST_TOKENS)]
     """Token ids are below this."""
-    eod: int
+    eod: Size
     """The id of the end-of-document token."""
     tokenizer: str
     """The tokenizer's name: `byte`, a file, or `bpe` if it was trained on these inputs."""
@@ -47,8 +58,11 @@ class PreparedSet:
     """SHA-256 of all tokens as int32, in hexadecimal digits."""
     inputs: list[dict[str, str | int]]
     """``path`` and ``bytes`` of each file that was read."""
-    sizes: dict[str, int]
+    sizes: dict[Literal[".bin", ".idx"], Size]
     """Bytes of the files ``.bin`` and ``.idx``."""
+    digests: dict[str, str] | None = None
+    """What the files held when they were written: :func:`~peer_dist.data.files.sound_digests` of both, and
+    :func:`~peer_dist.data.tokenizer.file_digest`. None in a set that an earlier version made."""
 
 
 def prepare(
@@ -81,15 +95,19 @@ def prepare(
             behind, and a data set that was there is unchanged.
     """
     output = Path(output)
+    console = console or messages()
     if max_document < 1:
         raise DataError(f"documents need at least 1 character; max_document is {max_document}")
     if train_bpe is not None and tokenizer != "byte":
         raise DataError(f"either train a BPE vocabulary (--train-bpe) or use {tokenizer}, not both")
-    if output.is_dir() or not output.name:
+    if os.path.isdir(output) or not output.name:
         raise DataError(f"{output}: is a folder; give a prefix for the files to write, such as {output / 'text'}")
-    present = [f"{output}{ending}" for ending in _ENDINGS if os.path.exists(f"{output}{ending}")]
+    present = [f"{output}{ending}" for ending in _ENDINGS if os.path.lexists(f"{output}{ending}")]
     if present and not force:
         raise DataError(f"{present[0]}: is there already; choose another output or replace it with --force")
+    for path in present:
+        if os.path.isdir(path) and not os.path.islink(path):
+            raise DataError(f"{path}: is a folder, which no file can replace; move it away or choose another output")
     with input_files(inputs) as paths:
         loaded = load_tokenizer(tokenizer) if train_bpe is None else None
         try:
@@ -100,48 +118,113 @@ def prepare(
                         loaded = _learn(paths, train_bpe or 0, Path(partial), max_document, progress)
                     summary = _write(paths, Path(partial) / "set", loaded, max_document, progress)
                 _publish(Path(partial) / "set", output)
-        except OSError as error:
-            raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else in_words(error)
+            raise DataError(f"{output}: cannot be written ({why})") from None
     return summary
 
 
 def read_prepared(prefix: str | os.PathLike[str]) -> PreparedSet:
-    """Read the description of a prepared data set, and check it against the files beside it.
+    """Read the description of a prepared data set, and check the files beside it: all of .idx, a part of a large .bin.
 
     Args:
         prefix: the prefix of the data set's files.
 
     Raises:
-        DataError: a file is missing, or is not what was written.
+        DataError: a file is missing, damaged, or not what was written.
+    """
+    summary = describe_prepared(prefix)
+    digests = content_digests(os.fspath(prefix), summary)
+    changed = [ending for ending, digest in (summary.digests or {}).items() if digest != digests[ending]]
+    if summary.digests is None and not holds_tokens(os.fspath(prefix), summary.documents, summary.fingerprint):
+        changed = [".bin"]
+    if changed:
+        raise DataError(
+            f"{prefix}{changed[0]}: does not hold what was written, by its digest in {prefix}.json; copy it again, or "
+            "prepare the data again"
+        )
+    return summary
+
+
+def describe_prepared(prefix: str | os.PathLike[str]) -> PreparedSet:
+    """Read the description of a prepared data set, and see that the files beside it are there.
+
+    Args:
+        prefix: the prefix of the data set's files.
+
+    Raises:
+        DataError: a file is missing or has another size, or the description is not one.
     """
     prefix = os.fspath(prefix)
-    advice = "; make it with `peer-dist prepare --output " + prefix + "`"
     for ending in _ENDINGS:
         if not os.path.isfile(prefix + ending):
-            raise DataError(f"{prefix}{ending}: there is no such file of prepared data{advice}")
-    try:
-        summary = PreparedSet(**json.loads(Path(prefix + ".json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise DataError(f"{prefix}.json: is not what `peer-dist prepare` writes{advice}") from None
+            raise DataError(
+                f"{prefix}{ending}: there is no such file of prepared data; name a data set by its files without their "
+                f"endings, or make one with `peer-dist prepare FILE... --output {prefix}`"
+            )
+    path, advice = f"{prefix}.json", "copy it again, or prepare the data again"
+    tree = read_object(path, DataError, advice)
+    with reading(path, DataError, "what `peer-dist prepare` writes", advice):
+        try:
+            summary = TypeAdapter(PreparedSet).validate_json(json.dumps(tree))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{where}: {first['msg']}") from None
+        if summary.sizes.keys() != {".bin", ".idx"}:
+            raise ValueError("sizes: must have those of .bin and .idx")
+        if not (summary.digests or {}).keys() <= {".bin", ".idx", ".tokenizer.json"}:
+            raise ValueError("digests: are those of other files")
+        if summary.eod >= summary.vocab_size or summary.tokens < summary.documents:
+            raise ValueError("its numbers contradict each other")
     for ending, size in summary.sizes.items():
-        present = os.path.getsize(prefix + ending)
+        with reading(prefix + ending, DataError):
+            present = os.path.getsize(prefix + ending)
         if present != size:
             raise DataError(f"{prefix}{ending}: has {present} bytes where {size} were written; copy it again")
+    open_index(prefix, summary.documents)
     return summary
+
+
+def content_digests(prefix: str, summary: PreparedSet) -> dict[str, str]:
+    """A digest of what each file of a data set holds now, by the file's ending; the files are checked on the way.
+
+    Raises:
+        DataError: a file is not sound.
+    """
+    digests = sound_digests(prefix, summary.documents, summary.tokens, summary.vocab_size)
+    return {**digests, ".tokenizer.json": file_digest(f"{prefix}.tokenizer.json")}
 
 
 def _write(
     paths: list[Path], prefix: Path, tokenizer: TextTokenizer, max_document: int, progress: Progress
 ) -> PreparedSet:
     """Write the four files of a data set under ``prefix``, and return its description."""
+    tokenizer.save(f"{prefix}.tokenizer.json")
+    again = load_tokenizer(f"{prefix}.tokenizer.json")
+    if (again.eod, again.content) != (tokenizer.eod, tokenizer.content):
+        raise DataError(
+            f"{tokenizer.name}: its tokens get other ids when it is saved and loaded again; number them from 0 without "
+            "holes"
+        )
     task = progress.add_task("tokenize", total=_total(paths), note="")
     documents = tokens = 0
     digest = hashlib.sha256()
+    blank = True
+
+    def noted(texts: Iterator[str]) -> Iterator[str]:
+        nonlocal blank
+        for text in texts:
+            blank = blank and text.isspace()
+            yield text
+
     with IndexedWriter(prefix, tokenizer.vocab_size) as writer:
         for path in paths:
             before = documents
             texts = read_documents(path, max_document, lambda count: progress.advance(task, count))
-            for ids in tokenized(texts, tokenizer):
+            for ids in tokenized(noted(texts), tokenizer):
                 writer.add(ids)
                 digest.update(ids.tobytes())
                 documents += 1
@@ -150,20 +233,22 @@ def _write(
                 progress.update(task, note=f"{tokens / elapsed:,.0f} tokens/s" if elapsed else "")
             if documents == before:
                 _warn(progress, f"{path}: holds no text and is skipped")
-        if not documents:
+        if blank:
             raise DataError(f"no text in {', '.join(map(str, paths))}; there is nothing to prepare")
-    tokenizer.save(f"{prefix}.tokenizer.json")
+        if tokens == documents:
+            raise DataError(f"the tokenizer {tokenizer.name} has no token for any of the text; use another one")
     summary = PreparedSet(
         documents=documents,
         tokens=tokens,
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
-        tokenizer=tokenizer.name,
+        tokenizer=printable(tokenizer.name),
         vocabulary=tokenizer.digest,
         fingerprint=digest.hexdigest(),
-        inputs=[{"path": str(path), "bytes": path.stat().st_size} for path in paths],
+        inputs=[{"path": printable(str(path)), "bytes": path.stat().st_size} for path in paths],
         sizes={ending: os.path.getsize(f"{prefix}{ending}") for ending in (".bin", ".idx")},
     )
+    summary = replace(summary, digests=content_digests(str(prefix), summary))
     Path(f"{prefix}.json").write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
     return summary
 
@@ -218,7 +303,7 @@ def _publish(written: Path, output: Path) -> None:
 
 
 def _warn(progress: Progress, message: str) -> None:
-    progress.console.print(f"warning: {message}", soft_wrap=True, markup=False, highlight=False)
+    progress.console.print(f"warning: {message}", soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def _total(paths: list[Path]) -> int:
@@ -226,12 +311,12 @@ def _total(paths: list[Path]) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def _progress(console: Console | None) -> Progress:
+def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
-        console=console or Console(stderr=True),
+        console=console,
     )

@@ -19,14 +19,18 @@ import torch
 
 from peer_dist.config.schema import DataConfig
 from peer_dist.data.documents import DataError
-from peer_dist.data.prepare import PreparedSet, read_prepared
+from peer_dist.data.files import open_index
+from peer_dist.data.prepare import PreparedSet, describe_prepared, read_prepared
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
+from peer_dist.machine import private_folder
 from peer_dist.megatron.indexed_data import (
     CacheError,
     SplitDataset,
     blend_indices,
     build_split_datasets,
+    check_split_datasets,
     exhaustive_blend_indices,
+    split_documents,
 )
 
 
@@ -164,8 +168,56 @@ def open_tokenizer(config: DataConfig) -> TextTokenizer:
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     first = next(iter(config.weights))
-    read_prepared(first)  # raises a clearer error if there is no such data set at all
+    describe_prepared(first)  # raises a clearer error if there is no such data set at all
     return load_tokenizer(f"{first}.tokenizer.json")
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """What is known of a run's data before any of it is opened.
+
+    Attributes:
+        tokenizer: the tokenizer that the data sets were made with.
+        remarks: a sentence for each thing that does not stop the run, but may not be meant.
+    """
+
+    tokenizer: TextTokenizer
+    remarks: list[str]
+
+
+def check_data(
+    config: DataConfig, seq_length: int, seed: int, cache_dir: str | os.PathLike[str] | None = None
+) -> CheckedData:
+    """Refuse what :func:`open_data` would, before any process group exists. Nothing is made or written.
+
+    Args:
+        config, seq_length, seed, cache_dir: as in :func:`open_data`.
+
+    Raises:
+        DataError: as in :func:`open_data`.
+    """
+    tokenizer, summaries = _read_all(config)
+    remarks = []
+    for prefix, summary in summaries.items():
+        index = open_index(prefix, summary.documents)
+        for name, documents in zip(("training", "validation"), split_documents(config.split, summary.documents)):
+            tokens = index.tokens(documents.start, documents.stop, summary.sizes[".bin"])
+            if name == "training":
+                _check_length(prefix, tokens, seq_length)
+            elif float(config.split.split(",")[1]) > 0 and tokens <= seq_length:
+                remarks.append(
+                    f"{prefix}: the validation split has {len(documents)} documents and {tokens} tokens, too few for "
+                    f"one sequence ({seq_length + 1}): no loss is measured on it; prepare more documents, or give it a "
+                    "larger share in data.split"
+                )
+        cache = _cache_folder(prefix, cache_dir)
+        try:
+            if cache.private and os.path.lexists(cache.path):
+                cache.make()
+            check_split_datasets(prefix, config.split, seq_length, seed, tokenizer, cache.path, summary.fingerprint)
+        except CacheError as error:
+            raise DataError(str(error)) from None
+    return CheckedData(tokenizer, remarks)
 
 
 def open_data(
@@ -184,25 +236,19 @@ def open_data(
         DataError: a data set is missing, damaged, made with another tokenizer, or too short for one training sequence;
             or the tokenizer cannot be used.
     """
-    tokenizer = open_tokenizer(config)
+    tokenizer, summaries = _read_all(config)
     train: list[SplitDataset] = []
     held_out: tuple[list[SplitDataset], list[SplitDataset]] = ([], [])
-    for prefix in config.weights:
-        summary = read_prepared(prefix)
-        _check_tokenizer(prefix, summary, tokenizer)
-        cache = Path(cache_dir) if cache_dir is not None else _cache_folder(prefix)
+    for prefix, summary in summaries.items():
+        cache = _cache_folder(prefix, cache_dir)
         try:
             first, *others = build_split_datasets(
-                prefix, config.split, seq_length, seed, tokenizer, cache, summary.fingerprint
+                prefix, config.split, seq_length, seed, tokenizer, cache.make(), summary.fingerprint
             )
         except CacheError as error:
             raise DataError(str(error)) from None
-        if first is None or not len(first):
-            tokens = 0 if first is None else first.tokens
-            raise DataError(
-                f"{prefix}: the training split has {tokens} tokens, too few for one sequence "
-                f"({seq_length + 1}); prepare more text, give it a larger share or lower model.seq_length"
-            )
+        _check_length(prefix, 0 if first is None else first.tokens, seq_length)
+        assert first is not None
         train.append(first)
         for splits, split in zip(held_out, others):
             if split is not None and len(split):
@@ -211,20 +257,71 @@ def open_data(
     return SplitStreams(TokenStream(train, list(config.weights.values()), seed), validation, test, tokenizer)
 
 
+def _read_all(config: DataConfig) -> tuple[TextTokenizer, dict[str, PreparedSet]]:
+    """The run's tokenizer and the description of each data set, whose files are sound and were made with it."""
+    tokenizer = open_tokenizer(config)
+    summaries = {prefix: read_prepared(prefix) for prefix in config.weights}
+    for prefix, summary in summaries.items():
+        _check_tokenizer(prefix, summary, tokenizer)
+    return tokenizer, summaries
+
+
 def _check_tokenizer(prefix: str, summary: PreparedSet, tokenizer: TextTokenizer) -> None:
     """Refuse a data set that was made with another tokenizer."""
-    if (summary.vocabulary, summary.eod) != (tokenizer.digest, tokenizer.eod):
+    what, known = f"{summary.tokenizer} ({summary.vocab_size} tokens)", f"({tokenizer.vocab_size} tokens)"
+    if (summary.vocabulary, summary.vocab_size, summary.eod) == (
+        tokenizer.digest,
+        tokenizer.vocab_size,
+        tokenizer.eod,
+    ):
+        if load_tokenizer(f"{prefix}.tokenizer.json").content == tokenizer.content:
+            return
+        known = "(the same tokens, but another way of dividing texts into them)"
+    raise DataError(
+        f"{prefix}: was prepared with the tokenizer {what}, which is not data.tokenizer {tokenizer.name} {known}; "
+        f"set data.tokenizer to {prefix}.tokenizer.json or prepare the data again"
+    )
+
+
+def _check_length(prefix: str, tokens: int, seq_length: int) -> None:
+    """Refuse a training split without a whole sequence."""
+    if tokens <= seq_length:
         raise DataError(
-            f"{prefix}: was prepared with the tokenizer {summary.tokenizer} ({summary.vocab_size} tokens), "
-            f"which is not data.tokenizer {tokenizer.name} ({tokenizer.vocab_size} tokens); "
-            f"set data.tokenizer to {prefix}.tokenizer.json or prepare the data again"
+            f"{prefix}: the training split has {tokens} tokens, too few for one sequence "
+            f"({seq_length + 1}); prepare more text, give it a larger share or lower model.seq_length"
         )
 
 
-def _cache_folder(prefix: str) -> Path:
-    """The folder of a data set's index: beside the data if it can be written there, else a temporary one."""
+@dataclass(frozen=True)
+class _CacheFolder:
+    """Where a data set's index goes. One under the folder of temporary files must be this user's alone."""
+
+    path: Path
+    private: bool = False
+
+    def make(self) -> Path:
+        """The path; a private folder is made, or checked if it is there.
+
+        Raises:
+            DataError: it is not private.
+        """
+        if self.private:
+            try:
+                private_folder(self.path)
+            except OSError as error:
+                raise DataError(
+                    f"{self.path}: cannot be this user's folder for Megatron's index of data that lie where one cannot "
+                    f"write ({error.strerror or error}); remove it, or set TMPDIR to a folder of your own"
+                ) from None
+        return self.path
+
+
+def _cache_folder(prefix: str, chosen: str | os.PathLike[str] | None) -> _CacheFolder:
+    """The folder that was chosen, else one beside the data if it can be written there, else a temporary one."""
+    if chosen is not None:
+        return _CacheFolder(Path(chosen))
     beside = Path(f"{prefix}.cache")
     if os.access(beside if beside.is_dir() else beside.parent, os.W_OK):
-        return beside
+        return _CacheFolder(beside)
     user = os.getuid() if hasattr(os, "getuid") else "user"
-    return Path(tempfile.gettempdir()) / f"peer_dist-{user}"
+    return _CacheFolder(Path(tempfile.gettempdir()) / f"peer_dist-{user}", private=True)

@@ -6,15 +6,25 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from peer_dist.config.schema import VOCAB_MULTIPLE
 from peer_dist.data.documents import MAX_DOCUMENT, DataError, input_files, read_documents
+from peer_dist.reading import parse_json, read_text, reading
 
 END_OF_DOCUMENT = "<|endoftext|>"
+MOST_TOKENS = 1 << 22  # of a vocabulary: more than any has, and an embedding of as many rows still fits somewhere
+_MOST_BYTES = 1 << 28  # of a tokenizer.json
+_KIND = "a tokenizer.json of Hugging Face tokenizers"
+_PROBE = (
+    "The quick brown Fox, 0123.5 times:\n\n\tjumps over\r\n na\u00efve \u65e5\u672c\u8a9e \U0001f642 \0 <|endoftext|>"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +49,32 @@ class TextTokenizer:
         """``vocab_size`` rounded up to a multiple of 128: the number of the embedding's rows, in any layout."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @cached_property
+    def content(self) -> str:
+        """A digest of all that it does to a text: vocabulary, merges, normalizer and so on, wherever the file is.
+
+        It is to be compared with another's in the same process; the library's next version may write another text.
+        """
+        return _digest(json.loads(self._tokenizer.to_str()))
+
     @property
     def vocabulary(self) -> dict[str, int]:
         """The ids of all tokens, by the tokens as the tokenizer's file spells them."""
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of ``text``, without an end-of-document token."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The token ids of ``text``, without an end-of-document token.
+
+        Raises:
+            DataError: the tokenizer has no token for a part of it, and none for what it does not know.
+        """
+        with self._working():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """:meth:`encode` of each text, in parallel where there are cores."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with self._working():
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -59,7 +83,13 @@ class TextTokenizer:
         Ids without a token (of the padded vocabulary) are left out, and bytes that are not UTF-8 become U+FFFD. For
         byte-level vocabularies ``decode(encode(text)) == text``.
         """
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        with self._working():
+            return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _working(self) -> Any:
+        return reading(
+            f"the tokenizer {self.name}", DataError, "one for this text", "use another tokenizer or another text"
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a tokenizer.json, which :func:`load_tokenizer` reads."""
@@ -73,17 +103,95 @@ def load_tokenizer(name: str) -> TextTokenizer:
         name: `byte` (257 tokens, whose ids are byte values, and 256 ends a document), or the path of a tokenizer.json.
 
     Raises:
-        DataError: the file is missing, is no tokenizer, or has no `<|endoftext|>` token.
+        DataError: the file is missing, is no tokenizer, has no `<|endoftext|>` token, or ids that are far too large.
     """
     if name == "byte":
         return _wrap(_byte_tokenizer(), name)
-    if not Path(name).is_file():
+    if not os.path.isfile(name):
         raise DataError(f"{name}: there is no such tokenizer file; name a tokenizer.json, or use 'byte'")
-    try:
-        tokenizer = Tokenizer.from_file(name)
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{name}: is not a tokenizer.json of Hugging Face tokenizers ({error})") from None
+    text = read_text(name, DataError, most=_MOST_BYTES)
+    _check_file(parse_json(text, name, DataError), name)
+    with reading(name, DataError, _KIND), _silent():
+        tokenizer = Tokenizer.from_str(text)
+        _probe(tokenizer)
     return _wrap(tokenizer, name)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """A digest of a tokenizer.json's content, in hexadecimal digits.
+
+    It is the same for a file that was written anew in another layout, whatever the versions of the libraries.
+
+    Raises:
+        DataError: the file is missing, or is no tokenizer.json.
+    """
+    text = read_text(path, DataError, most=_MOST_BYTES)
+    return _digest_of(text, os.fspath(path))
+
+
+@lru_cache(maxsize=4)
+def _digest_of(text: str, path: str) -> str:
+    tree = parse_json(text, path, DataError)
+    _check_file(tree, path)
+    with reading(path, DataError, _KIND):
+        return _digest(tree)
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    """The SHA-256 of a tokenizer's JSON without what does not matter to tokens, or is written in more ways than one."""
+    tree = {key: value for key, value in tree.items() if key not in ("version", "truncation", "padding")}
+    merges = tree["model"].get("merges")
+    if isinstance(merges, list):  # "a b", or ["a", "b"]
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        tree["model"] = {**tree["model"], "merges": pairs}
+    text = json.dumps(_said(tree), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _said(value: Any) -> Any:
+    """A tree without keys that are null or false, which mean the same as no key."""
+    if isinstance(value, dict):
+        return {key: _said(part) for key, part in value.items() if part is not None and part is not False}
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        return [_said(part) for part in value]
+    return value
+
+
+def _check_file(tree: Any, name: str) -> None:
+    """Refuse JSON of another kind, and what ends the library's process instead of raising an error."""
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+        raise DataError(f'{name}: is not {_KIND}: it has no "model" with a "vocab"')
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if isinstance(prefix, str) and prefix and isinstance(merges, list):
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+        if not all(isinstance(pair, list) and len(pair) == 2 and str(pair[1]).startswith(prefix) for pair in pairs):
+            raise DataError(f"{name}: is not {_KIND}: a merge's second part does not begin with {prefix!r:.40}")
+
+
+def _probe(tokenizer: Tokenizer) -> None:
+    """Find a part that cannot work at all, such as a table of characters that is none, before it meets a long text."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()  # to any number of tokens
+    with suppress(Exception):  # at a text that it has no tokens for; a panic is none, and passes
+        tokenizer.decode(tokenizer.encode(_PROBE, add_special_tokens=False).ids)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """A context in which nothing comes to stderr: the library prints its panics there, beside raising them."""
+    try:
+        kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no stderr
+        yield
+        return
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def train_bpe(
@@ -103,8 +211,10 @@ def train_bpe(
         advance: a function called with the number of bytes of the files read since its last call.
 
     Raises:
-        DataError: a file cannot be used, ``vocab_size`` is below 257, or ``output`` cannot be written.
+        DataError: a file cannot be used, ``vocab_size`` is below 257 or far too large, or ``output`` cannot be written.
     """
+    if vocab_size > MOST_TOKENS:
+        raise DataError(f"a vocabulary has at most {MOST_TOKENS:,} tokens; {vocab_size} were asked for")
     if vocab_size < 257:
         raise DataError(f"a byte-level vocabulary has at least 257 tokens; {vocab_size} were asked for")
     tokenizer = Tokenizer(models.BPE())
@@ -121,7 +231,7 @@ def train_bpe(
         for path in paths:
             yield from read_documents(path, max_document, advance)
 
-    with input_files(files) as paths:
+    with input_files(files) as paths, reading("the text", DataError, "one that a vocabulary can be learnt from"):
         tokenizer.train_from_iterator(documents(paths), trainer)
     result = _wrap(tokenizer, os.fspath(output))
     partial = f"{os.fspath(output)}.partial-{os.getpid()}"
@@ -142,8 +252,11 @@ def _wrap(tokenizer: Tokenizer, name: str) -> TextTokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # special tokens spelled out in a text are text
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    largest = max(vocabulary.values())
+    if largest >= MOST_TOKENS:
+        raise DataError(f"{name}: has the token id {largest}; ids are below {MOST_TOKENS:,}, without large holes")
     digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()
-    return TextTokenizer(name, max(vocabulary.values()) + 1, eod, digest, tokenizer)
+    return TextTokenizer(name, largest + 1, eod, digest, tokenizer)
 
 
 def _byte_tokenizer() -> Tokenizer:

@@ -14,6 +14,7 @@ from peer_dist.config import ConfigError
 from peer_dist.data.documents import DataError
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.evaluation.loading import LoadedModel
+from peer_dist.kinds.section import shown
 from peer_dist.megatron import Decoder
 
 
@@ -35,7 +36,7 @@ def generate(
 
     Args:
         tokens: how many to draw for each; an end-of-document token ends a text earlier.
-        temperature: divides the logits; 0 takes the most likely token.
+        temperature: divides the logits; 0, or what a float32 cannot divide them by, takes the most likely token.
         top_k: draw among this many most likely tokens only; 0: among all.
         top_p: and of those among the most likely that together have this probability; 1: among all.
         seed: of the draws of each prompt.
@@ -72,6 +73,9 @@ def generate(
         yield [text.add(token, last=not left) for text, token in zip(texts, drawn.tolist())]
         if all(text.ended for text in texts):
             return
+
+
+_COLDEST = 1e-30  # a logit over less may be more than a float32 holds
 
 
 class _Text:
@@ -117,6 +121,9 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     Raises:
         DataError: the file cannot be read or holds none.
     """
+    for prompt in prompts:  # bytes of a command line that are no UTF-8 come as halves of surrogate pairs
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise DataError(f"--prompt {shown(prompt)}: is no text in UTF-8")
     if file is None:
         return list(prompts) or [""]
     try:
@@ -183,7 +190,7 @@ def _mask(first: Tensor, seen: int, width: int) -> Tensor | None:
 
 def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: torch.Generator) -> int:
     """A token by its ``logits [vocab]``; see :func:`generate`."""
-    if temperature == 0:
+    if temperature < _COLDEST:
         return int(logits.argmax())
     logits = logits / temperature
     if 0 < top_k < len(logits):

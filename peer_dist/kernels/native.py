@@ -32,7 +32,7 @@ from torch import Tensor
 from peer_dist.kernels.allocation import gradient_memory
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.signatures import call, declare
-from peer_dist.machine import cpu_features
+from peer_dist.machine import cpu_features, private_folder
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # What libraries are built for ahead, best first, and the processor's features that each needs: an image meets other
@@ -291,15 +291,11 @@ def _cache_folder() -> Path:
         base = os.path.join(os.path.expanduser("~"), ".cache")
     if not os.path.isabs(base):
         raise OSError("there is no home folder")
-    folder = Path(base, "peer_dist")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not _is_ours(folder):
-        raise OSError(f"others can write to {folder}")
-    return folder
+    return private_folder(Path(base, "peer_dist"))
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether only this user, and root, can change a file, or what is in a folder."""
+    """Whether only this user, and root, can change a file."""
     try:
         status = path.stat()
     except OSError:

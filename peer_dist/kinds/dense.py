@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peer_dist.kinds.cost import Parts, Shape, matrix
-from peer_dist.kinds.kind import LARGEST, Kind, Mode
+from peer_dist.kinds.kind import Kind, Mode
+from peer_dist.kinds.section import LARGEST
 
 if TYPE_CHECKING:
     from megatron.core.transformer import ModuleSpec

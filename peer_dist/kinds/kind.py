@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from peer_dist.kinds.cost import FLOAT, Parts, Shape
+from peer_dist.kinds.section import LARGEST as LARGEST  # for kinds of other packages
 from peer_dist.kinds.section import Section
 from peer_dist.mistake import Mistake
 
@@ -28,8 +29,6 @@ S = TypeVar("S")
 
 Mode = Literal["flops", "params"]
 """What two models may have in common: FLOPs of a token, or parameters."""
-
-LARGEST = 1 << 24  # where the search for a size ends
 
 
 class KindError(Mistake, ImportError):

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from peer_dist.kinds.coarse import CoarseKind, check_top_k
 from peer_dist.kinds.dense import activation_outputs
-from peer_dist.kinds.kind import LARGEST, Experts, Mode, NotCausal
-from peer_dist.kinds.section import Section
+from peer_dist.kinds.kind import Experts, Mode, NotCausal
+from peer_dist.kinds.section import LARGEST, MOST_EXPERTS, Coefficient, Rate, Section, Size
 
 if TYPE_CHECKING:
     from megatron.core.transformer import ModuleSpec
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class MoESection(Section):
     """Coarse mixture-of-experts layers (model.mlp: moe): Megatron-core's MoELayer, without dropped tokens."""
 
-    num_experts: int = Field(8, ge=2, description="experts, each a feed-forward of its own")
-    expert_hidden_size: int | None = Field(None, ge=1, description="hidden width; null: model.ffn_hidden_size")
-    top_k: int = Field(2, ge=1, description="experts per token (expert_choice: on average)")
+    num_experts: int = Field(8, ge=2, le=MOST_EXPERTS, description="experts, each a feed-forward of its own")
+    expert_hidden_size: Size | None = Field(None, description="hidden width; null: model.ffn_hidden_size")
+    top_k: Size = Field(2, description="experts per token (expert_choice: on average)")
     routing: Literal["token_choice", "expert_choice"] = Field(
         "token_choice",
         description="who chooses whom; expert_choice (per sequence) lets later tokens change earlier ones: it is not "
@@ -36,12 +36,12 @@ class MoESection(Section):
         True,
         description="gates add up to 1 over the experts chosen; false: the scores as they are (Switch, with top_k 1)",
     )
-    balance_loss: float = Field(
-        0.01, ge=0, description="coefficient of the load-balance loss, over a forward pass of all ranks"
+    balance_loss: Coefficient = Field(
+        0.01, description="coefficient of the load-balance loss, over a forward pass of all ranks"
     )
-    z_loss: float = Field(0.0, ge=0, description="coefficient of the router's z-loss")
+    z_loss: Coefficient = Field(0.0, description="coefficient of the router's z-loss")
     expert_bias: bool = Field(False, description="balance by a bias on the scores (DeepSeek-V3); needs sigmoid")
-    expert_bias_rate: float = Field(1e-3, gt=0, description="change of that bias per step")
+    expert_bias_rate: Rate = Field(1e-3, description="change of that bias per step")
 
     @model_validator(mode="after")
     def _check(self) -> MoESection:
@@ -86,7 +86,7 @@ class MoEKind(CoarseKind[MoESection]):
         """The experts' width; for equal parameters their number before it."""
         width: tuple[str, Sequence[int]] = (self.key("expert_hidden_size"), range(1, LARGEST))
         fewest = max(2, self.keys(config).top_k)
-        return [(self.key("num_experts"), range(fewest, LARGEST)), width] if mode == "params" else [width]
+        return [(self.key("num_experts"), range(fewest, MOST_EXPERTS)), width] if mode == "params" else [width]
 
     def build(self, context: BuildContext, number: int) -> ModuleSpec:
         """Experts of Megatron's behind our router."""

@@ -12,7 +12,7 @@ from peer_dist.kinds.cost import Cost, Parts, Shape, matrix
 from peer_dist.kinds.kind import Tables
 from peer_dist.kinds.product_keys import ProductKeyKind, check_picks, even, norm_shapes, square, vector_norm
 from peer_dist.kinds.routing import projector_shapes, router_cost
-from peer_dist.kinds.section import Section
+from peer_dist.kinds.section import LARGEST, Heads, Rows, Section
 
 if TYPE_CHECKING:
     from megatron.core.transformer import ModuleSpec
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 class PEERSection(Section):
     """The PEER layers (model.mlp: peer): product-key retrieval of single-neuron experts."""
 
-    num_experts: int = Field(65536, ge=1, description="experts N per layer; the square of a whole number")
-    heads: int = Field(8, ge=1, description="query heads h; each retrieves top_k experts")
-    top_k: int = Field(16, ge=1, description="experts k per head; at most sqrt(num_experts)")
-    key_dim: int = Field(128, ge=2, description="width of a query and of a product key; even")
+    num_experts: Rows = Field(65536, description="experts N per layer; the square of a whole number")
+    heads: Heads = Field(8, description="query heads h; each retrieves top_k experts")
+    top_k: Heads = Field(16, description="experts k per head; at most sqrt(num_experts)")
+    key_dim: int = Field(128, ge=2, le=LARGEST, description="width of a query and of a product key; even")
     query_norm: Literal["batch", "layer", "rms", "none"] = Field("batch", description="query normalisation")
     gate: Literal["softmax", "sigmoid", "relu"] = Field("softmax", description="router score to gate")
     activation: Literal["gelu", "relu", "silu"] = Field("gelu", description="the experts' activation")
     shared_keys: bool = Field(True, description="all heads share the product keys (the paper); false: per head")
     key_norm: Literal["none", "layer", "rms"] = Field("none", description="normalisation of the sub-keys (UltraMem)")
     output_gate: bool = Field(False, description="y becomes (y * silu(x W1)) W2 (Memory+)")
-    dense_hidden: int = Field(0, ge=0, description="hidden width of a dense block beside the experts; 0: none")
-    dispatch_chunks: int = Field(
-        1, ge=1, description="parts in which tokens travel, so that exchange and experts overlap; may change on resume"
+    dense_hidden: int = Field(
+        0, ge=0, le=LARGEST, description="hidden width of a dense block beside the experts; 0: none"
+    )
+    dispatch_chunks: Heads = Field(
+        1, description="parts in which tokens travel, so that exchange and experts overlap; may change on resume"
     )
     layers_per_pool: int = Field(
         1, ge=1, description="PEER layers, counted from the first, that share one pair of tables; on one pipeline stage"

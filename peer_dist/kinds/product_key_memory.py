@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from peer_dist.kinds.cost import Cost, Parts, Shape
 from peer_dist.kinds.product_keys import ProductKeyKind, check_picks, even, square
-from peer_dist.kinds.section import Section
+from peer_dist.kinds.section import LARGEST, Heads, Rows, Section
 
 if TYPE_CHECKING:
     from megatron.core.transformer import ModuleSpec
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 class PKMSection(Section):
     """Product-key memory layers (model.mlp: pkm; Lample 2019): PEER's retrieval, of values instead of experts."""
 
-    num_values: int = Field(65536, ge=1, description="values; the square of a whole number")
-    heads: int = Field(4, ge=1, description="query heads")
-    top_k: int = Field(32, ge=1, description="values per head; at most sqrt(num_values)")
+    num_values: Rows = Field(65536, description="values; the square of a whole number")
+    heads: Heads = Field(4, description="query heads")
+    top_k: Heads = Field(32, description="values per head; at most sqrt(num_values)")
     key_dim: int = Field(
-        128, ge=2, description="width of a query and of a product key; without effect where query_projection is false"
+        128,
+        ge=2,
+        le=LARGEST,
+        description="width of a query and of a product key; without effect where query_projection is false",
     )
     query_norm: Literal["batch", "layer", "rms", "none"] = Field(
         "batch", description="query normalisation; none where query_projection is false"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
 
 from peer_dist.kinds.cost import FLOAT, Cost, Shape, matrix, vectors
 from peer_dist.kinds.kind import Kind, Mode, Tables
+from peer_dist.kinds.section import MOST_PICKS
 
 if TYPE_CHECKING:
     from peer_dist.config import Config
@@ -132,7 +133,7 @@ class ProductKeyKind(Kind[S]):
         if mode == "params":
             smallest = self.keys(config).top_k
             return [(self.key(self.rows_key), [root**2 for root in range(smallest, _LARGEST_ROOT)])]
-        return [(self.key("top_k"), range(1, math.isqrt(self.rows(config)) + 1))]
+        return [(self.key("top_k"), range(1, min(math.isqrt(self.rows(config)), MOST_PICKS) + 1))]
 
     def taken_over(self, config: Config, reference: Kind) -> Mapping[str, int]:
         """Heads, key width and rows of the other, so that retrieval costs the same."""

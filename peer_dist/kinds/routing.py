@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from peer_dist.kinds.cost import Cost, Parts, Shape, matrix, vectors
-from peer_dist.kinds.section import Section
+from peer_dist.kinds.section import Section, Size
 
 if TYPE_CHECKING:
     from peer_dist.config import Config
@@ -26,8 +26,8 @@ class RouterSection(Section):
         description="linear: of the layer's input; recurrent: of a GRU's state over layers (peer: added to the query); "
         "mlp: as large as recurrent, without a state; cosine: low-rank cosine scores (XMoE)",
     )
-    state_size: int = Field(
-        128, ge=1, description="width of the state, of the perceptron in its place (mlp), and of cosine's projection"
+    state_size: Size = Field(
+        128, description="width of the state, of the perceptron in its place (mlp), and of cosine's projection"
     )
     passing: Literal["full", "detached", "none"] = Field(
         "full", description="the state goes from layer to layer with its gradient, without, or starts anew in each"

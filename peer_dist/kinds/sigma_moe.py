@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from peer_dist.kinds.coarse import CoarseKind, check_top_k
-from peer_dist.kinds.kind import LARGEST, Experts, Mode
-from peer_dist.kinds.section import Section
+from peer_dist.kinds.kind import Experts, Mode
+from peer_dist.kinds.section import LARGEST, MOST_EXPERTS, Coefficient, Section, Size
 
 if TYPE_CHECKING:
     from megatron.core.transformer import ModuleSpec
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class SigmaMoESection(Section):
     """sigma-MoE layers (model.mlp: sigma_moe; Csordas 2023): sigmoid router, ReLU experts, no softmax."""
 
-    num_experts: int = Field(16, ge=2, description="experts N_E")
-    expert_hidden_size: int = Field(128, ge=1, description="hidden width G of an expert")
-    top_k: int = Field(4, ge=1, description="experts K per token")
-    entropy_loss: float = Field(
-        1e-3, ge=0, description="gamma of the entropy regulariser, over a forward pass of all ranks"
+    num_experts: int = Field(16, ge=2, le=MOST_EXPERTS, description="experts N_E")
+    expert_hidden_size: Size = Field(128, description="hidden width G of an expert")
+    top_k: Size = Field(4, description="experts K per token")
+    entropy_loss: Coefficient = Field(
+        1e-3, description="gamma of the entropy regulariser, over a forward pass of all ranks"
     )
     expert_dropout: float = Field(0.0, ge=0, lt=1, description="delta: share of scores set to 0 in training")
 
@@ -56,7 +56,7 @@ class SigmaMoEKind(CoarseKind[SigmaMoESection]):
         sigma = self.keys(config)
         width: tuple[str, Sequence[int]] = (self.key("expert_hidden_size"), range(1, LARGEST))
         if mode == "params":
-            return [(self.key("num_experts"), range(max(2, sigma.top_k), LARGEST)), width]
+            return [(self.key("num_experts"), range(max(2, sigma.top_k), MOST_EXPERTS)), width]
         return [(self.key("top_k"), range(1, sigma.num_experts + 1)), width]
 
     def build(self, context: BuildContext, number: int) -> ModuleSpec:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from peer_dist.config import Config, ConfigError
 from peer_dist.kernels import Picks, expert_mix
@@ -29,6 +28,7 @@ from peer_dist.planning.plan import plan
 from peer_dist.planning.rates import copy_seconds, fastest, product_seconds
 from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
 from peer_dist.ranks.world import World
+from peer_dist.reading import as_yaml
 from peer_dist.sharding.cost import synthetic_picks
 from peer_dist.units import sized
 
@@ -155,7 +155,7 @@ def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, 
     name = re.sub(r"[^a-z0-9]+", "-", str(entry["name"]).lower()).strip("-")
     lines = [f"# Measured by peer-dist doctor --calibrate on {ranks} rank(s). Rates are those of one rank."]
     lines += [f"# {key}: not measured, {instead}" for key, instead in guessed.items()]
-    text = yaml.safe_dump({name: entry}, sort_keys=False, allow_unicode=True)
+    text = as_yaml({name: entry})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([*lines, text]), encoding="utf-8")

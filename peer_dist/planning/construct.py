@@ -113,8 +113,9 @@ def construct_chosen(
     """
     if chosen == "stages":
         return construct_stages(config, world_size, gpus_per_node, vocab_size, device)
-    if not chosen.isdecimal():
-        raise ConfigError(f"--construct {chosen}: must be a rank's number, or stages: the first and last rank of each")
+    if not chosen.isdecimal() or len(chosen) > 9:
+        word = chosen if len(chosen) <= 40 else f"{chosen[:37]}..."
+        raise ConfigError(f"--construct {word}: must be a rank's number, or stages: the first and last rank of each")
     return [construct(config, world_size, int(chosen), gpus_per_node, vocab_size, device)]
 
 

@@ -7,6 +7,7 @@ reference backend gathers and element-wise products).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from peer_dist.config import Config
@@ -81,21 +82,23 @@ def count(config: Config, vocab_size: int) -> Counts:
             "final_norm": vectors(d),
             "logits": Cost(flops=2 * embedding) if tied else matrix(d, vocab_size),
         },
-        layers=tuple(
-            LayerCounts(kind, block, _feed_forward(config, number)) for number, kind in enumerate(model.mlp_kinds)
-        ),
+        layers=tuple(LayerCounts(kind, block, parts) for kind, parts in zip(model.mlp_kinds, _feed_forwards(config))),
         causal_attention_flops=model.num_layers * 2 * (model.seq_length + 1) * d,
     )
 
 
-def _feed_forward(config: Config, number: int) -> Parts:
-    """The feed-forward of layer ``number``, from 0. Shared parameters are those of the first layer that has them."""
-    kinds = config.model.mlp_kinds
-    parts: dict[str, Cost] = {**KINDS[kinds[number]].cost(config)}
-    if any(number in pool[1:] for pool in config.pools):
-        for name in parts.keys() & set(SHARDED_PARTS):
-            parts[name] = replace(parts[name], parameters=0)
-    if "state" in parts and any(KINDS[kind].routed for kind in kinds[:number]):
-        for name in ("state", "projector") if config.router.shared_projector else ("state",):
-            parts[name] = Cost(flops=parts[name].flops)
-    return parts
+def _feed_forwards(config: Config) -> Iterator[Parts]:
+    """The feed-forward of each layer. Shared parameters are those of the first layer that has them."""
+    of_kinds = {kind.name: kind.cost(config) for kind in config.kinds}
+    pooled = {number for pool in config.pools for number in pool[1:]}
+    routed = False  # whether there was a layer whose router has what they share
+    for number, kind in enumerate(config.model.mlp_kinds):
+        parts: dict[str, Cost] = {**of_kinds[kind]}
+        if number in pooled:
+            for name in parts.keys() & set(SHARDED_PARTS):
+                parts[name] = replace(parts[name], parameters=0)
+        if "state" in parts and routed:
+            for name in ("state", "projector") if config.router.shared_projector else ("state",):
+                parts[name] = Cost(flops=parts[name].flops)
+        routed = routed or KINDS[kind].routed
+        yield parts

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from peer_dist.config import ConfigError
 from peer_dist.config.load import read_tree, sentence
-from peer_dist.kinds.section import Section
+from peer_dist.kinds.section import Ranks, Section
+from peer_dist.reading import as_yaml
+
+MOST_PRICE = 1e9
+Figure = Annotated[float, Field(ge=1, le=1e30)]
+"""Bytes, or bytes or FLOPs a second."""
+Share = Annotated[float, Field(ge=1e-6, le=1)]
+Price = Annotated[float, Field(ge=0, le=MOST_PRICE)]
+Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Flops(Section):
     """By dtype."""
 
-    float32: float = Field(gt=0)
-    bfloat16: float = Field(gt=0)
+    float32: Figure
+    bfloat16: Figure
 
 
 class Achievable(Section):
     """What is reached of a device's figures, as fractions; 1 where they were measured."""
 
-    flops: float = Field(1.0, gt=0, le=1)
-    hbm: float = Field(1.0, gt=0, le=1)
-    gather: float = Field(1.0, gt=0, le=1)
-    node_link: float = Field(1.0, gt=0, le=1)
-    network: float = Field(1.0, gt=0, le=1)
-    memory: float = Field(1.0, gt=0, le=1)
+    flops: Share = 1.0
+    hbm: Share = 1.0
+    gather: Share = 1.0
+    node_link: Share = 1.0
+    network: Share = 1.0
+    memory: Share = 1.0
 
 
 class Hardware(Section):
@@ -50,19 +57,19 @@ class Hardware(Section):
 
     name: str
     device: Literal["cuda", "cpu"] = "cuda"
-    memory_bytes: float = Field(gt=0)
-    hbm_bytes_per_s: float = Field(gt=0)
+    memory_bytes: Figure
+    hbm_bytes_per_s: Figure
     flops_per_s: Flops
-    gather_bytes_per_s: float = Field(gt=0)
-    activation_bytes_per_s: float | None = Field(None, gt=0)
-    node_link_bytes_per_s: float = Field(gt=0)
-    node_link_latency_s: float = Field(0.0, ge=0)
-    network_bytes_per_s: float = Field(gt=0)
-    network_latency_s: float = Field(0.0, ge=0)
-    layer_overhead_s: float = Field(0.0, ge=0)
-    step_overhead_s: float = Field(0.0, ge=0)
-    gpus_per_node: int = Field(ge=1)
-    price_per_hour: float | None = Field(None, ge=0)
+    gather_bytes_per_s: Figure
+    activation_bytes_per_s: Figure | None = None
+    node_link_bytes_per_s: Figure
+    node_link_latency_s: Seconds = 0.0
+    network_bytes_per_s: Figure
+    network_latency_s: Seconds = 0.0
+    layer_overhead_s: Seconds = 0.0
+    step_overhead_s: Seconds = 0.0
+    gpus_per_node: Ranks
+    price_per_hour: Price | None = None
     achievable: Achievable = Field(default_factory=Achievable)
 
     @property
@@ -77,7 +84,7 @@ class Hardware(Section):
     def dump(self, path: Path) -> None:
         """Write a file that :func:`load_hardware` reads."""
         entry = self.model_dump(mode="json", exclude={"name"})
-        path.write_text(yaml.safe_dump({self.name: entry}, sort_keys=False), encoding="utf-8")
+        path.write_text(as_yaml({self.name: entry}), encoding="utf-8")
 
 
 def load_hardware(name: str) -> Hardware:

@@ -181,12 +181,12 @@ def kept_parts(
     layout: Layout, stage: int, vocab_size: int, itemsize: int, device: str, hits: float | None = None
 ) -> Iterator[list[tuple[str | int, Kept]]]:
     """For each chunk of a stage: what its layers (from 0) and the ``head`` keep in one pass, in their order."""
-    config = layout.config
+    config, kinds = layout.config, layout.config.model.mlp_kinds
     by_kind = {kind: _layer(layout, kind, itemsize, device, hits) for kind, _ in layout.kinds(stage)}
     for chunk in layout.layers(stage):
         parts: list[tuple[str | int, Kept]] = []
         for number, layer in enumerate(chunk):
-            kept = by_kind[config.model.mlp_kinds[layer]]
+            kept = by_kind[kinds[layer]]
             if number < config.train.recompute_layers:
                 again = kept.activations + kept.exchange + kept.working
                 kept = Kept(layout.split_tokens * _carried(layout) * itemsize, working=again)

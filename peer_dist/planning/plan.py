@@ -53,9 +53,9 @@ class Plan:
     def _held(self) -> dict[Place, PeakMemory]:
         """Memory of the ranks with the largest shards (the first ones), one for each different kind of stage."""
         config, stages = self.layout.config, dict[Any, int]()
-        firsts = {pool[0] for pool in config.pools}
+        firsts, kinds_of = {pool[0] for pool in config.pools}, config.model.mlp_kinds
         for stage in range(self.layout.pipeline):
-            kinds = [[(config.model.mlp_kinds[n], n in firsts) for n in chunk] for chunk in self.layout.layers(stage)]
+            kinds = [[(kinds_of[n], n in firsts) for n in chunk] for chunk in self.layout.layers(stage)]
             stages.setdefault((str(kinds), stage == 0, stage == self.layout.pipeline - 1), stage)
         places = [Place(stage) for stage in stages.values()]
         arguments = self.vocab_size, self.itemsize, self.hardware.device, self.hits

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from peer_dist.config import ConfigError, check_world, parse_config
+from peer_dist.config.load import divisors
 from peer_dist.planning.layout import Layout
 from peer_dist.planning.plan import Plan
 
@@ -54,10 +55,10 @@ def _parallel(layout: Layout) -> Iterator[dict[str, Any]]:
     sparse = any(kind.sparse for kind in config.kinds)
     tables = any(kind.tables(config) for kind in config.kinds)
     for tensor in _powers(min(128, layout.gpus_per_node, world)):
-        for pipeline in _divisors(config.model.num_layers):
+        for pipeline in divisors(config.model.num_layers):
             if world % (tensor * pipeline):
                 continue
-            for rows in _divisors(world // pipeline) if sparse else [1]:
+            for rows in divisors(world // pipeline) if sparse else [1]:
                 for columns in _powers(min(layout.gpus_per_node, world // pipeline // rows)) if tables else [1]:
                     if world // pipeline % (rows * columns):
                         continue
@@ -123,7 +124,7 @@ def advice(own: Plan) -> str:
 
 def _remedies(layout: Layout) -> Iterator[tuple[str, str, Any]]:
     config = layout.config
-    for rows in _divisors(layout.stage_ranks // layout.columns):
+    for rows in divisors(layout.stage_ranks // layout.columns):
         if rows > layout.rows:
             yield "parallel", "expert", rows
     yield "table_optimizer", "name", "rowwise_adagrad"
@@ -137,10 +138,6 @@ def _remedies(layout: Layout) -> Iterator[tuple[str, str, Any]]:
 def _powers(largest: int) -> list[int]:
     """Powers of two up to it."""
     return [1 << power for power in range(largest.bit_length())]
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def search_table(plans: Sequence[Plan]) -> Table:

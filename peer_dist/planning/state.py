@@ -61,7 +61,8 @@ def dense_shapes(layout: Layout, stage: int, vocab_size: int) -> dict[str | int,
     keys = d // config.model.num_attention_heads * config.model.query_groups  # wide, and so are values
     attention = [(d,), ((d + 2 * keys) // tensor, d), (d, d // tensor), (d,)]
     by_kind = {kind: [*attention, *KINDS[kind].shapes(config, tensor)] for kind, _ in layout.kinds(stage)}
-    shapes |= {layer: by_kind[config.model.mlp_kinds[layer]] for layers in chunks for layer in layers}
+    kinds = config.model.mlp_kinds
+    shapes |= {layer: by_kind[kinds[layer]] for layers in chunks for layer in layers}
     if config.has_router_core:  # each chunk has a copy
         shapes["core"] = [*core_shapes(config)] * len(chunks)
     if stage == last:
@@ -81,8 +82,9 @@ def shards(layout: Layout, place: Place) -> dict[str | int, list[Block]]:
     pools = {pool[0]: len(pool) for pool in config.pools}
     columns = _part(d, place.column, layout.columns)
     blocks: dict[str | int, list[Block]] = {}
+    kinds = config.model.mlp_kinds
     for layer in (layer for chunk in layout.layers(place.stage) for layer in chunk):
-        kind = KINDS[config.model.mlp_kinds[layer]]
+        kind = KINDS[kinds[layer]]
         tables, experts = kind.tables(config), kind.experts(config)
         if tables and layer in pools:
             rows = _part(tables.rows, place.row, layout.rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from peer_dist.kinds import KINDS, Tables
 from peer_dist.kinds.cost import FLOAT
@@ -73,8 +74,15 @@ def _ring(group: Group, size: float, ways: float = 2, calls: float = 1) -> Wire:
 
 def routes(layout: Layout, tables: Tables, hits: float | None) -> Routes:
     """Where the tokens of a rank go in one pass of a layer with these tables, were picks uniform."""
-    hits = None if hits is None else min(hits, layout.rows)  # of another layout, in a search
-    return Routes.uniform(layout.own_tokens, tables.rows, tables.heads, tables.top_k, layout.rows, hits)
+    sizes = (tables.rows, tables.heads, tables.top_k, layout.rows)
+    hits = _uniform_hits(*sizes) if hits is None else min(hits, layout.rows)  # of another layout, in a search
+    return Routes.uniform(layout.own_tokens, *sizes, hits)
+
+
+@lru_cache(maxsize=1024)
+def _uniform_hits(rows: int, heads: int, top_k: int, shards: int) -> float:
+    """Row shards that a token hits; a plan asks often, and the work grows with shards and picks."""
+    return Routes.uniform(1, rows, heads, top_k, shards).pairs
 
 
 def exchange(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 
 from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.config.load import Tree, find_config, read_tree, sentence, set_key
-from peer_dist.config.schema import Section
+from peer_dist.kinds.section import MOST_STEPS, FilePath, Rate, Section, Seed, Steps, shown
 from peer_dist.planning.counts import Counts, count
 
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.+]*$")]
@@ -35,6 +36,7 @@ _DERIVED = {
 }
 _TUNED = {"optimizer.lr", "table_optimizer.lr"}
 _LONGEST_NAME = 255  # bytes of a folder's name
+_MOST_RUNS = 10_000
 _WHOLE_SPLIT = 10**9  # batches of a validation, which never takes more than the whole split
 
 
@@ -43,8 +45,8 @@ class TuneSection(Section):
 
     size: str = Field("", description="the size at which it is done")
     variant: str = Field("", description="the variant; by default the first")
-    seeds: list[int] = Field(default_factory=list, description="seeds of the trials; by default the first one")
-    learning_rates: dict[str, list[Positive | tuple[Positive, Positive]]] = Field(
+    seeds: list[Seed] = Field(default_factory=list, description="seeds of the trials; by default the first one")
+    learning_rates: dict[str, list[Rate | tuple[Rate, Rate]]] = Field(
         description="model to its trials: a rate for the dense part, or a pair of it and the tables' rate"
     )
 
@@ -56,17 +58,15 @@ class TuneSection(Section):
 class SweepFile(Section):
     """The content of a sweep's file."""
 
-    base: str | Tree = Field(description="the runs' config: a YAML file relative to this one, or its sections")
+    base: FilePath | Tree = Field(description="the runs' config: a YAML file relative to this one, or its sections")
     budgets: list[Positive] = Field(default_factory=list, description="training FLOPs of a run")
     tokens: Positive | None = Field(None, description="instead of budgets: training tokens of every run")
     models: dict[Name, Overrides] = Field(min_length=1, description="name to overrides (section.key: value)")
     sizes: dict[Name, Overrides] = Field({"": {}}, min_length=1, description="name to overrides")
     variants: dict[Name, Overrides] = Field({"": {}}, min_length=1, description="name to overrides")
-    seeds: list[Annotated[int, Field(ge=0, le=2**32 - 1)]] = Field(
-        [1], min_length=1, description="values of train.seed"
-    )
+    seeds: list[Seed] = Field([1], min_length=1, description="values of train.seed")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps that warms the learning rate up")
-    validations: int = Field(1, ge=1, description="over the whole validation split in each run, the last at its end")
+    validations: Steps = Field(1, description="over the whole validation split in each run, the last at its end")
     tune: TuneSection | None = Field(None, description="how learning rates are chosen; null: they are the config's")
     keep_checkpoints: bool = Field(False, description="keep those of finished runs")
 
@@ -75,9 +75,19 @@ class SweepFile(Section):
         """Refuse a file that contradicts itself."""
         if bool(self.budgets) == (self.tokens is not None):
             raise ValueError("give exactly one of budgets and tokens")
-        for name, values in (("budgets", self.budgets), ("seeds", self.seeds)):
+        sizes = (len(self.models), len(self.sizes), len(self.variants), len(self.seeds), len(self.budgets) or 1)
+        runs = math.prod(sizes)
+        if self.tune:
+            runs += (len(self.tune.seeds) or 1) * sum(map(len, self.tune.learning_rates.values()))
+        if runs > _MOST_RUNS:
+            raise ValueError(f"the grid has {runs:,} runs, and {_MOST_RUNS:,} are the most; make several sweeps of it")
+        for name, values in (
+            ("budgets", self.budgets),
+            ("seeds", self.seeds),
+            ("tune.seeds", self.tune.seeds if self.tune else []),
+        ):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} lists a value twice")
+                raise ValueError(f"{name} lists a value twice: {shown(values)}")
         derived = _DERIVED | (_TUNED if self.tune else set())
         for part, entries in (("models", self.models), ("sizes", self.sizes), ("variants", self.variants)):
             for name, overrides in entries.items():
@@ -181,6 +191,10 @@ def load_sweep(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> 
     except ValidationError as error:
         raise ConfigError(sentence(error, str(path), {}, SweepFile)) from None
     base = read_tree(path.parent / file.base) if isinstance(file.base, str) else file.base
+    for section in ("train", "optimizer", "evaluation", "checkpoint", "logging"):
+        if not isinstance(base.get(section, {}), dict):
+            where = f"base: {section}" if base is file.base else f"{path.parent / str(file.base)}: {section}"
+            raise ConfigError(f"{path}: {where}: input should be a section of keys and values")
     runs = list(_runs(path, file, base, folder))
     return Sweep(path, file, folder, runs)
 
@@ -198,7 +212,7 @@ class _Cell(NamedTuple):
     @property
     def name(self) -> str:
         """The name of the run and of its folder."""
-        budget = "" if self.budget is None else f"{self.budget:g}".replace("e+", "e")
+        budget = "" if self.budget is None else f"{self.budget:g}".replace("e+", "e")  # six digits
         parts = [self.model, self.variant, self.size, budget, f"s{self.seed}"]
         return "-".join([part for part in parts if part] + ([] if self.trial is None else [f"trial{self.trial}"]))
 
@@ -250,8 +264,7 @@ def _check_names(path: Path, cells: Sequence[_Cell]) -> None:
             differ = [field for field in cell._fields if getattr(other, field) != getattr(cell, field)]
             what = " and ".join(f"{field} {getattr(other, field)!r} and {getattr(cell, field)!r}" for field in differ)
             raise ConfigError(
-                f"{path}: the runs of {what or f'the seed {cell.seed}, which is listed twice,'} would have one folder, "
-                f"{name}; change one of them, or take it out"
+                f"{path}: the runs of {what} would have one folder, {name}; change one of them, or take it out"
             )
 
 
@@ -274,28 +287,30 @@ def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> 
     tree = copy.deepcopy(base)
     for overrides in (file.models[model], file.sizes[size], file.variants[variant]):
         for key, value in overrides.items():
-            set_key(tree, key.split("."), value, f"{path}: {key}")
-    set_key(tree, ["train", "seed"], seed, source)
+            set_key(tree, key, value, f"{path}: {shown(key)}")
+    set_key(tree, "train.seed", seed, source)
     for section in ("checkpoint", "logging"):
         inside = folder / name / ("checkpoints" if section == "checkpoint" else "")
-        set_key(tree, [section, "dir"], str(inside), source)
-    for key in ("warmup_steps", "decay_steps"):  # of the base, whose number of steps is another; set again below
-        tree.get("optimizer", {}).pop(key, None)
-    set_key(tree, ["optimizer", "warmup_steps"], 0, source)
+        set_key(tree, f"{section}.dir", str(inside), source)
+    # the base's number of steps is another; both are set again below
+    set_key(tree, "optimizer.warmup_steps", 0, source)
+    tree["optimizer"].pop("decay_steps", None)
     config = parse_config(tree, source)
     cost = count(config, _vocab_size(config))
     tokens = file.tokens if budget is None else budget / cost.train_flops_per_token
     assert tokens is not None
     batch = config.train.global_batch_size * config.model.seq_length
     steps = round(tokens / batch)
+    key = "tokens" if budget is None else "budgets"
     if steps < 2:
-        key = "tokens" if budget is None else "budgets"
         raise ConfigError(f"{source}: {key}: {tokens:,.0f} tokens are {tokens / batch:.2f} steps of {batch}; raise it")
-    set_key(tree, ["train", "steps"], steps, source)
-    set_key(tree, ["optimizer", "warmup_steps"], min(round(file.warmup_share * steps), steps - 1), source)
-    set_key(tree, ["optimizer", "decay_steps"], steps, source)
-    set_key(tree, ["evaluation", "interval"], -(-steps // file.validations), source)
-    set_key(tree, ["evaluation", "batches"], _WHOLE_SPLIT, source)
+    if steps > MOST_STEPS:
+        raise ConfigError(f"{source}: {key}: {tokens:.1e} tokens are {steps:.1e} steps of {batch}; lower it")
+    set_key(tree, "train.steps", steps, source)
+    set_key(tree, "optimizer.warmup_steps", min(round(file.warmup_share * steps), steps - 1), source)
+    set_key(tree, "optimizer.decay_steps", steps, source)
+    set_key(tree, "evaluation.interval", -(-steps // file.validations), source)
+    set_key(tree, "evaluation.batches", _WHOLE_SPLIT, source)
     return Run(name, *cell, parse_config(tree, source), cost)
 
 

@@ -24,8 +24,7 @@ from peer_dist.checkpoints.sources import open_source
 from peer_dist.checkpoints.state import restore_run, run_state
 from peer_dist.checkpoints.store import CheckpointStore
 from peer_dist.config import Config, check_folders, check_world
-from peer_dist.data.prepare import read_prepared
-from peer_dist.data.stream import open_data, open_tokenizer
+from peer_dist.data.stream import check_data, open_data
 from peer_dist.engines import StepResult
 from peer_dist.engines.building import dtype_of, join_groups, make_engine
 from peer_dist.engines.revival import Revival
@@ -37,6 +36,7 @@ from peer_dist.measures.usage import ExpertUsage, share_histogram
 from peer_dist.measures.usage_map import usage_map
 from peer_dist.megatron import build_model, count_parameters, routers, run_forward_backward, shards_of, sparse_layers
 from peer_dist.optim import HeldBytes, learning_rate_factor
+from peer_dist.output import messages
 from peer_dist.ranks.exit_codes import DIVERGED
 from peer_dist.ranks.lock import RunLock, run_lock
 from peer_dist.ranks.rank_zero import from_every_rank
@@ -74,12 +74,10 @@ def train(config: Config, profile: range | None = None) -> int:
     startup.ended("import")
     world = World.from_environment()
     check_world(config, world.world_size)
-    for prefix in config.data.weights:
-        read_prepared(prefix)
-    tokenizer = open_tokenizer(config.data)
+    data = check_data(config.data, config.model.seq_length, config.train.seed)
     store = CheckpointStore(config.checkpoint.dir)
     if config.checkpoint.init_from is not None and not store.steps():
-        open_source(config, tokenizer)
+        open_source(config, data.tokenizer)
     check_folders(config)
     record_nccl(config.logging.dir)
     with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds):
@@ -87,6 +85,8 @@ def train(config: Config, profile: range | None = None) -> int:
         if world.rank == 0:
             ranks = f": {world.world_size} rank(s)" if world.master_port else ""
             Console(stderr=True).print(f"{world.launcher}{ranks}", highlight=False)
+            for remark in data.remarks:
+                messages().print(remark)
         with run_lock(config.checkpoint.dir, world.rank) as lock:
             try:
                 code = Trainer(config, startup, profile).run(stop, lock)
