@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,14 +23,14 @@ from peer_dist.planning.state import checkpoint_bytes
 from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
 from peer_dist.ranks.world import World
 from tests.ranks import Command, run_command, run_ranks
-from tests.runs import small_config
+from tests.runs import copy_checkpoint, in_folder, run_to_the_end, small_config, with_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU_CHECKS = ["driver", "Triton", "kernels", "PEER layer"]
 
 
-def _examined(rank, world_size, trouble=None, folder=None, seconds=20.0):
-    """What the rank's report says after ``trouble`` was made on the last rank."""
+def _examined(rank, world_size, trouble=None, tree=None, seconds=20.0):
+    """What the rank's report says of the run ``tree`` after ``trouble`` was made on the last rank."""
     ours = list(checks.CHECKS)
     # Ranks of a busy machine differ for no fault of theirs.
     _replace(ours, "speed of ranks", lambda here: {"product": 0.01, "copy": 0.01})
@@ -37,11 +38,7 @@ def _examined(rank, world_size, trouble=None, folder=None, seconds=20.0):
         checks.WRITTEN_BYTES, checks.COLLECTIVE_BYTES = 1 << 20, (1 << 10, 1 << 12, 1 << 14)
     if trouble is not None and rank == world_size - 1:
         trouble(ours)
-    config = None
-    if folder is not None:
-        values = small_config(Path("data"), Path(folder))
-        values["train"]["global_batch_size"] = 12  # fits 1, 2 and 3 ranks
-        config = Config(**values)
+    config = None if tree is None else Config(**tree)
     start = time.monotonic()
     report = examine(World(rank, world_size, rank, world_size), ours, config, seconds)
     return report.json(), time.monotonic() - start
@@ -58,13 +55,19 @@ def _reports(world_size, *args):
     return Examination.parse(texts[0])
 
 
+@pytest.fixture
+def tree(text, tmp_path):
+    """A run that fits 1, 2 and 3 ranks; its folders are not there yet."""
+    return with_keys(small_config(text, tmp_path), train={"global_batch_size": 12})
+
+
 def _failures(report):
     return {finding.check: finding.told for finding in report.findings if finding.verdict == "fail"}
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_well(world_size, tmp_path):
-    report = _reports(world_size, None, str(tmp_path))
+def test_well(world_size, tree, tmp_path):
+    report = _reports(world_size, None, tree)
     assert report.ok, report
     said = {finding.check: finding.told for finding in report.findings}
     assert set(said) == {"ranks", *(check.name for check in checks.CHECKS)} - set(GPU_CHECKS), "ranks over gloo"
@@ -145,8 +148,8 @@ def _corrupts(ours):
         (_corrupts, "collectives", ["rank 1 (", "wrong result of all-to-all"]),
     ],
 )
-def test_trouble_is_named(trouble, check, says, tmp_path):
-    report = _reports(2, trouble, str(tmp_path), 15.0)
+def test_trouble_is_named(trouble, check, says, tree):
+    report = _reports(2, trouble, tree, 15.0)
     failures = _failures(report)
     assert set(failures) == {check}, report
     assert all(words in failures[check] for words in says), failures
@@ -164,8 +167,8 @@ def _hangs_in_a_collective(ours):
 @pytest.mark.parametrize(
     ("trouble", "late"), [(_hangs, {"writing": {"rank 2"}}), (_hangs_in_a_collective, {"clocks": {"ranks 0"}})]
 )
-def test_a_check_that_hangs_is_reported_and_the_rest_goes_on(trouble, late, tmp_path):
-    results = run_ranks(_examined, 3, trouble, str(tmp_path), 6.0)
+def test_a_check_that_hangs_is_reported_and_the_rest_goes_on(trouble, late, tree):
+    results = run_ranks(_examined, 3, trouble, tree, 6.0)
     report = Examination.parse(results[0][0])
     assert all(text == results[0][0] for text, _ in results)
     failures = _failures(report)
@@ -283,19 +286,95 @@ def test_room_is_judged(tmp_path):
         assert says in finding.told
 
 
-def test_the_command(tmp_path):
+def test_the_command(small, tmp_path):
     """On two ranks: one JSON object; alone: a table; and the exit codes."""
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(small_config(Path("data"), tmp_path)))
+    config.write_text(yaml.safe_dump(small))
     with Command(2, ["doctor", "--config", str(config), "--json"], tmp_path / "out") as command:
         codes = command.codes(120)
         report = Examination.parse(command.outputs[0].read_text())
         assert report.ranks == 2
         assert codes == [0 if report.ok else 1] * 2, command.words(0)
+    without = run_command("doctor", "--config", str(config), "data.prefix=nowhere")
+    said = " ".join(without.stdout.split())
+    assert without.returncode == 1, without.stderr
+    assert re.search(r"what it reads fail rank 0 \(.*?\): nowhere.* -> .*prepare", said), said
+    assert "not ready" in said
     done = run_command("doctor", "--config", str(config), "parallel.expert=2")
     assert done.returncode == 1, done.stderr
     assert "does not divide the 1 rank(s)" in " ".join(done.stdout.split())
     assert "not ready" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """A run of four steps, with a checkpoint of the last one."""
+    tree = with_keys(small_config(text, tmp_path_factory.mktemp("trained")), train={"steps": 4})
+    run_ranks(run_to_the_end, 1, tree)
+    return tree
+
+
+def _refused(tree):
+    """The findings about what the run would read."""
+    config = Config(**tree)
+    here = dataclasses.replace(_here("cpu"), config=config)
+    return checks._judge_refusals({0: checks._refusal(here)}, Ranks(1, {0: "a"}, "gloo", config))
+
+
+def _copied_data(text, folder):
+    """The prepared text again, whose files may be damaged."""
+    for file in text.parent.glob(f"{text.name}.*"):
+        if file.is_file():
+            shutil.copy(file, folder / file.name.replace(text.name, "own"))
+    return str(folder / "own")
+
+
+def test_what_a_run_would_be_refused_for_is_found(text, trained, tmp_path):
+    """Each with one finding that says what to do; what a run could begin with, or go on from, is well."""
+    tree = in_folder(trained, tmp_path / "run")
+    (finding,) = _refused(tree)
+    assert finding.verdict == "ok"
+    assert not (tmp_path / "run").exists(), "nothing is made"
+    copy_checkpoint(trained, tree, 4)
+    assert _refused(tree)[0].verdict == "ok"
+    assert _refused(with_keys(tree, train={"steps": 8}))[0].verdict == "ok"
+    fresh = in_folder(trained, tmp_path / "fresh")
+    newest = tmp_path / "run/checkpoints/step-00000004"
+    cases = {
+        "no data": with_keys(fresh, data={"prefix": "nowhere"}),
+        "one of two": with_keys(fresh, data={"prefix": None, "blend": {str(text): 1.0, "nowhere": 2.0}}),
+        "no tokenizer": with_keys(fresh, data={"tokenizer": "nowhere.json"}),
+        "no tokenizer but data": with_keys(fresh, data={"tokenizer": f"{text}.json"}),
+        "no source": with_keys(fresh, checkpoint={"init_from": str(tmp_path / "nowhere")}),
+        "another source": with_keys(fresh, checkpoint={"init_from": str(newest)}, model={"hidden_size": 64}),
+        "another model": with_keys(tree, model={"hidden_size": 64}),
+        "another seed": with_keys(tree, train={"seed": 6}),
+    }
+    for name, case in cases.items():
+        (finding,) = _refused(case)
+        assert finding.verdict == "fail", name
+        assert finding.told.startswith("rank 0 (a): "), name
+        assert finding.advice, name
+        assert "\n" not in finding.told + finding.advice, name
+    own = _copied_data(text, tmp_path)
+    for ending in (".bin", ".idx", ".json", ".tokenizer.json"):
+        file = Path(own + ending)
+        whole = file.read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"", None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            assert _refused(with_keys(fresh, data={"prefix": own}))[0].verdict == "fail", (ending, damaged and "cut")
+        file.write_bytes(whole)
+    assert _refused(with_keys(fresh, data={"prefix": own}))[0].verdict == "ok"
+    manifest = newest / "manifest.json"
+    for damaged in (manifest.read_bytes()[:200], b"null", b"", None):
+        manifest.unlink() if damaged is None else manifest.write_bytes(damaged)
+        assert _refused(tree)[0].verdict == "fail", damaged
+
+
+def test_a_layout_that_does_not_fit_is_found_once(tree):
+    ill = with_keys(tree, parallel={"expert": 2})
+    (finding,) = _refused(ill)
+    assert finding.verdict == "ok", "the check of the layout tells it"
 
 
 def test_names_of_many_ranks():

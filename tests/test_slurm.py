@@ -87,6 +87,16 @@ def test_the_script_asks_for_what_was_said(config):
         ({"nodes": 0}, "--nodes: 0 is too few"),
         ({"ranks_per_node": 0}, "--ranks-per-node: 0 is too few"),
         ({"options": ["exclusive"]}, "'exclusive' is no option"),
+        ({"options": ["--"]}, "'--' is no option"),
+        ({"options": ["--array=0-3"]}, "--array cannot be passed on: the script is written for the job"),
+        ({"options": ["-a", "-a0-3"]}, "-a cannot be passed on"),
+        ({"options": ["--signal=TERM@60"]}, "--signal cannot be passed on: .* give --signal-lead"),
+        ({"options": ["--chdir /"]}, "--chdir cannot be passed on: .* change to another before that"),
+        ({"options": ["-N4"]}, "-N cannot be passed on, because the run is checked for it; give --nodes"),
+        ({"time_limit": "9" * 5000}, "is no time limit"),
+        ({"setup": Path("n" * 5000)}, "is not there"),
+        ({"stage": Path("n" * 300)}, "is not there"),
+        ({"container": "n" * 300 + ".sif"}, "is not there"),
     ],
 )
 def test_a_job_that_cannot_be_is_one_sentence(config, job, sentence):
@@ -183,7 +193,7 @@ JOBS = {
     "plain": Job(nodes=2, ranks_per_node=2),
     "pyxis": Job(gpus_per_node=8, container="nvcr.io#nvidia/pytorch:25.01-py3", doctor=True),
     "apptainer": Job(gpus_per_node=8, container="/images/a b.sif", runtime="apptainer", setup=Path("the site's.sh")),
-    "chain": Job(chain=3, time_limit="10:00:00", options=["--job-name='a run'"]),
+    "chain": Job(chain=3, time_limit="10:00:00", options=["--job-name=a run"]),
 }
 
 
@@ -198,6 +208,196 @@ def test_the_script_is_sound_shell(tmp_path, kind):
         pytest.skip("no shellcheck here")
     checked = subprocess.run(["shellcheck", "-"], input=script, text=True, capture_output=True)
     assert checked.returncode == 0, checked.stdout
+
+
+# Every character that a shell, sbatch, Slurm's names of logs or the template could take for more than itself.
+ODD = [
+    "two words", "it's", 'say "x"', "back\\slash", "a\\'b", "$(touch x)", "`touch x`", "$HOME", "${LOGS}", "a;touch x",
+    "a&&b", "a|b>c", "#SBATCH --x", "# x", "@TRAIN@", "@LOGS@", "%j", "50%", "*?[a]", "~", "!x", "{a,b}", "(x)",
+    "\u00e9\u4e2d", "[red]x", ":smile:", "-x", "'; touch x; '", "\\", "a=b", "\u200b",
+]  # fmt: skip
+
+
+def sbatch_reads(script):
+    """The options that `sbatch` reads: it knows quotes, backslashes and comments, and stops at the first command."""
+    options = []
+    for line in script.split("\n")[1:]:
+        if line.startswith("#SBATCH"):
+            options += _words(line.removeprefix("#SBATCH"))
+        elif line.strip() and not line.startswith("#"):
+            break
+    return options
+
+
+def _words(line):
+    words, word, quote, escaped = [], None, "", False
+    for char in line:
+        if escaped:
+            word, escaped = (word or "") + char, False
+        elif char == "\\":
+            word, escaped = word or "", True
+        elif quote:
+            quote, word = ("", word) if char == quote else (quote, word + char)
+        elif char in "'\"":
+            quote, word = char, word or ""
+        elif char == "#":
+            break
+        elif char.isspace():
+            words += [] if word is None else [word]
+            word = None
+        else:
+            word = (word or "") + char
+    assert not quote, line
+    return words + ([] if word is None else [word])
+
+
+def _assigned(script, folder):
+    """What bash makes of the script's values and of its arrays of words, run with nothing but that."""
+    values = script[script.index("set -uo pipefail") : script.index("attempt=")]
+    runtime = script[script.index("launch=(srun") : script.index("# The ranks find each other")]
+    names = ("IMAGE", "SETUP", "STAGE", "LOCAL_DISK", "LOGS", "CHECKPOINTS", "CHAIN", "PYTHON", "RUNTIME")
+    prints = "".join(f'printf "%s\\0" {name} 1 "${name}"\n' for name in names)
+    prints += "".join(
+        f'printf "%s\\0" {name} "${{#{name}[@]}}" "${{{name}[@]}}"\n' for name in ("TRAIN", "launch", "inside")
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{values}\n{runtime}\n{prints}"], capture_output=True, cwd=folder, check=True, timeout=60
+    )
+    assert done.stderr == b""
+    parts, found = iter(done.stdout.decode().split("\0")), {}
+    for name in parts:
+        if name:
+            found[name] = [next(parts) for _ in range(int(next(parts)))]
+    return found
+
+
+@pytest.mark.parametrize("runtime", ["none", "pyxis", "apptainer"])
+def test_every_value_arrives_as_it_is(runtime, tmp_path, monkeypatch):
+    """In bash, and in sbatch: one odd text after the other in all places at once, and nothing is run or added."""
+    monkeypatch.chdir(tmp_path)
+    plain = None
+    for odd in ["plain", *ODD]:
+        logs = tmp_path / (odd.replace("\\", "") or "logs")  # Slurm's names of logs know no backslash
+        folders = [] if any(char in odd for char in ",:") else [f"/data/{odd}"]
+        job = Job(
+            container=None if runtime == "none" else f"{odd} image",
+            runtime="apptainer" if runtime == "apptainer" else "pyxis",
+            setup=Path(odd),
+            stage=Path(odd),
+            local_disk=Path("/disk" if folders == [] else f"/disk/{odd}"),
+            chain=1,
+            python=f"/env/{odd}",
+            options=[f"--comment={odd}", f"--wckey {odd}x", f"-A{odd}", "--exclusive"],
+        )
+        if ":" in str(logs) or "," in str(logs):
+            logs = tmp_path / "logs"
+        script = render(job, ["--config", odd, f"a.b={odd}"], logs, Path("/c") / odd, folders, Path("/e") / odd)
+        lines = script.split("\n")
+        plain = plain or lines
+        assert [line[:5] for line in lines] == [line[:5] for line in plain], "no line is added"
+        options = sbatch_reads(script)
+        assert f"--comment={odd}" in options
+        assert f"--wckey={odd}x" in options
+        assert f"-A{odd}" in options
+        assert f"--output={str(logs).replace('%', '%%')}/%j.log" in options
+        found = _assigned(script, tmp_path)
+        assert found["TRAIN"] == ["--config", odd, f"a.b={odd}"]
+        assert found["SETUP"] == found["STAGE"] == [str(Path(odd).absolute())]
+        assert found["LOGS"] == [str(logs)]
+        assert found["CHECKPOINTS"] == [f"/c/{odd}"]
+        assert found["CHAIN"] == [f"/e/{odd}"]
+        assert found["LOCAL_DISK"] == [str(job.local_disk)]
+        assert found["PYTHON"] == (["python"] if job.container else [f"/env/{odd}"])
+        assert found["IMAGE"] == [job.container or ""]
+        shown = [str(tmp_path), str(logs), str(job.local_disk), *folders]
+        if runtime == "pyxis":
+            assert f"--container-image={job.container}" in found["launch"]
+            assert f"--container-mounts={','.join(f'{folder}:{folder}' for folder in shown)}" in found["launch"]
+        if runtime == "apptainer":
+            assert found["inside"][:4] == ["apptainer", "exec", "--bind", ",".join(shown)]
+            assert found["inside"][-1] == job.container
+    assert list(tmp_path.iterdir()) == [], "nothing was run"
+
+
+BREAKS = ["\n", "\r", "\0", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\ud800"]
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_line_break_is_refused_wherever_it_stands(broken, tmp_path):
+    odd = f"a{broken}touch x"
+    well = {"job": Job(container="i"), "train": ["a"], "logs": tmp_path, "checkpoints": tmp_path}
+    for place in (
+        {"job": Job(container=odd)},
+        {"job": Job(setup=Path(odd))},
+        {"job": Job(stage=Path(odd))},
+        {"job": Job(local_disk=Path(odd))},
+        {"job": Job(python=odd)},
+        {"job": Job(time_limit=odd)},
+        {"job": Job(options=[f"--comment={odd}"])},
+        {"job": Job(options=[f"--comment=a{broken}"])},
+        {"job": Job(options=[f"{broken}--comment=a"])},
+        {"job": Job(options=[f"--ex{broken}clusive"])},
+        {"train": ["--config", odd]},
+        {"train": [f"a.b={broken}"]},
+        {"logs": tmp_path / odd},
+        {"checkpoints": tmp_path / odd},
+        {"chain": tmp_path / odd},
+        {"folders": [f"/{odd}"]},
+    ):
+        with pytest.raises(
+            SubmitError, match=r"holds a line break or another control character, .*; leave it out"
+        ) as told:
+            render(**{**well, **place})
+        assert len(str(told.value).splitlines()) == 1
+        assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b"])
+def test_what_a_list_of_mounts_cannot_hold_is_refused(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    for runtime in ("pyxis", "apptainer"):
+        job = Job(container="image", runtime=runtime)
+        with pytest.raises(
+            SubmitError, match="cannot be shown to a container, because its name has a comma or a colon"
+        ):
+            render(job, [], tmp_path, tmp_path, [f"/{name}"])
+        with pytest.raises(SubmitError, match="cannot be shown"):
+            render(job, [], tmp_path / name, tmp_path)
+        with pytest.raises(SubmitError, match="cannot be shown"):
+            render(dataclasses.replace(job, local_disk=Path(name)), [], tmp_path, tmp_path)
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(SubmitError, match="cannot be shown"):
+        render(job, [], tmp_path, tmp_path)
+    assert name in render(Job(), [], tmp_path / name, tmp_path)
+    with pytest.raises(SubmitError, match=r"^logging.dir: .* has a backslash"):
+        render(Job(), [], tmp_path / "a\\b", tmp_path)
+
+
+def test_a_dry_runs_script_is_one_to_submit(config):
+    """It names a config that is there, and says which folder must be."""
+    script = submit(config, ["train.steps=7"], Job(), dry_run=True)
+    assert f"TRAIN=(--config {config} train.steps=7)" in script
+    assert script.splitlines()[-2].endswith(f"mkdir -p '{config.parent}/a run/logs/slurm'")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_two_submissions_in_one_second_keep_their_configs_apart(config, sbatch):
+    sbatch("echo 12")
+    long = config.with_name("r" * 250 + ".yaml")
+    config.rename(long)
+    for steps in (7, 8):
+        submit(long, [f"train.steps={steps}"], Job())
+    logs = config.parent / "a run/logs/slurm"
+    assert len(list(logs.glob("*.yaml"))) == len(list(logs.glob("*.sbatch"))) == 2
+
+
+def test_what_sbatch_says_is_told_whatever_it_is(config, sbatch, monkeypatch):
+    asked = sbatch("printf 'nonsense\\377\\n'")
+    with pytest.raises(SubmitError, match=r"^sbatch: said 'nonsense.*' where a job's number should be; ask squeue"):
+        submit(config, [], Job())
+    (asked.parent / "bin/sbatch").write_text("#!/no/such/shell\n")
+    with pytest.raises(SubmitError, match=r"^sbatch: .*/sbatch cannot be started \(No such file or directory\)"):
+        submit(config, [], Job())
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,16 +20,21 @@ import yaml
 from rich.console import Console
 
 from peer_dist.config import ConfigError
+from peer_dist.machine import process_start
 from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks import exit_codes
+from peer_dist.ranks.lock import RunLock
+from peer_dist.slurm.script import SubmitError
+from peer_dist.sweep import spec
 from peer_dist.sweep.array import submit_array
 from peer_dist.sweep.fit import differences, fit_parabola, mean_interval, optima, student_t
 from peer_dist.sweep.results import read_results, write_results
-from peer_dist.sweep.runner import run_sweep, runs_table, select
-from peer_dist.sweep.spec import load_sweep
+from peer_dist.sweep.runner import finished, run_sweep, runs_table, select, start_process
+from peer_dist.sweep.spec import SweepFile, load_sweep
 from peer_dist.sweep.tuning import choose_rates
 from tests.ranks import Forked, run_command
 from tests.results import SIZES, losses_around, make_row, result_rows
+from tests.test_slurm import sbatch_reads
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,13 @@ RATES = {"dense": [1e-3, 2e-3], "peer": [[1e-3, 1e-3], [2e-3, 4e-3]]}
         ({"models": {"long": {"train.steps": 3}}}, "models.long: train.steps is set by the sweep itself"),
         ({"budgets": [1e6]}, "dense-h16-1e06-s1: budgets: 9 tokens are 0.03 steps of 256; raise it"),
         ({"seeds": [1, 1]}, "seeds lists a value twice"),
+        (
+            {"budgets": [3e9, 3.0000001e9]},
+            "the runs of budget 3000000000.0 and 3000000100.0 would have one folder, dense-h16-",
+        ),
+        ({"tune": {"size": "h16", "seeds": [7, 7], "learning_rates": RATES}}, "tune.seeds lists a value twice"),
+        ({"models": {"m" * 250: {}}}, "folder whose name has 262 bytes, and at most 255 can be; shorten the names"),
+        ({"models": {"\u4e2d" * 84: {}}}, "folder whose name has 264 bytes, and at most 255 can be"),
         ({"tune": {"learning_rates": RATES}}, "tune.size: '' is none of the sizes"),
         ({"tune": {"size": "h16", "learning_rates": {"dense": [1]}}}, "is for dense, and the models are dense, peer"),
         (
@@ -121,6 +135,34 @@ def test_a_file_that_cannot_be_is_one_sentence(sweep_tree, tmp_path, changes, se
         load_sweep(written({**sweep_tree, **changes}, tmp_path), tmp_path)
     assert sentence in str(error.value)
     assert str(tmp_path / "tiny.yaml") in str(error.value)
+
+
+def test_no_two_runs_have_one_folder():
+    """Whatever the names, budgets and seeds: all differ, or the file is refused for it."""
+    drawn = random.Random(1)
+    names, budgets = (
+        ["a", "b", "a.b", "a+b", "3e09", "s1", "trial0", "A"],
+        [3e9, 3.0000001e9, 3e10, 30e9, 1e18, 12345678.0],
+    )
+    refused = 0
+    for _ in range(300):
+        file = SweepFile(
+            base={},
+            models={name: {} for name in drawn.sample(names, 3)},
+            sizes={name: {} for name in drawn.sample(names, 2)},
+            **({"variants": {name: {} for name in drawn.sample(names, 2)}} if drawn.random() < 0.5 else {}),
+            budgets=drawn.sample(sorted(set(budgets)), 2),
+            seeds=drawn.sample(range(12), 2),
+        )
+        cells = [cell for cell, _ in spec._cells(file)]
+        try:
+            spec._check_names(Path("f.yaml"), cells)
+        except ConfigError:
+            refused += 1
+            assert len({cell.name for cell in cells}) < len(cells)
+        else:
+            assert len({cell.name for cell in cells}) == len(cells) == 3 * 2 * len(file.variants) * 2 * 2
+    assert 0 < refused < 100
 
 
 SHIPPED = sorted(Path(__file__).parent.parent.glob("configs/sweeps/*.yaml"))
@@ -239,6 +281,134 @@ def test_only_some_runs(sweep_tree, tmp_path):
             select(sweep, **mistake)
 
 
+class Idle:
+    """A run's process that does nothing until it is asked to leave."""
+
+    def __init__(self, code=None):
+        self.returncode, self.asked = code, []
+
+    def poll(self):
+        return self.returncode
+
+    def send_signal(self, number):
+        self.asked.append(number)
+        self.returncode = exit_codes.STOPPED
+
+
+def test_two_sweeps_do_not_make_one_run(sweep_tree, tmp_path):
+    """What another one is making is left to it, and told; what it has made meanwhile is not made again."""
+    sweep = load_sweep(written(sweep_tree, tmp_path), tmp_path / "out")
+    first, console, started = sweep.runs[0], quiet(), []
+
+    def start(arguments, environment, log):
+        started.append(log.parent.name)
+        return Idle(code=1)
+
+    with RunLock(sweep.folder / first.name):
+        assert run_sweep(sweep, sweep.runs, 1, 1, None, console, start) == 1
+    said = " ".join(console.file.getvalue().split())
+    assert f"{first.name}: {sweep.folder / first.name}: another run writes there" in said
+    assert f"1 not started, because another sweep runs them: {first.name}" in said
+    assert started == [run.name for run in sweep.runs[1:]]
+    assert list(sweep.folder.rglob("run.lock")) == []
+
+
+def test_an_error_leaves_no_run_behind(sweep_tree, tmp_path):
+    sweep = load_sweep(written(sweep_tree, tmp_path), tmp_path / "out")
+    running = Idle()
+    answers = iter([running, ConfigError("no process can be started")])
+
+    def start(arguments, environment, log):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with pytest.raises(ConfigError, match="no process can be started"):
+        run_sweep(sweep, sweep.runs, 2, 1, None, quiet(), start)
+    assert running.asked == [signal.SIGTERM]
+    assert list(sweep.folder.rglob("run.lock")) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_a_killed_sweep_leaves_no_run_behind(tmp_path):
+    program = tmp_path / "idle_run.py"
+    program.write_text(
+        "import os, time\nopen('pid.part', 'w').write(str(os.getpid()))\nos.rename('pid.part', 'pid')\ntime.sleep(99)"
+    )
+    sweep = os.fork()
+    if sweep == 0:
+        os.chdir(tmp_path)
+        start_process(["idle_run"], {**os.environ, "PYTHONPATH": str(tmp_path)}, tmp_path / "log")
+        time.sleep(100)
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run = int((tmp_path / "pid").read_text())
+    assert process_start(run)
+    os.kill(sweep, signal.SIGKILL)
+    os.waitpid(sweep, 0)
+    while process_start(run) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not process_start(run)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *(b"", b"null", b"[]", b"{}", b"5", b'{"run": 1}', b"\xff", b"[" * 5000, b"{", b"\0", b'{"val_loss": NaN}'),
+        *("cut", "another", "nan"),
+    ],
+)
+def test_a_damaged_result_is_told_and_kept(sweep_tree, tmp_path, damaged):
+    sweep = load_sweep(written(sweep_tree, tmp_path), tmp_path / "out")
+    name = sweep.runs[0].name
+    path = sweep.folder / name / "result.json"
+    path.parent.mkdir(parents=True)
+    whole = make_row(run=name, val_loss=2.0).model_dump_json().encode()
+    path.write_bytes(whole)
+    assert finished(sweep)[name].val_loss == 2.0
+    named = {
+        "cut": whole[:-9],
+        "another": whole.replace(name.encode(), b"other"),
+        "nan": whole.replace(b'"val_loss":2.0', b'"val_loss":NaN'),
+    }
+    path.write_bytes(named[damaged] if isinstance(damaged, str) else damaged)
+    with pytest.raises(ConfigError) as told:
+        run_sweep(sweep, sweep.runs, 1, 1, None, quiet())
+    assert str(told.value).startswith(f"{path}: ")
+    assert str(told.value).endswith("; restore it, or delete it to have the run made again")
+    assert "\n" not in str(told.value)
+    assert not (sweep.folder / "results.csv").exists()
+
+
+def test_a_table_that_is_not_this_sweeps_is_kept(sweep_tree, tmp_path):
+    sweep = load_sweep(written(sweep_tree, tmp_path), tmp_path / "out")
+    sweep.folder.mkdir()
+    table = sweep.folder / "results.csv"
+    write_results(table, [make_row(run=sweep.runs[0].name), make_row(run="of another file")])
+    for content, sentence in (
+        (table.read_bytes(), f"has runs such as of another file, which {sweep.path} has not; choose another --output"),
+        (b"date,price\n1,2\n", "is no table of peer-dist sweep (it has no column active_experts); choose another"),
+        (b"", "is no table of peer-dist sweep"),
+        (b"\xff\xfe", "is not a text file in UTF-8; choose another"),
+    ):
+        table.write_bytes(content)
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            run_sweep(sweep, sweep.runs, 1, 1, None, quiet())
+        assert table.read_bytes() == content
+
+
+@pytest.mark.parametrize("place", ["file", "file/out", "/proc/nothing", "n" * 300])
+def test_a_folder_that_cannot_be_is_one_sentence(sweep_tree, tmp_path, place):
+    (tmp_path / "file").touch()
+    sweep = load_sweep(written(sweep_tree, tmp_path), tmp_path / place)
+    with pytest.raises(ConfigError, match=r"cannot be .* \(.*\); .*choose another --output") as told:
+        run_sweep(sweep, sweep.runs, 1, 1, None, quiet())
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.slow
 def test_tuned_runs_use_the_best_trial_and_the_loss_is_the_whole_splits(sweep_tree, tmp_path):
     tree = {**sweep_tree, "models": {"peer": sweep_tree["models"]["peer"]}, "keep_checkpoints": True}
@@ -298,6 +468,56 @@ def test_job_arrays(sweep_tree, tmp_path, monkeypatch):
     first, second = (tmp_path / "asked").read_text().splitlines()
     assert "--array=0-3%3 " in first
     assert "--array=4-7%3 --dependency=afterany:1 " in second
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "two words",
+        "it's",
+        'a"b',
+        "$(touch x)",
+        "`touch x`",
+        "a;touch x",
+        "%A",
+        "#x",
+        "{ranks}",
+        "-x",
+        "caf\u00e9",
+        "a\\b",
+    ],
+)
+def test_an_arrays_values_arrive_as_they_are(sweep_tree, tmp_path, monkeypatch, odd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / odd).mkdir()
+    path = tmp_path / odd / f"{odd}.yaml"
+    path.write_text(yaml.safe_dump(sweep_tree))
+    out = tmp_path / odd.replace("\\", "")
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >{tmp_path}/asked\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    script = submit_array(load_sweep(path, out), 2, 3, [f"--comment={odd}"], dry_run=True)
+    options = sbatch_reads(script)
+    assert f"--job-name={odd}" in options
+    assert f"--comment={odd}" in options
+    assert f"--output={str(out).replace('%', '%%')}/slurm/%A_%a.log" in options
+    done = subprocess.run(["bash"], input=script, text=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": "3"}, timeout=60)
+    assert done.returncode == 0
+    asked = (tmp_path / "asked").read_text().split("\0")[:-1]
+    assert asked == ["-m", "peer_dist", "sweep", str(path), "--output", str(out), "--ranks", "2", "--task", "3"]
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--comment=a\ntouch x", "--array=1-2", "-a1", "--signal=USR1", "exclusive", "--wrap=x"]
+)
+def test_options_that_an_array_cannot_have_are_one_sentence(sweep_tree, tmp_path, option):
+    sweep = load_sweep(written(sweep_tree, tmp_path), tmp_path)
+    with pytest.raises(SubmitError, match=r"^--sbatch: ") as told:
+        submit_array(sweep, 1, 1, [option], dry_run=True)
+    assert len(str(told.value).splitlines()) == 1
+    assert "#SBATCH --nodes=1" in submit_array(sweep, 1, 1, ["--nodes=1"], dry_run=True), "runs are of one node"
 
 
 # ---------------------------------------------------------------- fits
@@ -362,6 +582,60 @@ def test_optima_and_paired_differences(tmp_path):
         ("a many", "a few", -1.0),
         ("b many", "a many", 0.25),
     ]
-    (tmp_path / "other.csv").write_text("run,loss\na,1\n")
+
+
+def test_damaged_tables_are_one_sentence_or_rows(tmp_path):
+    """Cut, flipped, retyped and foreign: what is read can be fitted, and what cannot be is told with its line."""
+    path = tmp_path / "results.csv"
+    write_results(path, [*result_rows(), make_row(run="last", status="diverged")])
+    whole = path.read_bytes()
+    lines = whole.split(b"\r\n")
+    cells = lines[1].split(b",")
+    columns = lines[0].split(b",")
+
+    def with_cell(column, value):
+        changed = list(cells)
+        changed[columns.index(column)] = value
+        return b"\r\n".join([lines[0], b",".join(changed), *lines[2:]])
+
+    drawn = random.Random(1)
+    damaged = [whole[: drawn.randrange(len(whole))] for _ in range(60)]
+    for _ in range(120):
+        content = bytearray(whole)
+        content[drawn.randrange(len(whole))] = drawn.choice(b'\0\xff"\n,x-9e\r')
+        damaged.append(bytes(content))
+    for column in columns:
+        damaged += [
+            with_cell(column, value) for value in (b"", b"x", b"nan", b"inf", b"-1", b"1e400", b"9" * 5000, b"true")
+        ]
+    damaged += [
+        lines[0],
+        b"",
+        b"\n",
+        b"\xef\xbb\xbf" + whole,
+        whole + b"a,b\r\n",
+        whole + whole,
+        whole[:-1] + b",1,2,3\r\n",
+    ]
+    damaged += [b'"' + whole, whole.replace(b"\r\n", b"\n"), b"a" * 200_000, lines[0] + b'\r\n"' + b"a" * 200_000]
+    told = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            rows = read_results(path)
+        except ConfigError as error:
+            sentence, told = str(error), told + 1
+            if not (sentence.startswith(f"{path}: ") and len(sentence.splitlines()) == 1 and ";" in sentence):
+                pytest.fail(sentence)
+        else:
+            assert optima(rows) is not None
+            assert differences(rows) is not None
+    assert told > 100
+    path.write_bytes(with_cell(b"val_loss", b"nan"))
+    with pytest.raises(
+        ConfigError, match=r"results.csv: line 2: val_loss: input should be a finite number, not 'nan'; name"
+    ):
+        read_results(path)
+    path.write_text("run,loss\na,1\n")
     with pytest.raises(ConfigError, match="is no table of peer-dist sweep"):
-        read_results(tmp_path / "other.csv")
+        read_results(path)

@@ -5,6 +5,7 @@ import re
 import socket
 import sys
 import tempfile
+import time
 import types
 
 import pytest
@@ -13,7 +14,18 @@ import torch.distributed as dist
 import typer
 import yaml
 
-from peer_dist.ranks.launchers import Launch, WorldError, discover, expand_hosts, tasks_per_node
+from peer_dist.cli import runs
+from peer_dist.config import ConfigError
+from peer_dist.ranks import launchers
+from peer_dist.ranks.launchers import (
+    Launch,
+    WorldError,
+    discover,
+    expand_hosts,
+    rank_said,
+    ranks_started,
+    tasks_per_node,
+)
 from peer_dist.ranks.world import World
 from tests.ranks import run_each
 
@@ -147,14 +159,39 @@ def test_an_mpi_that_cannot_be_loaded(monkeypatch):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
+        ({"RANK": ""}, "RANK is '', not a number from 0 on; start ranks with torchrun, srun or mpirun, or unset it"),
         ({"RANK": "0"}, "RANK is set but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start the ranks with torchrun"),
-        ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number"),
+        ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number from 1 to 1000000; start ranks with"),
         (
             {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"},
             "SLURM_STEP_NUM_TASKS tells of 3 tasks, but SLURM_STEP_NODELIST is not set",
         ),
         ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2x"}, "SLURM_STEP_TASKS_PER_NODE is '2x', not numbers such as"),
-        ({**SRUN, "SLURM_STEP_NODELIST": "[x"}, "has no address on"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "[x"}, "SLURM_STEP_NODELIST is '[x', not names such as gpu[07-08,12]"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "a.invalid,b"}, "the node of rank 0, a.invalid, has no address on"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2' but RANK is not set; start the ranks with torchrun, or unset WORLD"),
+        (
+            {**TORCHRUN, "RANK": "5", "WORLD_SIZE": "2"},
+            "RANK is 5, but must be below 2 (WORLD_SIZE); give each process",
+        ),
+        ({**TORCHRUN, "LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but must be below 2 (LOCAL_WORLD_SIZE)"),
+        (
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "5"},
+            "LOCAL_WORLD_SIZE is 5, more ranks on this node than the 4 of WORLD_SIZE",
+        ),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT is '99999', not a number from 1 to 65535"),
+        ({**TORCHRUN, "MASTER_ADDR": " "}, "RANK is set but not MASTER_ADDR"),
+        ({**TORCHRUN, "MASTER_ADDR": "a\nb"}, "the node of rank 0, 'a\\nb', has no address on"),
+        ({**SRUN, "SLURM_PROCID": "3"}, "SLURM_PROCID is 3, but must be below 3 (SLURM_STEP_NUM_TASKS)"),
+        (
+            {**SRUN, "SLURM_LOCALID": "2"},
+            "SLURM_LOCALID is 2, but must be below 2 (SLURM_STEP_TASKS_PER_NODE for node 0)",
+        ),
+        ({**SRUN, "SLURM_NODEID": "2"}, "SLURM_NODEID is 2, but must be below 2 (SLURM_STEP_NODELIST)"),
+        (
+            {**SRUN, "SLURM_STEP_NODELIST": "localhost"},
+            "tells of 3 tasks on 2 node(s), but SLURM_STEP_NODELIST of 1 node(s) and SLURM_STEP_NUM_TASKS of 3 tasks",
+        ),
     ],
 )
 def test_incomplete_worlds(environ, message):
@@ -162,6 +199,152 @@ def test_incomplete_worlds(environ, message):
         discover(environ)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+ODD = ("", " ", "-1", "x", "1.0", "1e3", "0x1", "+1", "\u0663", "1_0", "9" * 5000, "nan", "1\n2", "$(id)", "[red]1")
+NAMES = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"),
+    "srun": (
+        *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"),
+        *("SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_ID", "MASTER_PORT"),
+    ),
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MASTER_PORT"),
+    "MPICH": ("PMI_SIZE", "PMI_RANK", "MASTER_PORT"),
+    "PMIx": ("PMIX_RANK", "MASTER_PORT"),
+}
+
+
+@pytest.mark.parametrize("launcher", NAMES)
+def test_odd_values_of_launchers_are_one_sentence(launcher, monkeypatch):
+    """Each variable with each odd value, and without: a sentence at once, or a launch whose numbers fit each other."""
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=StandIn(size=4, rank=3)))
+    monkeypatch.setattr(socket, "getaddrinfo", _only_localhost)
+    mpi = {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+    whole = {
+        "torchrun": TORCHRUN,
+        "srun": SRUN,
+        "Open MPI": mpi,
+        "MPICH": {"PMI_SIZE": "4", "PMI_RANK": "3"},
+        "PMIx": {"PMIX_RANK": "3"},
+    }[launcher]
+    told = []
+    for name in NAMES[launcher]:
+        for value in (*ODD, None, "0", "1", "99999", "4294967295"):
+            environ = {**whole, name: value}
+            if value is None:
+                del environ[name]
+            try:
+                launch = discover(environ)
+            except WorldError as error:
+                told.append(str(error))
+            else:
+                assert 0 <= launch.rank < launch.world_size, (name, value)
+                assert 0 <= launch.local_rank < launch.local_world_size <= launch.world_size, (name, value)
+                assert 0 <= launch.master_port < 65536, (name, value)
+                assert launch.world_size == 1 or launch.master_port, (name, value)
+    assert len(told) > 10 * len(NAMES[launcher])
+    for sentence in told:
+        assert "\n" not in sentence, sentence
+        assert len(sentence) < 450, sentence
+        assert ";" in sentence, "what to do"
+
+
+def _only_localhost(host, port, *_):
+    if host not in ("localhost", "127.0.0.1", "10.0.0.1"):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        *("", " ", ",", "a,", "a,,b", "a b", "[x", "x]", "a[]", "a[1", "a[1-]", "a[-1]", "a[5-3]", "a[1,]", "a[b-c]"),
+        *("gpu[1-9999999999]", "a[0-999]b[0-999]c[0-999]", "a[1-99999999999999999999]", "a[1-2]\nb"),
+    ],
+)
+def test_node_lists_that_are_none_are_one_sentence(nodes):
+    begin = time.monotonic()
+    with pytest.raises(
+        WorldError, match=r"^SLURM_STEP_NODELIST is .*, not names such as gpu\[07-08,12\]; pass all SLURM"
+    ):
+        expand_hosts(nodes)
+    assert time.monotonic() - begin < 1
+
+
+@pytest.mark.parametrize("tasks", ["", "x", "2(x3", "2(x99999999999)", "2(x999999999)", "1," * 5, "\u0662", "-1"])
+def test_task_counts_that_are_none_are_one_sentence(tasks):
+    with pytest.raises(
+        WorldError, match=r"^SLURM_STEP_TASKS_PER_NODE is '.*', not numbers such as 2\(x3\),1; pass all"
+    ):
+        tasks_per_node(tasks)
+
+
+@pytest.mark.parametrize("size", [{}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "1"}])
+def test_a_world_of_one_needs_no_launcher(size):
+    assert discover(size) == ALONE
+
+
+def test_how_many_were_started_is_known_before_mpi_is_asked():
+    assert ranks_started({}) == 1
+    assert ranks_started(TORCHRUN) == 4
+    assert ranks_started(SRUN) == 3
+    assert ranks_started({"OMPI_COMM_WORLD_SIZE": "4"}) == 4
+    assert ranks_started({"PMIX_RANK": "0"}) is None
+
+
+def test_the_rank_in_messages_is_the_innermost_launchers():
+    assert rank_said({}) == rank_said({"RANK": "", "SLURM_PROCID": "0"}) == "0"
+    assert rank_said({**SRUN, **TORCHRUN}) == "3"
+    assert rank_said({"SLURM_PROCID": "2", "PMI_RANK": "1"}) == "1"
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_rank_0_must_be_where_the_others_look_for_it(monkeypatch):
+    """An address of another machine is refused at once; one that is translated to this machine is not."""
+    first = {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": _free_port()}
+    assert discover(first).rank == 0
+    monkeypatch.setattr(launchers, "_REACHING", 0.3)
+    there = {**first, "MASTER_ADDR": "192.0.2.1"}
+    with pytest.raises(
+        WorldError, match=r"meet rank 0 at 192.0.2.1 \(MASTER_ADDR\), but rank 0 runs on .*; set MASTER"
+    ):
+        discover(there)
+    assert discover({**there, "RANK": "1"}).rank == 1, "the others wait for it there"
+    assert discover({**there, "TORCHELASTIC_USE_AGENT_STORE": "True"}).rank == 0, "torchrun serves"
+    monkeypatch.setattr(launchers, "_is_own", lambda family, where: False)
+    assert discover(first).rank == 0, "reached by itself, as through a service's address"
+
+
+def test_a_name_service_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(launchers, "_RESOLVING", 0.1)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: time.sleep(1) or [])
+    with pytest.raises(
+        WorldError, match=r"the node of rank 0, 127.0.0.1, has no address on .* \(no answer within 0 s\)"
+    ):
+        discover(TORCHRUN)
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK is 5, but must be below 2"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999', not a number from 1 to 65535"),
+        ({"MASTER_ADDR": "a.invalid"}, "the node of rank 0, a.invalid, has no address on"),
+        ({"WORLD_SIZE": "3", "RANK": "1"}, "train.global_batch_size: 8 is not a multiple of"),
+    ],
+)
+def test_train_tells_it_before_anything_of_training_is_imported(variables, sentence, small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peer_dist.training", None)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
+    for name, value in {**TORCHRUN, **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises((WorldError, ConfigError), match=re.escape(sentence)):
+        runs.train(tmp_path / "run.yaml")
 
 
 def test_a_node_without_an_address(monkeypatch):
@@ -299,7 +482,6 @@ def test_a_rank_has_the_gpu_of_its_place(monkeypatch):
 @pytest.mark.parametrize(("tensor", "queues"), [(1, None), (2, "1")])
 def test_only_tensor_ranks_give_up_their_gpus_queues(tensor, queues, small, tmp_path, monkeypatch):
     """Before anything of training is imported, which may start CUDA."""
-    from peer_dist.cli import runs
 
     class Training(types.ModuleType):
         @property
@@ -311,6 +493,8 @@ def test_only_tensor_ranks_give_up_their_gpus_queues(tensor, queues, small, tmp_
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
     monkeypatch.setitem(sys.modules, "peer_dist.training", Training("peer_dist.training"))
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(small))
     with pytest.raises(typer.Exit):
         runs.train(tmp_path / "run.yaml", [f"parallel.tensor={tensor}"])

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from peer_dist import output
 from peer_dist.cli import checkpoints, data, planning, results, runs
 from peer_dist.mistake import Mistake
+from peer_dist.ranks.launchers import rank_said
 from peer_dist.ranks.signals import end_with_torchrun
 
 app = typer.Typer(
@@ -80,8 +81,7 @@ def main() -> None:
                 output.check_results()
             raise
     except Mistake as error:
-        names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-        rank = next((os.environ[name] for name in names if name in os.environ), "0")
+        rank = rank_said(os.environ)
         if rank != "0" and type(error).__name__ != "WorldError":
             # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)

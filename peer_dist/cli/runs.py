@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +28,12 @@ def train(
 
     Alone, or a process per GPU under torchrun, srun or mpirun:  torchrun --nproc-per-node 8 -m peer_dist train -c FILE
     """
-    from peer_dist.config import load_config
+    from peer_dist.config import check_world, load_config
+    from peer_dist.ranks.launchers import ranks_started
 
     settings = load_config(config, overrides or [])
+    if started := ranks_started(os.environ):
+        check_world(settings, started)  # training asks again, but only after seconds of imports
     steps = None if profile is None else _steps(profile, settings.train.steps)
     queue_for_ranks(settings.parallel.tensor)
     from peer_dist.training import train as run
@@ -76,7 +80,8 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
     """Submit a training run to Slurm; it goes on by itself after time limits, preemption and lost nodes."""
-    from peer_dist.slurm.submit import Job, SubmitError
+    from peer_dist.slurm.script import SubmitError
+    from peer_dist.slurm.submit import Job
     from peer_dist.slurm.submit import submit as run
 
     if container_runtime not in ("pyxis", "apptainer"):

@@ -21,15 +21,18 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from peer_dist.config import ConfigError, check_world
+from peer_dist.config.schema import VOCAB_MULTIPLE
 from peer_dist.data.documents import DataError
-from peer_dist.data.stream import open_tokenizer
+from peer_dist.data.prepare import read_prepared
 from peer_dist.doctor.gpu import gpu_checks, known_card, memory_users, unseen_gpus
 from peer_dist.engines.building import dtype_of
 from peer_dist.machine import free_memory, nearest_existing, usable_cores
+from peer_dist.mistake import Mistake
 from peer_dist.planning.rates import copy_seconds, product_seconds
 from peer_dist.planning.state import checkpoint_bytes
 from peer_dist.ranks.environment import PACKAGES, versions
 from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Verdict
+from peer_dist.training.readiness import check_ready
 from peer_dist.units import sized
 
 _MAY_DIFFER = {"driver", "kernel"}  # a difference is worth a warning, but a run works
@@ -219,11 +222,11 @@ def _checkpoint_bytes(ranks: Ranks) -> int:
     if config is None:
         return 0
     try:
-        vocab_size = open_tokenizer(config.data).padded_vocab_size
+        vocab_size = read_prepared(next(iter(config.data.weights))).vocab_size
     except DataError:
         vocab_size = 0
     itemsize = dtype_of(config, "cuda" if ranks.backend == "nccl" else "cpu").itemsize
-    return checkpoint_bytes(config, vocab_size, itemsize)
+    return checkpoint_bytes(config, -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, itemsize)
 
 
 def _checkpoints_kept(ranks: Ranks) -> int:
@@ -254,6 +257,43 @@ def _judge_layout(values: dict[int, Any], ranks: Ranks) -> list[Finding]:
             findings.append(Finding("layout", "warn", text, f"{what}: keep {name} within a node"))
     text = f"{layout.expert_rows(world)} x {layout.expert_tensor} table shards; no column or tensor group crosses hosts"
     return findings or [Finding("layout", "ok", text)]
+
+
+def _refusal(here: Here) -> str:
+    """The sentence by which a run would be refused here before it begins; '' if it would not, or only for its layout,
+    of which :func:`_judge_layout` tells.
+    """
+    if here.config is None:
+        return ""
+    try:
+        check_world(here.config, here.world_size)
+    except ConfigError:
+        return ""
+    try:
+        check_ready(here.config, here.world_size)
+    except Mistake as mistake:
+        return str(mistake)
+    return ""
+
+
+def _judge_refusals(values: dict[int, str], ranks: Ranks) -> list[Finding]:
+    """Whether the run can read what it begins with or goes on from, on every rank."""
+    if ranks.config is None:
+        return []
+    refused: dict[str, list[int]] = {}
+    for rank, sentence in values.items():
+        if sentence:
+            refused.setdefault(sentence, []).append(rank)
+    findings = []
+    for sentence, by in refused.items():
+        problem, _, advice = sentence.rpartition("; ")
+        told = f"{ranks.named(by)}: {problem or sentence}"
+        findings.append(
+            Finding("what it reads", "fail", told, advice if problem else "mend it: the run would not begin")
+        )
+    if findings:
+        return findings
+    return [Finding("what it reads", "ok", "the data, their tokenizer and the checkpoint folder are fit for the run")]
 
 
 def _shared(here: Here) -> dict[str, Any]:
@@ -507,6 +547,7 @@ CHECKS: tuple[Check, ...] = (
     _DRIVER,
     Check("memory and disk", _room, _judge_room, "see whether df answers there; a hung mount does not"),
     Check("layout", lambda here: None, _judge_layout, ""),
+    Check("what it reads", _refusal, _judge_refusals, "see whether the file system there answers"),
     Check("shared folders", _shared, _judge_shared, "make the folder writable, and see that its mount answers"),
     Check("writing", _disk_speed, _judge_disk_speed, "see whether the file system there is full or hung"),
     Check("speed of ranks", _speed, _judge_speed, "see what else runs there, or leave the node out"),

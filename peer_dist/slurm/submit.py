@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,13 +16,19 @@ from pathlib import Path
 from typing import Literal
 
 from peer_dist.config import Config, ConfigError, check_folders, check_world, find_config, load_config
-from peer_dist.mistake import Mistake
+from peer_dist.mistake import in_words
+from peer_dist.slurm.script import (
+    SubmitError,
+    directive,
+    in_double_quotes,
+    log_pattern,
+    mounted,
+    one_line,
+    passed_on,
+    quoted,
+)
 
 Runtime = Literal["pyxis", "apptainer"]
-
-
-class SubmitError(Mistake, RuntimeError):
-    """The job cannot be submitted as asked; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,13 @@ class Job:
             raise SubmitError(
                 f"--ranks-per-node: {self.ranks} ranks for {self.gpus_per_node} GPU(s) of a node; start one per GPU"
             )
-        if self.stage is not None and not self.stage.exists():
+        if self.stage is not None and not os.path.exists(self.stage):
             raise SubmitError(f"--stage: {self.stage} is not there; name an environment's folder, or a tar file of one")
-        if self.stage is not None and self.stage.is_dir() and not os.access(self.stage / "bin/python", os.X_OK):
+        if self.stage is not None and os.path.isdir(self.stage) and not os.access(self.stage / "bin/python", os.X_OK):
             raise SubmitError(f"--stage: {self.stage} has no bin/python; name the folder of a Python environment")
-        if self.setup is not None and not self.setup.is_file():
+        if self.setup is not None and not os.path.isfile(self.setup):
             raise SubmitError(f"--setup: {self.setup} is not there; name a file of shell commands")
-        if self.container is not None and _is_file(self.container) and not Path(self.container).exists():
+        if self.container is not None and _is_file(self.container) and not os.path.exists(self.container):
             raise SubmitError(f"--container: {self.container} is not there; name an image's file, or one of a registry")
         if self.stage is not None and self.container is not None:
             raise SubmitError("--stage: a container brings its own environment; leave out --stage or --container")
@@ -80,9 +86,7 @@ class Job:
                 f"--signal-lead: {self.signal_lead} s before a limit of {self.time_limit} leaves no time to train; "
                 "lower it or raise --time"
             )
-        for option in self.options:
-            if not re.match(r"--?\w", option):
-                raise SubmitError(f"--sbatch: {option!r} is no option of sbatch; write for example --constraint=h100")
+        passed_on(self.options, own_layout=True)
 
 
 def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = False) -> str:
@@ -99,16 +103,21 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     job.check()
     check_world(settings, job.nodes * job.ranks)
     for prefix in settings.data.weights:
-        if not Path(f"{prefix}.json").is_file():
+        if not os.path.isfile(f"{prefix}.json"):
             raise ConfigError(f"data: {prefix} is no prepared data set (no {prefix}.json); peer-dist prepare makes one")
     logs = (Path(settings.logging.dir) / "slurm").absolute()
     # The job starts later: what was checked is kept, so that editing the file meanwhile changes nothing.
-    kept = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
+    kept = _free_name(logs, config.name)
     checkpoints = Path(settings.checkpoint.dir).absolute()
     chain = kept.with_name(f"{kept.stem}.ended") if job.chain else None
-    script = render(job, ["--config", str(kept), *overrides], logs, checkpoints, _folders(settings, job), chain)
+    read = find_config(config).absolute() if dry_run else kept
+    script = render(job, ["--config", str(read), *overrides], logs, checkpoints, _folders(settings, job), chain)
     if dry_run:
-        return script
+        folder = quoted("logging.dir", logs)
+        return (
+            f"{script}\n# A dry run wrote nothing. Before sbatch takes this script: mkdir -p {folder}\n"
+            "# The job would read the config as that is then; peer-dist submit keeps a copy for it.\n"
+        )
     find_sbatch()
     check_folders(settings)  # a container cannot be given what is not there
     try:
@@ -117,7 +126,9 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
         path = kept.with_name(f"{kept.stem}.sbatch")
         path.write_text(script, encoding="utf-8")
     except OSError as error:
-        raise SubmitError(f"logging.dir: nothing can be written to {logs} ({error.strerror})") from None
+        raise SubmitError(
+            f"logging.dir: nothing can be written to {logs} ({error.strerror}); choose another folder"
+        ) from None
     jobs: list[str] = []
     for _ in range(1 + job.chain):
         after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
@@ -129,6 +140,13 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
     follow = f", then {' '.join(jobs[1:])}" if jobs[1:] else ""
     where = f"{job.nodes} node(s) x {job.ranks} rank(s)"
     return f"submitted job {jobs[0]}{follow}: {where}\nlog: {logs / jobs[0]}.log"
+
+
+def _free_name(logs: Path, name: str) -> Path:
+    """A path in ``logs`` for the copy of a config, which says when it was made and which no other submission has."""
+    start = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{name[-48:]}"  # names are at most 255 bytes long
+    again = (start.with_name(f"{start.stem}-{number}{start.suffix}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([start], again) if not os.path.lexists(path))
 
 
 def find_sbatch() -> str:
@@ -149,11 +167,20 @@ def sbatch(script: Path, *options: str) -> str:
     Raises:
         SubmitError: Slurm refuses it.
     """
-    answer = subprocess.run([find_sbatch(), "--parsable", *options, str(script)], capture_output=True, text=True)
+    command = find_sbatch()
+    try:
+        answer = subprocess.run([command, "--parsable", *options, str(script)], capture_output=True, errors="replace")
+    except OSError as error:
+        raise SubmitError(
+            f"sbatch: {command} cannot be started ({error.strerror}); see whether it is Slurm's"
+        ) from None
     if answer.returncode:
         reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
-        raise SubmitError(f"sbatch: {reason}")
-    return answer.stdout.strip().partition(";")[0]
+        raise SubmitError(f"sbatch: {in_words(reason)}")
+    number = answer.stdout.strip().partition(";")[0]
+    if not re.fullmatch("[0-9]+", number):
+        raise SubmitError(f"sbatch: said {in_words(number)!r} where a job's number should be; ask squeue for the job")
+    return number
 
 
 def render(
@@ -172,7 +199,11 @@ def render(
         checkpoints: the run's checkpoint folder, in which the script looks whether an attempt wrote one.
         folders: more folders that a container must see.
         chain: the file that ends a chain: a job writes it when those after it must not run.
+
+    Raises:
+        SubmitError: a value cannot stand in a script, or an option cannot be passed on.
     """
+    place = one_line("the working folder", Path.cwd())
     directives = {
         "job-name": "peer_dist",
         "nodes": job.nodes,
@@ -180,35 +211,38 @@ def render(
         "ntasks-per-node": job.ranks,
         "gpus-per-node": job.gpus_per_node or None,
         "time": job.time_limit,
-        "chdir": Path.cwd(),
-        "output": logs / "%j.log",
+        "chdir": place,
+        "output": log_pattern("logging.dir", logs, "%j.log"),
         "open-mode": "append",
         "signal": f"B:USR1@{job.signal_lead}",
     }
     requeue = job.requeue if job.requeue is not None else job.chain == 0
     image = job.container or ""
-    # sbatch reads quotes in these lines as a shell does
-    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in directives.items() if value is not None]
-    lines.append("#SBATCH --requeue" if requeue else "#SBATCH --no-requeue")
-    lines += [f"#SBATCH {option}" for option in job.options]
-    mounts = [folder for folder in folders if not Path(folder).is_relative_to(Path.cwd())]
+    lines = [directive(key, value) for key, value in directives.items() if value is not None]
+    lines += [directive("requeue" if requeue else "no-requeue"), *passed_on(job.options, own_layout=True)]
+    mounts: list[str] = []
+    if job.container is not None:
+        mounts = [mounted(folder) for folder in folders if not Path(folder).is_relative_to(place)]
+        for folder in (place, logs, job.local_disk):
+            mounted(folder)
+    escaped = [in_double_quotes("--container", folder) for folder in mounts]
     values = {
         "DIRECTIVES": "\n".join(lines),
         "REQUEUE": "yes" if requeue else "no",
         "MAX_RESTARTS": str(job.max_restarts),
         "RUNTIME": job.runtime if job.container else "none",
-        "IMAGE": shlex.quote(os.path.abspath(image) if _is_file(image) else image),
-        "SETUP": shlex.quote(str(job.setup.absolute())) if job.setup else "",
-        "STAGE": shlex.quote(str(job.stage.absolute()) if job.stage else ""),
-        "LOCAL_DISK": shlex.quote(str(job.local_disk)),
-        "LOGS": shlex.quote(str(logs)),
-        "CHECKPOINTS": shlex.quote(str(checkpoints)),
-        "CHAIN": shlex.quote(str(chain)) if chain else "",
-        "PYTHON": "python" if job.container else shlex.quote(job.python),
+        "IMAGE": quoted("--container", os.path.abspath(image) if _is_file(image) else image),
+        "SETUP": quoted("--setup", job.setup.absolute()) if job.setup else "",
+        "STAGE": quoted("--stage", job.stage.absolute() if job.stage else ""),
+        "LOCAL_DISK": quoted("--local-disk", job.local_disk),
+        "LOGS": quoted("logging.dir", logs),
+        "CHECKPOINTS": quoted("checkpoint.dir", checkpoints),
+        "CHAIN": quoted("logging.dir", chain) if chain else "",
+        "PYTHON": "python" if job.container else quoted("the path of Python", job.python),
         "DOCTOR": "yes" if job.doctor else "no",
-        "TRAIN": " ".join(map(shlex.quote, train)),
-        "MOUNTS": "".join(f",{folder}:{folder}" for folder in mounts),
-        "BINDS": "".join(f",{folder}" for folder in mounts),
+        "TRAIN": " ".join(quoted("command line", argument) for argument in train),
+        "MOUNTS": "".join(f",{folder}:{folder}" for folder in escaped),
+        "BINDS": "".join(f",{folder}" for folder in escaped),
         "NV": "--nv " if job.gpus_per_node else "",
     }
     template = resources.files("peer_dist.slurm").joinpath("train.sbatch").read_text(encoding="utf-8")
@@ -245,7 +279,8 @@ def _seconds(limit: str | None) -> int | None:
     """
     if limit is None or limit.upper() in ("UNLIMITED", "INFINITE"):
         return None
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    number = "([0-9]{1,9})"
+    match = re.fullmatch(rf"(?:{number}-)?{number}(?::{number})?(?::{number})?", limit)
     if match is None:
         raise SubmitError(f"--time: {limit!r} is no time limit of Slurm; write minutes, HH:MM:SS or D-HH:MM:SS")
     days, *rest = match.groups()

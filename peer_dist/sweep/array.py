@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from peer_dist.slurm.submit import Job, SubmitError, find_sbatch, sbatch
+from peer_dist.slurm.script import SubmitError, directive, log_pattern, one_line, passed_on, quoted
+from peer_dist.slurm.submit import find_sbatch, sbatch
 from peer_dist.sweep.spec import Sweep
 
 _SCRIPT = """#!/bin/bash
@@ -44,23 +44,23 @@ def submit_array(sweep: Sweep, ranks: int, jobs: int, options: Sequence[str], dr
     Raises:
         SubmitError: an option is none of sbatch's, the script cannot be written, or Slurm refuses the job.
     """
-    Job(options=options).check()
     folder = (sweep.folder / "slurm").absolute()
     directives = {
         "job-name": sweep.path.stem,
         "ntasks": 1,
         "cpus-per-task": ranks,
-        "chdir": Path.cwd(),
-        "output": folder / "%A_%a.log",
+        "chdir": one_line("the working folder", Path.cwd()),
+        "output": log_pattern("--output", folder, "%A_%a.log"),
         "open-mode": "append",
         "signal": "B:USR1@120",
         "requeue": None,
     }
-    lines = [f"#SBATCH --{key}" + ("" if v is None else f"={shlex.quote(str(v))}") for key, v in directives.items()]
-    lines += [f"#SBATCH {option}" for option in options]  # of two alike the later one counts
+    lines = [directive(key, value) for key, value in directives.items()]
+    lines += passed_on(options, own_layout=False)  # of two alike the later one counts
     command = [sys.executable, "-m", "peer_dist", "sweep", str(sweep.path), "--output", str(sweep.folder)]
     command += ["--ranks", str(ranks)]
-    script = _SCRIPT.format(directives="\n".join(lines), command=shlex.join(command))
+    words = " ".join(quoted("command line", word) for word in command)
+    script = _SCRIPT.format(directives="\n".join(lines), command=words)
     trials = sum(run.trial is not None for run in sweep.runs)
     ranges = [(0, trials), (trials, len(sweep.runs))] if trials else [(0, len(sweep.runs))]
     arrays = [f"--array={first}-{end - 1}%{jobs}" for first, end in ranges]
@@ -72,7 +72,7 @@ def submit_array(sweep: Sweep, ranks: int, jobs: int, options: Sequence[str], dr
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(script, encoding="utf-8")
     except OSError as error:
-        raise SubmitError(f"--output: nothing can be written to {folder} ({error.strerror})") from None
+        raise SubmitError(f"--output: nothing can be written to {folder} ({error.strerror}); choose another") from None
     numbers: list[str] = []
     for array in arrays:
         after = [f"--dependency=afterany:{numbers[-1]}"] if numbers else []

@@ -9,15 +9,19 @@ import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from peer_dist.config import Config, ConfigError
 from peer_dist.measures.held_out import perplexity_of
+from peer_dist.mistake import in_words
+from peer_dist.reading import reading
 from peer_dist.sweep.spec import Run
 
 RESULTS = "results.csv"
+Size = Annotated[int, Field(gt=0, lt=10**18)]
+Flops = Annotated[FiniteFloat, Field(gt=0)]
 
 
 class Row(BaseModel):
@@ -41,21 +45,21 @@ class Row(BaseModel):
     model: str
     variant: str
     size: str
-    budget: float | None
+    budget: Flops | None
     seed: int
     trial: int | None
     lr: float
     table_lr: float
-    parameters: int
-    active_parameters: int
-    train_flops_per_token: float
+    parameters: Size
+    active_parameters: Size
+    train_flops_per_token: Flops
     num_experts: int | None
     heads: int | None
     active_experts: int | None
     tokens: int
     steps: int
     train_loss: float | None
-    val_loss: float | None
+    val_loss: FiniteFloat | None
     val_perplexity: float | None
     usage_percent: float | None
     unevenness: float | None
@@ -138,20 +142,46 @@ def write_results(path: Path, rows: Iterable[Row]) -> None:
     os.replace(partial, path)
 
 
-def read_results(path: Path) -> list[Row]:
+def read_results(path: Path, advice: str = "name a results.csv of peer-dist sweep") -> list[Row]:
     """Read the rows of a results table.
 
+    Args:
+        path: of the table.
+        advice: what to do about a table that cannot be read, as the end of the sentence.
+
     Raises:
-        ConfigError: the file cannot be read, or is no results table.
+        ConfigError: the file cannot be read, or is no results table; the sentence names the line.
     """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [
-                Row.model_validate({k: v if v or k in ("size", "variant") else None for k, v in line.items()})
-                for line in csv.DictReader(file)
-            ]
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"{path}: cannot be read; name a results.csv of peer-dist sweep") from None
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ConfigError(f"{path}: is no table of peer-dist sweep (column {key})") from None
+    rows = []
+    with reading(path, ConfigError, "a table of peer-dist sweep", advice):
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            table = csv.DictReader(file, strict=True)
+            missing = Row.model_fields.keys() - set(table.fieldnames or ())
+            if missing:
+                raise ConfigError(f"{path}: is no table of peer-dist sweep (it has no column {min(missing)}); {advice}")
+            for line in table:
+                try:
+                    rows.append(_row_of_line(line))
+                except ValueError as error:
+                    problem = problem_of(error) if isinstance(error, ValidationError) else str(error)
+                    raise ConfigError(f"{path}: line {table.line_num}: {problem}; {advice}") from None
+    return rows
+
+
+def _row_of_line(line: dict[str, str | None]) -> Row:
+    """The row that a line of the table holds, by its columns' names.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if None in line or None in line.values():  # so says DictReader
+        raise ValueError("has not as many values as the table has columns")
+    return Row.model_validate({k: v if v or k in ("size", "variant") else None for k, v in line.items()})
+
+
+def problem_of(error: ValidationError) -> str:
+    """Which value makes a row impossible, and why, as a part of a sentence."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    message = in_words(f"{first['msg'][:1].lower()}{first['msg'][1:]}")
+    return f"{where}: {message}, not {first['input']!r:.40}" if where else message

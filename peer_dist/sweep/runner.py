@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -26,15 +27,23 @@ from peer_dist.machine import usable_cores
 from peer_dist.measures.metrics import read_metrics
 from peer_dist.mistake import Mistake
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, STOPPED
+from peer_dist.ranks.lock import LockError, RunLock
 from peer_dist.ranks.signals import StopRequest
-from peer_dist.reading import reading
-from peer_dist.sweep.results import RESULTS, Row, row_of, write_results
+from peer_dist.reading import read_json
+from peer_dist.sweep.results import RESULTS, Row, problem_of, read_results, row_of, write_results
 from peer_dist.sweep.spec import Run, Sweep
 from peer_dist.sweep.tuning import choose_rates
 
 FAILED = 1
 _RESULT = "result.json"
 _POLL_SECONDS = 0.5
+# Nobody else would end a run after its sweep was killed. Set before Python becomes the run (PR_SET_PDEATHSIG is 1): a
+# function that runs between fork and exec can hang where there are threads.
+_WITH_PARENT = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0); "
+    f"os.getppid() == int(sys.argv[1]) or sys.exit({STOPPED}); "
+    "os.execv(sys.executable, [sys.executable, '-m', *sys.argv[2:]])"
+)
 
 
 def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) -> list[Run]:
@@ -71,14 +80,32 @@ def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) 
 
 
 def finished(sweep: Sweep) -> dict[str, Row]:
-    """The rows of the runs that have ended, by the runs' names."""
-    paths = {run.name: sweep.folder / run.name / _RESULT for run in sweep.runs}
-    rows = {}
-    for name, path in paths.items():
-        if path.is_file():
-            with reading(path, ConfigError, "the result of a run", "remove it to run that one again"):
-                rows[name] = Row.model_validate_json(path.read_bytes())
-    return rows
+    """The rows of the runs that have ended, by the runs' names.
+
+    Raises:
+        ConfigError: a run's result is damaged, or another run's.
+    """
+    rows = {run.name: _result(sweep.folder / run.name) for run in sweep.runs}
+    return {name: row for name, row in rows.items() if row is not None}
+
+
+def _result(folder: Path) -> Row | None:
+    """The row of the run in ``folder``; None if it has not ended.
+
+    Raises:
+        ConfigError: the file is damaged, or another run's.
+    """
+    path, advice = folder / _RESULT, "restore it, or delete it to have the run made again"
+    if not os.path.lexists(path):
+        return None
+    value = read_json(path, ConfigError, advice)
+    try:
+        row = Row.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: is no result of a run ({problem_of(error)}); {advice}") from None
+    if row.run != folder.name:
+        raise ConfigError(f"{path}: is the result of the run {row.run:.80}, not of {folder.name}; {advice}")
+    return row
 
 
 def settled(sweep: Sweep, run: Run, rows: dict[str, Row]) -> Run | None:
@@ -130,16 +157,27 @@ StartProcess = Callable[[Sequence[str], dict[str, str], Path], Process]
 
 
 def start_process(arguments: Sequence[str], environment: dict[str, str], log: Path) -> Process:
-    """Start ``python -m ARGUMENTS``, whose output is appended to ``log``."""
+    """Start ``python -m ARGUMENTS``, whose output is appended to ``log``; it gets SIGTERM if this process is killed.
+
+    Raises:
+        ConfigError: no process can be started.
+    """
+    start = ["-c", _WITH_PARENT, str(os.getpid())] if sys.platform == "linux" else ["-m"]
     with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            env=environment,
-            start_new_session=True,  # Ctrl-C only reaches this process, which asks the runs to stop
-        )
+        try:
+            return subprocess.Popen(
+                [sys.executable, *start, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=environment,
+                start_new_session=True,  # Ctrl-C only reaches this process, which asks the runs to stop
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"{arguments[-1]}: no process can be started for it ({error.strerror}); end other programs, or start "
+                "fewer runs at a time (--jobs)"
+            ) from None
 
 
 def run_sweep(
@@ -168,25 +206,35 @@ def run_sweep(
         The exit code: DONE, FAILED, or STOPPED if there is more to do.
 
     Raises:
-        ConfigError: the ranks do not fit the config or the GPUs, or a run was started with another config.
+        ConfigError: the ranks do not fit the config or the GPUs, a run was started with another config, or the folder
+            holds another sweep's results, or cannot be written.
     """
     deadline = math.inf if limit_minutes is None else time.monotonic() + 60 * limit_minutes
     rows, gpus = finished(sweep), _gpus()
     _check_runs(sweep, runs, jobs, ranks, gpus, rows)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
+    _check_table(sweep)
+    with _writing(sweep.folder):
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+        write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
     waiting = [run for run in runs if run.name not in rows]
     failed: list[str] = []
+    elsewhere: list[str] = []
     stopping = False
-    with StopRequest() as stop, _progress(console) as progress:
+    with (
+        StopRequest() as stop,
+        _progress(console) as progress,
+        _Slots(sweep.folder, jobs, ranks, gpus, progress, start) as slots,
+        _writing(sweep.folder),
+    ):
         total = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
-        slots = _Slots(sweep.folder, jobs, ranks, gpus, progress, start)
         while True:
             for ended in slots.reap():
                 row, outcome = ended.outcome(stopping)
                 console.print(f"{ended.run.name}: {outcome}")
                 if row is not None:
                     _finish(ended.folder, row, sweep.file.keep_checkpoints)
+                ended.lock.__exit__(None, None, None)
+                if row is not None:
                     rows |= finished(sweep)  # read again: other tasks of a job array finish runs too
                     write_results(sweep.folder / RESULTS, _in_order(sweep, rows))
                     progress.advance(total)
@@ -198,21 +246,33 @@ def run_sweep(
                 slots.stop()
             if not stopping:
                 for slot in slots.free():
-                    run = _take_settled(sweep, waiting, rows)
-                    if run is not None:
-                        slots.fill(slot, run)
+                    while (run := _take_settled(sweep, waiting, rows)) is not None:
+                        try:
+                            slots.fill(slot, run)
+                            break
+                        except LockError as error:
+                            console.print(f"{run.name}: {error}")
+                            elsewhere.append(run.name)
+                            rows |= finished(sweep)
             if not slots.running:
                 break
             time.sleep(_POLL_SECONDS)
+    if elsewhere:
+        rows |= finished(sweep)
     undone = [run.name for run in runs if run.name not in rows]
-    blocked = [] if stopping else [name for name in undone if name not in failed]
-    for names, state in ((failed, "failed"), (blocked, "not started, for want of their model's trials")):
+    elsewhere = [name for name in elsewhere if name in undone]
+    blocked = [] if stopping else [name for name in undone if name not in (*failed, *elsewhere)]
+    for names, state in (
+        (failed, "failed"),
+        (elsewhere, "not started, because another sweep runs them"),
+        (blocked, "not started, for want of their model's trials"),
+    ):
         if names:
             console.print(f"{len(names)} {state}: {', '.join(names)}")
     if stopping and undone:
         console.print(f"stopped with {len(undone)} of {len(runs)} runs to do; the same command goes on")
     console.print(f"results: {sweep.folder / RESULTS}")
-    return FAILED if failed or blocked else STOPPED if undone else DONE
+    return FAILED if failed or blocked or elsewhere else STOPPED if undone else DONE
 
 
 def _check_runs(
@@ -231,6 +291,39 @@ def _check_runs(
         tuned = settled(sweep, run, rows)
         if tuned is not None:
             _check_unchanged(sweep.folder / run.name, tuned)
+
+
+def _check_table(sweep: Sweep) -> None:
+    """Refuse to replace a table that is not this sweep's.
+
+    Raises:
+        ConfigError: it is another sweep's, another program's, or damaged.
+    """
+    path = sweep.folder / RESULTS
+    if not os.path.lexists(path):
+        return
+    advice = "choose another --output, or move that file away, and it is written again"
+    others = {row.run for row in read_results(path, advice)} - {run.name for run in sweep.runs}
+    if others:
+        raise ConfigError(f"{path}: has runs such as {min(others):.80}, which {sweep.path} has not; {advice}")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A context in which what cannot be written is told in one sentence.
+
+    Raises:
+        ConfigError: that sentence.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, Mistake):
+            raise
+        place = error.filename or folder
+        raise ConfigError(
+            f"{place}: cannot be written ({error.strerror}); make room, or choose another --output"
+        ) from None
 
 
 def _take_settled(sweep: Sweep, waiting: list[Run], rows: dict[str, Row]) -> Run | None:
@@ -262,13 +355,13 @@ class _Running:
     folder: Path
     process: Process
     task: TaskID
+    lock: RunLock
 
     def steps_done(self) -> int:
         """The number of steps that the run has logged so far."""
-        try:
-            return max(0, sum(1 for _ in (self.folder / "metrics.jsonl").open("rb")) - 1)
-        except OSError:
-            return 0
+        with contextlib.suppress(OSError), (self.folder / "metrics.jsonl").open("rb") as file:
+            return max(0, sum(1 for _ in file) - 1)
+        return 0
 
     def outcome(self, stopped: bool) -> tuple[Row | None, str]:
         """The row of the run and a text about its outcome; without a row the run has not reached an end.
@@ -288,8 +381,7 @@ class _Running:
             return row, "diverged" if row.val_loss is None else f"loss {row.val_loss:.4f}, {row.train_seconds:.0f} s"
         if stopped:
             return None, f"stopped at step {self.steps_done()} of {self.run.config.train.steps}"
-        lines = [line.strip() for line in _log(self.folder).read_text(errors="replace").splitlines() if line.strip()]
-        reason = lines[-1] if lines else "it said nothing"
+        reason = _last_words(_log(self.folder)) or "it said nothing"
         return None, f"failed (exit code {code}): {reason}; see {_log(self.folder)}"
 
 
@@ -321,14 +413,42 @@ class _Slots:
         self._start = start
         self._folder, self._jobs, self._ranks, self._gpus, self._progress = folder, jobs, ranks, gpus, progress
 
+    def __enter__(self) -> _Slots:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Leave no run behind: those that an error has left running are asked to save and leave, and waited for."""
+        if kind is not None:
+            self.stop()
+        while self.running:
+            for child in self.reap():
+                child.lock.__exit__(None, None, None)
+            time.sleep(_POLL_SECONDS)
+
     def free(self) -> list[int]:
         """The slots without a run."""
         return [slot for slot in range(self._jobs) if slot not in self.running]
 
     def fill(self, slot: int, run: Run) -> None:
-        """Start a run's process in a free slot; what it prints goes to its log."""
+        """Start a run's process in a free slot; what it prints goes to its log.
+
+        Raises:
+            LockError: another sweep runs it, or has done so meanwhile.
+            OSError: its folder cannot be written.
+        """
         folder = self._folder / run.name
-        folder.mkdir(exist_ok=True)
+        lock = RunLock(folder).__enter__()
+        try:
+            if os.path.lexists(folder / _RESULT):
+                raise LockError("another sweep has made this run meanwhile")
+            process = self._started(slot, run, folder)
+        except BaseException:
+            lock.__exit__(None, None, None)
+            raise
+        task = self._progress.add_task(run.name, total=run.config.train.steps)
+        self.running[slot] = _Running(run, folder, process, task, lock)
+
+    def _started(self, slot: int, run: Run, folder: Path) -> Process:
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         launcher = []
@@ -340,9 +460,7 @@ class _Slots:
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
         arguments = [*launcher, "peer_dist", "train", "--config", str(config)]
-        process = self._start(arguments, environment, _log(folder))
-        task = self._progress.add_task(run.name, total=run.config.train.steps)
-        self.running[slot] = _Running(run, folder, process, task)
+        return self._start(arguments, environment, _log(folder))
 
     def reap(self) -> Iterator[_Running]:
         """Yield the runs that have ended, whose slots are now free, and show the progress of the others."""
@@ -362,6 +480,15 @@ class _Slots:
 def _log(folder: Path) -> Path:
     """The log file of a run, in its folder."""
     return folder / "log.txt"
+
+
+def _last_words(log: Path, most: int = 1 << 16) -> str:
+    """The last line of a log that is not blank; '' if there is none, or no log."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+        return next((line for line in reversed(lines) if line), "")
+    return ""
 
 
 def _finish(folder: Path, row: Row, keep_checkpoints: bool) -> None:
@@ -385,7 +512,7 @@ def _check_unchanged(folder: Path, run: Run) -> None:
         ConfigError: the run in the folder was started with another config.
     """
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
     before, now = load_config(path).model_dump(mode="json"), run.config.model_dump(mode="json")
     # the steps first, because other values follow from them

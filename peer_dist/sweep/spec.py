@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -35,6 +35,7 @@ _DERIVED = {
     "logging.dir",
 }
 _TUNED = {"optimizer.lr", "table_optimizer.lr"}
+_LONGEST_NAME = 255  # bytes of a folder's name
 _MOST_RUNS = 10_000
 _WHOLE_SPLIT = 10**9  # batches of a validation, which never takes more than the whole split
 
@@ -81,11 +82,11 @@ class SweepFile(Section):
         if runs > _MOST_RUNS:
             raise ValueError(f"the grid has {runs:,} runs, and {_MOST_RUNS:,} are the most; make several sweeps of it")
         for name, values in (
-            ("budgets", [_written(budget) for budget in self.budgets]),
+            ("budgets", self.budgets),
             ("seeds", self.seeds),
             ("tune.seeds", self.tune.seeds if self.tune else []),
         ):
-            if len(set(values)) < len(values):  # of budgets, in the six digits that runs are named by
+            if len(set(values)) < len(values):
                 raise ValueError(f"{name} lists a value twice: {shown(values)}")
         derived = _DERIVED | (_TUNED if self.tune else set())
         for part, entries in (("models", self.models), ("sizes", self.sizes), ("variants", self.variants)):
@@ -208,21 +209,63 @@ class _Cell(NamedTuple):
     seed: int
     trial: int | None = None
 
+    @property
+    def name(self) -> str:
+        """The name of the run and of its folder."""
+        budget = "" if self.budget is None else f"{self.budget:g}".replace("e+", "e")  # six digits
+        parts = [self.model, self.variant, self.size, budget, f"s{self.seed}"]
+        return "-".join([part for part in parts if part] + ([] if self.trial is None else [f"trial{self.trial}"]))
+
 
 def _runs(path: Path, file: SweepFile, base: Tree, folder: Path) -> Iterator[Run]:
-    """Yield the trials of every model, if learning rates are tuned, and then the runs of the grid."""
+    """Yield the trials of every model, if learning rates are tuned, and then the runs of the grid.
+
+    Raises:
+        ConfigError: two runs would have one folder, or one of them cannot be.
+    """
+    cells = list(_cells(file))
+    _check_names(path, [cell for cell, _ in cells])
+    for cell, rates in cells:
+        run = _run(path, file, base, folder, cell)
+        yield run if rates is None else run.at(rates)
+
+
+def _cells(file: SweepFile) -> Iterator[tuple[_Cell, Rates | None]]:
+    """Yield the places of :func:`_runs`, those of trials with the learning rates that they try."""
     budgets: list[float] | list[None] = file.budgets or [None]
     if file.tune is not None:
         least = min(file.budgets) if file.budgets else None
         variant = file.tune.variant or next(iter(file.variants))
         for model, seed in itertools.product(file.models, file.tune.seeds or file.seeds[:1]):
             for trial, rates in enumerate(file.tune.trials(model)):
-                cell = _Cell(model, file.tune.size, variant, least, seed, trial)
-                yield _run(path, file, base, folder, cell).at(rates)
+                yield _Cell(model, file.tune.size, variant, least, seed, trial), rates
     for budget, model, variant, size, seed in itertools.product(
         budgets, file.models, file.variants, file.sizes, file.seeds
     ):
-        yield _run(path, file, base, folder, _Cell(model, size, variant, budget, seed))
+        yield _Cell(model, size, variant, budget, seed), None
+
+
+def _check_names(path: Path, cells: Sequence[_Cell]) -> None:
+    """Refuse runs that would have one folder, or a name that no folder can have.
+
+    Raises:
+        ConfigError: naming both, or the name.
+    """
+    of_name: dict[str, _Cell] = {}
+    for cell in cells:
+        name, bytes_of = cell.name, len(os.fsencode(cell.name))
+        if bytes_of > _LONGEST_NAME:
+            raise ConfigError(
+                f"{path}: the run {name:.60}... would have a folder whose name has {bytes_of} bytes, and at most "
+                f"{_LONGEST_NAME} can be; shorten the names of its model, variant or size"
+            )
+        other = of_name.setdefault(name, cell)
+        if other is not cell:
+            differ = [field for field in cell._fields if getattr(other, field) != getattr(cell, field)]
+            what = " and ".join(f"{field} {getattr(other, field)!r} and {getattr(cell, field)!r}" for field in differ)
+            raise ConfigError(
+                f"{path}: the runs of {what} would have one folder, {name}; change one of them, or take it out"
+            )
 
 
 def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> Run:
@@ -238,9 +281,8 @@ def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> 
     Raises:
         ConfigError: the config is invalid, or the run has fewer than two steps.
     """
-    model, size, variant, budget, seed, trial = cell
-    parts = [model, variant, size, "" if budget is None else _written(budget), f"s{seed}"]
-    name = "-".join([part for part in parts if part] + ([] if trial is None else [f"trial{trial}"]))
+    model, size, variant, budget, seed, _ = cell
+    name = cell.name
     source = f"{path}: {name}"
     tree = copy.deepcopy(base)
     for overrides in (file.models[model], file.sizes[size], file.variants[variant]):
@@ -270,11 +312,6 @@ def _run(path: Path, file: SweepFile, base: Tree, folder: Path, cell: _Cell) -> 
     set_key(tree, "evaluation.interval", -(-steps // file.validations), source)
     set_key(tree, "evaluation.batches", _WHOLE_SPLIT, source)
     return Run(name, *cell, parse_config(tree, source), cost)
-
-
-def _written(budget: float) -> str:
-    """A budget as runs are named by it."""
-    return f"{budget:g}".replace("e+", "e")
 
 
 def _vocab_size(config: Config) -> int:
