@@ -68,9 +68,8 @@ def open_index(prefix: str, documents: int) -> TokenIndex:
         if magic != _MAGIC or version != 1 or code not in _DTYPES:
             raise _damaged(path, "its header is not that of an index of Megatron's indexed data with whole numbers")
         if sequences != documents or ends != documents + 1:
-            raise _damaged(
-                path, f"it tells of {sequences} sequences and {ends - 1} documents where {documents} were written"
-            )
+            told = f"{sequences} sequences and {ends - 1} documents"
+            raise _damaged(path, f"it tells of {told} where {documents} were written")
         if size != _HEADER.size + 12 * sequences + 8 * ends:
             raise _damaged(path, f"it has {size} bytes, which {documents} documents do not take")
         buffer = np.memmap(path, mode="r")
