@@ -10,8 +10,8 @@ is to save of them.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,12 +22,21 @@ from typing import Any
 import torch.distributed as dist
 
 from peer_dist.checkpoints.files import FileWriter, checksum, from_rank_zero, set_aside, sync, sync_and_checksum
-from peer_dist.checkpoints.manifest import MANIFEST, DamagedError, read_manifest, write_manifest
+from peer_dist.checkpoints.manifest import (
+    MANIFEST,
+    DamagedError,
+    read_manifest,
+    step_name,
+    step_of,
+    write_manifest,
+)
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.dist_checkpoint import State, save
+from peer_dist.mistake import in_words
 from peer_dist.ranks.rank_zero import from_every_rank
+from peer_dist.reading import check_regular, reading
 
-_NAME = re.compile(r"step-(\d{8,})")
+_SMALL = 1 << 20  # bytes of a file that is read before ranks meet
 
 
 class CheckpointStore:
@@ -43,8 +52,8 @@ class CheckpointStore:
         self._unfinished: _Unfinished | None = None
 
     def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint, ascending."""
-        return sorted(step for step, path in self._named() if (path / MANIFEST).is_file())
+        """The steps that have a complete checkpoint, ascending: a folder whose manifest is of the step in its name."""
+        return sorted(step for step, path in self._named() if _is_complete(path))
 
     def agreed_steps(self) -> list[int]:
         """:meth:`steps` as rank 0 sees them: on a network file system others may see an older listing.
@@ -54,7 +63,11 @@ class CheckpointStore:
         return from_rank_zero(self.steps)
 
     def candidates(self) -> list[int]:
-        """:meth:`steps`, and newer ones that have lost their manifest: without it no folder gets its name."""
+        """:meth:`steps`, and newer ones that are not complete: no folder gets its name before it is.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
         complete = self.steps()
         newest = max(complete, default=-1)
         return complete + sorted(
@@ -63,7 +76,43 @@ class CheckpointStore:
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint, which need not exist."""
-        return self.folder / f"step-{step:08d}"
+        return self.folder / step_name(step)
+
+    def look(self, fall_back: bool) -> Path | None:
+        """The checkpoint that :meth:`newest` would take, by what shows without reading large files; None if none is.
+
+        Nothing is renamed, and it is no collective call.
+
+        Raises:
+            DamagedError: as :meth:`newest` does.
+            CheckpointError: the folder cannot be read.
+        """
+        with reading(self.folder, CheckpointError, advice="choose another checkpoint.dir"):
+            steps = self.candidates()
+            while steps:
+                damage = visible_damage(self.path(steps[-1]))
+                if damage is None:
+                    return self.path(steps[-1])
+                self._refuse(damage, steps, fall_back)
+                steps.pop()
+        return None
+
+    def _refuse(self, damage: DamagedError, steps: list[int], fall_back: bool) -> None:
+        """Refuse the newest of ``steps``, which is damaged, unless another may be taken.
+
+        Raises:
+            DamagedError: none may be.
+        """
+        if len(steps) == 1:
+            raise DamagedError(
+                f"{damage}; {self.folder} has no other checkpoint: {damage.mend}, or choose another checkpoint.dir"
+            )
+        if not fall_back:
+            name, before = self.path(steps[-1]).name, self.path(steps[-2]).name
+            raise DamagedError(
+                f"{damage}; {damage.mend}, or go on from {before} with checkpoint.fall_back=true, which keeps this one "
+                f"as {name}.damaged"
+            )
 
     def newest(self, fall_back: bool, say: Callable[[str], None]) -> int | None:
         """The step to go on from, its checkpoint verified; None if there is none. A collective call.
@@ -80,16 +129,7 @@ class CheckpointStore:
             damage = _first_damage(path)
             if damage is None:
                 return steps[-1]
-            if len(steps) == 1:
-                raise DamagedError(
-                    f"{damage}; {self.folder} has no other checkpoint: restore the file, or choose another "
-                    "checkpoint.dir"
-                )
-            if not fall_back:
-                raise DamagedError(
-                    f"{damage}; restore the file, or go on from {self.path(steps[-2]).name} with "
-                    f"checkpoint.fall_back=true, which keeps this one as {path.name}.damaged"
-                )
+            self._refuse(damage, steps, fall_back)
             aside = from_rank_zero(partial(set_aside, path))
             say(f"{damage}; it is kept as {aside}, and the run goes on from the newest that is intact")
         return None
@@ -169,9 +209,17 @@ class CheckpointStore:
         """Step and path of all that has a checkpoint's name, complete or not."""
         if self.folder.is_dir():
             for path in self.folder.iterdir():
-                step = _step_of(path)
+                step = step_of(path)
                 if step is not None:
                     yield step, path
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        read_manifest(path)
+    except DamagedError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -192,19 +240,37 @@ class _Unfinished:
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """``path`` itself if it is a checkpoint, else the newest one in that folder.
+    """``path`` itself if it is a checkpoint, else the newest one in that folder or in its folder ``checkpoints``.
+
+    What shows of damage without reading large files is found.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
     path = Path(path)
-    if (path / MANIFEST).is_file():
+    with reading(path, CheckpointError, advice="name a checkpoint, or a folder of them"):
+        os.stat(path)
+        found = _newest_in(path)
+        if found is None:
+            raise CheckpointError(
+                f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with {MANIFEST}); name a checkpoint, or "
+                "a folder of them"
+            )
+        damage = visible_damage(found)
+    if damage is not None:
+        raise DamagedError(f"{damage}; {damage.mend}{_instead_of(found)}")
+    return found
+
+
+def _newest_in(path: Path) -> Path | None:
+    """The checkpoint that a path means, complete or not; None if there is none."""
+    if (path / MANIFEST).is_file() or step_of(path) is not None or (path / ".metadata").is_file():
         return path
-    store = CheckpointStore(path)
-    steps = store.candidates()
-    if not steps:
-        raise CheckpointError(f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with {MANIFEST})")
-    return store.path(steps[-1])
+    for folder in (path, path / "checkpoints"):
+        store = CheckpointStore(folder)
+        if steps := store.candidates():
+            return store.path(steps[-1])
+    return None
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -214,35 +280,66 @@ def verify_checkpoint(path: Path) -> None:
         DamagedError: on every rank, naming the first file that is missing or damaged.
     """
     damage = _first_damage(path)
-    if damage is None:
-        return
-    store, step = CheckpointStore(path.parent), _step_of(path)
-    older = [other for other in store.agreed_steps() if step is not None and other < step]
-    instead = f", or name {store.path(older[-1])}, the one before it" if older else ""
-    raise DamagedError(f"{damage}; restore the file{instead}")
+    if damage is not None:
+        raise DamagedError(f"{damage}; {damage.mend}{from_rank_zero(partial(_instead_of, path))}")
 
 
-def _first_damage(path: Path) -> str | None:
-    """A sentence about the first file of a checkpoint that is missing or damaged; None if all are intact.
+def _instead_of(path: Path) -> str:
+    """What else there is in place of a damaged checkpoint, as the end of a sentence."""
+    store, step = CheckpointStore(path.parent), step_of(path)
+    older = [other for other in store.steps() if step is not None and other < step]
+    return f", or name {store.path(older[-1])}, the one before it" if older else ""
+
+
+def visible_damage(path: Path) -> DamagedError | None:
+    """What is wrong with a checkpoint, as far as it shows without reading tensors; None if nothing.
+
+    Each rank can ask for itself, before ranks meet.
+    """
+    try:
+        files = read_manifest(path)["files"]
+    except DamagedError as error:
+        return error
+    for name in sorted(files):
+        if damage := _damage(path / name, files[name], 0 if name.endswith(".distcp") else _SMALL):
+            return DamagedError(damage)
+    return None
+
+
+def _damage(file: Path, expected: list[int], most: float) -> str | None:
+    """What is wrong with a file of a checkpoint; of one that is larger than ``most`` the size alone is compared.
+
+    Args:
+        expected: its size and checksum.
+        most: bytes of a file that is read.
+    """
+    try:
+        if not os.path.lexists(file):
+            return f"{file}: is missing"
+        check_regular(file)
+        if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(file.parent)):
+            return f"{file}: leads out of the checkpoint's folder, and is not read; put the file itself there"
+        if file.stat().st_size != expected[0] or (expected[0] <= most and checksum(file) != expected):
+            return f"{file}: is damaged (its size or checksum is not the manifest's)"
+    except OSError as error:
+        return f"{file}: cannot be read ({error.strerror or in_words(error)})"
+    return None
+
+
+def _first_damage(path: Path) -> DamagedError | None:
+    """What is wrong with the first file of a checkpoint that is missing or damaged; None if all are intact.
 
     The same on every rank. A collective call.
     """
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     expected: dict[str, list[int]] = {}
     try:
         expected = read_manifest(path)["files"]
     except DamagedError as error:  # perhaps on this rank alone: the others hear of it below
-        problems.append(str(error))
+        problems.append((str(error), error.mend))
     for name in sorted(expected)[dist.get_rank() :: dist.get_world_size()]:
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{file}: is missing")
-        elif checksum(file) != expected[name]:
-            problems.append(f"{file}: is damaged (its size or checksum is not the manifest's)")
-    return min((problem for of_rank in from_every_rank(problems) for problem in of_rank), default=None)
-
-
-def _step_of(path: Path) -> int | None:
-    """The step in a checkpoint's name; None if it is no such name."""
-    match = _NAME.fullmatch(path.name)
-    return None if match is None else int(match.group(1))
+        damage = _damage(path / name, expected[name], math.inf)
+        if damage is not None:
+            problems.append((damage, "restore the file"))
+    first = min((problem for of_rank in from_every_rank(problems) for problem in of_rank), default=None)
+    return None if first is None else DamagedError(*first)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from peer_dist.checkpoints.manifest import MANIFEST
+from peer_dist.checkpoints.manifest import MANIFEST, step_of
 from peer_dist.checkpoints.sources.foreign_model import ForeignModel
 from peer_dist.config import ConfigError
 from peer_dist.config.schema import ModelConfig
@@ -66,7 +66,8 @@ class MegatronFolder(ForeignModel):
     @staticmethod
     def recognizes(path: Path) -> bool:
         """Whether the folder is a run's of Megatron-LM, or a ``torch_dist`` checkpoint that is not one of ours."""
-        return (path / _LATEST).is_file() or ((path / ".metadata").is_file() and not (path / MANIFEST).is_file())
+        ours = (path / MANIFEST).is_file() or step_of(path) is not None  # which may have lost its manifest
+        return (path / _LATEST).is_file() or ((path / ".metadata").is_file() and not ours)
 
     def check_vocabulary(self, tokenizer: TextTokenizer) -> None:
         """Refuse a tokenizer with more tokens than the embedding has rows; the tokens themselves are not stored.
