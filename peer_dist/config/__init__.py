@@ -6,6 +6,7 @@ from peer_dist.config.load import (
     check_world,
     find_config,
     load_config,
+    make_folders,
     parse_config,
     write_config,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "check_world",
     "find_config",
     "load_config",
+    "make_folders",
     "parse_config",
     "write_config",
 ]
