@@ -249,12 +249,11 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     with reading(path, CheckpointError, advice="name a checkpoint, or a folder of them"):
-        os.stat(path)
-        found = _newest_in(path)
+        found = _newest_in(path) if path.exists() else None
         if found is None:
+            why = f"a folder step-NNNNNNNN with {MANIFEST}" if path.exists() else "there is nothing of that name"
             raise CheckpointError(
-                f"{path}: holds no complete checkpoint (a folder step-NNNNNNNN with {MANIFEST}); name a checkpoint, or "
-                "a folder of them"
+                f"{path}: holds no complete checkpoint ({why}); name a checkpoint, or a folder of them"
             )
         damage = visible_damage(found)
     if damage is not None:

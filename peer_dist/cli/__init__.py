@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from peer_dist.cli import checkpoints, data, planning, results, runs
 from peer_dist.mistake import Mistake, printable
 from peer_dist.output import check_results, messages, outlast_readers
+from peer_dist.shortage import leave, shortage
 
 app = typer.Typer(
     name="peer-dist",
@@ -79,11 +80,22 @@ def main() -> None:
                 check_results()
             raise
     except Mistake as error:
-        names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-        rank = next((os.environ[name] for name in names if name in os.environ), "0")
+        rank = _rank()
         if rank != "0" and type(error).__name__ != "WorldError":
             # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)
-        where = f" (rank {rank})" if rank != "0" else ""
-        messages().print(Text.assemble((f"error{where}:", "red"), f" {printable(str(error))}"))
+        messages().print(Text.assemble((f"error{_named(rank)}:", "red"), f" {printable(str(error))}"))
         raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        if sentence := shortage(error):  # of this rank, perhaps alone
+            leave(f"error{_named(_rank())}: {sentence}")
+        raise
+
+
+def _rank() -> str:
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0")
+
+
+def _named(rank: str) -> str:
+    return f" (rank {rank})" if rank != "0" else ""

@@ -41,6 +41,7 @@ from torch.distributed import distributed_c10d
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.rank_zero import on_rank_zero
 from peer_dist.ranks.verdict import Beat, gone_sentence, judge, limit
+from peer_dist.shortage import shortage
 from peer_dist.tracing import position
 
 _BROKEN = re.compile(
@@ -93,7 +94,7 @@ class Watchdog:
         if not watching:
             return
         if error is not None:
-            self._failed = _one_line(error)
+            self._failed = shortage(error) or _one_line(error)
             time.sleep(2 * self._interval)  # until the others know
         self._ending.set()
         for thread in self._threads:

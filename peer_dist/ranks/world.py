@@ -17,6 +17,7 @@ import torch.distributed as dist
 from peer_dist.machine import usable_cores
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.launchers import Launch, WorldError, discover
+from peer_dist.shortage import check_room, shortage
 
 
 class JoinError(WorldError):
@@ -78,7 +79,9 @@ class World(Launch):
         Raises:
             WorldError: fewer GPUs than ranks on this machine; on every rank, if some see one GPU, and the same.
             JoinError: on every rank that is there, when the time is up.
+            ShortageError: there are too few threads, files or addresses for any run.
         """
+        check_room()
         only_gpu = ""
         # NVIDIA's images set a variable that turns float32 products into TF32's; one config computes alike everywhere
         torch.set_float32_matmul_precision("highest")
@@ -221,10 +224,10 @@ class World(Launch):
         self.join()
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             # nccl would wait here for collectives in which the others never take part, and the error would not be
-            # told; it is aborted when the process ends
-            if dist.get_backend() != "nccl":
+            # told, nor would one of groups that were left half made; they end with the process
+            if dist.get_backend() != "nccl" and not shortage(error):
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()
