@@ -62,7 +62,7 @@ def shortage(error: BaseException) -> str | None:
                 return _files()
             if cause.errno == errno.ENOMEM:
                 return _memory("")
-            if cause.errno == errno.EAGAIN and not isinstance(cause, BlockingIOError):
+            if cause.errno == errno.EAGAIN:  # of fork; Python's name for it is BlockingIOError
                 return _threads()
         if isinstance(cause, MemoryError):
             return _memory(str(cause))

@@ -157,8 +157,9 @@ class CheckpointStore:
             hidden.mkdir(parents=True)
 
         from_rank_zero(begin)
-        written = save(state, hidden, in_memory=not wait)
-        from_rank_zero(lambda: tokenizer.save(hidden / "tokenizer.json"))
+        with _removed_if_it_fails(hidden):
+            written = save(state, hidden, in_memory=not wait)
+            from_rank_zero(lambda: tokenizer.save(hidden / "tokenizer.json"))
         self._unfinished = _Unfinished(hidden, self.path(step), {"step": step, **info}, FileWriter(hidden, written))
         if wait:
             self.finish()
@@ -183,9 +184,8 @@ class CheckpointStore:
         if self._unfinished is None:
             return
         unfinished, self._unfinished = self._unfinished, None
-        files = sync_and_checksum(unfinished.hidden, unfinished.writer.checksums())
 
-        def complete() -> None:
+        def complete(files: dict[str, list[int]]) -> None:
             write_manifest(unfinished.hidden, {**unfinished.info, "files": files})
             sync(unfinished.hidden)
             if unfinished.final.exists():  # not complete, or it would have been resumed from
@@ -194,7 +194,9 @@ class CheckpointStore:
             sync(self.folder)
             self._delete_oldest()
 
-        from_rank_zero(complete)
+        with _removed_if_it_fails(unfinished.hidden):
+            checksums = sync_and_checksum(unfinished.hidden, unfinished.writer.checksums())
+            from_rank_zero(partial(complete, checksums))
 
     def _delete_oldest(self) -> None:
         """Delete all complete checkpoints but the newest ``keep``."""
@@ -212,6 +214,17 @@ class CheckpointStore:
                 step = step_of(path)
                 if step is not None:
                     yield step, path
+
+
+@contextlib.contextmanager
+def _removed_if_it_fails(hidden: Path) -> Iterator[None]:
+    """A context of all ranks in which a save that fails on every rank leaves nothing: it may be what fills the disk."""
+    try:
+        yield
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise
 
 
 def _is_complete(path: Path) -> bool:
