@@ -270,7 +270,7 @@ def test_other_architectures_are_refused(tree, tmp_path):
     damaged("wider", "(48, 32), but by config.json (64, 32)", lambda f: rewrite(f, intermediate_size=64))
     damaged("cut", f"{weights}: cannot be read as safetensors", lambda f: (f / weights).write_bytes(b"0" * 9))
     damaged("gone", f"{weights}: cannot be read as safetensors", lambda f: (f / weights).unlink())
-    damaged("broken", "config.json: cannot be read as JSON", lambda f: (f / "config.json").write_text("{"))
+    damaged("broken", "config.json: is not valid JSON", lambda f: (f / "config.json").write_text("{"))
     damaged("short", "config.json: has no vocab_size", lambda f: rewrite(f, vocab_size=None))
     damaged("tokens", "the token 97 is 'b', but 'a' in the data's tokenizer", other_tokens)
     write_llama(tmp_path / "llama")
@@ -377,5 +377,5 @@ def test_other_models_of_megatron_are_refused(tree, tmp_path):
     for content in (b"cut", pickle.dumps(Touch(str(tmp_path / "touched")))):
         (tmp_path / "llama" / "iter_0000007" / ".metadata").write_bytes(content)
         (said,) = run_ranks(refusals, 1, [tree])[0]
-        assert "iter_0000007: cannot be read as a checkpoint of Megatron-core" in said
+        assert "iter_0000007: is not a checkpoint of a GPT model of Megatron-core" in said
     assert not (tmp_path / "touched").exists()

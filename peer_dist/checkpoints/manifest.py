@@ -113,8 +113,9 @@ def _parsed(manifest: dict[str, Any]) -> dict[str, Any]:
     for key in ("config", "files", "guard", "versions"):
         if not isinstance(manifest.get(key, {}), dict):
             raise _Damaged(f"its {key} is no object")
-    if not all(isinstance(keys, dict) for keys in manifest["config"].values()):
-        raise _Damaged("its config has no sections")
+    for section, keys in manifest["config"].items():
+        if not isinstance(keys, dict) or not all(name.isprintable() for name in (section, *keys)):
+            raise _Damaged("its config is none")
     if not isinstance(manifest.get("dtype", ""), str):
         raise _Damaged("its dtype is no name")
     for name, value in manifest["files"].items():

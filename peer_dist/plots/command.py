@@ -17,9 +17,11 @@ from peer_dist.config import ConfigError
 from peer_dist.measures.metrics import metrics_file, read_metrics
 from peer_dist.plots import figures
 from peer_dist.plots.panels import style
+from peer_dist.reading import check_regular, reading
 from peer_dist.sweep.fit import Measure, differences, optima
 from peer_dist.sweep.results import RESULTS, Row, read_results
 
+_MOST_BYTES = 1 << 30  # of an array of a usage.npz, which may be compressed
 KINDS = ("isoflop", "models", "loss", "experts", "hk", "usage")
 
 
@@ -171,12 +173,31 @@ def _number(value: float | None) -> float:
 
 
 def _masses(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as arrays:
-            masses = {name.removeprefix("mass_"): arrays[name] for name in arrays if name.startswith("mass_layer")}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a NumPy .npz file ({error})") from None
-    masses = {name.replace("layer", "layer "): mass for name, mass in masses.items() if mass.sum() > 0}
+    """The gates' sums of each layer, ``[experts]``, by the layer's name.
+
+    Raises:
+        ConfigError: the file is no usage.npz, or holds none.
+    """
+    masses: dict[str, np.ndarray] = {}
+    with reading(path, ConfigError, "a usage.npz of `peer-dist usage`"):
+        check_regular(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            layers = (re.fullmatch(r"mass_layer([1-9][0-9]{0,5})", name) for name in arrays.files)
+            for number in sorted(int(layer[1]) for layer in layers if layer):
+                name = f"mass_layer{number}"
+                if arrays.zip is None or arrays.zip.getinfo(f"{name}.npy").file_size > _MOST_BYTES:
+                    raise ValueError(f"its {name} is larger than any")
+                mass = arrays[name]
+                if (
+                    mass.ndim != 1
+                    or mass.dtype.kind not in "fiu"
+                    or not (np.isfinite(mass).all() and (mass >= 0).all())
+                ):
+                    raise ValueError(f"its {name} is no list of sums of gates")
+                if mass.sum() > 0:
+                    masses[f"layer {number}"] = mass
     if not masses:
         raise ConfigError(f"{path}: has no array mass_layer<N> with any mass in it; peer-dist usage writes them")
     return masses
