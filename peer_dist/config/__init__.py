@@ -8,6 +8,7 @@ from peer_dist.config.load import (
     load_config,
     make_folders,
     parse_config,
+    unwritable,
     write_config,
 )
 from peer_dist.config.schema import Config
@@ -21,5 +22,6 @@ __all__ = [
     "load_config",
     "make_folders",
     "parse_config",
+    "unwritable",
     "write_config",
 ]

@@ -167,7 +167,7 @@ def check_folders(config: Config) -> None:
         ConfigError: one cannot be.
     """
     for key, name in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
-        if problem := _unwritable(Path(name)):
+        if problem := unwritable(Path(name)):
             raise ConfigError(f"{key}: nothing can be written to {name} ({problem}); choose another folder")
 
 
@@ -185,7 +185,7 @@ def make_folders(config: Config) -> None:
             raise ConfigError(f"{key}: {name} cannot be made ({error.strerror}); choose another folder") from None
 
 
-def _unwritable(folder: Path) -> str:
+def unwritable(folder: Path) -> str:
     """Why nothing can be written into a folder, which need not exist; empty if it can."""
     try:
         place = folder.absolute()

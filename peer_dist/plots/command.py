@@ -20,6 +20,7 @@ from peer_dist.plots.panels import style
 from peer_dist.reading import check_regular, reading
 from peer_dist.sweep.fit import Measure, differences, optima
 from peer_dist.sweep.results import RESULTS, Row, read_results
+from peer_dist.writing import whole, why_unwritten
 
 _MOST_BYTES = 1 << 30  # of an array of a usage.npz, which may be compressed
 KINDS = ("isoflop", "models", "loss", "experts", "hk", "usage")
@@ -61,10 +62,16 @@ def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: st
         if missing or not figure_of:
             names = ", ".join(map(str, inputs))
             raise ConfigError(f"{names}: has nothing for {', '.join(missing) or 'any figure'}; {_NEEDS}")
-        output.mkdir(parents=True, exist_ok=True)
-        paths = [output / f"{name}.{ending}" for name in figure_of for ending in ("png", "svg")]
-        for path in paths:
-            figure_of[path.stem][1].savefig(path)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output {output}: {why_unwritten(error)}; name a folder") from None
+        paths = []
+        for name, (_, figure) in figure_of.items():
+            for ending in ("png", "svg"):
+                paths.append(output / f"{name}.{ending}")
+                with whole(paths[-1], ConfigError, f"--output {output}") as path:
+                    figure.savefig(path, format=ending)
         plt.close("all")
     return paths
 
