@@ -1,4 +1,4 @@
-"""Writes results that are complete or absent."""
+"""Writes what is complete or absent, and leaves nothing of what could not be written."""
 
 from __future__ import annotations
 
@@ -47,3 +47,21 @@ def whole(path: str | os.PathLike[str], raises: type[Mistake], option: str) -> I
 def why_unwritten(error: OSError | ValueError) -> str:
     """Why something cannot be written, as the middle of a sentence."""
     return f"cannot be written ({shortage(error) or getattr(error, 'strerror', None) or in_words(error)})"
+
+
+@contextlib.contextmanager
+def no_empty_folders(*folders: str | os.PathLike[str]) -> Iterator[None]:
+    """A context that removes the folders which were made in it, if it ends by an error and nothing is in them."""
+    made = [place for folder in folders for place in _missing(Path(os.path.abspath(folder)))]
+    try:
+        yield
+    except BaseException:
+        for place in sorted(set(made), key=lambda place: -len(place.parts)):  # what is inside first
+            with contextlib.suppress(OSError):
+                place.rmdir()  # which refuses one that is not empty
+        raise
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it, as far as they are not there."""
+    return [place for place in (folder, *folder.parents) if not os.path.exists(place)]

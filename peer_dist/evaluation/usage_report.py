@@ -22,7 +22,7 @@ from peer_dist.measures.held_out import held_out_loss
 from peer_dist.measures.usage import UsageSummary, shared_picks, summarize, unevenness
 from peer_dist.megatron import sparse_layers
 from peer_dist.ranks.world import World
-from peer_dist.writing import whole, why_unwritten
+from peer_dist.writing import no_empty_folders, whole, why_unwritten
 
 FEW_PICKS = 64  # per expert: with fewer, chance alone adds more than 1 / 128 to the unevenness
 
@@ -223,12 +223,13 @@ def analyze_usage(
         },
     )
     if output is not None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"--output {output}: {why_unwritten(error)}; name a folder") from None
-        with whole(output / "usage.npz", DataError, f"--output {output}") as path, path.open("wb") as file:
-            np.savez(file, **report.arrays)  # type: ignore[arg-type]
+        with no_empty_folders(output):
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"--output {output}: {why_unwritten(error)}; name a folder") from None
+            with whole(output / "usage.npz", DataError, f"--output {output}") as path, path.open("wb") as file:
+                np.savez(file, **report.arrays)  # type: ignore[arg-type]
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -32,7 +31,7 @@ from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.dist_checkpoint import check_tensors
 from peer_dist.megatron.reader import StoredTensors
 from peer_dist.reading import reading
-from peer_dist.writing import why_unwritten
+from peer_dist.writing import no_empty_folders, why_unwritten
 
 _BLOCK = 1 << 22  # numbers read at a time
 _MODEL, _FOR_TRANSFORMERS = "peer_model.py", "modeling_peer.py"
@@ -96,25 +95,22 @@ def export(
     code = joined_source({kind.name: kind.exported() for kind in config.kinds})
     entries = _entries(path, settings, code)
     unfinished = output.with_name(f".{output.name[:100]}.partial-{os.getpid()}")
-    made = [place for place in output.absolute().parents if not place.exists()]  # the innermost first
-    try:
-        unfinished.mkdir(parents=True)
-        (unfinished / _MODEL).write_text(code, encoding="utf-8")
-        written = write_shards(unfinished, entries, limit)
-        _write_settings(unfinished, settings)
-        _write_tokenizer(unfinished, path, settings)
-        shutil.copyfile(Path(__file__).with_name(_FOR_TRANSFORMERS), unfinished / _FOR_TRANSFORMERS)
-        for written_path in (*unfinished.iterdir(), unfinished):
-            sync(written_path)
-        unfinished.rename(output)
-        sync(output.parent)
-    except OSError as error:
-        raise DataError(f"--output {output}: {why_unwritten(error)}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for place in made:
-            with contextlib.suppress(OSError):
-                place.rmdir()  # which refuses one that is not empty
+    with no_empty_folders(output.parent):
+        try:
+            unfinished.mkdir(parents=True)
+            (unfinished / _MODEL).write_text(code, encoding="utf-8")
+            written = write_shards(unfinished, entries, limit)
+            _write_settings(unfinished, settings)
+            _write_tokenizer(unfinished, path, settings)
+            shutil.copyfile(Path(__file__).with_name(_FOR_TRANSFORMERS), unfinished / _FOR_TRANSFORMERS)
+            for written_path in (*unfinished.iterdir(), unfinished):
+                sync(written_path)
+            unfinished.rename(output)
+            sync(output.parent)
+        except OSError as error:
+            raise DataError(f"--output {output}: {why_unwritten(error)}") from None
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return Exported(path, int(manifest["step"]), len(entries), written)
 
 
@@ -220,7 +216,7 @@ def _write_tokenizer(folder: Path, path: Path, settings: dict[str, Any]) -> None
     tokenizer.post_processor = TemplateProcessing(
         single=f"{END_OF_DOCUMENT} $A", special_tokens=[(END_OF_DOCUMENT, settings["eos_token_id"])]
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_DOCUMENT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from peer_dist.plots.panels import style
 from peer_dist.reading import check_regular, reading
 from peer_dist.sweep.fit import Measure, differences, optima
 from peer_dist.sweep.results import RESULTS, Row, read_results
-from peer_dist.writing import whole, why_unwritten
+from peer_dist.writing import no_empty_folders, whole, why_unwritten
 
 _MOST_BYTES = 1 << 30  # of an array of a usage.npz, which may be compressed
 KINDS = ("isoflop", "models", "loss", "experts", "hk", "usage")
@@ -62,16 +63,17 @@ def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: st
         if missing or not figure_of:
             names = ", ".join(map(str, inputs))
             raise ConfigError(f"{names}: has nothing for {', '.join(missing) or 'any figure'}; {_NEEDS}")
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output {output}: {why_unwritten(error)}; name a folder") from None
-        paths = []
-        for name, (_, figure) in figure_of.items():
-            for ending in ("png", "svg"):
-                paths.append(output / f"{name}.{ending}")
-                with whole(paths[-1], ConfigError, f"--output {output}") as path:
-                    figure.savefig(path, format=ending)
+        with no_empty_folders(output):
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"--output {output}: {why_unwritten(error)}; name a folder") from None
+            paths = []
+            for name, (_, figure) in figure_of.items():
+                for ending in ("png", "svg"):
+                    paths.append(output / f"{name}.{ending}")
+                    with whole(paths[-1], ConfigError, f"--output {output}") as path:
+                        figure.savefig(path, format=ending)
         plt.close("all")
     return paths
 
@@ -90,7 +92,7 @@ def results_of(inputs: Sequence[Path]) -> list[Row]:
     """
     rows: list[Row] = []
     for path in inputs:
-        if path.suffix == ".csv" or (path / RESULTS).is_file():
+        if path.suffix == ".csv" or os.path.isfile(path / RESULTS):
             rows += read_results(path if path.suffix == ".csv" else path / RESULTS)
         elif path.suffix != ".npz" and metrics_file(path) is None:
             raise ConfigError(f"{path}: is no results.csv, no folder with one or with metrics.jsonl, and no .npz file")

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peer_dist.config import Config, ConfigError
 from peer_dist.measures.held_out import perplexity_of
+from peer_dist.mistake import in_words
+from peer_dist.reading import check_regular
 from peer_dist.sweep.spec import Run
 
 RESULTS = "results.csv"
@@ -145,13 +147,14 @@ def read_results(path: Path) -> list[Row]:
         ConfigError: the file cannot be read, or is no results table.
     """
     try:
+        check_regular(path)
         with path.open(encoding="utf-8", newline="") as file:
             return [
                 Row.model_validate({k: v if v or k in ("size", "variant") else None for k, v in line.items()})
                 for line in csv.DictReader(file)
             ]
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError, csv.Error) as error:
+        if isinstance(error, ValidationError):
+            key = ".".join(map(str, error.errors()[0]["loc"]))
+            raise ConfigError(f"{path}: is no table of peer-dist sweep (column {in_words(key)})") from None
         raise ConfigError(f"{path}: cannot be read; name a results.csv of peer-dist sweep") from None
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ConfigError(f"{path}: is no table of peer-dist sweep (column {key})") from None

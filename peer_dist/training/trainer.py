@@ -45,10 +45,11 @@ from peer_dist.ranks.world import World
 from peer_dist.tracing import StepTimes, listen, position, span
 from peer_dist.training.guard import Diverged, Guard
 from peer_dist.training.profiling import Profile
-from peer_dist.training.readiness import check_ready, no_empty_folders
+from peer_dist.training.readiness import check_ready
 from peer_dist.training.run import Run
 from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
+from peer_dist.writing import no_empty_folders
 
 Value = TypeVar("Value")
 _NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # for checkpoints older than the guard
