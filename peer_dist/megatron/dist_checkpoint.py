@@ -53,6 +53,7 @@ BUFFER_BYTES = 1 << 26
 Key = TypeVar("Key")
 State = dict[str, Any]
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
+Wanted: TypeAlias = dict[str, tuple[tuple[int, ...], bool]]  # shapes by key, and whether another shape will do
 
 
 class CheckpointError(Mistake, RuntimeError):
@@ -463,8 +464,15 @@ def _verify(template: State, folder: Path, partial: bool, written: bool = True) 
     on_rank_zero(check, raises=CheckpointError)
 
 
-def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, partial: bool, written: bool) -> str | None:
+def _problem(wanted: Wanted, folder: Path, partial: bool, written: bool) -> str | None:
     """What is wrong with the checkpoint, in a sentence. Reads no tensor that a rank wrote."""
+    try:
+        return _difference(wanted, folder, partial, written)
+    except Exception as error:  # .metadata can hold values of any kind
+        return f"{folder / '.metadata'} does not describe a checkpoint: {_first_sentence(error)}"
+
+
+def _difference(wanted: Wanted, folder: Path, partial: bool, written: bool) -> str | None:
     for name in ("metadata.json", "common.pt", ".metadata"):
         if not (folder / name).is_file():
             return f"{folder} is not a complete checkpoint: {name} is missing"
