@@ -357,7 +357,6 @@ RETYPED = {
     "a length of 0": lambda m, key, index: set_on(m.storage_data[index], "length", 0),
     "a length beyond": lambda m, key, index: set_on(m.storage_data[index], "length", 2**60),
     "no place": lambda m, key, index: m.storage_data.pop(index),
-    "an index a string": lambda m, key, index: m.storage_data.update({"x": m.storage_data[index]}),
     "a file of another name": lambda m, key, index: set_on(m.storage_data[index], "relative_path", "__7_0.distcp"),
 }
 
