@@ -203,3 +203,28 @@ def unsaved(tree):
 
 def resumed_at(rank, world_size, tree):
     return make_trainer(tree).steps_done
+
+
+def looked_at(rank, world_size, folder):
+    """What a run that would fall back makes of a sound checkpoint, on ranks of which one can open no file."""
+    from peer_dist.checkpoints.store import CheckpointStore
+    from peer_dist.megatron import CheckpointError
+
+    store, before = CheckpointStore(folder), resource.getrlimit(resource.RLIMIT_NOFILE)
+    if rank == world_size - 1:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        return str(store.newest(fall_back=True, say=print))
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_file_that_cannot_be_opened_now_is_not_taken_for_damaged(small, ranks):
+    tree = with_keys(small, train={"steps": 4}, checkpoint={"interval": 2}, evaluation={"interval": 9})
+    run_ranks(run_to_the_end, 1, tree)
+    for said in run_ranks(looked_at, ranks, small["checkpoint"]["dir"]):
+        assert "open files: this process may have no more than ulimit -n allows (3)" in said
+    assert sorted(os.listdir(small["checkpoint"]["dir"])) == ["step-00000002", "step-00000004"]

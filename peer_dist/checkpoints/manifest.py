@@ -17,6 +17,7 @@ from typing import Any
 from peer_dist.megatron import CheckpointError
 from peer_dist.mistake import Mistake
 from peer_dist.reading import check_regular, read_object, reading
+from peer_dist.shortage import shortage
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-([0-9]{8,})")
@@ -54,6 +55,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedError: on this rank, if the manifest is missing, damaged, or not that of the folder's name.
+        CheckpointError: this process has too little memory, or too many open files, to read it.
     """
     file = path / MANIFEST
     if not os.path.lexists(file):
@@ -62,6 +64,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         check_regular(file)
         manifest = _parsed(read_object(file, _Damaged))
     except (_Damaged, OSError) as error:
+        if short := shortage(error):  # of this process: the file may be sound
+            raise CheckpointError(f"{file}: cannot be read now ({short})") from None
         reason = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{file}: ")
         raise DamagedError(f"{file}: is damaged ({reason})") from None
     step = step_of(path)

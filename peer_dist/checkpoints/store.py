@@ -35,6 +35,7 @@ from peer_dist.megatron.dist_checkpoint import State, save
 from peer_dist.mistake import in_words
 from peer_dist.ranks.rank_zero import from_every_rank
 from peer_dist.reading import check_regular, reading
+from peer_dist.shortage import shortage
 
 _SMALL = 1 << 20  # bytes of a file that is read before ranks meet
 
@@ -192,7 +193,8 @@ class CheckpointStore:
                 set_aside(unfinished.final)
             unfinished.hidden.rename(unfinished.final)
             sync(self.folder)
-            self._delete_oldest()
+            with contextlib.suppress(CheckpointError):  # the next save does it
+                self._delete_oldest()
 
         with _removed_if_it_fails(unfinished.hidden):
             checksums = sync_and_checksum(unfinished.hidden, unfinished.writer.checksums())
@@ -324,6 +326,9 @@ def _damage(file: Path, expected: list[int], most: float) -> str | None:
     Args:
         expected: its size and checksum.
         most: bytes of a file that is read.
+
+    Raises:
+        CheckpointError: this process runs short of something, so that it cannot say.
     """
     try:
         if not os.path.lexists(file):
@@ -334,6 +339,8 @@ def _damage(file: Path, expected: list[int], most: float) -> str | None:
         if file.stat().st_size != expected[0] or (expected[0] <= most and checksum(file) != expected):
             return f"{file}: is damaged (its size or checksum is not the manifest's)"
     except OSError as error:
+        if short := shortage(error):  # of this process: the file may be sound
+            raise CheckpointError(f"{file}: cannot be read now ({short})") from None
         return f"{file}: cannot be read ({error.strerror or in_words(error)})"
     return None
 
@@ -342,16 +349,25 @@ def _first_damage(path: Path) -> DamagedError | None:
     """What is wrong with the first file of a checkpoint that is missing or damaged; None if all are intact.
 
     The same on every rank. A collective call.
+
+    Raises:
+        CheckpointError: on every rank, if one runs short of something, so that it cannot say.
     """
-    problems: list[tuple[str, str]] = []
-    expected: dict[str, list[int]] = {}
+    problems: list[tuple[int, str, str]] = []  # perhaps of this rank alone: the others hear of it below
     try:
-        expected = read_manifest(path)["files"]
-    except DamagedError as error:  # perhaps on this rank alone: the others hear of it below
-        problems.append((str(error), error.mend))
-    for name in sorted(expected)[dist.get_rank() :: dist.get_world_size()]:
-        damage = _damage(path / name, expected[name], math.inf)
-        if damage is not None:
-            problems.append((damage, "restore the file"))
+        files = read_manifest(path)["files"]
+        for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
+            damage = _damage(path / name, files[name], math.inf)
+            if damage is not None:
+                problems.append((1, damage, "restore the file"))
+    except DamagedError as error:
+        problems.append((1, str(error), error.mend))
+    except CheckpointError as error:
+        problems.append((0, str(error), ""))
     first = min((problem for of_rank in from_every_rank(problems) for problem in of_rank), default=None)
-    return None if first is None else DamagedError(*first)
+    if first is None:
+        return None
+    damaged, text, mend = first
+    if not damaged:
+        raise CheckpointError(text)
+    return DamagedError(text, mend)

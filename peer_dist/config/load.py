@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import math
@@ -168,7 +169,7 @@ def check_folders(config: Config) -> None:
     """
     for key, name in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
         if problem := unwritable(Path(name)):
-            raise ConfigError(f"{key}: nothing can be written to {name} ({problem}); choose another folder")
+            raise ConfigError(f"{key}: nothing can be written to {name}; choose another folder ({problem})")
 
 
 def make_folders(config: Config) -> None:
@@ -193,13 +194,14 @@ def unwritable(folder: Path) -> str:
             if len(os.fsencode(place.name)) > _LONGEST_NAME:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             place = place.parent
+        if os.path.islink(place) and not os.path.lexists(os.path.realpath(place)):
+            return f"{place} is a link to what is not there"
         if not stat.S_ISDIR(os.stat(place).st_mode):
             return f"{place} is no folder"
         if not os.access(place, os.W_OK | os.X_OK):
             return f"{place} is not this user's to write to"
-        os.stat(folder)  # a path can be too long as a whole
-    except FileNotFoundError:
-        return f"{place} is a link to what is not there" if os.path.islink(place) else ""
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(folder)  # a path can be too long as a whole
     except (OSError, ValueError) as error:
         return in_words(getattr(error, "strerror", None) or str(error))
     return ""

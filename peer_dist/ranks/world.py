@@ -17,7 +17,7 @@ import torch.distributed as dist
 from peer_dist.machine import usable_cores
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.launchers import Launch, WorldError, discover
-from peer_dist.shortage import check_room, shortage
+from peer_dist.shortage import check_room
 
 
 class JoinError(WorldError):
@@ -224,10 +224,10 @@ class World(Launch):
         self.join()
         try:
             yield
-        except BaseException as error:
+        except BaseException:
             # nccl would wait here for collectives in which the others never take part, and the error would not be
-            # told, nor would one of groups that were left half made; they end with the process
-            if dist.get_backend() != "nccl" and not shortage(error):
+            # told; it is aborted when the process ends
+            if dist.get_backend() != "nccl":
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()
