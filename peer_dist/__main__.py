@@ -25,6 +25,12 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(MISTAKE) from None
+    except Exception as error:  # of importing the command line itself
+        from peer_dist.shortage import leave, shortage
+
+        if sentence := shortage(error):
+            leave(f"error: {sentence}")
+        raise
 
 
 def _missing() -> list[str]:

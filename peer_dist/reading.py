@@ -5,13 +5,16 @@ Readers of other formats, which raise whatever they raise, are called inside :fu
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import select
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -19,6 +22,7 @@ from peer_dist.mistake import Mistake, in_words
 
 MOST_BYTES = 64 << 20  # of a text that is read at once: far more than any config, index or manifest has
 MOST_DIGITS = 40  # of a whole number
+_PATIENCE = 10.0  # seconds for which a pipe is waited for
 _MOST_DEPTH, _MOST_VALUES = 64, 100_000  # of a YAML file, aliases written out
 _MOST_YAML = 4 << 20  # bytes, which PyYAML takes seconds for
 
@@ -54,6 +58,36 @@ def reading(source: object, raises: type[Mistake], what: str = "what is expected
         raise raises(f"{source}: is not {what} ({in_words(error)}){end}") from None
 
 
+def opened(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file, opened to be read as bytes. A pipe's first byte is waited for, but not for ever.
+
+    Raises:
+        OSError: it cannot be opened, is a folder, or is a pipe into which nobody writes.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for in open itself
+    try:
+        if stat.S_ISFIFO(os.fstat(handle).st_mode):
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            if not poll.poll(1000 * _PATIENCE):
+                raise OSError(errno.ETIMEDOUT, "it is a pipe into which nobody writes", os.fspath(path))
+        os.set_blocking(handle, True)
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Make sure that ``path`` is a plain file, before a reader opens it that would wait for a pipe or a device.
+
+    Raises:
+        OSError: it is none, or is not there.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+
+
 def read_text(path: str | os.PathLike[str], raises: type[Mistake], advice: str = "", most: int = MOST_BYTES) -> str:
     """The text of a file in UTF-8, without a byte order mark.
 
@@ -66,7 +100,7 @@ def read_text(path: str | os.PathLike[str], raises: type[Mistake], advice: str =
     Raises:
         Mistake: ``raises``; it cannot be read, is no text in UTF-8, or is too large.
     """
-    with reading(path, raises, "a text file in UTF-8", advice), open(path, "rb") as file:
+    with reading(path, raises, "a text file in UTF-8", advice), opened(path) as file:
         data = file.read(most + 1)
         if len(data) > most:
             end = f"; {advice}" if advice else ""
@@ -189,7 +223,7 @@ def read_json_lines(path: str | os.PathLike[str], raises: type[Mistake]) -> Line
     Raises:
         Mistake: ``raises``; the file cannot be read.
     """
-    with reading(path, raises), open(path, "rb") as file:
+    with reading(path, raises), opened(path) as file:
         data = file.read()
     texts = data.split(b"\n")
     complete = not texts[-1]

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from tests.checkpoints import seal
 from tests.ranks import run_ranks
-from tests.runs import in_folder, losses_of, make_trainer, run_to_the_end, with_keys
+from tests.runs import command, in_folder, losses_of, make_trainer, run_to_the_end, with_keys
 
 FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json", "tokenizer.json", "manifest.json"]
 
@@ -323,3 +324,228 @@ def test_everything_is_on_disk_before_the_name_is(small, asynchronous):
     assert {str(partial / file.name) for file in final.iterdir()} <= synced
     assert not [event for event in ranks[1] if event[0] == "rename"]
     assert set(json.loads((final / "manifest.json").read_text())["files"]) == set(FILES) - {"manifest.json"}
+
+
+def retyped(change):
+    """A change of what ``.metadata`` says of its first tensor."""
+
+    def change_metadata(checkpoint):
+        metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+        change(metadata, next(iter(metadata.state_dict_metadata)), next(iter(metadata.storage_data)))
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    return change_metadata
+
+
+def set_on(owner, name, value):
+    object.__setattr__(owner, name, value)
+
+
+RETYPED = {
+    "no tensors": lambda m, key, index: set_on(m, "state_dict_metadata", {}),
+    "no storage": lambda m, key, index: set_on(m, "storage_data", None),
+    "storage a list": lambda m, key, index: set_on(m, "storage_data", [1]),
+    "a key a number": lambda m, key, index: m.state_dict_metadata.update({5: m.state_dict_metadata[key]}),
+    "size a string": lambda m, key, index: set_on(m.state_dict_metadata[key], "size", "12"),
+    "size negative": lambda m, key, index: set_on(m.state_dict_metadata[key], "size", torch.Size([-1, 3])),
+    "size huge": lambda m, key, index: set_on(m.state_dict_metadata[key], "size", torch.Size([2**62, 2])),
+    "chunks none": lambda m, key, index: set_on(m.state_dict_metadata[key], "chunks", None),
+    "chunks numbers": lambda m, key, index: set_on(m.state_dict_metadata[key], "chunks", [1, 2]),
+    "an offset before": lambda m, key, index: set_on(m.storage_data[index], "offset", -5),
+    "an offset beyond": lambda m, key, index: set_on(m.storage_data[index], "offset", 2**60),
+    "an offset a string": lambda m, key, index: set_on(m.storage_data[index], "offset", "0"),
+    "a length of 0": lambda m, key, index: set_on(m.storage_data[index], "length", 0),
+    "a length beyond": lambda m, key, index: set_on(m.storage_data[index], "length", 2**60),
+    "no place": lambda m, key, index: m.storage_data.pop(index),
+    "a file of another name": lambda m, key, index: set_on(m.storage_data[index], "relative_path", "__7_0.distcp"),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_that_contradicts_itself_is_a_sentence(copied, tmp_path, ranks):
+    """Each rank says it, whichever found it."""
+    trees, names = [], []
+    for name, change in RETYPED.items():
+        folder = tmp_path / f"retyped {name}"
+        shutil.copytree(Path(copied["checkpoint"]["dir"]) / "step-00000006", folder / "step-00000006")
+        retyped(change)(folder / "step-00000006")
+        seal(folder / "step-00000006")
+        trees.append(with_keys(copied, checkpoint={"dir": str(folder)}, parallel={"expert": ranks}))
+        names.append(name)
+    for said in run_ranks(what_is_said, ranks, trees, timeout=240):
+        for name, sentence in zip(names, said, strict=True):
+            assert "step-00000006" in sentence, name
+            assert "\n" not in sentence, name
+            assert len(sentence) < 1000, name
+
+
+def sealed(manifest):
+    """The manifest with a checksum of its own, as who rewrites it can compute it."""
+    manifest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return {**manifest, "checksum": zlib.crc32(json.dumps(manifest, sort_keys=True).encode())}
+
+
+def changed(**keys):
+    return lambda manifest: json.dumps(sealed({**manifest, **keys}))
+
+
+def with_file(name, value=(1, 2)):
+    return lambda manifest: json.dumps(sealed({**manifest, "files": {**manifest["files"], name: list(value)}}))
+
+
+MANIFESTS = {
+    "null": lambda _: "null",
+    "a list": lambda _: "[]",
+    "a number": lambda _: "5",
+    "nothing": lambda _: "",
+    "deep": lambda _: "[" * 100_000,
+    "deep objects": lambda _: '{"a":' * 100_000,
+    "half of it": lambda manifest: json.dumps(manifest)[:200],
+    "no text": lambda _: "\udcff",
+    "a key twice": lambda manifest: json.dumps(manifest)[:-1] + ', "step": 6}',
+    "digits": lambda _: '{"step": ' + "9" * 5000 + "}",
+    "no checksum": lambda manifest: json.dumps({**manifest, "checksum": None}),
+    **{f"step {value!r}": changed(step=value) for value in ("6", True, -6, 6.0, None, [6], {"a": 6}, 10**30)},
+    **{f"updates {value!r}": changed(updates=value) for value in ("6", True, -1, 7, None)},
+    **{f"files {value!r}": changed(files=value) for value in (None, [], "x", {"a": 1}, {"a": [1]}, {"a": [-1, 2]})},
+    **{f"config {value!r}": changed(config=value) for value in (None, [], "x", {"model": 5}, {"a\nb": {}})},
+    **{f"guard {value!r}": changed(guard=value) for value in ([], {"losses": 5}, {"losses": ["a"]}, {"spikes": "1"})},
+    **{f"file {name!r}": with_file(name) for name in ("../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "a\\b")},
+    "a size that is none": with_file("common.pt", ("1", 2)),
+}
+
+
+def test_a_manifest_that_is_none_is_a_sentence(copied):
+    """Whatever it holds, its own checksum in order; and nothing that it names elsewhere is read."""
+    from peer_dist.checkpoints.manifest import DamagedError, read_manifest
+    from peer_dist.checkpoints.store import CheckpointStore, find_checkpoint
+
+    folder = Path(copied["checkpoint"]["dir"])
+    file = folder / "step-00000006" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for name, make in MANIFESTS.items():
+        file.write_bytes(make(manifest).encode("utf-8", "surrogateescape"))
+        for read in (read_manifest, find_checkpoint, lambda _: CheckpointStore(folder).look(False)):
+            with pytest.raises(DamagedError) as refusal:
+                read(file.parent)
+            assert "step-00000006/manifest.json: is damaged (" in str(refusal.value), name
+            assert "\n" not in str(refusal.value), name
+        assert CheckpointStore(folder).steps() == [4]
+        assert CheckpointStore(folder).look(fall_back=True) == folder / "step-00000004"
+
+
+def rename(folder):
+    (folder / "step-00000006").rename(folder / "step-00000007")
+
+
+def copy_far(folder):
+    shutil.copytree(folder / "step-00000006", folder / "step-99999999")
+
+
+@pytest.mark.parametrize(("change", "name"), [(rename, "step-00000007"), (copy_far, "step-99999999")])
+def test_a_name_that_the_manifest_denies_is_not_believed(copied, change, name):
+    """Neither by a run nor by what evaluates; and a run that falls back goes on from what is true."""
+    from peer_dist.checkpoints.store import find_checkpoint
+    from peer_dist.megatron import CheckpointError
+
+    folder = Path(copied["checkpoint"]["dir"])
+    losses = losses_of(copied)
+    change(folder)
+    ((said,), _) = run_ranks(what_is_said, 2, [copied])
+    with pytest.raises(CheckpointError) as refusal:
+        find_checkpoint(folder)
+    for sentence in (said, str(refusal.value)):
+        assert (
+            f"{name}: is named as the checkpoint of step {int(name[5:])}, but its manifest.json says step 6" in sentence
+        )
+        assert "step-00000006" in sentence if change is rename else "remove this copy" in sentence
+    run_ranks(run_to_the_end, 2, with_keys(copied, checkpoint={"fall_back": True}))
+    assert losses_of(copied) == losses
+    assert sorted(os.listdir(folder)) == ["step-00000004", "step-00000006", f"{name}.damaged"]
+
+
+def save_twice(rank, world_size, tree):
+    """Steps that have checkpoints after a copy of one came during the run, under a name far ahead."""
+    trainer = make_trainer(tree)
+    for _ in range(3):
+        trainer.step()
+        trainer.save()
+        copy = trainer.store.path(99999999)
+        if not copy.exists():
+            shutil.copytree(trainer.store.path(1), copy)
+    return trainer.store.steps()
+
+
+def test_a_copy_ahead_makes_no_good_checkpoint_old(small):
+    assert run_ranks(save_twice, 1, with_keys(small, checkpoint={"keep": 2})) == [[2, 3]]
+    assert sorted(os.listdir(small["checkpoint"]["dir"])) == ["step-00000002", "step-00000003", "step-99999999"]
+
+
+def test_a_checkpoint_is_found_by_what_people_call_it(copied):
+    """By a name of its own, in the folder of its run, and in a folder that lost its manifest by that folder's name."""
+    from peer_dist.checkpoints.store import find_checkpoint
+    from peer_dist.megatron import CheckpointError
+
+    folder = Path(copied["checkpoint"]["dir"])
+    assert find_checkpoint(folder.parent) == folder / "step-00000006"
+    shutil.copytree(folder / "step-00000006", folder / "best")
+    assert find_checkpoint(folder / "best") == folder / "best"
+    (folder / "step-00000006" / "manifest.json").unlink()
+    for path in (folder, folder / "step-00000006"):
+        with pytest.raises(CheckpointError, match=r"step-00000006/manifest.json: is missing; .*step-00000004, the one"):
+            find_checkpoint(path)
+    for path in (folder / "nothing", folder / ("n" * 300), Path("a\0b")):
+        with pytest.raises(CheckpointError, match="name a checkpoint, or a folder of them"):
+            find_checkpoint(path)
+
+
+def replace_by(make):
+    def replaced(file):
+        file.unlink()
+        make(file)
+
+    return replaced
+
+
+ODD = {
+    "a folder": replace_by(Path.mkdir),
+    "a pipe": replace_by(os.mkfifo),
+    "a loop": replace_by(lambda file: file.symlink_to(file)),
+    "a link to nothing": replace_by(lambda file: file.symlink_to("/nowhere")),
+    "a link out": replace_by(lambda file: file.symlink_to("/etc/hostname")),
+    "cut off": truncate,
+    "gone": os.remove,
+}
+
+
+@pytest.mark.parametrize("starts", ["resumed", "init_from"])
+def test_damage_is_known_before_ranks_meet(copied, tmp_path, starts):
+    """As far as it shows without reading tensors; and nothing is made."""
+    from peer_dist.checkpoints.manifest import DamagedError
+    from peer_dist.config import parse_config
+    from peer_dist.training.readiness import check_ready
+
+    new = tmp_path / "new" / "run"
+    for name in FILES:
+        for kind, damage in ODD.items():
+            folder = tmp_path / f"{name}-{kind}"
+            shutil.copytree(copied["checkpoint"]["dir"], folder)
+            damage(folder / "step-00000006" / name)
+            keys = {"dir": str(folder)} if starts == "resumed" else {"dir": str(new), "init_from": str(folder)}
+            tree = with_keys(copied, checkpoint=keys, logging={"dir": str(new / "logs")})
+            with pytest.raises(DamagedError) as refusal:
+                check_ready(parse_config(tree, "test"), 2)
+            assert f"step-00000006/{name}: " in str(refusal.value), (name, kind)
+            assert not (tmp_path / "new").exists()
+
+
+def test_a_refusal_leaves_no_empty_folders(copied, tmp_path):
+    """Nor does one that needs the bytes of a tensor to be known."""
+    flip(Path(copied["checkpoint"]["dir"]) / "step-00000006" / "__1_0.distcp")
+    new = tmp_path / "new" / "run"
+    keys = {"dir": str(new / "checkpoints"), "init_from": copied["checkpoint"]["dir"]}
+    tree = with_keys(copied, checkpoint=keys, logging={"dir": str(new / "logs")})
+    with command(tree, tmp_path) as run:
+        assert run.codes(60)[0] == 2
+        assert "__1_0.distcp: is damaged" in run.words(0)
+    assert not (tmp_path / "new").exists()

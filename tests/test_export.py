@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -285,7 +286,7 @@ def test_mistakes_leave_nothing(folder, tmp_path):
     new = str(tmp_path / "new")
     cases = [
         ({"output": tmp_path / "there"}, "is there already, and nothing is replaced"),
-        ({"output": good / "manifest.json" / "new"}, "new: cannot be written (Not a directory)"),
+        ({"output": good / "manifest.json" / "new"}, "manifest.json is no folder); name another place"),
         ({"dtype": "float16"}, "--dtype float16: must be one of float32, bfloat16"),
         ({"shard_size": "5 apples"}, "--shard-size 5 apples: must be a number of KB, MB or GB"),
         ({"checkpoint": str(tmp_path / "there")}, "holds no complete checkpoint"),
@@ -293,7 +294,7 @@ def test_mistakes_leave_nothing(folder, tmp_path):
         ({"checkpoint": str(tmp_path / "ungated")}, "gate_in.weight is in the checkpoint"),
         ({"checkpoint": str(tmp_path / "untied")}, "output_layer.weight is missing from the checkpoint"),
         ({"checkpoint": str(tmp_path / "chosen")}, "its experts choose tokens"),
-        ({}, "new: cannot be written (File too large)"),
+        ({}, "a file may not be larger than ulimit -f allows"),
     ]
     (said,) = run_ranks(refused, 1, [{"checkpoint": str(good), "output": new, **options} for options, _ in cases])
     for sentence, (options, words) in zip(said, cases, strict=True):
@@ -382,3 +383,61 @@ def test_every_kind_of_layer(text, tmp_path):
     assert apart(READ, folders, tmp_path) == {}
     needs_transformers()
     assert apart(TRANSFORMERS, folders, tmp_path) == {}
+
+
+INDEXES = {
+    "names '../": {"weight_map": {"a": "../elsewhere.safetensors"}},
+    "names '/": {"weight_map": {"a": "/etc/passwd.safetensors"}},
+    "names 'peer_model.py'": {"weight_map": {"a": "peer_model.py"}},
+    "names 'None'": {"weight_map": {"a": None}},
+    "gone.safetensors: there is no such file": {"weight_map": {"a": "gone.safetensors"}},
+    "has no weight_map": {"weight_map": []},
+    "must hold a JSON object": [],
+}
+CONFIGS = {
+    "has no 'hidden_size'": lambda config: config.pop("hidden_size"),
+    "which this file does not know": lambda config: config.update(mlp=["unknown"] * 3),
+    "does not describe a model": lambda config: config.update(hidden_size="32"),
+    "does not describe a model of this file": lambda config: config.update(num_attention_heads=0),
+    "asks for": lambda config: config.update(mlp=[*config["mlp"], "dense"]),
+    "but by config.json": lambda config: config.update(vocab_size=999),
+}
+FILES = {
+    "cannot be read as safetensors": [b"", b"x" * 100, b"\xff" * 8 + b"{}", (2**63).to_bytes(8, "little") + b"{}"],
+    "is not valid JSON": [b"{", b"[" * 100_000, b"\xff\xfe"],
+}
+
+
+def test_a_folder_of_a_stranger_is_read_or_refused(folder, tmp_path):
+    """By its own code alone, in one sentence, and without a file of another folder."""
+    weights = min(folder.glob("*.safetensors")).name
+    (tmp_path / "elsewhere.safetensors").write_bytes((folder / weights).read_bytes())
+    here = tmp_path / "model"
+
+    def refused_with(words, name, change):
+        shutil.rmtree(here, ignore_errors=True)
+        shutil.copytree(folder, here)
+        change(here / name)
+        with pytest.raises(ValueError, match=re.escape(words)) as refusal:
+            load_exported(here)
+        assert "\n" not in str(refusal.value)
+        assert str(here) in str(refusal.value) or "config.json" in str(refusal.value)
+
+    def writing(content):
+        return lambda file: file.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    def replacing_by(make):
+        return lambda file: (file.unlink(), make(file))
+
+    for words, index in INDEXES.items():
+        refused_with(words, "model.safetensors.index.json", writing(index))
+    for words, change in CONFIGS.items():
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        refused_with(words, "config.json", writing(config))
+    for words, contents in FILES.items():
+        for content in contents:
+            refused_with(words, "config.json" if "JSON" in words else weights, writing(content))
+    for make in (Path.mkdir, os.mkfifo, lambda file: file.symlink_to(file)):
+        for name in ("config.json", weights):
+            refused_with("there is no such file", name, replacing_by(make))

@@ -1,7 +1,10 @@
 """peer-dist plot: which figures come of what, opened as PNG and SVG, with the words that a reader needs."""
 
 import json
+import os
 import xml.etree.ElementTree as ElementTree
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,3 +142,47 @@ def test_the_command(tmp_path):
     assert "Compute-optimal size" in told
     assert "-0.2000 ± 0.2484" in told, "the seeds' differences of 0.1, 0.2 and 0.3"
     assert told.splitlines()[-1] == str(tmp_path / "figures" / "isoflop.svg")
+
+
+def test_a_table_of_usage_that_is_none_is_refused(tmp_path):
+    """Nothing in it is run, and nothing that is too large is unpacked."""
+    mass = np.ones(9)
+    tables = {
+        "objects": {"mass_layer1": np.array([{}], dtype=object)},
+        "words": {"mass_layer1": np.array(["a"])},
+        "a matrix": {"mass_layer1": np.ones((3, 3))},
+        "not finite": {"mass_layer1": np.array([1.0, np.nan])},
+        "negative": {"mass_layer1": np.array([1.0, -1.0])},
+        "nothing": {"mass_layer1": np.zeros(9)},
+        "other names": {"mass_layer1x": mass, "mass_layer": mass, "mass_layer-1": mass, "mass_layer$x$": mass},
+    }
+    for name, arrays in tables.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    np.save(tmp_path / "single.npy", mass)
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as bomb:
+        with bomb.open("mass_layer1.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": (2**27 + 1,)})
+            for _ in range(2**8 + 1):
+                file.write(bytes(2**22))
+    (tmp_path / "folder.npz").mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "loop.npz").symlink_to(tmp_path / "loop.npz")
+    files = sorted(tmp_path.glob("*.npz"))
+    assert len(files) == 12
+    for path in files:
+        with pytest.raises(ConfigError) as refusal:
+            plot([path], tmp_path / "figures", [], "parameters")
+        assert str(path) in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "figures").exists()
+
+
+def test_figures_that_cannot_be_written_leave_nothing(tmp_path):
+    np.savez(tmp_path / "usage.npz", mass_layer1=np.ones(9))
+    (tmp_path / "file").write_text("")
+    there, long = tmp_path / "file", tmp_path / ("n" * 300)
+    for output in (there, there / "x", long, long / "x", Path("/dev/full"), Path("/proc/x")):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            plot([tmp_path / "usage.npz"], output, [], "parameters")
+    assert sorted(os.listdir(tmp_path)) == ["file", "usage.npz"]

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import pickle
 
 import pytest
@@ -270,7 +271,7 @@ def test_other_architectures_are_refused(tree, tmp_path):
     damaged("wider", "(48, 32), but by config.json (64, 32)", lambda f: rewrite(f, intermediate_size=64))
     damaged("cut", f"{weights}: cannot be read as safetensors", lambda f: (f / weights).write_bytes(b"0" * 9))
     damaged("gone", f"{weights}: cannot be read as safetensors", lambda f: (f / weights).unlink())
-    damaged("broken", "config.json: cannot be read as JSON", lambda f: (f / "config.json").write_text("{"))
+    damaged("broken", "config.json: is not valid JSON", lambda f: (f / "config.json").write_text("{"))
     damaged("short", "config.json: has no vocab_size", lambda f: rewrite(f, vocab_size=None))
     damaged("tokens", "the token 97 is 'b', but 'a' in the data's tokenizer", other_tokens)
     write_llama(tmp_path / "llama")
@@ -377,5 +378,72 @@ def test_other_models_of_megatron_are_refused(tree, tmp_path):
     for content in (b"cut", pickle.dumps(Touch(str(tmp_path / "touched")))):
         (tmp_path / "llama" / "iter_0000007" / ".metadata").write_bytes(content)
         (said,) = run_ranks(refusals, 1, [tree])[0]
-        assert "iter_0000007: cannot be read as a checkpoint of Megatron-core" in said
+        assert "iter_0000007: is not a checkpoint of a GPT model of Megatron-core" in said
     assert not (tmp_path / "touched").exists()
+
+
+def header_of(shapes):
+    """A safetensors file's beginning."""
+    text = json.dumps(shapes).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+DAMAGED = {
+    "config.json": [
+        *(b"null", b"[]", b"5", b"", b"{", b"[" * 100_000, b"\xff\xfe"),
+        *({"vocab_size": value} for value in (True, -1, 0, "384", 384.0, None, 10**30)),
+        *({"num_hidden_layers": value} for value in (0, -4, 10**9, "4")),
+        *({"rope_parameters": value} for value in (5, [1], "x")),
+        *({"rope_scaling": value} for value in (5, [1], "x")),
+        *({"num_attention_heads": value} for value in (0, 3, 10**9)),
+        *({"num_key_value_heads": value} for value in (0, -1, 3, "x", [])),
+        *({"rms_norm_eps": value} for value in ("x", [], {})),
+    ],
+    "model.safetensors.index.json": [
+        *(b"null", b"[]", b"{}", b"", b"[" * 100_000),
+        *({"weight_map": value} for value in (None, [], {}, "x", 5)),
+        *(
+            {"weight_map": {"a": value}}
+            for value in ("../x", "/etc/passwd", "", ".", "..", None, 5, ["a"], "gone", "n" * 300)
+        ),
+    ],
+    "model-00001-of-00002.safetensors": [
+        *(b"", b"x" * 7, b"x" * 100, (2**63).to_bytes(8, "little") + b"{}", b"\xff" * 8 + b"{}", b"\0" * 100),
+        header_of([]),
+        header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}),
+        header_of({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 2**62]}}),
+        header_of({"a": {"dtype": "X", "shape": [2**40, 2**40], "data_offsets": [8, 0]}}),
+    ],
+    "tokenizer.json": [b"null", b"{}", b"", b"[" * 100_000, b"\xff"],
+}
+
+
+def test_a_damaged_llama_is_refused_before_ranks_meet(tree, tmp_path):
+    """In one sentence that names the file or what is wrong with it, and without reading one elsewhere."""
+    from peer_dist.mistake import Mistake
+    from peer_dist.training.readiness import check_ready
+
+    folder = tmp_path / "llama"
+    write_llama(folder)
+    config = parse_config(with_keys(tree, checkpoint={"init_from": str(folder)}), "test")
+    check_ready(config, 1)
+    for name, contents in DAMAGED.items():
+        sound = (folder / name).read_bytes() if (folder / name).exists() else None
+        for content in contents:
+            if isinstance(content, dict):
+                content = json.dumps({**json.loads(sound), **content}).encode()
+            (folder / name).write_bytes(content)
+            with pytest.raises(Mistake) as refusal:
+                check_ready(config, 1)
+            assert str(folder) in str(refusal.value), content[:200]
+            assert "\n" not in str(refusal.value), content[:200]
+        (folder / name).unlink()
+        for make in (lambda file: file.mkdir(), os.mkfifo, lambda file: file.symlink_to(file)):
+            make(folder / name)
+            if name != "tokenizer.json":  # which need not be there
+                with pytest.raises(Mistake):
+                    check_ready(config, 1)
+            (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()
+        if sound is not None:
+            (folder / name).write_bytes(sound)
+    check_ready(config, 1)

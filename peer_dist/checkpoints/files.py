@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.dist_checkpoint import Written
+from peer_dist.mistake import in_words
 from peer_dist.ranks.rank_zero import first_problem, from_every_rank, on_rank_zero
+from peer_dist.shortage import shortage
 
 Result = TypeVar("Result")
 
@@ -34,7 +36,10 @@ class FileWriter(threading.Thread):
         super().__init__(daemon=True)  # a run that fails leaves no checkpoint, and does not wait for one
         self._folder, self._files, self._checksums = folder, written.pending, written.checksums
         self._problem: str | None = None
-        self.start()
+        try:
+            self.start()
+        except RuntimeError:  # the system has no more threads
+            self.run()
 
     def run(self) -> None:
         """Write every file and put it on the disk; this is the thread's work."""
@@ -46,8 +51,8 @@ class FileWriter(threading.Thread):
                     file.flush()
                     os.fsync(file.fileno())
                 self._checksums[name] = [len(content), zlib.crc32(content)]
-        except OSError as error:
-            self._problem = f"{error.filename or self._folder}: {error.strerror or error}"
+        except Exception as error:  # of any kind: a file that is not whole must not become part of a checkpoint
+            self._problem = _not_written(error, self._folder)
 
     def checksums(self) -> dict[str, list[int]]:
         """Wait for the threads of all ranks, and return the checksums of all their files by name. A collective call.
@@ -55,10 +60,11 @@ class FileWriter(threading.Thread):
         Raises:
             CheckpointError: on every rank, if one could not write.
         """
-        self.join()
+        if self.ident is not None:
+            self.join()
         problem = first_problem(self._problem)
         if problem is not None:
-            raise CheckpointError(f"{problem}; nothing complete was touched")
+            raise CheckpointError(problem)
         return _merged(from_every_rank(self._checksums))
 
 
@@ -74,10 +80,19 @@ def from_rank_zero(action: Callable[[], Result]) -> Result:
         try:
             return action()
         except OSError as error:
-            file, reason = error.filename or "checkpoint", error.strerror or error
-            raise CheckpointError(f"{file}: {reason}; nothing complete was touched") from error
+            raise CheckpointError(_not_written(error, "checkpoint")) from error
 
     return on_rank_zero(act, raises=CheckpointError)
+
+
+def _not_written(error: Exception, what: object) -> str:
+    """A sentence about an error of the file system.
+
+    Args:
+        what: to name where the error names no file.
+    """
+    where, reason = getattr(error, "filename", None) or what, getattr(error, "strerror", None) or in_words(error)
+    return f"{shortage(error) or f'{where}: {reason}'}; nothing complete was touched"
 
 
 def checksum(path: Path) -> list[int]:
@@ -94,15 +109,23 @@ def sync_and_checksum(folder: Path, known: dict[str, list[int]]) -> dict[str, li
 
     Args:
         known: checksums of files that are on the disk already; these are not read.
+
+    Raises:
+        CheckpointError: on every rank, if one cannot.
     """
     names = from_rank_zero(
         lambda: sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     )
     names = [name for name in names if name not in known]
-    own = {}
-    for name in names[dist.get_rank() :: dist.get_world_size()]:
-        sync(folder / name)
-        own[name] = checksum(folder / name)
+    own, problem = {}, None
+    try:
+        for name in names[dist.get_rank() :: dist.get_world_size()]:
+            sync(folder / name)
+            own[name] = checksum(folder / name)
+    except OSError as error:
+        problem = _not_written(error, folder)
+    if (problem := first_problem(problem)) is not None:
+        raise CheckpointError(problem)
     return {**known, **_merged(from_every_rank(own))}
 
 

@@ -15,6 +15,7 @@ from peer_dist.cli import checkpoints, data, planning, results, runs
 from peer_dist.mistake import Mistake
 from peer_dist.ranks.launchers import rank_said
 from peer_dist.ranks.signals import end_with_torchrun
+from peer_dist.shortage import leave, shortage
 
 app = typer.Typer(
     name="peer-dist",
@@ -85,6 +86,14 @@ def main() -> None:
         if rank != "0" and type(error).__name__ != "WorldError":
             # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)
-        where = f" (rank {rank})" if rank != "0" else ""
-        output.messages().print(Text.assemble((f"error{where}:", "red"), f" {error}"))
+        output.messages().print(Text.assemble((f"{_error(rank)}:", "red"), f" {error}"))
         raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        if sentence := shortage(error):  # of this rank, perhaps alone
+            leave(f"{_error(rank_said(os.environ))}: {sentence}")
+        raise
+
+
+def _error(rank: str) -> str:
+    """How a sentence about an error of this rank begins."""
+    return f"error (rank {rank})" if rank != "0" else "error"

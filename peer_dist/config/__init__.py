@@ -6,7 +6,9 @@ from peer_dist.config.load import (
     check_world,
     find_config,
     load_config,
+    make_folders,
     parse_config,
+    unwritable,
     write_config,
 )
 from peer_dist.config.schema import Config
@@ -18,6 +20,8 @@ __all__ = [
     "check_world",
     "find_config",
     "load_config",
+    "make_folders",
     "parse_config",
+    "unwritable",
     "write_config",
 ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import math
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -20,6 +23,9 @@ from peer_dist.reading import as_yaml, parse_yaml, read_yaml
 Tree = dict[str, Any]
 
 SHIPPED = Path(__file__).parents[1] / "configs"  # in a clone a link to the folder that lies beside the package
+
+
+_LONGEST_NAME = 255  # bytes of a file's name
 
 
 class ConfigError(Mistake, ValueError):
@@ -148,20 +154,49 @@ def check_world(config: Config, world_size: int) -> None:
 
 
 def check_folders(config: Config) -> None:
-    """Make the folders that the run writes to, where they are missing.
+    """Make sure that the folders that the run writes to can be written, or made; nothing is made yet.
+
+    Raises:
+        ConfigError: one cannot be.
+    """
+    for key, name in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
+        if problem := unwritable(Path(name)):
+            raise ConfigError(f"{key}: nothing can be written to {name}; choose another folder ({problem})")
+
+
+def make_folders(config: Config) -> None:
+    """Make the folders that the run writes to, where they are missing: for who needs them before the run does.
 
     Raises:
         ConfigError: one cannot be made or written.
     """
+    check_folders(config)
     for key, name in (("checkpoint.dir", config.checkpoint.dir), ("logging.dir", config.logging.dir)):
-        folder = Path(name)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            writable = os.access(folder, os.W_OK | os.X_OK)
-        except OSError:
-            writable = False
-        if not writable:
-            raise ConfigError(f"{key}: nothing can be written to {folder}; choose another folder")
+            Path(name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{key}: {name} cannot be made ({error.strerror}); choose another folder") from None
+
+
+def unwritable(folder: Path) -> str:
+    """Why nothing can be written into a folder, which need not exist; empty if it can."""
+    try:
+        place = folder.absolute()
+        while not os.path.lexists(place):
+            if len(os.fsencode(place.name)) > _LONGEST_NAME:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+            place = place.parent
+        if os.path.islink(place) and not os.path.lexists(os.path.realpath(place)):
+            return f"{place} is a link to what is not there"
+        if not stat.S_ISDIR(os.stat(place).st_mode):
+            return f"{place} is no folder"
+        if not os.access(place, os.W_OK | os.X_OK):
+            return f"{place} is not this user's to write to"
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(folder)  # a path can be too long as a whole
+    except (OSError, ValueError) as error:
+        return in_words(getattr(error, "strerror", None) or str(error))
+    return ""
 
 
 def _layout_parts(config: Config) -> list[dict[str, int]]:

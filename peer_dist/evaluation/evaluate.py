@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.table import Table
 
-from peer_dist.checkpoints.store import find_checkpoint
 from peer_dist.data.stream import SplitStreams
-from peer_dist.evaluation.loading import check_text, load_model, open_text
+from peer_dist.evaluation.loading import check_text, load_model, open_text, read_settings
 from peer_dist.measures.held_out import held_out_loss, perplexity_of, unigram_loss
 from peer_dist.measures.usage import ExpertUsage, WindowSummary
 from peer_dist.megatron import sparse_layers
@@ -81,7 +80,7 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
         CheckpointError: the checkpoint cannot be read.
     """
     check_text(prefix, split)
-    find_checkpoint(checkpoint)
+    read_settings(checkpoint)
     world = World.from_environment()
     with world.joined():
         loaded = load_model(checkpoint, world.world_size)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from peer_dist.data.documents import DataError, lines_of, read_json_lines, read_text
+from peer_dist.mistake import in_words
 
 Advance = Callable[[int], None]
 _HUB = "hf:"
@@ -132,8 +133,8 @@ def _csv_articles(path: Path, advance: Advance | None) -> Iterator[str]:
     try:
         if "article_content" not in (columns := list(rows.fieldnames or [])):
             raise DataError(
-                f"{path}: has no column article_content, only {', '.join(columns[:8])}; the corpus's web_scraper.py "
-                "adds it to the published table of titles, summaries and urls"
+                f"{path}: has no column article_content, only {in_words(', '.join(columns[:8]))}; the corpus's "
+                "web_scraper.py adds it to the published table of titles, summaries and urls"
             )
         for row in rows:
             if row["article_content"] is None:

@@ -33,6 +33,49 @@ class LoadedModel:
     step: int
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a checkpoint says of its model, without a tensor."""
+
+    path: Path
+    step: int
+    dtype: torch.dtype
+    config: Config
+    tokenizer: TextTokenizer
+
+
+def read_settings(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> Settings:
+    """All that can be known of a checkpoint before ranks meet.
+
+    Args:
+        checkpoint, tensor, pipeline: as in :func:`load_model`.
+
+    Raises:
+        CheckpointError, DataError: there is no complete checkpoint, or it is damaged.
+        ConfigError: its config is none of this version's, or the model cannot be divided so.
+    """
+    path = find_checkpoint(checkpoint)
+    manifest = read_manifest(path)
+    dtype = manifest.get("dtype")
+    if dtype not in ("float32", "bfloat16"):
+        raise CheckpointError(f"{path}: is of the dtype {dtype!r:.40}, which no run of this package has")
+    tree = {**manifest["config"], "parallel": {}, "zero": {}}
+    config = parse_config(tree, str(path))
+    if tensor > 1 and (_coarse(config) or config.router.kind != "linear"):
+        raise ConfigError(
+            f"--tensor must be 1 for {path}: coarse experts and routers with a state need sequence parallelism, which "
+            "a single token cannot be split by; experts are spread over all ranks without it"
+        )
+    config = parse_config({**tree, "parallel": {"tensor": tensor, "pipeline": pipeline}}, str(path))
+    tokenizer = load_tokenizer(str(path / "tokenizer.json"))
+    return Settings(path, manifest["step"], getattr(torch, dtype), config, tokenizer)
+
+
+def _coarse(config: Config) -> list[int]:
+    """Numbers of coarse experts, by kind of layer."""
+    return [experts.number for kind in config.kinds if (experts := kind.experts(config))]
+
+
 def load_model(checkpoint: str, world_size: int, tensor: int = 1, pipeline: int = 1) -> LoadedModel:
     """Build the model of a checkpoint (or of the newest one in a folder) and load its weights.
 
@@ -52,29 +95,15 @@ def load_model(checkpoint: str, world_size: int, tensor: int = 1, pipeline: int 
             f"--tensor {tensor} x --pipeline {pipeline} does not divide the {world_size} rank(s) that were started; "
             f"start a multiple of {tensor * pipeline}"
         )
-    path = find_checkpoint(checkpoint)
+    settings = read_settings(checkpoint, tensor, pipeline)
+    path, config, tokenizer = settings.path, settings.config, settings.tokenizer
     verify_checkpoint(path)
-    manifest = read_manifest(path)
-    if manifest["dtype"] not in ("float32", "bfloat16"):
-        raise CheckpointError(f"{path}: is of the dtype {manifest['dtype']!r}, which no run of this package has")
-    tree = manifest["config"]
-    tree["parallel"], tree["zero"] = {}, {}
-    config = parse_config(tree, str(path))
-    coarse = [experts.number for kind in config.kinds if (experts := kind.experts(config))]
-    if tensor > 1 and (coarse or config.router.kind != "linear"):
-        raise ConfigError(
-            f"--tensor must be 1 for {path}: coarse experts and routers with a state need sequence parallelism, which "
-            "a single token cannot be split by; experts are spread over all ranks without it"
-        )
-    tree["parallel"] = {"tensor": tensor, "pipeline": pipeline}
-    config = parse_config(tree, str(path))
-    rows = math.gcd(world_size // pipeline, *coarse)
+    rows = math.gcd(world_size // pipeline, *_coarse(config))
     parallel = Parallel.initialize(tensor=tensor, pipeline=pipeline, expert=rows, seed=config.train.seed)
-    tokenizer = load_tokenizer(str(path / "tokenizer.json"))
-    model = build_model(config, parallel, tokenizer.padded_vocab_size, getattr(torch, manifest["dtype"]))
+    model = build_model(config, parallel, tokenizer.padded_vocab_size, settings.dtype)
     restore_weights(path, model, parallel)
     model.eval()
-    return LoadedModel(model, config, tokenizer, parallel, path, manifest["step"])
+    return LoadedModel(model, config, tokenizer, parallel, path, settings.step)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from peer_dist.checkpoints.manifest import read_manifest
-from peer_dist.checkpoints.store import find_checkpoint
 from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import tokenized
 from peer_dist.evaluation.evaluation_sets import Document, EvaluationSet, parse_sets
-from peer_dist.evaluation.loading import LoadedModel, load_model
+from peer_dist.evaluation.loading import LoadedModel, load_model, read_settings
 from peer_dist.evaluation.scoring import Request, score
 from peer_dist.measures.held_out import perplexity_of
 from peer_dist.mistake import printable
@@ -120,7 +118,7 @@ def evaluate_sets(checkpoint: str, specs: Sequence[str], stride: int | None, bat
         DataError: a test set cannot be read, or the stride is not one.
         CheckpointError: the checkpoint cannot be read.
     """
-    seq_length = int(read_manifest(find_checkpoint(checkpoint))["config"]["model"]["seq_length"])
+    seq_length = read_settings(checkpoint).config.model.seq_length
     if stride is None:
         stride = max(1, seq_length // 2)
     if not 1 <= stride <= seq_length:

@@ -15,14 +15,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from peer_dist.checkpoints.store import find_checkpoint
+from peer_dist.config import unwritable
 from peer_dist.data.documents import DataError
-from peer_dist.evaluation.loading import check_text, load_model, open_text
+from peer_dist.evaluation.loading import check_text, load_model, open_text, read_settings
 from peer_dist.layers.sparse_layer import SparseLayer
 from peer_dist.measures.held_out import held_out_loss
 from peer_dist.measures.usage import UsageSummary, shared_picks, summarize, unevenness
 from peer_dist.megatron import sparse_layers
 from peer_dist.ranks.world import World
+from peer_dist.writing import no_empty_folders, whole, why_unwritten
 
 FEW_PICKS = 64  # per expert: with fewer, chance alone adds more than 1 / 128 to the unevenness
 
@@ -190,14 +191,10 @@ def analyze_usage(
         CheckpointError: the checkpoint cannot be read.
     """
     check_text(prefix, split)
-    find_checkpoint(checkpoint)
+    read_settings(checkpoint)
     world = World.from_environment()
-    if output is not None and world.rank == 0:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "usage.npz").touch()
-        except OSError as error:
-            raise DataError(f"--output {output}: cannot be written to ({error.strerror}); name a folder") from None
+    if output is not None and world.rank == 0 and (problem := unwritable(output)):
+        raise DataError(f"--output {output}: cannot be written to ({problem}); name a folder")
     with world.joined():
         loaded = load_model(checkpoint, world.world_size)
         layers = sparse_layers(loaded.model)
@@ -227,7 +224,13 @@ def analyze_usage(
         },
     )
     if output is not None:
-        np.savez(output / "usage.npz", **report.arrays)  # type: ignore[arg-type]
+        with no_empty_folders(output):
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"--output {output}: {why_unwritten(error)}; name a folder") from None
+            with whole(output / "usage.npz", DataError, f"--output {output}") as path, path.open("wb") as file:
+                np.savez(file, **report.arrays)  # type: ignore[arg-type]
     return report
 
 

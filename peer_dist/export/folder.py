@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from peer_dist.checkpoints.files import sync
 from peer_dist.checkpoints.manifest import read_manifest
 from peer_dist.checkpoints.store import find_checkpoint, verify_checkpoint
-from peer_dist.config import Config, ConfigError, parse_config
+from peer_dist.config import Config, ConfigError, parse_config, unwritable
 from peer_dist.data.documents import DataError
 from peer_dist.data.tokenizer import END_OF_DOCUMENT, TextTokenizer, load_tokenizer
 from peer_dist.export.joined import joined_source
@@ -30,6 +30,8 @@ from peer_dist.kinds import KINDS
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.dist_checkpoint import check_tensors
 from peer_dist.megatron.reader import StoredTensors
+from peer_dist.reading import reading
+from peer_dist.writing import no_empty_folders, why_unwritten
 
 _BLOCK = 1 << 22  # numbers read at a time
 _MODEL, _FOR_TRANSFORMERS = "peer_model.py", "modeling_peer.py"
@@ -76,8 +78,10 @@ def export(
     output, limit = Path(output), parse_size(shard_size)
     if dtype not in DTYPES:
         raise DataError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
-    if output.exists():
+    if os.path.lexists(output):
         raise DataError(f"--output {output}: is there already, and nothing is replaced; name a new folder")
+    if problem := unwritable(output):
+        raise DataError(f"--output {output}: cannot be written ({problem}); name another place")
     path = find_checkpoint(checkpoint)
     verify_checkpoint(path)
     manifest = read_manifest(path)
@@ -90,24 +94,23 @@ def export(
     settings = model_settings(config, tokenizer, dtype)
     code = joined_source({kind.name: kind.exported() for kind in config.kinds})
     entries = _entries(path, settings, code)
-    unfinished = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
-        (unfinished / _MODEL).write_text(code, encoding="utf-8")
-        written = write_shards(unfinished, entries, limit)
-        _write_settings(unfinished, settings)
-        _write_tokenizer(unfinished, path, settings)
-        shutil.copyfile(Path(__file__).with_name(_FOR_TRANSFORMERS), unfinished / _FOR_TRANSFORMERS)
-        for written_path in (*unfinished.iterdir(), unfinished):
-            sync(written_path)
-        unfinished.rename(output)
-        sync(output.parent)
-    except OSError as error:
-        raise DataError(f"--output {output}: cannot be written ({error.strerror or error})") from None
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} cannot be exported: {error}") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = output.with_name(f".{output.name[:100]}.partial-{os.getpid()}")
+    with no_empty_folders(output.parent):
+        try:
+            unfinished.mkdir(parents=True)
+            (unfinished / _MODEL).write_text(code, encoding="utf-8")
+            written = write_shards(unfinished, entries, limit)
+            _write_settings(unfinished, settings)
+            _write_tokenizer(unfinished, path, settings)
+            shutil.copyfile(Path(__file__).with_name(_FOR_TRANSFORMERS), unfinished / _FOR_TRANSFORMERS)
+            for written_path in (*unfinished.iterdir(), unfinished):
+                sync(written_path)
+            unfinished.rename(output)
+            sync(output.parent)
+        except OSError as error:
+            raise DataError(f"--output {output}: {why_unwritten(error)}") from None
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return Exported(path, int(manifest["step"]), len(entries), written)
 
 
@@ -171,10 +174,20 @@ def _entries(path: Path, settings: dict[str, Any], code: str) -> list[Entry]:
             PREFIX + name,
             shape,
             "float32" if name in exact else settings["dtype"],
-            partial(stored.rows, keys[name], _BLOCK),
+            partial(_rows, stored, keys[name], path),
         )
         for name, shape in shapes.items()
     ]
+
+
+def _rows(stored: StoredTensors, key: str, path: Path) -> Iterator[torch.Tensor]:
+    """The rows of a tensor, some at a time.
+
+    Raises:
+        CheckpointError: what is stored is not what the checkpoint says of it.
+    """
+    with reading(f"{path}: its {key}", CheckpointError, "what .metadata says of it"):
+        yield from stored.rows(key, _BLOCK)
 
 
 def stored_key(name: str, kinds: list[str]) -> str:
@@ -203,7 +216,7 @@ def _write_tokenizer(folder: Path, path: Path, settings: dict[str, Any]) -> None
     tokenizer.post_processor = TemplateProcessing(
         single=f"{END_OF_DOCUMENT} $A", special_tokens=[(END_OF_DOCUMENT, settings["eos_token_id"])]
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_DOCUMENT,

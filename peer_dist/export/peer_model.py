@@ -18,18 +18,20 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"  # of a folder that transformers wrote, which needs no index
 PREFIX = "model."  # of the tensors' names in the files
+MOST_JSON = 1 << 26  # bytes of a JSON file
 
 EPS = 1e-5  # of the norms within layers
 
@@ -193,6 +195,59 @@ LAYERS: dict[str, type[ExportedLayer]] = {}
 """By the name that ``mlp`` of config.json has for it: the kinds of layer that this file has."""
 
 
+def _line(error: BaseException) -> str:
+    """The beginning of an error's message, as a part of a sentence."""
+    return " ".join(str(error).split())[:200]
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        if not file.is_file():
+            raise ValueError(f"{file}: there is no such file")
+        if file.stat().st_size > MOST_JSON:
+            raise ValueError(f"{file}: is larger than any such file")
+        tree = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    except (RecursionError, MemoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file}: is not valid JSON ({_line(error)})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: must hold a JSON object")
+    return tree
+
+
+def _read_tensors(folder: Path, device: str) -> dict[str, Tensor]:
+    """All tensors of a folder, by their names without :data:`PREFIX`.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the index names one elsewhere.
+    """
+    files: list[Any] = [ONE_FILE]
+    if os.path.lexists(folder / INDEX):
+        homes = _read_object(folder / INDEX).get("weight_map")
+        if not isinstance(homes, dict) or not homes:
+            raise ValueError(f"{folder / INDEX}: has no weight_map from tensors to files")
+        files = sorted(set(map(str, homes.values())))
+    state: dict[str, Tensor] = {}
+    for name in files:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", name):
+            raise ValueError(f"{folder / INDEX}: names {name!r:.80}, which is no safetensors file of this folder")
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file}: there is no such file")
+        try:
+            with safe_open(file, framework="pt", device=device) as tensors:
+                state |= {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: cannot be read as safetensors ({_line(error)})") from None
+    return state
+
+
 class Layer(nn.Module):
     """Attention and a feed-forward part, each behind a norm and added to its input."""
 
@@ -237,6 +292,14 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = dict(config)
+        try:
+            self._build(config)
+        except KeyError as error:
+            raise ValueError(f"config.json: has no {error}, by which the model would be built") from None
+        except (TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, OverflowError) as error:
+            raise ValueError(f"config.json: does not describe a model of this file ({_line(error)})") from None
+
+    def _build(self, config: Mapping[str, Any]) -> None:
         width, kinds = config["hidden_size"], config["mlp"]
         self.embedding = nn.Embedding(config["vocab_size"], width)
         self.router_core = None
@@ -260,17 +323,28 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> LanguageModel:
-        """The model of an exported folder, in evaluation mode and in the files' dtype."""
+        """The model of an exported folder, in evaluation mode and in the files' dtype.
+
+        Nothing in the folder is run, and no file elsewhere is read.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the files do not fit each other; the message is one sentence.
+        """
         folder = Path(folder)
         with torch.device("meta"):
-            model = cls(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        files = [ONE_FILE]
-        if (folder / INDEX).exists():
-            files = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        state: dict[str, Tensor] = {}
-        for file in files:
-            with safe_open(folder / file, framework="pt", device=str(device)) as tensors:
-                state |= {name.removeprefix(PREFIX): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            model = cls(_read_object(folder / "config.json"))
+        wanted, state = model.state_dict(), _read_tensors(folder, str(device))
+        for name, value in wanted.items():
+            if name not in state:
+                raise ValueError(f"{folder}: has no tensor {PREFIX}{name}, which config.json asks for")
+            there = state[name]
+            if there.shape != value.shape or there.is_floating_point() != value.is_floating_point():
+                raise ValueError(
+                    f"{folder}: the tensor {PREFIX}{name} is {there.dtype} {list(there.shape)}, but by config.json "
+                    f"{list(value.shape)} numbers"
+                )
+        for name in state.keys() - wanted.keys():
+            raise ValueError(f"{folder}: has the tensor {PREFIX}{name}, which config.json does not ask for")
         model.load_state_dict(state, assign=True)
         return model.eval()
 

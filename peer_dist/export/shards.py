@@ -45,7 +45,7 @@ def parse_size(text: str) -> int:
     Raises:
         DataError: it is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B)", text)
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([KMG]B)", text)
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not size:
         raise DataError(f"--shard-size {text}: must be a number of KB, MB or GB, such as 5GB")

@@ -25,7 +25,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -40,6 +42,7 @@ from torch.futures import Future
 
 from peer_dist.mistake import Mistake
 from peer_dist.ranks.rank_zero import from_every_rank, on_rank_zero
+from peer_dist.shortage import shortage
 
 from .model import chunks_of, shards_of
 from .reader import LoadPlainValues, LoadTensors, MetadataReader, UntrustedError, read_plain_values
@@ -50,6 +53,7 @@ BUFFER_BYTES = 1 << 26
 Key = TypeVar("Key")
 State = dict[str, Any]
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
+Wanted: TypeAlias = dict[str, tuple[tuple[int, ...], bool]]  # shapes by key, and whether another shape will do
 
 
 class CheckpointError(Mistake, RuntimeError):
@@ -170,9 +174,15 @@ class _Summed(io.BufferedWriter):
 
     checksum = 0
 
+    problem: OSError | None = None  # torch tells of positions instead
+
     def write(self, data: Any) -> int:
         self.checksum = zlib.crc32(data, self.checksum)
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.problem = error
+            raise
 
 
 @dataclasses.dataclass
@@ -196,18 +206,25 @@ class _Files(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        name = Path(path).name
-        if Path(path).suffix != ".distcp":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-        elif self.in_memory:
-            buffer = _Kept()
-            yield buffer
-            self.written.pending[name] = buffer.getbuffer()
-        else:
-            with _Summed(io.FileIO(path, mode)) as file:
-                yield file
-                self.written.checksums[name] = [file.tell(), file.checksum]
+        name, file = Path(path).name, None
+        try:
+            if Path(path).suffix != ".distcp":
+                with super().create_stream(path, mode) as stream:
+                    yield stream
+            elif self.in_memory:
+                buffer = _Kept()
+                yield buffer
+                self.written.pending[name] = buffer.getbuffer()
+            else:
+                with _Summed(io.FileIO(path, mode)) as file:
+                    yield file
+                    self.written.checksums[name] = [file.tell(), file.checksum]
+        except Exception as error:
+            problem = error if file is None or file.problem is None else file.problem
+            if not isinstance(problem, OSError):
+                raise
+            where = OSError(problem.errno, problem.strerror, os.fspath(path))
+            raise CheckpointError(_first_sentence(where)) from error  # here, where the limits are this rank's
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -284,8 +301,12 @@ def _sharded(state: Any) -> Iterator[ShardedTensor]:
 
 
 @contextlib.contextmanager
-def _readable_errors(what: str) -> Iterator[None]:
-    """Megatron's and torch's many exceptions as one, and none of their deprecation warnings."""
+def _readable_errors(what: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Megatron's and torch's many exceptions as one, and none of their deprecation warnings.
+
+    Args:
+        kinds: of exceptions beside that by which torch tells every rank of what failed on one; others stay as they are.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -295,11 +316,15 @@ def _readable_errors(what: str) -> Iterator[None]:
     except dcp.CheckpointException as error:  # holds every rank's, with tracebacks
         rank, (cause, _) = min(error.failures.items())
         raise CheckpointError(f"{what} (rank {rank}): {_first_sentence(cause)}") from error
-    except Exception as error:
+    except kinds as error:
         raise CheckpointError(f"{what}: {_first_sentence(error)}") from error
 
 
 def _first_sentence(error: BaseException) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if sentence := shortage(error):
+        return sentence
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0].split('. ')[0]}"
 
 
@@ -313,19 +338,27 @@ def save(state: State, folder: str | Path, in_memory: bool = False) -> Written:
         in_memory: leave the tensors' files to the caller: a copy of this rank's tensors, in :attr:`Written.pending`.
 
     Raises:
-        CheckpointError: on every rank, if shards do not cover a tensor exactly or a rank cannot write its
-            tensors; on the rank alone, if it cannot make the folder or ``common.pt``.
+        CheckpointError: on every rank, if shards do not cover a tensor exactly or a rank cannot write its files. An
+            error of any other kind is of the rank alone.
     """
     folder, files = Path(folder), _Files(in_memory)
-    with _readable_errors(f"cannot save the checkpoint {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Megatron's check raises on rank 0 only, and the others wait for it; torch's raises everywhere.
-        dist_checkpointing.save(
-            _copy(state),
-            str(folder),
-            sharded_strategy=_SaveHere(files),
-            validate_access_integrity=False,
-        )
+    # Megatron's check raises on rank 0 only, and the others wait for it; torch's raises everywhere.
+    sharded, plain = save_preprocess(_copy(state), False, None)
+
+    def write_plain() -> None:
+        """As Megatron's own saving does, but that all ranks hear of an error."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            content = io.BytesIO()
+            torch.save(plain, content)
+            (folder / "common.pt").write_bytes(content.getbuffer())
+            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+        except OSError as error:
+            raise CheckpointError(f"cannot save the checkpoint {folder}: {_first_sentence(error)}") from error
+
+    on_rank_zero(write_plain, raises=CheckpointError)
+    with _readable_errors(f"cannot save the checkpoint {folder}", ()):
+        _SaveHere(files).save(sharded, str(folder))
         _verify(state, folder, partial=False, written=not in_memory)  # finds a tensor that no rank was told to write
     return files.written
 
@@ -431,8 +464,15 @@ def _verify(template: State, folder: Path, partial: bool, written: bool = True) 
     on_rank_zero(check, raises=CheckpointError)
 
 
-def _problem(wanted: dict[str, tuple[tuple[int, ...], bool]], folder: Path, partial: bool, written: bool) -> str | None:
+def _problem(wanted: Wanted, folder: Path, partial: bool, written: bool) -> str | None:
     """What is wrong with the checkpoint, in a sentence. Reads no tensor that a rank wrote."""
+    try:
+        return _difference(wanted, folder, partial, written)
+    except Exception as error:  # .metadata can hold values of any kind
+        return f"{folder / '.metadata'} does not describe a checkpoint: {_first_sentence(error)}"
+
+
+def _difference(wanted: Wanted, folder: Path, partial: bool, written: bool) -> str | None:
     for name in ("metadata.json", "common.pt", ".metadata"):
         if not (folder / name).is_file():
             return f"{folder} is not a complete checkpoint: {name} is missing"

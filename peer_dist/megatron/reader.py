@@ -256,7 +256,7 @@ class StoredTensors:
 
 def _gathered(blocks: Sequence[_Block], where: Sequence[slice]) -> torch.Tensor:
     """What the blocks of a tensor have of a part of it, which they cover; only rows that are needed are read."""
-    part = torch.empty([wanted.stop - wanted.start for wanted in where], dtype=blocks[0].dtype, device="cpu")
+    part, filled = torch.empty([want.stop - want.start for want in where], dtype=blocks[0].dtype, device="cpu"), 0
     for block in blocks:
         common = [
             slice(max(wanted.start, begin), min(wanted.stop, begin + size))
@@ -267,6 +267,9 @@ def _gathered(blocks: Sequence[_Block], where: Sequence[slice]) -> torch.Tensor:
             place = tuple(slice(c.start - wanted.start, c.stop - wanted.start) for c, wanted in zip(common, where))
             whole = (slice(None), *others)
             part[place] = block.rows(rows.start, rows.stop)[whole]
+            filled += part[place].numel()
+    if filled != part.numel():
+        raise UntrustedError("the blocks of a tensor do not cover it")
     return part
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,9 +18,12 @@ from peer_dist.config import ConfigError
 from peer_dist.measures.metrics import metrics_file, read_metrics
 from peer_dist.plots import figures
 from peer_dist.plots.panels import style
+from peer_dist.reading import check_regular, reading
 from peer_dist.sweep.fit import Measure, differences, optima
 from peer_dist.sweep.results import RESULTS, Row, read_results
+from peer_dist.writing import no_empty_folders, whole, why_unwritten
 
+_MOST_BYTES = 1 << 30  # of an array of a usage.npz, which may be compressed
 KINDS = ("isoflop", "models", "loss", "experts", "hk", "usage")
 
 
@@ -59,10 +63,17 @@ def plot(inputs: Sequence[Path], output: Path, kinds: Sequence[str], against: st
         if missing or not figure_of:
             names = ", ".join(map(str, inputs))
             raise ConfigError(f"{names}: has nothing for {', '.join(missing) or 'any figure'}; {_NEEDS}")
-        output.mkdir(parents=True, exist_ok=True)
-        paths = [output / f"{name}.{ending}" for name in figure_of for ending in ("png", "svg")]
-        for path in paths:
-            figure_of[path.stem][1].savefig(path)
+        with no_empty_folders(output):
+            try:
+                output.mkdir(parents=True, exist_ok=True)
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"--output {output}: {why_unwritten(error)}; name a folder") from None
+            paths = []
+            for name, (_, figure) in figure_of.items():
+                for ending in ("png", "svg"):
+                    paths.append(output / f"{name}.{ending}")
+                    with whole(paths[-1], ConfigError, f"--output {output}") as path:
+                        figure.savefig(path, format=ending)
         plt.close("all")
     return paths
 
@@ -81,7 +92,7 @@ def results_of(inputs: Sequence[Path]) -> list[Row]:
     """
     rows: list[Row] = []
     for path in inputs:
-        if path.suffix == ".csv" or (path / RESULTS).is_file():
+        if path.suffix == ".csv" or os.path.isfile(path / RESULTS):
             rows += read_results(path if path.suffix == ".csv" else path / RESULTS)
         elif path.suffix != ".npz" and metrics_file(path) is None:
             raise ConfigError(f"{path}: is no results.csv, no folder with one or with metrics.jsonl, and no .npz file")
@@ -175,12 +186,31 @@ def _number(value: float | None) -> float:
 
 
 def _masses(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as arrays:
-            masses = {name.removeprefix("mass_"): arrays[name] for name in arrays if name.startswith("mass_layer")}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a NumPy .npz file ({error})") from None
-    masses = {name.replace("layer", "layer "): mass for name, mass in masses.items() if mass.sum() > 0}
+    """The gates' sums of each layer, ``[experts]``, by the layer's name.
+
+    Raises:
+        ConfigError: the file is no usage.npz, or holds none.
+    """
+    masses: dict[str, np.ndarray] = {}
+    with reading(path, ConfigError, "a usage.npz of `peer-dist usage`"):
+        check_regular(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
+            layers = (re.fullmatch(r"mass_layer([1-9][0-9]{0,5})", name) for name in arrays.files)
+            for number in sorted(int(layer[1]) for layer in layers if layer):
+                name = f"mass_layer{number}"
+                if arrays.zip is None or arrays.zip.getinfo(f"{name}.npy").file_size > _MOST_BYTES:
+                    raise ValueError(f"its {name} is larger than any")
+                mass = arrays[name]
+                if (
+                    mass.ndim != 1
+                    or mass.dtype.kind not in "fiu"
+                    or not (np.isfinite(mass).all() and (mass >= 0).all())
+                ):
+                    raise ValueError(f"its {name} is no list of sums of gates")
+                if mass.sum() > 0:
+                    masses[f"layer {number}"] = mass
     if not masses:
         raise ConfigError(f"{path}: has no array mass_layer<N> with any mass in it; peer-dist usage writes them")
     return masses

@@ -42,6 +42,7 @@ from peer_dist.output import say_at_once
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.rank_zero import on_rank_zero
 from peer_dist.ranks.verdict import Beat, gone_sentence, judge, limit
+from peer_dist.shortage import shortage
 from peer_dist.tracing import position
 
 _BROKEN = re.compile(
@@ -94,7 +95,7 @@ class Watchdog:
         if not watching:
             return
         if error is not None:
-            self._failed = _one_line(error)
+            self._failed = shortage(error) or _one_line(error)
             time.sleep(2 * self._interval)  # until the others know
         self._ending.set()
         for thread in self._threads:

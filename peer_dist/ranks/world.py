@@ -17,6 +17,7 @@ from peer_dist.machine import usable_cores
 from peer_dist.output import messages
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.launchers import Launch, WorldError, discover
+from peer_dist.shortage import check_room
 
 
 class JoinError(WorldError):
@@ -78,7 +79,9 @@ class World(Launch):
         Raises:
             WorldError: fewer GPUs than ranks on this machine; on every rank, if some see one GPU, and the same.
             JoinError: on every rank that is there, when the time is up.
+            ShortageError: there are too few threads, files or addresses for any run.
         """
+        check_room()
         only_gpu = ""
         # NVIDIA's images set a variable that turns float32 products into TF32's; one config computes alike everywhere
         torch.set_float32_matmul_precision("highest")

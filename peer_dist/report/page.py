@@ -17,6 +17,7 @@ from peer_dist.config import ConfigError
 from peer_dist.measures.metrics import time_of
 from peer_dist.measures.record import RunRecord, read_run
 from peer_dist.plots import charts
+from peer_dist.writing import whole
 
 _CENTURY = 3.2e9  # seconds: no run takes as long
 _EVENTS = 100  # shown of a run, the newest
@@ -36,10 +37,9 @@ def write_report(folders: Sequence[Path], output: Path | None) -> Path:
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(folder)) for run, folder in zip(runs, folders)]
     output = output or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    try:
-        output.write_text(page(runs), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise ConfigError(f"--output {output}: {error.strerror}; name a file in a folder that is there") from None
+    text = page(runs)
+    with whole(output, ConfigError, f"--output {output}") as path:
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return output
 
 

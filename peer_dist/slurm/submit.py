@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from peer_dist.config import Config, ConfigError, check_folders, check_world, find_config, load_config
+from peer_dist.config import Config, ConfigError, check_world, find_config, load_config, make_folders
 from peer_dist.mistake import in_words
 from peer_dist.slurm.script import (
     SubmitError,
@@ -119,7 +119,7 @@ def submit(config: Path, overrides: Sequence[str], job: Job, dry_run: bool = Fal
             "# The job would read the config as that is then; peer-dist submit keeps a copy for it.\n"
         )
     find_sbatch()
-    check_folders(settings)  # a container cannot be given what is not there
+    make_folders(settings)  # a container cannot be given what is not there
     try:
         logs.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(find_config(config), kept)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from peer_dist.config import Config, ConfigError
 from peer_dist.measures.held_out import perplexity_of
 from peer_dist.mistake import in_words
-from peer_dist.reading import reading
+from peer_dist.reading import check_regular, reading
 from peer_dist.sweep.spec import Run
 
 RESULTS = "results.csv"
@@ -154,6 +154,7 @@ def read_results(path: Path, advice: str = "name a results.csv of peer-dist swee
     """
     rows = []
     with reading(path, ConfigError, "a table of peer-dist sweep", advice):
+        check_regular(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.DictReader(file, strict=True)
             missing = Row.model_fields.keys() - set(table.fieldnames or ())

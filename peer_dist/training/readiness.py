@@ -6,25 +6,27 @@ from peer_dist.checkpoints.manifest import read_manifest
 from peer_dist.checkpoints.resuming import check_resumable, data_identity
 from peer_dist.checkpoints.sources import open_source
 from peer_dist.checkpoints.store import CheckpointStore
-from peer_dist.config import Config, check_world
-from peer_dist.data.prepare import read_prepared
-from peer_dist.data.stream import open_tokenizer
+from peer_dist.config import Config, check_folders, check_world
+from peer_dist.data.stream import check_data
 
 
-def check_ready(config: Config, world_size: int) -> None:
+def check_ready(config: Config, world_size: int) -> list[str]:
     """Refuse a run that could not begin, or not go on from its newest checkpoint; nothing is written.
+
+    No tensor is read: damage inside of files of tensors is found when they are loaded.
+
+    Returns:
+        What is worth a word, though the run can begin.
 
     Raises:
         Mistake: ConfigError, DataError or CheckpointError, the first that there is.
     """
     check_world(config, world_size)
-    for prefix in config.data.weights:
-        read_prepared(prefix)
-    tokenizer = open_tokenizer(config.data)
-    store = CheckpointStore(config.checkpoint.dir)
-    steps = store.candidates()
-    if steps:
-        path = store.path(steps[-1])
+    check_folders(config)
+    data = check_data(config.data, config.model.seq_length, config.train.seed)
+    path = CheckpointStore(config.checkpoint.dir).look(config.checkpoint.fall_back)
+    if path is not None:
         check_resumable(path, config, data_identity(config), read_manifest(path))
     elif config.checkpoint.init_from is not None:
-        open_source(config, tokenizer)
+        open_source(config, data.tokenizer)
+    return data.remarks

@@ -12,7 +12,7 @@ import torch
 from rich.text import Text
 
 from peer_dist.measures.metrics import METRICS, Metrics, read_metrics
-from peer_dist.megatron import fuses_weight_gradients
+from peer_dist.megatron import CheckpointError, fuses_weight_gradients
 from peer_dist.mistake import Mistake
 from peer_dist.output import lost, messages
 from peer_dist.ranks.environment import environment
@@ -114,7 +114,7 @@ class Run:
 
         Raises:
             LockError: another run has taken over the folder; this run has written nothing since.
-            CheckpointError: a checkpoint could not be written.
+            CheckpointError: the last checkpoint could not be written.
             Diverged: too many steps in a row were skipped.
         """
         self._values, self._saved = self._saved | values, {}
@@ -185,7 +185,7 @@ class Run:
         """Complete the checkpoint that was begun, if all ranks have written their parts."""
         store = self._trainer.store
         if store.unfinished and not self._writing:
-            store.finish()
+            self._attempt(store.finish)
 
     @property
     def _logged(self) -> bool:
@@ -234,7 +234,7 @@ class Run:
         trainer = self._trainer
         if not trainer.guard.given_up:
             return
-        trainer.store.finish()
+        self._attempt(trainer.store.finish)
         steps = trainer.store.agreed_steps()
         text = trainer.guard.explain(trainer.store.path(steps[-1]) if steps else None)
         if self._metrics is not None:  # rank 0
@@ -247,16 +247,41 @@ class Run:
         raise Diverged(text)
 
     def _save(self) -> None:
-        """Save at the end, and at each ``checkpoint.interval`` unless the last step was skipped."""
+        """Save at the end, and at each ``checkpoint.interval`` unless the last step was skipped.
+
+        Raises:
+            CheckpointError: the last state could not be saved.
+        """
         trainer = self._trainer
         due = trainer.steps_done % self._config.checkpoint.interval == 0 and not trainer.guard.in_a_row
         if not (self.over or due):
             return
         self._progress.say("saving a checkpoint")
         begin = time.perf_counter()
-        trainer.save()
+        self._attempt(trainer.store.finish)  # of the save before: this one must be tried all the same
+        if self.over:
+            trainer.save()
+        elif not self._attempt(trainer.save):
+            return
         self._saved = trainer.last_save
         self._event("checkpoint", seconds=time.perf_counter() - begin)  # training waited that long
+
+    def _attempt(self, save: Callable[[], object]) -> bool:
+        """Make or complete a checkpoint; where that fails, on every rank alike, say so and go on without.
+
+        What was saved before stays, the disk may have room again when the next one is due, and ending here would lose
+        the steps since. Only the last state must be saved.
+
+        Returns:
+            Whether it was done.
+        """
+        try:
+            save()
+        except CheckpointError as error:
+            self._say(f"no checkpoint was saved: {error}; the run goes on, and saves again when the next one is due")
+            self._event("checkpoint not saved", told=str(error))
+            return False
+        return True
 
     # Printing and recording.
 

@@ -23,8 +23,8 @@ from peer_dist.checkpoints.resuming import check_resumable, data_identity
 from peer_dist.checkpoints.sources import open_source
 from peer_dist.checkpoints.state import restore_run, run_state
 from peer_dist.checkpoints.store import CheckpointStore
-from peer_dist.config import Config, check_folders, check_world
-from peer_dist.data.stream import check_data, open_data
+from peer_dist.config import Config
+from peer_dist.data.stream import open_data
 from peer_dist.engines import StepResult
 from peer_dist.engines.building import dtype_of, join_groups, make_engine
 from peer_dist.engines.revival import Revival
@@ -46,9 +46,11 @@ from peer_dist.ranks.world import World
 from peer_dist.tracing import StepTimes, listen, position, span
 from peer_dist.training.guard import Diverged, Guard
 from peer_dist.training.profiling import Profile
+from peer_dist.training.readiness import check_ready
 from peer_dist.training.run import Run
 from peer_dist.training.startup import Startup
 from peer_dist.training.stragglers import Stragglers
+from peer_dist.writing import no_empty_folders
 
 Value = TypeVar("Value")
 _NO_SPIKES = {"spikes": 0, "in_a_row": 0, "losses": []}  # for checkpoints older than the guard
@@ -66,33 +68,30 @@ def train(config: Config, profile: range | None = None) -> int:
         The process's exit code, from :mod:`peer_dist.ranks.exit_codes`.
 
     Raises:
-        ConfigError, DataError: the config cannot be run; nothing has been started yet.
+        Mistake: the run cannot begin, or not go on (:func:`~peer_dist.training.readiness.check_ready`); nothing has
+            been started yet.
         LockError: another run writes to this one's folder.
         CheckpointError: a checkpoint cannot be written or read.
     """
     startup = Startup()
     startup.ended("import")
     world = World.from_environment()
-    check_world(config, world.world_size)
-    data = check_data(config.data, config.model.seq_length, config.train.seed)
-    store = CheckpointStore(config.checkpoint.dir)
-    if config.checkpoint.init_from is not None and not store.steps():
-        open_source(config, data.tokenizer)
-    check_folders(config)
-    record_nccl(config.logging.dir)
-    with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds):
-        startup.ended("join")
-        if world.rank == 0:
-            ranks = f": {world.world_size} rank(s)" if world.master_port else ""
-            messages().print(f"{world.launcher}{ranks}")
-            for remark in data.remarks:
-                messages().print(remark)
-        with run_lock(config.checkpoint.dir, world.rank) as lock:
-            try:
-                code = Trainer(config, startup, profile).run(stop, lock)
-            except Diverged as error:  # on every rank
-                messages(quiet=world.rank != 0).print(Text.assemble(("stopped:", "red"), f" {error}"))
-                code = DIVERGED
+    remarks = check_ready(config, world.world_size)
+    with no_empty_folders(config.checkpoint.dir, config.logging.dir):
+        record_nccl(config.logging.dir)
+        with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds):
+            startup.ended("join")
+            if world.rank == 0:
+                ranks = f": {world.world_size} rank(s)" if world.master_port else ""
+                messages().print(f"{world.launcher}{ranks}")
+                for remark in remarks:
+                    messages().print(remark)
+            with run_lock(config.checkpoint.dir, world.rank) as lock:
+                try:
+                    code = Trainer(config, startup, profile).run(stop, lock)
+                except Diverged as error:  # on every rank
+                    messages(quiet=world.rank != 0).print(Text.assemble(("stopped:", "red"), f" {error}"))
+                    code = DIVERGED
     return code
 
 

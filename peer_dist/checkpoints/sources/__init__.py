@@ -20,9 +20,9 @@ from peer_dist.checkpoints.sources.llama import LlamaFolder
 from peer_dist.checkpoints.sources.megatron import MegatronFolder
 from peer_dist.checkpoints.state import restore_weights
 from peer_dist.checkpoints.store import find_checkpoint, verify_checkpoint
-from peer_dist.config import Config, parse_config
+from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.config.schema import ModelConfig
-from peer_dist.data.tokenizer import TextTokenizer
+from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
 from peer_dist.kinds import KINDS
 from peer_dist.layers.sparse_layer import BeginsAtZero
 from peer_dist.megatron import Parallel, sparse_layers
@@ -71,6 +71,7 @@ def open_source(config: Config, tokenizer: TextTokenizer) -> Source:
     Raises:
         CheckpointError: it is neither a checkpoint, of this package or Megatron's, nor a Llama model, or not complete.
         ConfigError: its architecture or its vocabulary is not the run's.
+        DataError: its tokenizer cannot be read.
     """
     path = Path(str(config.checkpoint.init_from))
     foreign = _open_foreign(path, config.model)
@@ -80,6 +81,12 @@ def open_source(config: Config, tokenizer: TextTokenizer) -> Source:
     else:
         path = find_checkpoint(path)
         theirs, names = parse_config(read_manifest(path)["config"], str(path)).model, {}
+        rows = load_tokenizer(str(path / "tokenizer.json")).padded_vocab_size
+        if rows != tokenizer.padded_vocab_size:
+            raise ConfigError(
+                f"checkpoint.init_from: {path} has {rows} rows of embedding, but the data's tokenizer {tokenizer.name} "
+                f"gives {tokenizer.padded_vocab_size}; prepare the data with {path / 'tokenizer.json'}"
+            )
     check_architecture(path, theirs, config.model, names)
     fresh = fresh_layers(path, theirs, config)
     return Source(path, foreign, fresh, any(KINDS[kind].routed for kind in theirs.mlp_kinds))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,11 @@ from peer_dist.config.load import sentence
 from peer_dist.config.schema import ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import CheckpointError
+from peer_dist.mistake import in_words
+from peer_dist.reading import check_regular, read_object, reading
 
+_ADVICE = "copy the model again, or name another one in checkpoint.init_from"
+_MOST = 1 << 31  # what no size of a model reaches
 # our key: theirs, and its value where config.json does not have it
 _KEYS: dict[str, tuple[str, Any]] = {
     "num_layers": ("num_hidden_layers", None),
@@ -63,11 +67,15 @@ class LlamaFolder(ForeignModel):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        tree = _read_json(path / "config.json")
+        file = path / "config.json"
+        tree = read_object(file, CheckpointError, _ADVICE)
+        for key in ("rope_parameters", "rope_scaling"):
+            if not isinstance(tree.get(key) or {}, dict):
+                raise CheckpointError(f"{file}: its {key} is no object; {_ADVICE}")
         tree = {**(tree.get("rope_parameters") or {}), **tree}  # where transformers 5 has rope_theta
         for key in _REQUIRED:
-            if not isinstance(tree.get(key), int):
-                raise CheckpointError(f"{path / 'config.json'}: has no {key}, or not as a whole number")
+            if type(tree.get(key)) is not int or not 0 < tree[key] < _MOST:
+                raise CheckpointError(f"{file}: has no {key}, or not as a whole number from 1 on; {_ADVICE}")
         self._refuse_what_differs(tree)
         values = {ours: tree.get(theirs, default) for ours, (theirs, default) in _KEYS.items()}
         try:
@@ -75,7 +83,7 @@ class LlamaFolder(ForeignModel):
         except ValidationError as error:
             raise ConfigError(sentence(error, str(path / "config.json"), {}, ModelConfig)) from None
         self._vocab_size: int = tree["vocab_size"]
-        self._files = self._find_tensors(self._shapes())
+        self._files = self._find_tensors()
 
     @staticmethod
     def recognizes(path: Path) -> bool:
@@ -99,7 +107,9 @@ class LlamaFolder(ForeignModel):
         file = self.path / "tokenizer.json"
         if not file.is_file():
             return
-        theirs = {number: token for token, number in Tokenizer.from_file(str(file)).get_vocab().items()}
+        with reading(file, CheckpointError, "a tokenizer.json of Hugging Face tokenizers", _ADVICE):
+            check_regular(file)
+            theirs = {number: token for token, number in Tokenizer.from_file(str(file)).get_vocab().items()}
         for token, number in sorted(tokenizer.vocabulary.items(), key=lambda item: item[1]):
             if number != tokenizer.eod and theirs.get(number, token) != token:
                 raise ConfigError(
@@ -132,12 +142,13 @@ class LlamaFolder(ForeignModel):
         return torch.cat(parts, 1).flatten(0, 1)
 
     def _read(self, name: str, where: tuple[slice, ...]) -> Tensor:
-        with safe_open(self._files[name], framework="pt") as file:
+        path = self._files[name]
+        with reading(path, CheckpointError, "what it was when the run began", _ADVICE), safe_open(path, "pt") as file:
             part: Tensor = file.get_slice(name)[where]
         return part
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes that the architecture's tensors must have, by name."""
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The names and shapes that the architecture's tensors must have."""
         model, d = self.model, self.model.hidden_size
         keys = d // model.num_attention_heads * model.query_groups
         layer = {
@@ -151,44 +162,60 @@ class LlamaFolder(ForeignModel):
             "mlp.up_proj": (model.ffn_hidden_size, d),
             "mlp.down_proj": (d, model.ffn_hidden_size),
         }
-        outside: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self._vocab_size, d),
-            "model.norm.weight": (d,),
-        }
+        yield "model.embed_tokens.weight", (self._vocab_size, d)
+        yield "model.norm.weight", (d,)
         if not model.tied_embeddings:
-            outside["lm_head.weight"] = (self._vocab_size, d)
-        return outside | {
-            f"model.layers.{number}.{name}.weight": shape
-            for number in range(model.num_layers)
-            for name, shape in layer.items()
-        }
+            yield "lm_head.weight", (self._vocab_size, d)
+        for number in range(model.num_layers):
+            for name, shape in layer.items():
+                yield f"model.layers.{number}.{name}.weight", shape
 
-    def _find_tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
+    def _find_tensors(self) -> dict[str, Path]:
         """The file of each tensor, by the tensor's name. The header of every file is read, to refuse what is wrong now.
 
-        Args:
-            shapes: of the tensors that must be there.
-
         Raises:
-            CheckpointError: a file cannot be read, or a tensor is missing or of another shape.
+            CheckpointError: a file cannot be read, or a tensor is missing, of another shape, or packed.
         """
-        index = self.path / "model.safetensors.index.json"
-        listed = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         files: dict[str, Path] = {}
-        stored: dict[str, tuple[int, ...]] = {}
-        for name in sorted(listed):
+        stored: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name in self._listed():
+            path = self.path / name
             try:
-                with safe_open(self.path / name, framework="pt") as file:
-                    stored |= {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in [*file.keys()]}
-                    files |= dict.fromkeys([*file.keys()], self.path / name)
+                check_regular(path)
+                with safe_open(path, framework="pt") as file:
+                    for tensor in [*file.keys()]:
+                        part = file.get_slice(tensor)
+                        stored[tensor], files[tensor] = (tuple(part.get_shape()), part.get_dtype()), path
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.path / name}: cannot be read as safetensors ({error})") from None
-        for tensor, shape in shapes.items():
-            if stored.get(tensor) != shape:
+                reason = in_words(getattr(error, "strerror", None) or error)
+                raise CheckpointError(f"{path}: cannot be read as safetensors ({reason}); {_ADVICE}") from None
+        for tensor, shape in self._shapes():
+            there, dtype = stored.get(tensor, ("missing", ""))
+            if there != shape:
+                raise CheckpointError(f"{self.path}: the tensor {tensor} is {there}, but by config.json {shape}")
+            if dtype not in ("F64", "F32", "F16", "BF16"):
                 raise CheckpointError(
-                    f"{self.path}: the tensor {tensor} is {stored.get(tensor, 'missing')}, but by config.json {shape}"
+                    f"{self.path}: the tensor {tensor} holds {dtype}, not numbers of floating point; take a model "
+                    "that is not quantized"
                 )
         return files
+
+    def _listed(self) -> list[str]:
+        """The names of the files with tensors.
+
+        Raises:
+            CheckpointError: the index cannot be read, or names a file elsewhere.
+        """
+        index = self.path / "model.safetensors.index.json"
+        if not os.path.lexists(index):
+            return ["model.safetensors"]
+        homes = read_object(index, CheckpointError, _ADVICE).get("weight_map")
+        if not isinstance(homes, dict) or not homes:
+            raise CheckpointError(f"{index}: has no weight_map from tensors to files; {_ADVICE}")
+        for name in homes.values():
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,200}", name):
+                raise CheckpointError(f"{index}: names {name!r:.80}, which is no file of this folder; {_ADVICE}")
+        return sorted(set(homes.values()))
 
     def _refuse_what_differs(self, tree: dict[str, Any]) -> None:
         """Refuse a ``config.json`` of a model that is computed otherwise than ours.
@@ -210,16 +237,3 @@ class LlamaFolder(ForeignModel):
                     f"checkpoint.init_from: {self.path / 'config.json'} has {key} = {value}, but models of this "
                     f"package have {wanted}; take another model"
                 )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        tree: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({error})") from None
-    return tree

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +9,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from peer_dist.checkpoints.manifest import MANIFEST
+from peer_dist.checkpoints.manifest import MANIFEST, step_of
 from peer_dist.checkpoints.sources.foreign_model import ForeignModel
 from peer_dist.config import ConfigError
 from peer_dist.config.schema import ModelConfig
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.reader import StoredTensors
+from peer_dist.reading import read_text, reading
 
+_ADVICE = "copy the checkpoint again, or name another one in checkpoint.init_from"
+_MOST_LAYERS = 100_000
 _LATEST = "latest_checkpointed_iteration.txt"
 _EMBEDDING = "embedding.word_embeddings.weight"
 _HEAD = "output_layer.weight"
@@ -52,21 +54,22 @@ class MegatronFolder(ForeignModel):
 
     def __init__(self, path: Path, ours: ModelConfig) -> None:
         self.path = _newest(path)
-        try:
+        with reading(self.path, CheckpointError, "a checkpoint of a GPT model of Megatron-core", _ADVICE):
             self._tensors = StoredTensors(self.path, others=True)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.path}: cannot be read as a checkpoint of Megatron-core ({error})") from None
-        self._shapes = self._tensors.shapes
-        self._layers = self._count_layers()
-        if not self._layers:
-            raise CheckpointError(f"{self.path}: has no tensor decoder.layers...; name a GPT model of Megatron-core")
-        self._refuse_what_differs()
-        self.model = self._architecture(ours)
+            self._shapes = self._tensors.shapes
+            self._layers = self._count_layers()
+            if not self._layers:
+                raise CheckpointError(
+                    f"{self.path}: has no tensor decoder.layers...; name a GPT model of Megatron-core"
+                )
+            self._refuse_what_differs()
+            self.model = self._architecture(ours)
 
     @staticmethod
     def recognizes(path: Path) -> bool:
         """Whether the folder is a run's of Megatron-LM, or a ``torch_dist`` checkpoint that is not one of ours."""
-        return (path / _LATEST).is_file() or ((path / ".metadata").is_file() and not (path / MANIFEST).is_file())
+        ours = (path / MANIFEST).is_file() or step_of(path) is not None  # which may have lost its manifest
+        return (path / _LATEST).is_file() or ((path / ".metadata").is_file() and not ours)
 
     def check_vocabulary(self, tokenizer: TextTokenizer) -> None:
         """Refuse a tokenizer with more tokens than the embedding has rows; the tokens themselves are not stored.
@@ -88,10 +91,8 @@ class MegatronFolder(ForeignModel):
         if key in (_EMBEDDING, _HEAD):
             rows = self._shapes[stored][0]
             slices[0] = slice(min(where[0].start, rows), min(where[0].stop, rows))
-        try:
+        with reading(f"{self.path}: its {stored}", CheckpointError, "what .metadata says of it", _ADVICE):
             return self._tensors.part(stored, slices)[(0,) * len(layer)]
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{self.path}: its {stored} cannot be read ({error})") from None
 
     def _locate(self, key: str) -> tuple[str, tuple[slice, ...]]:
         """The stored tensor that has our ``key``, and the layer's place in it, if it holds all layers.
@@ -111,10 +112,19 @@ class MegatronFolder(ForeignModel):
         raise CheckpointError(f"{self.path}: the tensor {key} is missing")
 
     def _count_layers(self) -> int:
-        """The number of layers, each with tensors of its own or all in one; 0 if there is no tensor of a layer."""
-        numbers = [int(match[1]) for key in self._shapes if (match := re.match(r"decoder\.layers\.(\d+)\.", key))]
+        """The number of layers, each with tensors of its own or all in one; 0 if there is no tensor of a layer.
+
+        Raises:
+            CheckpointError: there are absurdly many.
+        """
+        numbers = [
+            int(match[1]) for key in self._shapes if (match := re.match(r"decoder\.layers\.([0-9]{1,9})\.", key))
+        ]
         stacked = [shape[0] for key, shape in self._shapes.items() if re.match(r"decoder\.layers\.[a-z]", key)]
-        return max([*(number + 1 for number in numbers), *stacked], default=0)
+        layers = max([*(number + 1 for number in numbers), *stacked], default=0)
+        if layers > _MOST_LAYERS:
+            raise CheckpointError(f"{self.path}: has {layers} layers, which no model has; {_ADVICE}")
+        return layers
 
     def _refuse_what_differs(self) -> None:
         """Refuse a model that has other tensors than ours.
@@ -180,7 +190,9 @@ def _newest(path: Path) -> Path:
     """
     if not (path / _LATEST).is_file():
         return path
-    text = (path / _LATEST).read_text(encoding="utf-8").strip()
+    text = read_text(path / _LATEST, CheckpointError, _ADVICE, most=1000).strip()
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,60}", text):
+        raise CheckpointError(f"{path / _LATEST}: holds neither a number nor a name of a checkpoint; {_ADVICE}")
     newest = path / (f"iter_{int(text):07d}" if text.isdecimal() else text)
     if not (newest / ".metadata").is_file():
         raise CheckpointError(
