@@ -123,7 +123,7 @@ def _parsed(manifest: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(manifest.get("dtype", ""), str):
         raise _Damaged("its dtype is no name")
     for name, value in manifest["files"].items():
-        if name in ("", ".", "..") or any(char in name for char in "/\\\0"):
+        if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
             raise _Damaged(f"it names {name!r:.80}, which is no file of a checkpoint")
         if not (isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))):
             raise _Damaged(f"it has no size and checksum of {name}")

@@ -234,6 +234,6 @@ class LlamaFolder(ForeignModel):
         for key, (value, wanted) in values.items():
             if value != wanted:
                 raise ConfigError(
-                    f"checkpoint.init_from: {self.path / 'config.json'} has {key} = {value}, but models of this "
-                    f"package have {wanted}; take another model"
+                    f"checkpoint.init_from: {self.path / 'config.json'} has {key} = {in_words(str(value), 80)}, but "
+                    f"models of this package have {wanted}; take another model"
                 )
