@@ -49,7 +49,7 @@ def reading(source: object, raises: type[Mistake], what: str = "what is expected
     except RecursionError:
         raise raises(f"{source}: is nested too deeply to be {what}{end}") from None
     except MemoryError:
-        raise raises(f"{source}: asks for more memory than there is; it is not {what}, or damaged{end}") from None
+        raise raises(f"{source}: takes more memory than this process can have; raise its limit{end}") from None
     except Exception as error:
         raise raises(f"{source}: is not {what} ({in_words(error)}){end}") from None
     except BaseException as error:
@@ -101,7 +101,7 @@ def read_text(path: str | os.PathLike[str], raises: type[Mistake], advice: str =
         Mistake: ``raises``; it cannot be read, is no text in UTF-8, or is too large.
     """
     with reading(path, raises, "a text file in UTF-8", advice), opened(path) as file:
-        data = file.read(most + 1)
+        data = file.read(min(most, os.fstat(file.fileno()).st_size or most) + 1)  # the size of a pipe is 0
         if len(data) > most:
             end = f"; {advice}" if advice else ""
             raise raises(f"{path}: is larger than {most >> 20} MiB, which no such file is{end}")

@@ -112,14 +112,13 @@ def generate(
 ) -> None:
     """Continue texts with a trained model, on any number of ranks; several are told apart by lines of their numbers."""
     queue_for_ranks(tensor)
-    from peer_dist.checkpoints.store import find_checkpoint
     from peer_dist.evaluation.generate import generate as run
     from peer_dist.evaluation.generate import read_prompts, write_texts
-    from peer_dist.evaluation.loading import load_model
+    from peer_dist.evaluation.loading import load_model, read_settings
     from peer_dist.ranks.world import World
 
     prompts = read_prompts(prompt or [], prompt_file)
-    find_checkpoint(checkpoint)
+    read_settings(checkpoint, tensor, pipeline)
     world = World.from_environment()
     with world.joined():
         loaded = load_model(checkpoint, world.world_size, tensor, pipeline)

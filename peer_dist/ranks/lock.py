@@ -21,8 +21,9 @@ from pathlib import Path
 from types import TracebackType
 
 from peer_dist.machine import process_space, process_start
-from peer_dist.mistake import Mistake
+from peer_dist.mistake import Mistake, in_words
 from peer_dist.ranks.rank_zero import on_rank_zero
+from peer_dist.reading import opened
 
 NAME = "run.lock"
 HEARTBEAT_SECONDS = 20.0
@@ -49,7 +50,9 @@ def run_lock(folder: str | os.PathLike[str], rank: int) -> Iterator[RunLock | No
             try:
                 stack.enter_context(lock)
             except OSError as error:
-                raise LockError(str(error)) from error
+                raise LockError(
+                    f"{lock.path}: cannot be written ({error.strerror or in_words(error)}); choose another checkpoint.dir"
+                ) from error
 
         on_rank_zero(take, raises=LockError)
         yield lock if rank == 0 else None
@@ -266,7 +269,8 @@ def _read(path: Path, unsure: Holder | None = None) -> Holder | None:
         unsure: returned if the file system does not answer.
     """
     try:
-        holder = Holder(**json.loads(path.read_text(encoding="utf-8")))
+        with opened(path) as file:
+            holder = Holder(**json.loads(file.read(1 << 16)))
     except FileNotFoundError:
         return None
     except OSError:
