@@ -50,9 +50,8 @@ def run_lock(folder: str | os.PathLike[str], rank: int) -> Iterator[RunLock | No
             try:
                 stack.enter_context(lock)
             except OSError as error:
-                raise LockError(
-                    f"{lock.path}: cannot be written ({error.strerror or in_words(error)}); choose another checkpoint.dir"
-                ) from error
+                why = error.strerror or in_words(error)
+                raise LockError(f"{lock.path}: cannot be written ({why}); choose another checkpoint.dir") from error
 
         on_rank_zero(take, raises=LockError)
         yield lock if rank == 0 else None
