@@ -108,7 +108,7 @@ def submit(
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="YAML file of the run: its folders and layout.")
+        Path | None, typer.Option("--config", "-c", help="YAML file of the run: its layout, folders and data.")
     ] = None,
     overrides: Overrides = None,
     seconds: Annotated[float, number(1, 10**6, "Time limit of each check; who takes longer is named.")] = 30.0,
