@@ -653,8 +653,8 @@ def header(**changes: int | bytes) -> bytes:
         (header(version=2), "its header is not that of an index"),
         (header(code=7), "its header is not that of an index"),
         (header(code=200), "its header is not that of an index"),
-        (header(documents=2**63), f"tells of {2**63} documents where 40 were written"),
-        (header(ends=2**64 - 1), "tells of 40 documents where 40 were written"),
+        (header(documents=2**63), f"tells of {2**63} sequences and 40 documents where 40"),
+        (header(ends=2**64 - 1), "tells of 40 sequences and 18446744073709551614 documents where 40"),
         (header(code=4), r"document 1 does not begin where the one before it ends"),
     ],
 )

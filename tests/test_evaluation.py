@@ -393,3 +393,27 @@ def test_wrong_names_are_told_in_one_sentence(run, tmp_path):
         assert sentence.startswith("error: ")
         assert name in sentence
         assert "Traceback" not in sentence
+
+
+def test_texts_are_refused_before_ranks_meet(run, tmp_path):
+    """In this process, which has no process group: a split without a sequence, other tokens, a damaged set."""
+    from peer_dist.data.documents import DataError
+    from peer_dist.data.prepare import prepare
+    from peer_dist.evaluation.loading import check_text, read_settings
+
+    settings = read_settings(run["checkpoint"]["dir"])
+    for split in ("validation", "test", "all"):
+        check_text(settings, None, split)
+    (tmp_path / "short.txt").write_text("Many sheep crossed the river, and some of them came back.\n\n" * 20)
+    for name, chosen in (("short", {}), ("other", {"train_bpe": 300}), ("cut", {})):
+        prepare([tmp_path / "short.txt"], tmp_path / name, max_document=1000, **chosen)
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "cut.bin").read_bytes()[:-2])
+    check_text(settings, str(tmp_path / "short"), "all")
+    for name, said in (
+        ("short", "the test split has no whole"),
+        ("other", "was prepared with the tokenizer"),
+        ("cut", "cut.bin: has "),
+    ):
+        with pytest.raises(DataError, match=said):
+            check_text(settings, str(tmp_path / name), "test")
+    assert not list(tmp_path.glob("*.cache"))

@@ -178,10 +178,12 @@ class CheckedData:
 
     Attributes:
         tokenizer: the tokenizer that the data sets were made with.
+        sequences: number of whole sequences in the ``training``, ``validation`` and ``test`` splits of all data sets.
         remarks: a sentence for each thing that does not stop the run, but may not be meant.
     """
 
     tokenizer: TextTokenizer
+    sequences: dict[str, int]
     remarks: list[str]
 
 
@@ -197,14 +199,15 @@ def check_data(
         DataError: as in :func:`open_data`.
     """
     tokenizer, summaries = _read_all(config)
-    remarks = []
+    sequences, remarks = dict.fromkeys(("training", "validation", "test"), 0), []
     for prefix, summary in summaries.items():
         index = open_index(prefix, summary.documents)
-        for name, documents in zip(("training", "validation"), split_documents(config.split, summary.documents)):
+        for name, documents in zip(sequences, split_documents(config.split, summary.documents)):
             tokens = index.tokens(documents.start, documents.stop, summary.sizes[".bin"])
+            sequences[name] += max(0, tokens - 1) // seq_length
             if name == "training":
                 _check_length(prefix, tokens, seq_length)
-            elif float(config.split.split(",")[1]) > 0 and tokens <= seq_length:
+            elif name == "validation" and float(config.split.split(",")[1]) > 0 and tokens <= seq_length:
                 remarks.append(
                     f"{prefix}: the validation split has {len(documents)} documents and {tokens} tokens, too few for "
                     f"one sequence ({seq_length + 1}): no loss is measured on it; prepare more documents, or give it a "
@@ -217,7 +220,7 @@ def check_data(
             check_split_datasets(prefix, config.split, seq_length, seed, tokenizer, cache.path, summary.fingerprint)
         except CacheError as error:
             raise DataError(str(error)) from None
-    return CheckedData(tokenizer, remarks)
+    return CheckedData(tokenizer, sequences, remarks)
 
 
 def open_data(

@@ -79,8 +79,7 @@ def evaluate(checkpoint: str, prefix: str | None, split: str, batch_size: int) -
         DataError: the data set cannot be read, has another tokenizer, or has no such split.
         CheckpointError: the checkpoint cannot be read.
     """
-    check_text(prefix, split)
-    read_settings(checkpoint)
+    check_text(read_settings(checkpoint), prefix, split)
     world = World.from_environment()
     with world.joined():
         loaded = load_model(checkpoint, world.world_size)

@@ -12,9 +12,9 @@ from peer_dist.checkpoints.manifest import read_manifest
 from peer_dist.checkpoints.state import restore_weights
 from peer_dist.checkpoints.store import find_checkpoint, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
+from peer_dist.config.schema import DataConfig
 from peer_dist.data.documents import DataError
-from peer_dist.data.prepare import read_prepared
-from peer_dist.data.stream import HeldOutStream, SplitStreams, open_data
+from peer_dist.data.stream import HeldOutStream, SplitStreams, check_data, open_data
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
 from peer_dist.megatron import CheckpointError, Parallel, build_model
 
@@ -121,16 +121,39 @@ class HeldOutText:
     streams: SplitStreams
 
 
-def check_text(prefix: str | None, split: str) -> None:
-    """Refuse a split or a data set that :func:`open_text` could not open, before anything is loaded.
+def check_text(settings: Settings, prefix: str | None, split: str) -> None:
+    """Refuse a split or a data set that :func:`open_text` could not open, before ranks meet.
+
+    Args:
+        settings: of the checkpoint.
+        prefix, split: as for :func:`open_text`.
 
     Raises:
-        DataError: there is no such split, or the data set cannot be read.
+        DataError: as :func:`open_text` does.
     """
     if split not in SPLITS:
-        raise DataError(f"--split {split}: must be one of {', '.join(SPLITS)}")
+        raise DataError(f"--split {split:.40}: must be one of {', '.join(SPLITS)}")
+    data = _text_config(settings, prefix, split)
+    checked = check_data(data, settings.config.model.seq_length, settings.config.train.seed)
+    if split != "all" and not checked.sequences[split]:
+        raise _no_sequence(data, split)
+
+
+def _text_config(of: Settings | LoadedModel, prefix: str | None, split: str) -> DataConfig:
+    """What to open for a split of a data set, in a checkpoint's own tokens."""
+    changes: dict[str, object] = {"tokenizer": str(of.path / "tokenizer.json")}
     if prefix is not None:
-        read_prepared(prefix)
+        changes |= {"prefix": prefix, "blend": None}
+    if split == "all":
+        changes["split"] = "1,0,0"
+    return of.config.data.model_copy(update=changes)
+
+
+def _no_sequence(data: DataConfig, split: str) -> DataError:
+    return DataError(
+        f"{', '.join(data.weights)}: the {split} split has no whole sequence (data.split is {data.split}); evaluate "
+        "another split, or --split all of another data set"
+    )
 
 
 def open_text(loaded: LoadedModel, prefix: str | None, split: str) -> HeldOutText:
@@ -143,20 +166,12 @@ def open_text(loaded: LoadedModel, prefix: str | None, split: str) -> HeldOutTex
     Raises:
         DataError: the data set cannot be read, has another tokenizer, or has no such split.
     """
-    changes: dict[str, object] = {"tokenizer": str(loaded.path / "tokenizer.json")}
-    if prefix is not None:
-        changes |= {"prefix": prefix, "blend": None}
-    if split == "all":
-        changes["split"] = "1,0,0"
-    data = loaded.config.data.model_copy(update=changes)
+    data = _text_config(loaded, prefix, split)
     streams = open_data(data, loaded.config.model.seq_length, loaded.config.train.seed)
     name = ", ".join(data.weights)
     if split == "all":
         return HeldOutText(name, HeldOutStream(streams.train.datasets), streams)
     stream = streams.validation if split == "validation" else streams.test
     if stream is None:
-        raise DataError(
-            f"{name}: the {split} split has no whole sequence (data.split is {data.split}); evaluate another split, or "
-            "--split all of another data set"
-        )
+        raise _no_sequence(data, split)
     return HeldOutText(name, stream, streams)

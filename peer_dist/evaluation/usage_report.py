@@ -190,8 +190,7 @@ def analyze_usage(
             or nothing can be written to ``output``.
         CheckpointError: the checkpoint cannot be read.
     """
-    check_text(prefix, split)
-    read_settings(checkpoint)
+    check_text(read_settings(checkpoint), prefix, split)
     world = World.from_environment()
     if output is not None and world.rank == 0 and (problem := unwritable(output)):
         raise DataError(f"--output {output}: cannot be written to ({problem}); name a folder")
