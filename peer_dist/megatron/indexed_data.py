@@ -290,8 +290,10 @@ def _load_plain(path: str, mmap_mode: str | None = None, allow_pickle: bool = Fa
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{name} is no file")
         try:
-            version = np.lib.format.read_magic(file)
-            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # about headers that Megatron does not write
+                version = np.lib.format.read_magic(file)
+                shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
         except Exception:  # of many kinds, with texts about Python's parser
             raise ValueError(f"{name} does not begin as an array's file") from None
         if version != (1, 0):
