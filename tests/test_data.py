@@ -27,6 +27,7 @@ from peer_dist.config import parse_config
 from peer_dist.config.schema import DataConfig
 from peer_dist.data import files as data_files
 from peer_dist.data import stream as data_stream
+from peer_dist.data import tokenizer as tokenizer_module
 from peer_dist.data.documents import DataError, cut, read_documents
 from peer_dist.data.prepare import PreparedSet, prepare, read_prepared
 from peer_dist.data.stream import HeldOutStream, TokenStream, check_data, open_data
@@ -838,6 +839,22 @@ def test_data_identity(tmp_path: Path, shared: Path, bpe: Path) -> None:
     for saved in bad:
         with pytest.raises(CheckpointError, match=r"was made from other data than .* or another tokenizer"):
             resume(saved, identity)
+
+
+def test_a_tokenizer_is_parsed_once(tmp_path: Path, bpe: Path) -> None:
+    """A large one takes seconds, and a start asks for it again and again: beside each data set, and to compare."""
+    source = tmp_path / "a.txt"
+    source.write_text(prose(1, 100))
+    for name in ("one", "two"):
+        prepare([source], tmp_path / name, tokenizer=str(bpe), console=quiet())
+    tokenizer_module._loaded.cache_clear()
+    config = DataConfig(blend={str(tmp_path / "one"): 1.0, str(tmp_path / "two"): 2.0}, split="1,0,0")
+    checked, opened = check_data(config, 16, 5).tokenizer, open_data(config, 16, 5).tokenizer
+    assert tokenizer_module._loaded.cache_info().misses == 1
+    assert checked.name == opened.name == str(tmp_path / "one.tokenizer.json")
+    assert load_tokenizer(str(tmp_path / "two.tokenizer.json")).name == str(tmp_path / "two.tokenizer.json")
+    assert checked.works_as(opened)
+    assert not checked.works_as(load_tokenizer("byte"))
 
 
 def test_tokenizers_by_their_content(tmp_path: Path, bpe: Path) -> None:

@@ -203,8 +203,7 @@ def _write(
 ) -> PreparedSet:
     """Write the four files of a data set under ``prefix``, and return its description."""
     tokenizer.save(f"{prefix}.tokenizer.json")
-    again = load_tokenizer(f"{prefix}.tokenizer.json")
-    if (again.eod, again.content) != (tokenizer.eod, tokenizer.content):
+    if not load_tokenizer(f"{prefix}.tokenizer.json").works_as(tokenizer):
         raise DataError(
             f"{tokenizer.name}: its tokens get other ids when it is saved and loaded again; number them from 0 without "
             "holes"

@@ -277,7 +277,7 @@ def _check_tokenizer(prefix: str, summary: PreparedSet, tokenizer: TextTokenizer
         tokenizer.vocab_size,
         tokenizer.eod,
     ):
-        if load_tokenizer(f"{prefix}.tokenizer.json").content == tokenizer.content:
+        if load_tokenizer(f"{prefix}.tokenizer.json").works_as(tokenizer):
             return
         known = "(the same tokens, but another way of dividing texts into them)"
     raise DataError(

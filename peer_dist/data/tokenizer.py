@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from peer_dist.config.schema import VOCAB_MULTIPLE
 from peer_dist.data.documents import MAX_DOCUMENT, DataError, input_files, read_documents
 from peer_dist.reading import parse_json, read_text, reading
+from peer_dist.writing import whole
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MOST_TOKENS = 1 << 22  # of a vocabulary: more than any has, and an embedding of as many rows still fits somewhere
@@ -56,6 +57,10 @@ class TextTokenizer:
         It is to be compared with another's in the same process; the library's next version may write another text.
         """
         return _digest(json.loads(self._tokenizer.to_str()))
+
+    def works_as(self, other: TextTokenizer) -> bool:
+        """Whether it does the same as another to every text, wherever their files are."""
+        return self._tokenizer is other._tokenizer or (self.eod, self.content) == (other.eod, other.content)
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -109,12 +114,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
         return _wrap(_byte_tokenizer(), name)
     if not os.path.isfile(name):
         raise DataError(f"{name}: there is no such tokenizer file; name a tokenizer.json, or use 'byte'")
-    text = read_text(name, DataError, most=_MOST_BYTES)
-    _check_file(parse_json(text, name, DataError), name)
-    with reading(name, DataError, _KIND), _silent():
-        tokenizer = Tokenizer.from_str(text)
-        _probe(tokenizer)
-    return _wrap(tokenizer, name)
+    return replace(_loaded(_read_file(name)), name=name)
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
@@ -125,15 +125,35 @@ def file_digest(path: str | os.PathLike[str]) -> str:
     Raises:
         DataError: the file is missing, or is no tokenizer.json.
     """
-    text = read_text(path, DataError, most=_MOST_BYTES)
-    return _digest_of(text, os.fspath(path))
+    return _digest_of(_read_file(path))
 
 
-@lru_cache(maxsize=4)
-def _digest_of(text: str, path: str) -> str:
-    tree = parse_json(text, path, DataError)
-    _check_file(tree, path)
-    with reading(path, DataError, _KIND):
+@dataclass(frozen=True)
+class _File:
+    """A tokenizer.json that was read. A start asks for the same ones several times, and some take seconds to parse."""
+
+    text: str
+    path: str = field(compare=False)  # for messages
+
+
+def _read_file(path: str | os.PathLike[str]) -> _File:
+    return _File(read_text(path, DataError, most=_MOST_BYTES), os.fspath(path))
+
+
+@lru_cache(maxsize=2)
+def _loaded(file: _File) -> TextTokenizer:
+    _check_file(parse_json(file.text, file.path, DataError), file.path)
+    with reading(file.path, DataError, _KIND), _silent():
+        tokenizer = Tokenizer.from_str(file.text)
+        _probe(tokenizer)
+    return _wrap(tokenizer, file.path)
+
+
+@lru_cache(maxsize=2)
+def _digest_of(file: _File) -> str:
+    tree = parse_json(file.text, file.path, DataError)
+    _check_file(tree, file.path)
+    with reading(file.path, DataError, _KIND):
         return _digest(tree)
 
 
@@ -234,12 +254,8 @@ def train_bpe(
     with input_files(files) as paths, reading("the text", DataError, "one that a vocabulary can be learnt from"):
         tokenizer.train_from_iterator(documents(paths), trainer)
     result = _wrap(tokenizer, os.fspath(output))
-    partial = f"{os.fspath(output)}.partial-{os.getpid()}"
-    try:
-        result.save(partial)
-        os.replace(partial, output)
-    except OSError as error:
-        raise DataError(f"{output}: cannot be written ({error.strerror or error})") from None
+    with whole(output, DataError, os.fspath(output)) as path:
+        result.save(path)
     return result
 
 
