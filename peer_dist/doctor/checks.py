@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 from peer_dist.config import ConfigError, check_world
 from peer_dist.config.schema import VOCAB_MULTIPLE
 from peer_dist.data.documents import DataError
-from peer_dist.data.prepare import read_prepared
+from peer_dist.data.prepare import describe_prepared
 from peer_dist.doctor.gpu import gpu_checks, known_card, memory_users, unseen_gpus
 from peer_dist.engines.building import dtype_of
 from peer_dist.machine import free_memory, nearest_existing, usable_cores
@@ -222,7 +222,7 @@ def _checkpoint_bytes(ranks: Ranks) -> int:
     if config is None:
         return 0
     try:
-        vocab_size = read_prepared(next(iter(config.data.weights))).vocab_size
+        vocab_size = describe_prepared(next(iter(config.data.weights))).vocab_size
     except DataError:
         vocab_size = 0
     itemsize = dtype_of(config, "cuda" if ranks.backend == "nccl" else "cpu").itemsize
