@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peer_dist.mistake import Mistake, printable
+from peer_dist.mistake import Mistake, in_words
 
 if TYPE_CHECKING:
     from peer_dist.config import Config
@@ -46,9 +46,8 @@ def _number(
     def checked(param: typer.CallbackParam, value: Any) -> Any:
         if value is None or (not isinstance(value, str) and least <= value <= most):
             return value
-        text = printable(str(value))
-        text = repr(text if len(text) <= 40 else f"{text[:37]}...")
-        raise OptionError(f"{param.opts[-1]} {text}: must be {kind} from {least:,} to {most:,}")
+        text = in_words(str(value), 40)
+        raise OptionError(f"{param.opts[-1]} {text!r}: must be {kind} from {least:,} to {most:,}")
 
     return typer.Option(*names, parser=parser, callback=checked, help=help, **more)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from peer_dist.cli.options import MOST_RANKS, AsJson, ConfigFile, Overrides, Sbatch, number, queue_for_ranks, whole
+from peer_dist.mistake import in_words
 from peer_dist.output import show
 
 
@@ -142,7 +143,7 @@ def _steps(text: str, last: int) -> range:
     from peer_dist.config import ConfigError
 
     first, colon, end = text.partition(":")
-    shown = text if len(text) <= 40 else f"{text[:37]}..."
+    shown = in_words(text, 40)
     if not (first.isdecimal() and (end if colon else first).isdecimal()) or len(text) > 40:
         raise ConfigError(f"--profile {shown}: is no range of steps; write 10:15 for the steps 10 to 15, or 10 for one")
     steps = range(int(first), int(end or first) + 1)

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch.overrides import TorchFunctionMode
 
 from peer_dist.config import Config, ConfigError, check_world
+from peer_dist.mistake import in_words
 from peer_dist.optim import HeldBytes
 from peer_dist.planning.layout import check_vocabulary
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs, synthetic_picks
@@ -114,7 +115,7 @@ def construct_chosen(
     if chosen == "stages":
         return construct_stages(config, world_size, gpus_per_node, vocab_size, device)
     if not chosen.isdecimal() or len(chosen) > 9:
-        word = chosen if len(chosen) <= 40 else f"{chosen[:37]}..."
+        word = in_words(chosen, 40)
         raise ConfigError(f"--construct {word}: must be a rank's number, or stages: the first and last rank of each")
     return [construct(config, world_size, int(chosen), gpus_per_node, vocab_size, device)]
 
