@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def whole(path: str | os.PathLike[str], raises: type[Mistake], option: str) -> I
         path = Path(path)
         if path.is_file() or not os.path.lexists(path):
             path = Path(os.path.realpath(path))  # of a link, what it leads to
-            partial = path.with_name(f".{path.name[:100]}.{os.getpid()}")
+            partial = path.with_name(f".{path.name[:100]}.{socket.gethostname()[:64]}.{os.getpid()}")
         yield partial or path
         if partial is not None:
             os.replace(partial, path)

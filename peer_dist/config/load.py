@@ -19,6 +19,7 @@ from peer_dist.config.schema import Config
 from peer_dist.kinds.section import shown
 from peer_dist.mistake import Mistake, in_words
 from peer_dist.reading import as_yaml, parse_yaml, read_yaml
+from peer_dist.writing import whole
 
 Tree = dict[str, Any]
 
@@ -43,7 +44,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     origin = {key: str(path) for key in _leaves(tree)}
     for override in overrides:
         key = _apply(tree, override)
-        origin[key] = f"command line ({override if len(override) < 80 else override[:77] + '...'})"
+        origin[key] = f"command line ({in_words(override, 80)})"
     return parse_config(tree, str(path), origin)
 
 
@@ -102,11 +103,9 @@ def write_config(config: Config, path: Path, about: str) -> None:
         ConfigError: the file cannot be written.
     """
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"# {about}\n{as_yaml(tree)}", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another place") from None
+    with whole(path, ConfigError, str(path)) as partial:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(f"# {about}\n{as_yaml(tree)}", encoding="utf-8")
 
 
 def check_world(config: Config, world_size: int) -> None:

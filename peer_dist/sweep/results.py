@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +16,7 @@ from peer_dist.measures.held_out import perplexity_of
 from peer_dist.mistake import in_words
 from peer_dist.reading import check_regular, reading
 from peer_dist.sweep.spec import Run
+from peer_dist.writing import whole
 
 RESULTS = "results.csv"
 Size = Annotated[int, Field(gt=0, lt=10**18)]
@@ -133,13 +132,15 @@ def _experts(config: Config) -> tuple[int, int, int] | tuple[None, None, None]:
 
 
 def write_results(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the table by one of ``rows``, completely or not at all."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    """Replace the table by one of ``rows``, completely or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    with whole(path, ConfigError, str(path)) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, Row.model_fields)
         writer.writeheader()
         writer.writerows(row.model_dump() for row in rows)
-    os.replace(partial, path)
 
 
 def read_results(path: Path, advice: str = "name a results.csv of peer-dist sweep") -> list[Row]:

@@ -16,7 +16,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -29,10 +28,11 @@ from peer_dist.mistake import Mistake
 from peer_dist.ranks.exit_codes import DIVERGED, DONE, STOPPED
 from peer_dist.ranks.lock import LockError, RunLock
 from peer_dist.ranks.signals import StopRequest
-from peer_dist.reading import read_json
+from peer_dist.reading import as_yaml, read_json
 from peer_dist.sweep.results import RESULTS, Row, problem_of, read_results, row_of, write_results
 from peer_dist.sweep.spec import Run, Sweep
 from peer_dist.sweep.tuning import choose_rates
+from peer_dist.writing import whole
 
 FAILED = 1
 _RESULT = "result.json"
@@ -450,7 +450,8 @@ class _Slots:
 
     def _started(self, slot: int, run: Run, folder: Path) -> Process:
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(run.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        with whole(config, ConfigError, str(config)) as partial:
+            partial.write_text(as_yaml(run.config.model_dump(mode="json")), encoding="utf-8")
         launcher = []
         if self._ranks > 1:
             launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self._ranks), "-m"]
@@ -493,9 +494,8 @@ def _last_words(log: Path, most: int = 1 << 16) -> str:
 
 def _finish(folder: Path, row: Row, keep_checkpoints: bool) -> None:
     """Mark a run as finished, so that it is not run again; remove its checkpoints unless they are to be kept."""
-    partial = folder / f".{_RESULT}"
-    partial.write_text(row.model_dump_json(indent=1), encoding="utf-8")
-    os.replace(partial, folder / _RESULT)
+    with whole(folder / _RESULT, ConfigError, str(folder / _RESULT)) as partial:
+        partial.write_text(row.model_dump_json(indent=1), encoding="utf-8")
     if not keep_checkpoints:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
