@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 from peer_dist import output
 from peer_dist.cli import checkpoints, data, planning, results, runs
 from peer_dist.mistake import Mistake
-from peer_dist.ranks.launchers import rank_said
+from peer_dist.ranks.launchers import WorldError, rank_said
 from peer_dist.ranks.signals import end_with_torchrun
 from peer_dist.shortage import leave, shortage
 
@@ -83,7 +83,7 @@ def main() -> None:
             raise
     except Mistake as error:
         rank = rank_said(os.environ)
-        if rank != "0" and type(error).__name__ != "WorldError":
+        if rank != "0" and type(error) is not WorldError:
             # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)
         output.messages().print(Text.assemble((f"{_error(rank)}:", "red"), f" {error}"))
