@@ -25,6 +25,17 @@ def in_words(error: BaseException | str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def shown(value: object, most: int = 60) -> str:
+    """A value as a file has it, for a sentence: cut, in one line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    try:
+        text = printable(repr(value))
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def printable(text: str) -> str:
     """``text`` with what a terminal would obey, or no encoding can write, spelled out: ``\\x1b``, ``\\ud800``."""
     if text.isascii() and text.isprintable():

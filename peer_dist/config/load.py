@@ -16,17 +16,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from peer_dist.config.schema import Config
-from peer_dist.kinds.section import shown
-from peer_dist.mistake import Mistake, in_words
+from peer_dist.kinds.section import LONGEST_NAME
+from peer_dist.mistake import Mistake, in_words, shown
 from peer_dist.reading import as_yaml, parse_yaml, read_yaml
 from peer_dist.writing import whole
 
 Tree = dict[str, Any]
 
 SHIPPED = Path(__file__).parents[1] / "configs"  # in a clone a link to the folder that lies beside the package
-
-
-_LONGEST_NAME = 255  # bytes of a file's name
 
 
 class ConfigError(Mistake, ValueError):
@@ -182,7 +179,7 @@ def unwritable(folder: Path) -> str:
     try:
         place = folder.absolute()
         while not os.path.lexists(place):
-            if len(os.fsencode(place.name)) > _LONGEST_NAME:
+            if len(os.fsencode(place.name)) > LONGEST_NAME:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             place = place.parent
         if os.path.islink(place) and not os.path.lexists(os.path.realpath(place)):

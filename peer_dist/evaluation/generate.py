@@ -14,9 +14,8 @@ from peer_dist.config import ConfigError
 from peer_dist.data.documents import DataError
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.evaluation.loading import LoadedModel
-from peer_dist.kinds.section import shown
 from peer_dist.megatron import Decoder
-from peer_dist.mistake import printable
+from peer_dist.mistake import printable, shown
 
 
 def generate(

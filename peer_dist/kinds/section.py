@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
 
-from peer_dist.mistake import printable
+from peer_dist.mistake import printable, shown
 
 LARGEST = 1 << 24  # of a width, a length or a batch
 MOST_EXPERTS = 1 << 20  # coarse ones
@@ -24,7 +24,7 @@ MOST_PICKS = 1 << 14  # of one head, and heads of a layer
 MOST_STEPS = 10**12
 _MOST_WHOLE = 2**63 - 1
 _MOST_FLOAT = 1e37  # a float32 ends a little above 3e38
-_MOST_NAME = 255  # bytes of a file's name, on every usual file system
+LONGEST_NAME = 255  # bytes of a file's name, on every usual file system
 
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
 Heads = Annotated[int, Field(ge=1, le=MOST_PICKS)]
@@ -53,17 +53,6 @@ class Section(BaseModel):
         taken = read(value)
         _check_kept(value, taken)
         return taken
-
-
-def shown(value: object, most: int = 60) -> str:
-    """A value as a file has it, for a sentence: cut, in one line."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    try:
-        text = printable(repr(value))
-    except ValueError:  # Python writes no number of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _check_kept(given: Any, taken: Any) -> None:
@@ -95,9 +84,9 @@ def _check_path(path: str) -> str:
     if "\n" in path or "\t" in path or printable(path) != path:
         raise ValueError(f"{shown(path)} holds control characters, or bytes that are no UTF-8; choose another name")
     longest = max(len(os.fsencode(name)) for name in PurePath(path).parts)
-    if longest > _MOST_NAME:
+    if longest > LONGEST_NAME:
         raise ValueError(
-            f"{shown(path)} holds a name of {longest} bytes, and file systems take {_MOST_NAME}; shorten it"
+            f"{shown(path)} holds a name of {longest} bytes, and file systems take {LONGEST_NAME}; shorten it"
         )
     return path
 

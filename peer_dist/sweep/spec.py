@@ -15,7 +15,8 @@ from pydantic import BeforeValidator, Field, StringConstraints, ValidationError,
 
 from peer_dist.config import Config, ConfigError, parse_config
 from peer_dist.config.load import Tree, find_config, read_tree, sentence, set_key
-from peer_dist.kinds.section import MOST_STEPS, FilePath, Rate, Section, Seed, Steps, shown
+from peer_dist.kinds.section import LONGEST_NAME, MOST_STEPS, FilePath, Rate, Section, Seed, Steps
+from peer_dist.mistake import shown
 from peer_dist.planning.counts import Counts, count
 
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.+]*$")]
@@ -35,7 +36,6 @@ _DERIVED = {
     "logging.dir",
 }
 _TUNED = {"optimizer.lr", "table_optimizer.lr"}
-_LONGEST_NAME = 255  # bytes of a folder's name
 _MOST_RUNS = 10_000
 _WHOLE_SPLIT = 10**9  # batches of a validation, which never takes more than the whole split
 
@@ -254,10 +254,10 @@ def _check_names(path: Path, cells: Sequence[_Cell]) -> None:
     of_name: dict[str, _Cell] = {}
     for cell in cells:
         name, bytes_of = cell.name, len(os.fsencode(cell.name))
-        if bytes_of > _LONGEST_NAME:
+        if bytes_of > LONGEST_NAME:
             raise ConfigError(
                 f"{path}: the run {name:.60}... would have a folder whose name has {bytes_of} bytes, and at most "
-                f"{_LONGEST_NAME} can be; shorten the names of its model, variant or size"
+                f"{LONGEST_NAME} can be; shorten the names of its model, variant or size"
             )
         other = of_name.setdefault(name, cell)
         if other is not cell:
