@@ -19,11 +19,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from peer_dist.config import ConfigError
+from peer_dist.config import ConfigError, load_config
 from peer_dist.machine import process_start
 from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks import exit_codes
 from peer_dist.ranks.lock import RunLock
+from peer_dist.reading import as_yaml
 from peer_dist.slurm.script import SubmitError
 from peer_dist.sweep import spec
 from peer_dist.sweep.array import submit_array
@@ -58,7 +59,7 @@ def sweep_tree(text):
 
 def written(tree, folder):
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(as_yaml(tree))
     return path
 
 
@@ -311,6 +312,22 @@ def test_two_sweeps_do_not_make_one_run(sweep_tree, tmp_path):
     assert f"1 not started, because another sweep runs them: {first.name}" in said
     assert started == [run.name for run in sweep.runs[1:]]
     assert list(sweep.folder.rglob("run.lock")) == []
+
+
+def test_a_run_is_started_with_the_config_that_was_checked(sweep_tree, text, tmp_path, monkeypatch):
+    """Also where a name looks like a number of YAML 1.2, which PyYAML's own dumper does not put in quotes."""
+    for file in text.parent.glob(f"{text.name}.*"):
+        if file.is_file():
+            shutil.copyfile(file, tmp_path / file.name.replace(text.name, "1e3", 1))
+    monkeypatch.chdir(tmp_path)
+    base = {**sweep_tree["base"], "data": {"prefix": "1e3", "split": "96,2,2"}}
+    sweep = load_sweep(written({**sweep_tree, "base": base}, tmp_path), tmp_path / "out")
+
+    def start(arguments, environment, log):
+        assert load_config(arguments[-1]) in [run.config for run in sweep.runs]
+        return Idle(code=1)
+
+    assert run_sweep(sweep, sweep.runs, 1, 1, None, quiet(), start) == 1
 
 
 def test_an_error_leaves_no_run_behind(sweep_tree, tmp_path):
