@@ -138,7 +138,10 @@ def messages(quiet: bool = False) -> Console:
 def say_at_once(sentence: str) -> None:
     """Write a line to stderr from a thread that must wait for nobody, such as one that ends the process."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{printable(sentence)}\n".encode(errors="backslashreplace"))
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        if poll.poll(1000):  # else a pipe is full, and who reads it stands still
+            os.write(2, f"{printable(sentence)}\n".encode(errors="backslashreplace"))
 
 
 def results(least_width: int = 0) -> Console:

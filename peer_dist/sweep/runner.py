@@ -37,6 +37,7 @@ from peer_dist.writing import whole
 FAILED = 1
 _RESULT = "result.json"
 _POLL_SECONDS = 0.5
+_LEAVE_SECONDS = 600.0  # for runs to save and leave
 # Nobody else would end a run after its sweep was killed. Set before Python becomes the run (PR_SET_PDEATHSIG is 1): a
 # function that runs between fork and exec can hang where there are threads.
 _WITH_PARENT = (
@@ -417,10 +418,14 @@ class _Slots:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Leave no run behind: those that an error has left running are asked to save and leave, and waited for."""
+        """Leave no run behind: those that an error has left running are asked to save and leave, and in the end killed."""
         if kind is not None:
             self.stop()
+        end = time.monotonic() + _LEAVE_SECONDS
         while self.running:
+            if time.monotonic() > end:
+                for child in self.running.values():
+                    child.process.kill()
             for child in self.reap():
                 child.lock.__exit__(None, None, None)
             time.sleep(_POLL_SECONDS)

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from peer_dist.measures.metrics import Metrics
 from peer_dist.measures.usage import ExpertUsage, share_histogram
 from peer_dist.measures.usage_map import usage_map
 from peer_dist.megatron import build_model, count_parameters, routers, run_forward_backward, shards_of, sparse_layers
+from peer_dist.mistake import Mistake
 from peer_dist.optim import HeldBytes, learning_rate_factor
 from peer_dist.output import messages
 from peer_dist.ranks.exit_codes import DIVERGED
@@ -406,8 +407,9 @@ class Trainer:
         path = self.store.save(self.steps_done, state, info, self.data.tokenizer, wait)
         self.last_save = {"checkpoint/seconds": time.perf_counter() - begin}
         if wait and self.parallel.rank == 0:
-            size = sum(size for size, _ in read_manifest(path)["files"].values())
-            self.last_save["checkpoint/gb_per_second"] = size / 1e9 / self.last_save["checkpoint/seconds"]
+            with suppress(Mistake):  # this rank alone may run short of files: the save is complete
+                size = sum(size for size, _ in read_manifest(path)["files"].values())
+                self.last_save["checkpoint/gb_per_second"] = size / 1e9 / self.last_save["checkpoint/seconds"]
         return path
 
     def _sums(self, *values: float) -> list[float]:
