@@ -418,14 +418,14 @@ class _Slots:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Leave no run behind: those that an error has left running are asked to save and leave, and in the end killed."""
+        """Leave no run behind: those that an error has left running are asked to save and leave, then killed."""
         if kind is not None:
             self.stop()
         end = time.monotonic() + _LEAVE_SECONDS
         while self.running:
             if time.monotonic() > end:
                 for child in self.running.values():
-                    child.process.kill()
+                    child.process.send_signal(signal.SIGKILL)
             for child in self.reap():
                 child.lock.__exit__(None, None, None)
             time.sleep(_POLL_SECONDS)
