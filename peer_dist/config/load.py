@@ -25,7 +25,7 @@ Tree = dict[str, Any]
 SHIPPED = Path(__file__).parents[1] / "configs"  # in a clone a link to the folder that lies beside the package
 
 
-_LONGEST_NAME = 255  # bytes of a file's name
+LONGEST_NAME = 255  # bytes of a file's name
 
 
 class ConfigError(Mistake, ValueError):
@@ -43,7 +43,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     origin = {key: str(path) for key in _leaves(tree)}
     for override in overrides:
         key = _apply(tree, override)
-        origin[key] = f"command line ({override if len(override) < 80 else override[:77] + '...'})"
+        origin[key] = f"command line ({in_words(override, 80)})"
     return parse_config(tree, str(path), origin)
 
 
@@ -183,7 +183,7 @@ def unwritable(folder: Path) -> str:
     try:
         place = folder.absolute()
         while not os.path.lexists(place):
-            if len(os.fsencode(place.name)) > _LONGEST_NAME:
+            if len(os.fsencode(place.name)) > LONGEST_NAME:
                 raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
             place = place.parent
         if os.path.islink(place) and not os.path.lexists(os.path.realpath(place)):
@@ -282,7 +282,7 @@ def sentence(error: ValidationError, source: str, origin: dict[str, str], root: 
         for leaf, place in origin.items()
         if place.startswith("command") and (leaf.startswith(f"{key}.") if key else leaf in message)
     ]
-    where = origin.get(key) or next(iter(inside), source)
+    where, key = origin.get(key) or next(iter(inside), source), in_words(key, 200) if key else ""
     return in_words(f"{where}: {key}: {message}" if key else f"{where}: {message}", most=2000)
 
 
