@@ -70,7 +70,7 @@ def usable_cores() -> int:
 def nearest_existing(path: Path) -> Path:
     """The path, or the nearest folder above it that exists, absolute: for questions about what is not created yet."""
     path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
 
 
 def private_folder(path: Path) -> Path:

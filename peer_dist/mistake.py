@@ -21,7 +21,7 @@ def in_words(error: BaseException | str, most: int = 200) -> str:
         most: number of characters.
     """
     text = error if isinstance(error, str) else str(error) or type(error).__name__
-    text = printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    text = printable(" ".join(line.strip() for line in text.split("\n") if line.strip()).replace("\t", " "))
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -37,7 +37,10 @@ def shown(value: object, most: int = 60) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with what a terminal would obey, or no encoding can write, spelled out: ``\\x1b``, ``\\ud800``."""
+    """``text`` with what a terminal would obey, or no encoding can write, spelled out: ``\\x1b``, ``\\ud800``.
+
+    What breaks lines or turns the direction of what follows is obeyed too: a name would look like another.
+    """
     if text.isascii() and text.isprintable():
         return text
     return "".join(_spelled(char) if _obeyed(char) else char for char in text)
@@ -45,7 +48,13 @@ def printable(text: str) -> str:
 
 def _obeyed(char: str) -> bool:
     code = ord(char)
-    return (code < 32 and char not in "\n\t") or 127 <= code < 160 or 0xD800 <= code < 0xE000
+    return (
+        (code < 32 and char not in "\n\t")
+        or 127 <= code < 160
+        or 0x2028 <= code <= 0x202E
+        or 0x2066 <= code <= 0x2069
+        or 0xD800 <= code < 0xE000
+    )
 
 
 def _spelled(char: str) -> str:

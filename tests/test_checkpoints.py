@@ -434,6 +434,39 @@ def test_a_manifest_that_is_none_is_a_sentence(copied):
         assert CheckpointStore(folder).look(fall_back=True) == folder / "step-00000004"
 
 
+def test_a_manifest_without_what_only_a_run_needs_is_no_traceback(copied):
+    """A sound checksum of its own; a value of several lines is shown in one."""
+    from peer_dist.checkpoints.manifest import read_manifest
+    from peer_dist.checkpoints.resuming import check_resumable
+    from peer_dist.config import parse_config
+    from peer_dist.megatron import CheckpointError
+
+    path = Path(copied["checkpoint"]["dir"]) / "step-00000006"
+    config = parse_config(copied, "test")
+    manifest = read_manifest(path)
+    for name, other in {
+        "was made from other data": {key: value for key, value in manifest.items() if key != "data"},
+        "model.num_layers = a b": {**manifest, "config": {"model": {"num_layers": "a\nb"}}},
+    }.items():
+        with pytest.raises(CheckpointError) as refusal:
+            check_resumable(path, config, [], other)
+        assert name in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+
+
+def resumed_at(rank, world_size, tree):
+    trainer = make_trainer(tree)
+    return trainer.steps_done, trainer.guard.not_finite  # what has been left out
+
+
+def test_a_manifest_without_updates_counts_a_step_as_one(copied):
+    path = Path(copied["checkpoint"]["dir"]) / "step-00000006" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["updates"]
+    path.write_text(json.dumps(sealed(manifest)))
+    assert run_ranks(resumed_at, 2, copied) == [(6, 0)] * 2
+
+
 def rename(folder):
     (folder / "step-00000006").rename(folder / "step-00000007")
 

@@ -164,6 +164,14 @@ def test_one_sentence_with_file_and_key(tmp_path, text, overrides, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["x" * 3000, "model." + "y" * 3000, '{"a":' * 400, "a\tb", "a\x1b[31m\nb"])
+def test_a_key_that_nobody_would_write_is_shown_short_and_in_one_line(tmp_path, key):
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, "data: {prefix: a}", f"{key}=1")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 600
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read \(No such file or directory\)"):
         load_config(tmp_path / "nowhere.yaml")

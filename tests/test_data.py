@@ -270,7 +270,7 @@ def test_empty_files(tmp_path: Path) -> None:
     empty = [tmp_path / name for name in ("empty.txt", "blank.jsonl", "none.txt.gz")]
     with pytest.raises(DataError, match=r"no text in .*empty\.txt, .*blank\.jsonl"):
         prepare(empty, tmp_path / "out" / "x", console=quiet())
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
     console = quiet()
     prepare([*empty, tmp_path / "full.txt"], tmp_path / "out" / "x", console=console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

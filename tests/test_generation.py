@@ -1,6 +1,7 @@
 """Text drawn with a cache of keys and values, against the whole model at every token."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,8 @@ def test_prompts_and_what_is_written(tmp_path):
     file.write_text("\n")
     with pytest.raises(DataError, match=r"prompts.txt: holds no prompt"):
         read_prompts(["zero"], file)
+    with pytest.raises(DataError, match=r"--prompt-file /dev/zero: is larger than"):  # and not all of it is read
+        read_prompts([], Path("/dev/zero"))
 
     def draw(prompts):
         yield [prompt.upper() for prompt in prompts]

@@ -48,7 +48,7 @@ NAMES = (
     "<script>",
     "{{ x }}",
 )
-CONTROLS = ("\x1b[31mred", "a\x00b", "\x9b2J", "\ud800")
+CONTROLS = ("\x1b[31mred", "a\x00b", "\x9b2J", "\ud800", "\u202egpj.exe", "two\u2028lines")
 
 
 def whole_run(rank, world_size, tree):
@@ -340,6 +340,8 @@ def test_what_else_is_damaged_is_left_out_or_a_sentence(run):
     (run / "logs" / "images" / "experts_layerx_map.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (run / "logs" / "images" / "experts_layer9_map.png").write_bytes(b"no picture")
     (run / "logs" / "images" / "experts_layer8_map.png").mkdir()
+    os.mkfifo(run / "logs" / "images" / "experts_layer7_map.png")
+    (run / "logs" / "images" / "experts_layer6_map.png").symlink_to("/dev/zero")
     assert list(read_run(run).maps) == ["layer 1"]
     (manifest,) = (run / "checkpoints" / "step-00000006").glob("manifest.json")
     assert list(read_run(run).checkpoints) == [4, 6]
@@ -560,3 +562,19 @@ def test_a_rank_ends_with_a_torchrun_that_is_killed(tmp_path, between):
         assert launcher.stdout.readline() == "ready\n"
         launcher.kill()
         assert launcher.stdout.readline() == "asked\n"
+
+
+def test_names_that_are_too_long_for_a_file_system_are_sentences():
+    """Wherever a command looks first whether something is there."""
+    from peer_dist.checkpoints.sources.llama import LlamaFolder
+    from peer_dist.checkpoints.sources.megatron import MegatronFolder
+    from peer_dist.evaluation.evaluation_sets import parse_sets
+    from peer_dist.planning.calibration import check_writable
+
+    for path in (Path("n" * 300), Path("a/" * 2500 + "a")):
+        assert not LlamaFolder.recognizes(path)
+        assert not MegatronFolder.recognizes(path)
+        with pytest.raises(Mistake, match="there is no file"):
+            parse_sets([f"text={path}"])
+        with pytest.raises(Mistake, match="cannot be written"):
+            check_writable(Path(f"{path}.yaml"))

@@ -27,7 +27,7 @@ from peer_dist.ranks.launchers import (
     tasks_per_node,
 )
 from peer_dist.ranks.world import World
-from tests.ranks import run_each
+from tests.ranks import run_each, run_ranks
 
 TORCHRUN = {
     "RANK": "3",
@@ -532,6 +532,22 @@ def _nccl(chosen):
 def test_nccl_adds_up_in_one_order_unless_the_user_chose():
     choices = [{}, {"NCCL_ALGO": "Ring"}, {"NCCL_NVLS_ENABLE": "1"}]
     assert run_each(_nccl, [(chosen,) for chosen in choices]) == [{"NCCL_NVLS_ENABLE": "0"}, *choices[1:]]
+
+
+def join_by(rank, world_size, interface):
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    dist.destroy_process_group()
+    try:
+        World(0, 1, 0, 1).join()
+    except WorldError as error:
+        return str(error)
+    return "joined"
+
+
+def test_an_interface_that_is_not_there_is_named():
+    (said,) = run_ranks(join_by, 1, "nosuch0")
+    assert said.startswith("GLOO_SOCKET_IFNAME is 'nosuch0', but no network interface of "), said
+    assert run_ranks(join_by, 1, "lo") == ["joined"]
 
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])

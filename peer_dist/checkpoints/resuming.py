@@ -12,6 +12,7 @@ from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import content_digests, read_prepared
 from peer_dist.kinds import KINDS
 from peer_dist.megatron import CheckpointError
+from peer_dist.mistake import in_words
 from peer_dist.ranks.rank_zero import on_rank_zero
 
 
@@ -62,11 +63,12 @@ def check_resumable(path: Path, config: Config, identity: list[list[Any]], manif
         before = saved.get(section, {}).get(key, field.get_default())  # an older version did not have it
         if before != wanted[section][key]:
             raise CheckpointError(
-                f"{path}: was made with {section}.{key} = {before}, but the config says {wanted[section][key]}; set it "
-                "back, choose another checkpoint.dir, or start from its weights with checkpoint.init_from"
+                f"{path}: was made with {section}.{key} = {in_words(str(before))}, but the config says "
+                f"{in_words(str(wanted[section][key]))}; set it back, choose another checkpoint.dir, or start "
+                "from its weights with checkpoint.init_from"
             )
 
-    if not _same_data(manifest["data"], identity):
+    if not _same_data(manifest.get("data"), identity):
         raise CheckpointError(
             f"{path}: was made from other data than {', '.join(config.data.weights)} holds now (or with other "
             "weights, or another tokenizer); name the same prepared files, or start from its weights with "

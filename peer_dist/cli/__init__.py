@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from peer_dist import output
 from peer_dist.cli import checkpoints, data, planning, results, runs
-from peer_dist.mistake import Mistake
+from peer_dist.mistake import Mistake, in_words
 from peer_dist.ranks.launchers import WorldError, rank_said
 from peer_dist.ranks.signals import end_with_torchrun
 from peer_dist.shortage import leave, shortage
@@ -86,7 +86,8 @@ def main() -> None:
         if rank != "0" and type(error) is not WorldError:
             # Rank 0 finds most mistakes too, says so and leaves, and the launcher ends the others meanwhile.
             time.sleep(15)
-        output.messages().print(Text.assemble((f"{_error(rank)}:", "red"), f" {error}"))
+        # some have a text of the user's inside, which may have lines and any length
+        output.messages().print(Text.assemble((f"{_error(rank)}:", "red"), f" {in_words(error, 4000)}"))
         raise SystemExit(error.exit_code) from None
     except Exception as error:
         if sentence := shortage(error):  # of this rank, perhaps alone

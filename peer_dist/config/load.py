@@ -278,7 +278,7 @@ def sentence(error: ValidationError, source: str, origin: dict[str, str], root: 
         for leaf, place in origin.items()
         if place.startswith("command") and (leaf.startswith(f"{key}.") if key else leaf in message)
     ]
-    where = origin.get(key) or next(iter(inside), source)
+    where, key = origin.get(key) or next(iter(inside), source), in_words(key, 200) if key else ""
     return in_words(f"{where}: {key}: {message}" if key else f"{where}: {message}", most=2000)
 
 

@@ -28,6 +28,7 @@ from peer_dist.megatron.indexed_data import IndexedWriter
 from peer_dist.mistake import in_words, printable
 from peer_dist.output import messages
 from peer_dist.reading import read_object, reading
+from peer_dist.writing import no_empty_folders
 
 _BATCH = 1 << 18  # characters tokenized at a time: the tokenizer takes some hundred bytes of memory for each
 _ENDINGS = (".bin", ".idx", ".tokenizer.json", ".json")
@@ -108,7 +109,7 @@ def prepare(
     for path in present:
         if os.path.isdir(path) and not os.path.islink(path):
             raise DataError(f"{path}: is a folder, which no file can replace; move it away or choose another output")
-    with input_files(inputs) as paths:
+    with input_files(inputs) as paths, no_empty_folders(output.parent):
         loaded = load_tokenizer(tokenizer) if train_bpe is None else None
         try:
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +107,7 @@ def parse_sets(specs: Sequence[str]) -> list[EvaluationSet]:
             raise DataError(f"--dataset {spec}: must be NAME=FILE, with NAME one of {', '.join(_FORMATS)}")
         if name not in _FORMATS:
             raise DataError(f"--dataset {spec}: {name} is not known; known are {', '.join(_FORMATS)}")
-        if not source.startswith(_HUB) and not Path(source).is_file():
+        if not source.startswith(_HUB) and not os.path.isfile(source):
             raise DataError(f"--dataset {spec}: there is no file {source}")
         for member in (name, f"{name}_detokenized"):
             if form := _FORMATS.get(member):

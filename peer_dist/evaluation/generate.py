@@ -16,6 +16,7 @@ from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.evaluation.loading import LoadedModel
 from peer_dist.megatron import Decoder
 from peer_dist.mistake import printable, shown
+from peer_dist.reading import read_text
 
 
 def generate(
@@ -127,9 +128,10 @@ def read_prompts(prompts: Sequence[str], file: Path | None) -> list[str]:
     if file is None:
         return list(prompts) or [""]
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompt-file {file}: cannot be read as text in UTF-8 ({error})") from None
+        text = read_text(file, DataError)
+    except DataError as error:
+        raise DataError(f"--prompt-file {error}") from None
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"--prompt-file {file}: holds no prompt; write one per line")
     return [*prompts, *lines]

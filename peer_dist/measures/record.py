@@ -16,7 +16,9 @@ import numpy as np
 from peer_dist.config import ConfigError
 from peer_dist.measures.metrics import EVENTS, IMAGES, metrics_file, read_metrics
 from peer_dist.mistake import Mistake, printable
-from peer_dist.reading import read_object
+from peer_dist.reading import check_regular, opened, read_object
+
+_MOST_PICTURE = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,9 @@ def _maps(folder: Path) -> dict[str, bytes]:
             if not (layer.isascii() and layer.isdecimal() and len(layer) < 6):
                 continue
             with contextlib.suppress(OSError):
-                picture = path.read_bytes()
+                check_regular(path)
+                with opened(path) as file:
+                    picture = file.read(_MOST_PICTURE)
                 if picture.startswith(b"\x89PNG\r\n\x1a\n"):
                     maps[int(layer)] = picture
     return {f"layer {layer}": maps[layer] for layer in sorted(maps)}

@@ -29,6 +29,7 @@ from peer_dist.machine import file_stamp
 from peer_dist.mistake import Mistake, in_words
 from peer_dist.ranks.rank_zero import on_rank_zero
 from peer_dist.reading import reading
+from peer_dist.writing import no_empty_folders
 
 
 class CacheError(Mistake, RuntimeError):
@@ -220,18 +221,19 @@ class _Index:
         if cache.is_dir():
             return
         try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
-            try:
-                with _apart(writes=True):
-                    self._build(partial)
-                partial.chmod(0o755)
-                partial.rename(cache)
-            except OSError:
-                if not cache.is_dir():  # else another run was faster
-                    raise
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            with no_empty_folders(cache.parent):
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                partial = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
+                try:
+                    with _apart(writes=True):
+                        self._build(partial)
+                    partial.chmod(0o755)
+                    partial.rename(cache)
+                except OSError:
+                    if not cache.is_dir():  # else another run was faster
+                        raise
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
         except (OSError, ValueError) as error:
             raise CacheError(f"{cache.parent}: Megatron's index cannot be written there ({in_words(error)})") from None
 

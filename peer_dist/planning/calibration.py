@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config import Config, ConfigError
+from peer_dist.config.load import LONGEST_NAME, unwritable
 from peer_dist.kernels import Picks, expert_mix
 from peer_dist.kinds import DENSE, PEER
 from peer_dist.machine import cpu_name, free_memory, nearest_existing
@@ -440,5 +441,6 @@ def check_writable(path: Path) -> None:
     """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--calibrate {path}: must end in .yaml, by which peer-dist plan knows a file")
-    if path.is_dir() or not os.access(nearest_existing(path), os.W_OK):
+    unfit = os.path.isdir(path) or not os.access(nearest_existing(path), os.W_OK) or unwritable(path.parent)
+    if unfit or len(os.fsencode(path.name)) > LONGEST_NAME:
         raise ConfigError(f"--calibrate {path}: cannot be written; name a file in a folder that can")

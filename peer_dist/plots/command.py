@@ -206,7 +206,7 @@ def _masses(path: Path) -> dict[str, np.ndarray]:
                 if (
                     mass.ndim != 1
                     or mass.dtype.kind not in "fiu"
-                    or not (np.isfinite(mass).all() and (mass >= 0).all())
+                    or not (np.isfinite(mass.sum(dtype=np.float64)) and (mass >= 0).all())
                 ):
                     raise ValueError(f"its {name} is no list of sums of gates")
                 if mass.sum() > 0:

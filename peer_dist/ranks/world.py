@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.machine import usable_cores
+from peer_dist.mistake import in_words
 from peer_dist.output import messages
 from peer_dist.ranks.exit_codes import PEER_LOST
 from peer_dist.ranks.launchers import Launch, WorldError, discover
@@ -96,16 +97,18 @@ class World(Launch):
         else:
             backend = "gloo"
             self._share_cores()
-        if not self.master_port:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(
-                backend,
-                store=self._roll_call(seconds, only_gpu),
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timedelta(minutes=30),  # for rank 0 to index a large data set while the others wait
-            )
+        store = self._roll_call(seconds, only_gpu) if self.master_port else dist.HashStore()
+        patience = timedelta(minutes=30)  # for rank 0 to index a large data set while the others wait
+        try:
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=patience)
+        except RuntimeError as error:
+            name = f"{backend.upper()}_SOCKET_IFNAME"
+            if name not in os.environ or os.environ[name] not in str(error):
+                raise
+            raise WorldError(
+                f"{name} is {in_words(os.environ[name], 40)!r}, but no network interface of {socket.gethostname()} "
+                "with an address has that name; name one, or unset it"
+            ) from None
 
     def _roll_call(self, seconds: float, only_gpu: str) -> dist.Store:
         """Wait for all ranks, and return the store in which they met.
@@ -141,7 +144,7 @@ class World(Launch):
                 "that address"
             ) from None
         # nodes differ in how often they restarted, so attempts have names only where they would share a store
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"] if agent else 0
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if agent else 0
         store = dist.PrefixStore(f"peer_dist/{attempt}", server)
         store.set(f"here/{self.rank}", only_gpu)
         if self.rank == 0:

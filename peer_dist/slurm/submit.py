@@ -282,7 +282,7 @@ def _seconds(limit: str | None) -> int | None:
     number = "([0-9]{1,9})"
     match = re.fullmatch(rf"(?:{number}-)?{number}(?::{number})?(?::{number})?", limit)
     if match is None:
-        raise SubmitError(f"--time: {limit!r} is no time limit of Slurm; write minutes, HH:MM:SS or D-HH:MM:SS")
+        raise SubmitError(f"--time: {limit!r:.40} is no time limit of Slurm; write minutes, HH:MM:SS or D-HH:MM:SS")
     days, *rest = match.groups()
     parts = [int(part) for part in rest if part is not None]
     if days is not None:  # D-H, D-H:M, D-H:M:S

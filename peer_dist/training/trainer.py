@@ -167,9 +167,10 @@ class Trainer:
         path = self.store.path(step)
         manifest = read_manifest(path)
         check_resumable(path, self.config, self.data_identity, manifest)
-        restore_run(path, self.model, self.engine, self.parallel, manifest["updates"], self.revival)
+        updates = manifest.get("updates", step)
+        restore_run(path, self.model, self.engine, self.parallel, updates, self.revival)
         self.steps_done = step
-        self.guard.load({"not_finite": step - manifest["updates"], **_NO_SPIKES, **manifest.get("guard", {})})
+        self.guard.load({"not_finite": step - updates, **_NO_SPIKES, **manifest.get("guard", {})})
 
     def run(self, stop: StopRequest, lock: RunLock | None = None) -> int:
         """Train to ``train.steps``, or until a signal; the last state is saved either way.

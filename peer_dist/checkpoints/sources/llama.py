@@ -88,7 +88,7 @@ class LlamaFolder(ForeignModel):
     @staticmethod
     def recognizes(path: Path) -> bool:
         """Whether the folder has a ``config.json``."""
-        return (path / "config.json").is_file()
+        return os.path.isfile(path / "config.json")
 
     def check_vocabulary(self, tokenizer: TextTokenizer) -> None:
         """Refuse a tokenizer whose ids stand for other tokens than the model's.
@@ -105,7 +105,7 @@ class LlamaFolder(ForeignModel):
                 "prepare the data with the model's tokenizer"
             )
         file = self.path / "tokenizer.json"
-        if not file.is_file():
+        if not os.path.isfile(file):
             return
         with reading(file, CheckpointError, "a tokenizer.json of Hugging Face tokenizers", _ADVICE):
             check_regular(file)

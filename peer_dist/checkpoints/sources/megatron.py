@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,8 +69,8 @@ class MegatronFolder(ForeignModel):
     @staticmethod
     def recognizes(path: Path) -> bool:
         """Whether the folder is a run's of Megatron-LM, or a ``torch_dist`` checkpoint that is not one of ours."""
-        ours = (path / MANIFEST).is_file() or step_of(path) is not None  # which may have lost its manifest
-        return (path / _LATEST).is_file() or ((path / ".metadata").is_file() and not ours)
+        ours = os.path.isfile(path / MANIFEST) or step_of(path) is not None  # which may have lost its manifest
+        return os.path.isfile(path / _LATEST) or (os.path.isfile(path / ".metadata") and not ours)
 
     def check_vocabulary(self, tokenizer: TextTokenizer) -> None:
         """Refuse a tokenizer with more tokens than the embedding has rows; the tokens themselves are not stored.
@@ -188,13 +189,13 @@ def _newest(path: Path) -> Path:
     Raises:
         CheckpointError: the checkpoint is missing, or of another format than ``torch_dist``.
     """
-    if not (path / _LATEST).is_file():
+    if not os.path.isfile(path / _LATEST):
         return path
     text = read_text(path / _LATEST, CheckpointError, _ADVICE, most=1000).strip()
     if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,60}", text):
         raise CheckpointError(f"{path / _LATEST}: holds neither a number nor a name of a checkpoint; {_ADVICE}")
     newest = path / (f"iter_{int(text):07d}" if text.isdecimal() else text)
-    if not (newest / ".metadata").is_file():
+    if not os.path.isfile(newest / ".metadata"):
         raise CheckpointError(
             f"{newest}: has no .metadata: is not of Megatron's format torch_dist; save it with --ckpt-format torch_dist"
         )
