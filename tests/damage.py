@@ -255,9 +255,9 @@ def _no_sentence(text: str) -> str:
     """What is wrong with the message of a mistake; '' if it is one sentence."""
     if "\n" in text.strip() or "Traceback" in text:
         return f"no sentence: {text[:300]}"
-    if len(text) > 1500:
+    if len(text) > 2500:
         return f"a sentence of {len(text)} characters: {text[:300]}"
-    if any(ord(char) < 32 for char in text):
+    if any(ord(char) < 32 and char != "\t" for char in text):
         return f"control characters: {text[:300]!r}"
     return ""
 

@@ -39,6 +39,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import metadata as forms
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 
+from peer_dist.mistake import in_words
+
 
 class UntrustedError(pickle.UnpicklingError):
     """A checkpoint's file asks for more than data."""
@@ -119,7 +121,9 @@ class _MetadataUnpickler(pickle._Unpickler):
         except KeyError:
             if self._others:
                 return _Ignored
-            raise UntrustedError(f"it asks for {module}.{name}, which is no part of a checkpoint") from None
+            raise UntrustedError(
+                f"it asks for {in_words(f'{module}.{name}')}, which is no part of a checkpoint"
+            ) from None
 
     def load_build(self) -> None:
         """Set the state of an object that this pickle has made; refuse to change anything else."""

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 
 from peer_dist.config import Config, ConfigError
-from peer_dist.config.load import LONGEST_NAME, unwritable
+from peer_dist.config.load import unwritable
 from peer_dist.kernels import Picks, expert_mix
 from peer_dist.kinds import DENSE, PEER
+from peer_dist.kinds.section import LONGEST_NAME
 from peer_dist.machine import cpu_name, free_memory, nearest_existing
 from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.plan import plan

@@ -28,6 +28,7 @@ from peer_dist.reading import opened
 NAME = "run.lock"
 HEARTBEAT_SECONDS = 20.0
 STALE_SECONDS = 600.0
+_LONGEST = 300  # characters of what a lock says of its holder
 _GUARD_SECONDS = 60.0  # a takeover takes milliseconds
 # the states in which a job of Slurm's may still have processes
 _ALIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
@@ -87,7 +88,7 @@ class Holder:
     @classmethod
     def current(cls) -> Holder:
         """The holder that this process would be."""
-        job = os.environ.get("SLURM_JOB_ID", "")
+        job, restarts = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")[:9]
         if job and "SLURM_CLUSTER_NAME" in os.environ:
             job += "@" + os.environ["SLURM_CLUSTER_NAME"]
         return cls(
@@ -96,7 +97,7 @@ class Holder:
             started=process_start(os.getpid()),
             machine=process_space(),
             job=job,
-            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if job else 0,
+            restart=int(restarts) if job and restarts.isdecimal() else 0,
             elastic=_elastic_run(),
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
         )
@@ -276,8 +277,12 @@ def _read(path: Path, unsure: Holder | None = None) -> Holder | None:
         return unsure
     except (ValueError, TypeError, RecursionError):
         return None
-    right = all(type(value) is (int if field in ("pid", "restart") else str) for field, value in asdict(holder).items())
-    return holder if right else None
+    for field, value in asdict(holder).items():
+        if type(value) is not (int if field in ("pid", "restart") else str):
+            return None
+        if isinstance(value, str) and not (value.isprintable() and len(value) <= _LONGEST):
+            return None
+    return holder
 
 
 def _elastic_run() -> str:
