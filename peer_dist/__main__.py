@@ -25,6 +25,8 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(MISTAKE) from None
+    except KeyboardInterrupt:  # while the command line is imported
+        raise SystemExit(130) from None
     except Exception as error:  # of importing the command line itself
         from peer_dist.shortage import leave, shortage
 

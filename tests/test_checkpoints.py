@@ -572,6 +572,20 @@ def test_damage_is_known_before_ranks_meet(copied, tmp_path, starts):
             assert not (tmp_path / "new").exists()
 
 
+def test_files_may_be_links(copied, tmp_path):
+    """As in a hub's cache or an annex, whose large files lie elsewhere."""
+    from peer_dist.checkpoints.store import visible_damage
+
+    checkpoint, blobs = Path(copied["checkpoint"]["dir"]) / "step-00000006", tmp_path / "blobs"
+    blobs.mkdir()
+    for file in list(checkpoint.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(Path("..") / ".." / os.path.relpath(blobs / file.name, checkpoint.parents[1]))
+    assert visible_damage(checkpoint) is None
+    truncate(blobs / "common.pt")
+    assert "common.pt: is damaged" in str(visible_damage(checkpoint))
+
+
 def test_a_refusal_leaves_no_empty_folders(copied, tmp_path):
     """Nor does one that needs the bytes of a tensor to be known."""
     flip(Path(copied["checkpoint"]["dir"]) / "step-00000006" / "__1_0.distcp")

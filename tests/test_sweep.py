@@ -30,7 +30,7 @@ from peer_dist.sweep import spec
 from peer_dist.sweep.array import submit_array
 from peer_dist.sweep.fit import differences, fit_parabola, mean_interval, optima, student_t
 from peer_dist.sweep.results import read_results, write_results
-from peer_dist.sweep.runner import finished, run_sweep, runs_table, select, start_process
+from peer_dist.sweep.runner import _check_table, finished, run_sweep, runs_table, select, start_process
 from peer_dist.sweep.spec import SweepFile, load_sweep
 from peer_dist.sweep.tuning import choose_rates
 from tests.ranks import Forked, run_command
@@ -415,6 +415,10 @@ def test_a_table_that_is_not_this_sweeps_is_kept(sweep_tree, tmp_path):
         with pytest.raises(ConfigError, match=re.escape(sentence)):
             run_sweep(sweep, sweep.runs, 1, 1, None, quiet())
         assert table.read_bytes() == content
+    write_results(table, [make_row(run=sweep.runs[0].name), make_row(run="of the longer file")])
+    (sweep.folder / "of the longer file").mkdir()
+    (sweep.folder / "of the longer file" / "result.json").touch()
+    _check_table(sweep)  # the file has been made shorter
 
 
 @pytest.mark.parametrize("place", ["file", "file/out", "/proc/nothing"])

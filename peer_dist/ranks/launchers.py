@@ -83,7 +83,7 @@ def rank_said(environ: Mapping[str, str]) -> str:
 
 def _launcher(environ: Mapping[str, str]) -> tuple[str, int | None]:
     """The innermost launcher's name, and how many processes it started if it says so by itself."""
-    if "RANK" in environ:
+    if environ.get("RANK", "").strip():
         return "torchrun", None
     processes = _number(environ, "OMPI_COMM_WORLD_SIZE", 1, least=1, most=_MOST_RANKS)
     if processes > 1:

@@ -305,6 +305,8 @@ def _check_table(sweep: Sweep) -> None:
         return
     advice = "choose another --output, or move that file away, and it is written again"
     others = {row.run for row in read_results(path, advice)} - {run.name for run in sweep.runs}
+    # runs that the sweep's file no longer has keep what they gave
+    others = {name for name in others if not os.path.lexists(sweep.folder / name / _RESULT)}
     if others:
         raise ConfigError(f"{path}: has runs such as {min(others):.80}, which {sweep.path} has not; {advice}")
 
