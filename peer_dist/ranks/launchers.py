@@ -354,9 +354,13 @@ def _check_meeting(launch: Launch, serves: bool) -> None:
 
 
 def _is_own(family: int, where: Any) -> bool:
-    """Whether an address belongs to this machine: only such a one can be bound."""
+    """Whether an address belongs to this machine: such a one can be bound and, unlike a broadcast's, be reached."""
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((where[0], 0, *where[2:]))
+        probe.listen()
+        with socket.socket(family, socket.SOCK_STREAM) as client:
+            client.settimeout(1)
+            client.connect(probe.getsockname())
         return True
     return False
 
