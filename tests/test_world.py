@@ -159,7 +159,7 @@ def test_an_mpi_that_cannot_be_loaded(monkeypatch):
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": ""}, "RANK is '', not a number from 0 on; start ranks with torchrun, srun or mpirun, or unset it"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "WORLD_SIZE is '2' but RANK is not set; start the ranks with torchrun"),
         ({"RANK": "0"}, "RANK is set but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start the ranks with torchrun"),
         ({**TORCHRUN, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a number from 1 to 1000000; start ranks with"),
         (
