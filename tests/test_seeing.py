@@ -210,5 +210,5 @@ def test_what_cannot_be_reported_is_one_sentence(run, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val/loss": 5.9}\n')
     with pytest.raises(ConfigError, match=r"holds no step yet"):
         write_report([tmp_path], None)
-    with pytest.raises(ConfigError, match=r"--output .*none/x.html: No such file"):
+    with pytest.raises(ConfigError, match=r"--output .*none/x.html: cannot be written \(No such file"):
         write_report([folder_of(tree).parent], tmp_path / "none" / "x.html")

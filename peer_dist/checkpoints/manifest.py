@@ -106,7 +106,7 @@ def _parsed(manifest: dict[str, Any]) -> dict[str, Any]:
     with reading("it", _Damaged, "a manifest"):
         if not older and stored != _content_checksum(manifest):
             raise _Damaged("its checksum is not its own")
-    for key in ("step", "updates", "config", "data", "files"):
+    for key in ("step", "config", "files"):
         if key not in manifest:
             raise _Damaged(f"it has no {key}")
     for key in ("step", "updates", "sequences"):
