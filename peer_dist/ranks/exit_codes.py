@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
+from peer_dist.mistake import Mistake
+
 DONE = 0  # train.steps is reached: start nothing more
-MISTAKE = 2  # reported in one sentence, for a person to correct: do not start it again
+MISTAKE = Mistake.exit_code  # 2: reported in one sentence, for a person to correct: do not start it again
 DIVERGED = 70  # too many steps in a row were left out, a report is written: do not start it again
 PEER_LOST = 71  # another rank died or hangs: start it again
 STOPPED = 75  # a signal ended it before train.steps, with a checkpoint saved: start it again (EX_TEMPFAIL)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peer_dist.mistake import Mistake
+from peer_dist.mistake import Mistake, shown
 
 _MOST_RANKS = 1_000_000
 _MOST = 10**15  # of any other number of a launcher's
@@ -105,7 +105,7 @@ def _alone(environ: Mapping[str, str]) -> Launch:
     """The launch of a process that no launcher started."""
     if environ.get("WORLD_SIZE", "").strip() not in ("", "1"):
         raise WorldError(
-            f"WORLD_SIZE is {_shown(environ['WORLD_SIZE'])} but RANK is not set; start the ranks with torchrun, or "
+            f"WORLD_SIZE is {shown(environ['WORLD_SIZE'])} but RANK is not set; start the ranks with torchrun, or "
             "unset WORLD_SIZE to run alone"
         )
     return Launch(0, 1, 0, 1)
@@ -192,7 +192,7 @@ def expand_hosts(nodes: str) -> list[str]:
     Raises:
         WorldError: the text is of another form, or names more hosts than there can be.
     """
-    problem = WorldError(f"SLURM_STEP_NODELIST is {_shown(nodes)}, not names such as gpu[07-08,12]; {_PASS_ON}")
+    problem = WorldError(f"SLURM_STEP_NODELIST is {shown(nodes)}, not names such as gpu[07-08,12]; {_PASS_ON}")
     if not re.fullmatch(r"(?:[^\s,\[\]]|\[[0-9,-]+\])+(?:,(?:[^\s,\[\]]|\[[0-9,-]+\])+)*", nodes.strip()):
         raise problem
     hosts: list[str] = []
@@ -229,7 +229,7 @@ def tasks_per_node(tasks: str) -> list[int]:
     for part in tasks.split(","):
         match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part.strip())
         if match is None or len(counts) + int(match[2] or 1) > _MOST_RANKS:
-            raise WorldError(f"SLURM_STEP_TASKS_PER_NODE is {_shown(tasks)}, not numbers such as 2(x3),1; {_PASS_ON}")
+            raise WorldError(f"SLURM_STEP_TASKS_PER_NODE is {shown(tasks)}, not numbers such as 2(x3),1; {_PASS_ON}")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -425,16 +425,11 @@ def _number(
     if not re.fullmatch(r"[0-9]{1,20}", text) or not least <= int(text) <= most:
         limits = f"from {least} on" if most == _MOST else f"from {least} to {most}"
         raise WorldError(
-            f"{name} is {_shown(text)}, not a number {limits}; start ranks with torchrun, srun or mpirun, or unset it"
+            f"{name} is {shown(text)}, not a number {limits}; start ranks with torchrun, srun or mpirun, or unset it"
         )
     return int(text)
 
 
-def _shown(text: str) -> str:
-    """A variable's value for a sentence, in quotes and without its middle if it is long."""
-    return repr(text if len(text) <= 60 else f"{text[:30]}...{text[-27:]}")
-
-
 def _plain(address: str) -> str:
     """An address for a sentence: as it is, or in quotes if it is no usual one."""
-    return address if re.fullmatch(r"[A-Za-z0-9._:%-]{1,80}", address) else _shown(address)
+    return address if re.fullmatch(r"[A-Za-z0-9._:%-]{1,80}", address) else shown(address)
