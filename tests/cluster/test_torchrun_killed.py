@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import psutil
 import pytest
@@ -10,11 +11,11 @@ from peer_dist.checkpoints.store import CheckpointStore
 from tests.cluster.test_launch import Launched, config_in, losses_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.cluster_quick, pytest.mark.timeout(300)]
-TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.parametrize(
-    "between", [["-m", "peer_dist"], ["--no-python", "sh", "-c", 'python -m peer_dist "$@"; true', "sh"]]
+    "between", [["-m", "peer_dist"], ["--no-python", "sh", "-c", '"$PYTHON" -m peer_dist "$@"; true', "sh"]]
 )
 def test_ranks_save_and_leave(text, tmp_path, between):
     tree = config_in(text, tmp_path, steps=100_000)
