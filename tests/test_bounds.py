@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
+from peer_dist import cli
 from peer_dist.config import ConfigError, load_config, parse_config
 from peer_dist.config.schema import Config
 from peer_dist.mistake import Mistake
@@ -400,3 +401,23 @@ def test_every_number_of_the_command_line():
                 commands[command].main([f"{option}={value}"], standalone_mode=False)
             check_sentence(error.value)
             assert str(error.value).startswith(f"{option} "), (command, option, value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "error: No such command 'trian'. Did you mean 'train'?\n"),
+        (["train", "--[red]x"], "error: No such option: --[red]x; see `peer-dist train --help`\n"),
+        (["train"], "error: Missing option '--config' / '-c'; see `peer-dist train --help`\n"),
+        (["train", "-c"], "error: Option '-c' requires an argument\n"),
+        (["plot", "--json=\x1b[2J"], "error: No such option: --json; see `peer-dist plot --help`\n"),
+        (["prepare", "a\nb"], "error: Missing option '--output' / '-o'; see `peer-dist prepare --help`\n"),
+        (["plan", "--json=3"], "error: Option '--json' does not take a value\n"),
+    ],
+)
+def test_a_command_line_that_cannot_be_is_one_sentence(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["peer-dist", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert capsys.readouterr() == ("", sentence)

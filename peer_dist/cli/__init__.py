@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Annotated, Any
 
@@ -12,15 +13,17 @@ from typer.core import TyperCommand
 
 from peer_dist import output
 from peer_dist.cli import checkpoints, data, planning, results, runs
+from peer_dist.cli.options import OptionError
 from peer_dist.mistake import Mistake, in_words
 from peer_dist.ranks.launchers import WorldError, rank_said
 from peer_dist.ranks.signals import end_with_torchrun
 from peer_dist.shortage import leave, shortage
 
+_UsageError: Any = typer.BadParameter.__base__  # typer names it in a private module alone
+
 app = typer.Typer(
     name="peer-dist",
     help="Train, evaluate and run PEER language models: a Mixture of a Million Experts over many ranks.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -76,11 +79,17 @@ def main() -> None:
     end_with_torchrun()
     try:
         try:
-            app(standalone_mode=True)
-        except SystemExit as end:
-            if not end.code:
-                output.check_results()
-            raise
+            # typer's own report is a box of several lines, from each rank
+            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        except _UsageError as error:
+            wrong = in_words(error.format_message()).rstrip(".")
+            asks = not error.ctx or wrong.endswith("?")  # ... Did you mean 'train'?
+            raise OptionError(wrong if asks else f"{wrong}; see `{error.ctx.command_path} --help`") from None
+        except typer.Abort:
+            raise SystemExit(130) from None
+        if code:
+            raise SystemExit(code)
+        output.check_results()
     except Mistake as error:
         rank = rank_said(os.environ)
         if rank != "0" and type(error) is not WorldError:
