@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from peer_dist import output
 from peer_dist.cli import checkpoints, data, planning, results, runs
-from peer_dist.mistake import Mistake, in_words
+from peer_dist.mistake import Mistake, in_words, unimportable
 from peer_dist.ranks.launchers import WorldError, rank_said
 from peer_dist.ranks.signals import end_with_torchrun
 from peer_dist.shortage import leave, shortage
@@ -52,7 +52,10 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    pass
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # libraries end the process by words of their own
+        raise Mistake("the working folder is not there any more; go to one that is (cd), and start again") from None
 
 
 app.command(cls=_WithKeys)(runs.train)
@@ -81,6 +84,12 @@ def main() -> None:
             if not end.code:
                 output.check_results()
             raise
+        except Exception as error:
+            if isinstance(error, (Mistake, ModuleNotFoundError)) or shortage(error):
+                raise  # each has a sentence of its own
+            if sentence := unimportable(error):
+                raise Mistake(sentence) from None
+            raise
     except Mistake as error:
         rank = rank_said(os.environ)
         if rank != "0" and type(error) is not WorldError:
@@ -97,4 +106,4 @@ def main() -> None:
 
 def _error(rank: str) -> str:
     """How a sentence about an error of this rank begins."""
-    return f"error (rank {rank})" if rank != "0" else "error"
+    return f"error (rank {in_words(rank, 20)})" if rank != "0" else "error"
