@@ -15,8 +15,10 @@ def main() -> None:
         from peer_dist.cli import main as run
 
         run()
-    except ModuleNotFoundError:
-        missing = _missing()
+    except ModuleNotFoundError as error:
+        missing = _missing() or [
+            name for name in [(error.name or "").partition(".")[0]] if name not in ("", "peer_dist")
+        ]
         if not missing:
             raise
         print(

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import traceback
+from pathlib import Path
+
+_IN_MODULE = re.compile(r'^ +File "(.+)", line \d+, in <module>$', re.MULTILINE)
+_OURS = Path(__file__).parent
+
 
 class Mistake(Exception):
     """Something that a person can mend. The message is one sentence: what is wrong, where, and what to do.
@@ -23,6 +31,35 @@ def in_words(error: BaseException | str, most: int = 200) -> str:
     text = error if isinstance(error, str) else str(error) or type(error).__name__
     text = printable(" ".join(line.strip() for line in text.split("\n") if line.strip()).replace("\t", " "))
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def unimportable(error: BaseException) -> str | None:
+    """What another package's import failed by, if that is what an error means; a sentence.
+
+    Packages read variables and files of their own while they are imported, and raise whatever they raise where these
+    hold what they do not know.
+
+    Args:
+        error: any error, also one that another process sent.
+    """
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    if type(error.__cause__).__name__ == "_RemoteTraceback":  # of a pool of processes
+        frames = str(error.__cause__)
+    places = [Path(file) for file in _IN_MODULE.findall(frames)]
+    others = [place for place in places if place.is_absolute() and _OURS not in place.parents]
+    if not others:
+        return None
+    place = others[-1]
+    above = max(
+        (path for path in map(Path, sys.path) if path in place.parents),
+        key=lambda path: len(path.parts),
+        default=place.parent,
+    )
+    name = place.relative_to(above).parts[0].removesuffix(".py")
+    return (
+        f"{name} cannot be imported ({type(error).__name__}: {in_words(error)}); mend its installation, or the "
+        "environment variable, locale or file that it read"
+    )
 
 
 def shown(value: object, most: int = 60) -> str:

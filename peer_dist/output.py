@@ -21,6 +21,7 @@ from rich.text import Text
 from peer_dist.mistake import Mistake, printable
 
 _PATIENCE = 5.0  # seconds for which a stream that takes nothing is waited for, where it says so instead of blocking
+_NARROWEST = 20  # characters of a line, in fewer of which tables show nothing
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -155,6 +156,8 @@ def results(least_width: int = 0) -> Console:
     console = _Console(markup=False, emoji=False, highlight=False)
     if least_width and not console.is_terminal:
         console.width = least_width
+    elif console.width < _NARROWEST:  # COLUMNS=0, as some terminals have it: a table would be empty lines
+        console.width = 80
     return console
 
 

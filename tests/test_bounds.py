@@ -212,6 +212,10 @@ def test_overrides(tmp_path, override, sentence):
     check_sentence(error.value)
 
 
+def test_the_working_folder_is_a_path():
+    assert parse_config({"data": {"prefix": "a"}, "checkpoint": {"dir": "."}}, "test").checkpoint.dir == "."
+
+
 def test_whole_numbers_may_be_floats_and_lists_tuples():
     config = parse_config(
         {"data": {"prefix": "a"}, "train": {"steps": 1e3}, "optimizer": {"lr": 1, "betas": [0, 0.5]}}, "x"

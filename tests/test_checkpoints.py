@@ -572,6 +572,41 @@ def test_damage_is_known_before_ranks_meet(copied, tmp_path, starts):
             assert not (tmp_path / "new").exists()
 
 
+def test_folders_that_a_run_would_remove_are_refused(tmp_path):
+    """A run in a checkpoint would go with it, and logs in one, or checkpoints among the logs, would be set aside."""
+    from peer_dist.config import ConfigError, parse_config
+    from peer_dist.training.readiness import _check_apart
+
+    own, other, logs = tmp_path / "own", tmp_path / "other/step-00000004", tmp_path / "logs"
+    other.mkdir(parents=True)
+    (other / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to(other)
+
+    def check(checkpoints, logs):
+        keys = {"checkpoint": {"dir": str(checkpoints)}, "logging": {"dir": str(logs)}}
+        _check_apart(parse_config({"data": {"prefix": "a"}, **keys}, "test"))
+
+    for fine in (
+        (own, logs),
+        (own, own),
+        (own, own / "logs"),
+        (logs / "checkpoints", logs),
+        (tmp_path / "step-1", logs),
+    ):
+        check(*fine)
+    for checkpoints in (other, other / "deeper", tmp_path / "link"):
+        with pytest.raises(ConfigError, match=r"^checkpoint.dir: .* lies in the checkpoint step-00000004, .*above it"):
+            check(checkpoints, logs)
+    for inside in (other, own / "step-00000009", own / "step-00000009/logs", own / ".step-00000009"):
+        with pytest.raises(
+            ConfigError, match=r"^logging.dir: .* lies in the checkpoint \.?step-.*; name another folder"
+        ):
+            check(own, inside)
+    for name in ("metrics.jsonl", "images/x"):
+        with pytest.raises(ConfigError, match=r"^checkpoint.dir: .* of logging.dir"):
+            check(logs / name, logs)
+
+
 def test_files_may_be_links(copied, tmp_path):
     """As in a hub's cache or an annex, whose large files lie elsewhere."""
     from peer_dist.checkpoints.store import visible_damage

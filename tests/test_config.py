@@ -1,12 +1,16 @@
 """Mistakes in a config: one sentence with file and key, before anything is started."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+import peer_dist
 from peer_dist.config import ConfigError, check_world, load_config, parse_config
+from peer_dist.mistake import unimportable
 from tests.ranks import run_command
 
 
@@ -307,6 +311,63 @@ def test_a_fresh_process_says_nothing_else(tmp_path):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: parallel.expert: 2 does not divide the 1 rank(s)")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "begin"),
+    [
+        ({"TORCH_LOGS": "foo"}, ["plan", "--config", "run.yaml"], "torch cannot be imported (ValueError: Invalid log"),
+        ({"MPLBACKEND": "foo"}, ["plot", ".", "-o", "f"], "matplotlib cannot be imported (ValueError: Key backend"),
+    ],
+)
+def test_what_other_packages_cannot_read_is_a_sentence(tmp_path, variables, arguments, begin):
+    """Variables that they look at while they are imported."""
+    (tmp_path / "run.yaml").write_text("data: {prefix: a}")
+    command = [sys.executable, "-m", "peer_dist", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(peer_dist.__file__).parents[1]), **variables}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {begin}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_only_another_packages_import_is_told_as_one():
+    def import_of(text, file):
+        try:
+            exec(compile(text, file, "exec"), {})
+        except ArithmeticError as error:
+            return unimportable(error)
+
+    assert import_of("1 / 0", f"{Path(yaml.__file__).parents[1]}/odd/inner.py").startswith(
+        "odd cannot be imported (ZeroDivisionError: division by zero); "
+    )
+    assert import_of("1 / 0", str(Path(peer_dist.__file__).with_name("own.py"))) is None
+    assert import_of("def fail(): 1 / 0\nfail()", "<string>") is None
+
+
+def test_a_package_that_is_not_there_is_named(monkeypatch, capsys):
+    """Also where nothing says what this one needs, as in a clone that was not installed."""
+    from peer_dist import __main__, cli
+
+    def fail():
+        raise ModuleNotFoundError("No module named 'odd.part'", name="odd.part")
+
+    monkeypatch.setattr(cli, "main", fail)
+    monkeypatch.setattr(__main__, "_missing", list)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        __main__.main()
+    assert capsys.readouterr().err.endswith("pip install 'peer_dist[train]' (missing: odd)\n")
+
+
+def test_a_working_folder_that_was_removed_is_a_sentence(tmp_path):
+    (tmp_path / "gone").mkdir()
+    command = f"cd gone; rmdir ../gone; exec {sys.executable} -m peer_dist doctor"
+    environment = {**os.environ, "PYTHONPATH": str(Path(peer_dist.__file__).parents[1])}
+    result = subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: the working folder is not there any more; go to one that is (cd), and start again\n"
 
 
 def test_help_lists_every_key():

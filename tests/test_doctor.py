@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import yaml
 from peer_dist import machine
 from peer_dist.config.schema import Config
 from peer_dist.doctor import checks, console, gpu
+from peer_dist.mistake import Mistake
 from peer_dist.planning import calibration
 from peer_dist.planning.state import checkpoint_bytes
 from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
@@ -455,6 +457,25 @@ def test_a_hardware_file_that_cannot_be_written_is_refused_at_once(tmp_path):
         with Command(1, ["doctor", "--calibrate", str(tmp_path / name)], tmp_path / "out") as command:
             assert command.codes(60) == [2]
             assert f"--calibrate {tmp_path / name}: {says}" in command.words(0)
+
+
+def test_a_hardware_file_replaces_nothing_else(tmp_path):
+    run, device = tmp_path / "run.yaml", tmp_path / "device.yaml"
+    run.write_text("data: {prefix: a}\n")
+    with pytest.raises(Mistake, match=r"run\.yaml: is there and holds no device's figures; name another file"):
+        calibration.check_writable(run)
+    figures = yaml.safe_load(resources.files("peer_dist.planning").joinpath("hardware.yaml").read_text())
+    for text in ("", yaml.safe_dump({"mine": figures["cpu"]})):
+        device.write_text(text)
+        calibration.check_writable(device)
+
+
+def test_overrides_without_a_config_are_refused():
+    done = run_command("doctor", "model.num_layers=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: command line: 'model.num_layers=3' changes a key of a config; give its file (--config)\n"
+    )
 
 
 # The checks of GPUs. Where there is none they measure a CPU, at the sizes of one.

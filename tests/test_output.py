@@ -106,6 +106,15 @@ def test_words_are_printed_as_they_are(name, capsys):
     assert not set(out + err) & set("\x1b\x07\x9b\ud800")
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "-3", "x"])
+def test_results_are_seen_whatever_width_is_said(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    table = Table("name")
+    table.add_row("value")
+    output.results().print(table)
+    assert "value" in capsys.readouterr().out
+
+
 def test_progress_shows_words_as_they_are(capsys):
     from peer_dist.evaluation.suite import _progress
     from peer_dist.training.progress import Progress
@@ -144,6 +153,20 @@ def test_runs_of_any_name_are_reported_and_plotted(trained, tmp_path, capsys):
     for folder in folders:
         write_report([folder], None)
     assert plot(folders, tmp_path / "figures[/b]", [], "parameters")
+
+
+def test_a_page_replaces_nothing_but_a_page(trained, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    logs = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
+    for path in logs:
+        with pytest.raises(ConfigError, match=r"\.jsonl: is there and is no page of HTML; name another file"):
+            write_report([folder], path)
+    assert logs
+    assert logs == {path: path.read_bytes() for path in logs}
+    page = tmp_path / "page.html"
+    page.touch()
+    for _ in range(2):
+        assert write_report([folder], page).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 # Logs with bad lines

@@ -84,6 +84,8 @@ def test_the_script_asks_for_what_was_said(config):
         ({"stage": Path("/usr/lib")}, "/usr/lib has no bin/python"),
         ({"setup": Path("nowhere")}, "--setup: nowhere is not there"),
         ({"container": "nowhere.sif"}, "--container: nowhere.sif is not there"),
+        ({"container": " "}, "--container: is empty"),
+        ({"local_disk": Path("scratch")}, "--local-disk: scratch is no absolute path"),
         ({"nodes": 0}, "--nodes: 0 is too few"),
         ({"ranks_per_node": 0}, "--ranks-per-node: 0 is too few"),
         ({"options": ["exclusive"]}, "'exclusive' is no option"),
@@ -394,6 +396,9 @@ def test_two_submissions_in_one_second_keep_their_configs_apart(config, sbatch):
 def test_what_sbatch_says_is_told_whatever_it_is(config, sbatch, monkeypatch):
     asked = sbatch("printf 'nonsense\\377\\n'")
     with pytest.raises(SubmitError, match=r"^sbatch: said 'nonsense.*' where a job's number should be; ask squeue"):
+        submit(config, [], Job())
+    (asked.parent / "bin/sbatch").write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(SubmitError, match=r"^sbatch: failed with exit code 3 and gave no reason; ask"):
         submit(config, [], Job())
     (asked.parent / "bin/sbatch").write_text("#!/no/such/shell\n")
     with pytest.raises(SubmitError, match=r"^sbatch: .*/sbatch cannot be started \(No such file or directory\)"):

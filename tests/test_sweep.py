@@ -277,7 +277,11 @@ def test_only_some_runs(sweep_tree, tmp_path):
     names = [run.name for run in select(sweep, ["peer-h32*"])]
     assert names == ["peer-h16-3e09-s1-trial0", "peer-h16-3e09-s1-trial1", "peer-h32-3e09-s1"], "and their trials"
     assert {run.model for run in select(sweep, ["dense"])} == {"dense"}
-    for mistake, sentence in (({"patterns": ["x"]}, "--only: x is no run"), ({"task": 8}, "--task: 8 is not below 8")):
+    for mistake, sentence in (
+        ({"patterns": ["x"]}, "--only: x is no run"),
+        ({"patterns": [""]}, "--only: is empty"),
+        ({"task": 8}, "--task: 8 is not below 8"),
+    ):
         with pytest.raises(ConfigError, match=sentence):
             select(sweep, **mistake)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import typer
 import yaml
 
-from peer_dist.cli import runs
+from peer_dist.cli import _error, runs
 from peer_dist.config import ConfigError
 from peer_dist.ranks import launchers
 from peer_dist.ranks.launchers import (
@@ -296,6 +296,11 @@ def test_the_rank_in_messages_is_the_innermost_launchers():
     assert rank_said({}) == rank_said({"RANK": "", "SLURM_PROCID": "0"}) == "0"
     assert rank_said({**SRUN, **TORCHRUN}) == "3"
     assert rank_said({"SLURM_PROCID": "2", "PMI_RANK": "1"}) == "1"
+
+
+def test_what_is_no_rank_makes_no_line_of_its_own():
+    assert _error("3") == "error (rank 3)"
+    assert _error("a\nb" + "x" * 100) == f"error (rank a b{'x' * 14}...)"
 
 
 def _free_port():

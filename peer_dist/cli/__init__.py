@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 from peer_dist import output
 from peer_dist.cli import checkpoints, data, planning, results, runs
 from peer_dist.cli.options import OptionError
-from peer_dist.mistake import Mistake, in_words
+from peer_dist.mistake import Mistake, in_words, unimportable
 from peer_dist.ranks.launchers import WorldError, rank_said
 from peer_dist.ranks.signals import end_with_torchrun
 from peer_dist.shortage import leave, shortage
@@ -55,7 +55,10 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    pass
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # libraries end the process by words of their own
+        raise Mistake("the working folder is not there any more; go to one that is (cd), and start again") from None
 
 
 app.command(cls=_WithKeys)(runs.train)
@@ -78,18 +81,7 @@ def main() -> None:
     output.outlast_readers()
     end_with_torchrun()
     try:
-        try:
-            # typer's own report is a box of several lines, from each rank
-            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-        except _UsageError as error:
-            wrong = in_words(error.format_message()).rstrip(".")
-            asks = not error.ctx or wrong.endswith("?")  # ... Did you mean 'train'?
-            raise OptionError(wrong if asks else f"{wrong}; see `{error.ctx.command_path} --help`") from None
-        except typer.Abort:
-            raise SystemExit(130) from None
-        if code:
-            raise SystemExit(code)
-        output.check_results()
+        _run_command()
     except Mistake as error:
         rank = rank_said(os.environ)
         if rank != "0" and type(error) is not WorldError:
@@ -104,6 +96,34 @@ def main() -> None:
         raise
 
 
+def _run_command() -> None:
+    """Run the command that the command line names.
+
+    Raises:
+        Mistake: a person can mend it, typer's errors and those of other packages' imports among them.
+        SystemExit: the command ends with another code than 0.
+    """
+    try:
+        # typer's own report is a box of several lines, from each rank
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except _UsageError as error:
+        wrong = in_words(error.format_message()).rstrip(".")
+        asks = not error.ctx or wrong.endswith("?")  # ... Did you mean 'train'?
+        raise OptionError(wrong if asks else f"{wrong}; see `{error.ctx.command_path} --help`") from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except (Mistake, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        sentence = None if shortage(error) else unimportable(error)
+        if sentence is None:
+            raise
+        raise Mistake(sentence) from None
+    if code:
+        raise SystemExit(code)
+    output.check_results()
+
+
 def _error(rank: str) -> str:
     """How a sentence about an error of this rank begins."""
-    return f"error (rank {rank})" if rank != "0" else "error"
+    return f"error (rank {in_words(rank, 20)})" if rank != "0" else "error"

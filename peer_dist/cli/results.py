@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peer_dist.cli.options import WIDTH, Sbatch, number, whole
+from peer_dist.cli.options import WIDTH, OptionError, Sbatch, number, whole
 from peer_dist.output import messages, results, show
 
 
@@ -33,7 +33,7 @@ def sweep(
     from peer_dist.sweep.spec import load_sweep
 
     if slurm and (only or task is not None or limit_minutes is not None):
-        raise typer.BadParameter("--slurm submits the whole sweep, without --only, --task and --limit-minutes")
+        raise OptionError("--slurm: submits the whole sweep; leave out --only, --task and --limit-minutes")
     loaded = load_sweep(file, output or Path("runs") / file.stem)
     if slurm:
         from peer_dist.sweep.array import submit_array

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peer_dist.cli.options import MOST_RANKS, AsJson, ConfigFile, Overrides, Sbatch, number, queue_for_ranks, whole
-from peer_dist.mistake import in_words
+from peer_dist.mistake import in_words, shown
 from peer_dist.output import show
 
 
@@ -130,8 +130,12 @@ def doctor(
     Of GPUs it also says driver, speed and links, compares the kernels with their reference, and times a PEER layer
     against the bytes that it must move. Without a config it takes all GPUs of this machine.
     """
-    from peer_dist.config import load_config
+    from peer_dist.config import ConfigError, load_config
 
+    if overrides and config is None:
+        raise ConfigError(
+            f"command line: {shown(overrides[0], 80)} changes a key of a config; give its file (--config)"
+        )
     settings = None if config is None else load_config(config, overrides or [])
     from peer_dist.doctor.console import run
 
@@ -143,10 +147,12 @@ def _steps(text: str, last: int) -> range:
     from peer_dist.config import ConfigError
 
     first, colon, end = text.partition(":")
-    shown = in_words(text, 40)
+    written = in_words(text, 40)
     if not (first.isdecimal() and (end if colon else first).isdecimal()) or len(text) > 40:
-        raise ConfigError(f"--profile {shown}: is no range of steps; write 10:15 for the steps 10 to 15, or 10 for one")
+        raise ConfigError(
+            f"--profile {written}: is no range of steps; write 10:15 for the steps 10 to 15, or 10 for one"
+        )
     steps = range(int(first), int(end or first) + 1)
     if not steps or steps[0] < 1 or steps[-1] > last:
-        raise ConfigError(f"--profile {shown}: the run has the steps 1 to {last} (train.steps); name some of them")
+        raise ConfigError(f"--profile {written}: the run has the steps 1 to {last} (train.steps); name some of them")
     return steps

@@ -83,7 +83,7 @@ def _check_path(path: str) -> str:
         raise ValueError(f"input should be a path; got {shown(path)}")
     if "\n" in path or "\t" in path or printable(path) != path:
         raise ValueError(f"{shown(path)} holds control characters, or bytes that are no UTF-8; choose another name")
-    longest = max(len(os.fsencode(name)) for name in PurePath(path).parts)
+    longest = max((len(os.fsencode(name)) for name in PurePath(path).parts), default=0)  # of "." there are none
     if longest > LONGEST_NAME:
         raise ValueError(
             f"{shown(path)} holds a name of {longest} bytes, and file systems take {LONGEST_NAME}; shorten it"

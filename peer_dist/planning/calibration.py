@@ -25,7 +25,7 @@ from peer_dist.kernels import Picks, expert_mix
 from peer_dist.kinds import DENSE, PEER
 from peer_dist.kinds.section import LONGEST_NAME
 from peer_dist.machine import cpu_name, free_memory, nearest_existing
-from peer_dist.planning.hardware import Hardware
+from peer_dist.planning.hardware import Hardware, load_hardware
 from peer_dist.planning.plan import plan
 from peer_dist.planning.rates import copy_seconds, fastest, product_seconds
 from peer_dist.ranks.examination import Check, Examination, Finding, Here, Ranks, examine
@@ -438,10 +438,18 @@ def check_writable(path: Path) -> None:
     """Check before anything is measured that the hardware file can be written.
 
     Raises:
-        ConfigError: the file cannot be written, or ``peer-dist plan`` would not take its name for a file's.
+        ConfigError: the file cannot be written, or ``peer-dist plan`` would not take its name for a file's, or it holds
+            something else.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--calibrate {path}: must end in .yaml, by which peer-dist plan knows a file")
     unfit = os.path.isdir(path) or not os.access(nearest_existing(path), os.W_OK) or unwritable(path.parent)
     if unfit or len(os.fsencode(path.name)) > LONGEST_NAME:
         raise ConfigError(f"--calibrate {path}: cannot be written; name a file in a folder that can")
+    if os.path.isfile(path) and os.path.getsize(path):
+        try:
+            load_hardware(str(path))
+        except ConfigError:  # a run's config, for one
+            raise ConfigError(
+                f"--calibrate {path}: is there and holds no device's figures; name another file, or remove it"
+            ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -17,6 +18,7 @@ from peer_dist.config import ConfigError
 from peer_dist.measures.metrics import time_of
 from peer_dist.measures.record import RunRecord, read_run
 from peer_dist.plots import charts
+from peer_dist.reading import opened, reading
 from peer_dist.writing import whole
 
 _CENTURY = 3.2e9  # seconds: no run takes as long
@@ -31,16 +33,31 @@ def write_report(folders: Sequence[Path], output: Path | None) -> Path:
         output: a file; by default report.html in the run's folder, or in the working directory for several.
 
     Raises:
-        ConfigError: a folder holds no run, or the page cannot be written.
+        ConfigError: a folder holds no run, or the page cannot be written, or would replace what is none.
     """
     runs = [read_run(folder) for folder in folders]
     if len({run.name for run in runs}) < len(runs):
         runs = [replace(run, name=str(folder)) for run, folder in zip(runs, folders)]
     output = output or (folders[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    _check_replaceable(output)
     text = page(runs)
     with whole(output, ConfigError, f"--output {output}") as path:
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     return output
+
+
+def _check_replaceable(output: Path) -> None:
+    """Refuse to write a page over what is none, such as a run's own logs.
+
+    Raises:
+        ConfigError: that is so, or what is there cannot be read.
+    """
+    if not os.path.isfile(output):
+        return
+    with reading(f"--output {output}", ConfigError, advice="name another file"), opened(output) as file:
+        begin = file.read(64).lstrip().lower()
+    if begin and not begin.startswith((b"<!doctype html", b"<html")):
+        raise ConfigError(f"--output {output}: is there and is no page of HTML; name another file, or remove it")
 
 
 def page(runs: Sequence[RunRecord]) -> str:

@@ -76,6 +76,10 @@ class Job:
             raise SubmitError(f"--stage: {self.stage} has no bin/python; name the folder of a Python environment")
         if self.setup is not None and not os.path.isfile(self.setup):
             raise SubmitError(f"--setup: {self.setup} is not there; name a file of shell commands")
+        if self.container is not None and not self.container.strip():
+            raise SubmitError("--container: is empty; name an image, or leave it out")
+        if not self.local_disk.is_absolute():  # the job's steps run in other folders
+            raise SubmitError(f"--local-disk: {self.local_disk} is no absolute path; name a folder of the nodes' disks")
         if self.container is not None and _is_file(self.container) and not os.path.exists(self.container):
             raise SubmitError(f"--container: {self.container} is not there; name an image's file, or one of a registry")
         if self.stage is not None and self.container is not None:
@@ -175,7 +179,8 @@ def sbatch(script: Path, *options: str) -> str:
             f"sbatch: {command} cannot be started ({error.strerror}); see whether it is Slurm's"
         ) from None
     if answer.returncode:
-        reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("sbatch: error: ")
+        none = f"failed with exit code {answer.returncode} and gave no reason; ask who keeps this Slurm"
+        reason = (answer.stderr.strip().splitlines() or [none])[-1].removeprefix("sbatch: error: ")
         raise SubmitError(f"sbatch: {in_words(reason)}")
     number = answer.stdout.strip().partition(";")[0]
     if not re.fullmatch("[0-9]+", number):

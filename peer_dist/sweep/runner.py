@@ -66,6 +66,8 @@ def select(sweep: Sweep, patterns: Sequence[str] = (), task: int | None = None) 
         return sweep.runs
     names: set[str] = set()
     for pattern in patterns:
+        if not pattern.strip():  # sizes and variants that are not in the file have an empty name
+            raise ConfigError("--only: is empty; name a run, model, size or variant, or leave it out")
         matching = [
             run
             for run in sweep.runs

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from peer_dist.checkpoints.manifest import read_manifest
+import os
+from pathlib import Path
+
+from peer_dist.checkpoints.manifest import MANIFEST, read_manifest, step_of
 from peer_dist.checkpoints.resuming import check_resumable, data_identity
 from peer_dist.checkpoints.sources import open_source
 from peer_dist.checkpoints.store import CheckpointStore
-from peer_dist.config import Config, check_folders, check_world
+from peer_dist.config import Config, ConfigError, check_folders, check_world
 from peer_dist.data.stream import check_data
+from peer_dist.measures.metrics import EVENTS, IMAGES, METRICS
 
 
 def check_ready(config: Config, world_size: int) -> list[str]:
@@ -23,6 +27,7 @@ def check_ready(config: Config, world_size: int) -> list[str]:
     """
     check_world(config, world_size)
     check_folders(config)
+    _check_apart(config)
     data = check_data(config.data, config.model.seq_length, config.train.seed)
     path = CheckpointStore(config.checkpoint.dir).look(config.checkpoint.fall_back)
     if path is not None:
@@ -30,3 +35,30 @@ def check_ready(config: Config, world_size: int) -> list[str]:
     elif config.checkpoint.init_from is not None:
         open_source(config, data.tokenizer)
     return data.remarks
+
+
+def _check_apart(config: Config) -> None:
+    """Refuse folders of which a run, this one or another, would remove one with what is in it.
+
+    Raises:
+        ConfigError: one lies in a checkpoint, or checkpoints would lie where the logs are.
+    """
+    checkpoints, logs = (Path(os.path.realpath(name)) for name in (config.checkpoint.dir, config.logging.dir))
+    for key, name, folder, instead in (
+        ("checkpoint.dir", config.checkpoint.dir, checkpoints, "the folder above it to go on from it, or another one"),
+        ("logging.dir", config.logging.dir, logs, "another folder"),
+    ):
+        for place in (folder, *folder.parents):
+            own = place.parent == checkpoints
+            if (own and place.name.startswith(".step-")) or (
+                step_of(place) is not None and (own or os.path.lexists(place / MANIFEST))
+            ):
+                raise ConfigError(
+                    f"{key}: {name} lies in the checkpoint {place.name}, which is deleted when there are newer ones; "
+                    f"name {instead}"
+                )
+    if logs in checkpoints.parents and (part := checkpoints.relative_to(logs).parts[0]) in (METRICS, EVENTS, IMAGES):
+        raise ConfigError(
+            f"checkpoint.dir: {config.checkpoint.dir} lies in {part} of logging.dir ({config.logging.dir}), which the "
+            "logs need; name another folder"
+        )
