@@ -316,6 +316,9 @@ def test_everything_is_on_disk_before_the_name_is(small, asynchronous):
     """Every file, then its folder, then the rename, then the folder that has the name."""
     folder = Path(small["checkpoint"]["dir"])
     partial, final = folder / ".step-00000001.partial", folder / "step-00000001"
+    theirs, leftover = folder / ".step-by-step", folder / ".step-00000003.partial"
+    theirs.mkdir(parents=True)
+    leftover.mkdir()
     ranks = run_ranks(traced_save, 2, with_keys(small, parallel={"expert": 2}), asynchronous)
     at = ranks[0].index(("rename", str(partial), str(final)))
     assert ranks[0][at - 2 : at] == [("sync", str(partial / "manifest.json")), ("sync", str(partial))]
@@ -323,6 +326,8 @@ def test_everything_is_on_disk_before_the_name_is(small, asynchronous):
     synced = {event[1] for event in [*ranks[0][: at - 1], *ranks[1]] if event[0] == "sync"}
     assert {str(partial / file.name) for file in final.iterdir()} <= synced
     assert not [event for event in ranks[1] if event[0] == "rename"]
+    assert theirs.exists()  # somebody's, with a name that no run gives
+    assert not leftover.exists()
     assert set(json.loads((final / "manifest.json").read_text())["files"]) == set(FILES) - {"manifest.json"}
 
 
@@ -570,6 +575,28 @@ def test_damage_is_known_before_ranks_meet(copied, tmp_path, starts):
                 check_ready(parse_config(tree, "test"), 2)
             assert f"step-00000006/{name}: " in str(refusal.value), (name, kind)
             assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_written_where_checkpoints_are_replaced_and_deleted(copied, tmp_path):
+    from peer_dist.config import ConfigError, parse_config
+    from peer_dist.training.readiness import check_ready
+
+    here, new = Path(copied["checkpoint"]["dir"]), tmp_path / "new"
+    (tmp_path / "link").symlink_to(here / "step-00000006")
+    for store, logs, words in (
+        (here / "step-00000006", new, f"checkpoint.dir: .*; to go on from it, name {here}$"),
+        (tmp_path / "link", new, "checkpoint.dir: .* is in the place of a checkpoint"),
+        (here / "step-00000006" / "more", new, "checkpoint.dir: .*; choose another folder$"),
+        (new, new / "step-00000002", "logging.dir: .* is in the place of a checkpoint"),
+        (new, new / ".step-00000002.partial" / "logs", "logging.dir: .* is in the place of a checkpoint"),
+        (new, here / "step-00000006" / "logs", "logging.dir: .* is in the place of a checkpoint"),
+    ):
+        tree = with_keys(copied, checkpoint={"dir": str(store)}, logging={"dir": str(logs)})
+        with pytest.raises(ConfigError, match=words):
+            check_ready(parse_config(tree, "test"), 2)
+    tree = with_keys(copied, checkpoint={"dir": str(here)}, logging={"dir": str(here / "step-logs")})
+    check_ready(parse_config(tree, "test"), 2)
+    assert not new.exists()
 
 
 def test_files_may_be_links(copied, tmp_path):
