@@ -13,7 +13,6 @@ import select
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import yaml
@@ -198,49 +197,22 @@ def read_object(path: str | os.PathLike[str], raises: type[Mistake], advice: str
     return value
 
 
-@dataclass(frozen=True)
-class Lines:
-    """What a file of JSON lines holds.
+def json_lines(path: str | os.PathLike[str], raises: type[Mistake]) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file of JSON lines, one at a time, without their line feeds.
 
-    Attributes:
-        objects: the objects, in the file's order.
-        texts: all lines of the file as bytes without their line feeds, those that cannot be read included.
-        numbers: for each object, the place of its line in ``texts``.
-        unread: numbers, counted from 1, of the lines that hold no JSON object and are not blank.
-        complete: whether the last line ends in a line feed, or there is none: half a line of a killed writer does not.
-    """
-
-    objects: list[dict[str, Any]]
-    texts: list[bytes]
-    numbers: list[int]
-    unread: list[int]
-    complete: bool
-
-
-def read_json_lines(path: str | os.PathLike[str], raises: type[Mistake]) -> Lines:
-    """The JSON objects in the lines of a file; lines that hold none are told apart, not refused.
+    Yields:
+        A line, and the object in it; None for one that holds none, which is told apart, not refused.
 
     Raises:
         Mistake: ``raises``; the file cannot be read.
     """
     with reading(path, raises), opened(path) as file:
-        data = file.read()
-    texts = data.split(b"\n")
-    complete = not texts[-1]
-    if complete:
-        texts.pop()
-    objects, numbers, unread = [], [], []
-    for place, line in enumerate(texts):
-        try:
-            value = json.loads(line.decode("utf-8").removeprefix("\ufeff"), parse_int=_whole)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            objects.append(value)
-            numbers.append(place)
-        elif line.strip():
-            unread.append(place + 1)
-    return Lines(objects, texts, numbers, unread, complete)
+        for line in file:
+            try:
+                value = json.loads(line.decode("utf-8").removeprefix("\ufeff"), parse_int=_whole)
+            except (ValueError, RecursionError):
+                value = None
+            yield line.removesuffix(b"\n"), value if isinstance(value, dict) else None
 
 
 def _kind_of(value: object) -> str:

@@ -316,6 +316,9 @@ def test_everything_is_on_disk_before_the_name_is(small, asynchronous):
     """Every file, then its folder, then the rename, then the folder that has the name."""
     folder = Path(small["checkpoint"]["dir"])
     partial, final = folder / ".step-00000001.partial", folder / "step-00000001"
+    theirs, leftover = folder / ".step-by-step", folder / ".step-00000003.partial"
+    theirs.mkdir(parents=True)
+    leftover.mkdir()
     ranks = run_ranks(traced_save, 2, with_keys(small, parallel={"expert": 2}), asynchronous)
     at = ranks[0].index(("rename", str(partial), str(final)))
     assert ranks[0][at - 2 : at] == [("sync", str(partial / "manifest.json")), ("sync", str(partial))]
@@ -323,6 +326,8 @@ def test_everything_is_on_disk_before_the_name_is(small, asynchronous):
     synced = {event[1] for event in [*ranks[0][: at - 1], *ranks[1]] if event[0] == "sync"}
     assert {str(partial / file.name) for file in final.iterdir()} <= synced
     assert not [event for event in ranks[1] if event[0] == "rename"]
+    assert theirs.exists()  # somebody's, with a name that no run gives
+    assert not leftover.exists()
     assert set(json.loads((final / "manifest.json").read_text())["files"]) == set(FILES) - {"manifest.json"}
 
 
@@ -592,12 +597,14 @@ def test_folders_that_a_run_would_remove_are_refused(tmp_path):
         (own, own / "logs"),
         (logs / "checkpoints", logs),
         (tmp_path / "step-1", logs),
+        (own, own / "step-logs"),
+        (own, own / ".step-logs"),
     ):
         check(*fine)
     for checkpoints in (other, other / "deeper", tmp_path / "link"):
         with pytest.raises(ConfigError, match=r"^checkpoint.dir: .* lies in the checkpoint step-00000004, .*above it"):
             check(checkpoints, logs)
-    for inside in (other, own / "step-00000009", own / "step-00000009/logs", own / ".step-00000009"):
+    for inside in (other, own / "step-00000009", own / "step-00000009/logs", own / ".step-00000009.partial/logs"):
         with pytest.raises(
             ConfigError, match=r"^logging.dir: .* lies in the checkpoint \.?step-.*; name another folder"
         ):

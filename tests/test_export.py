@@ -218,6 +218,41 @@ print(json.dumps(apart))
 """
 
 
+ODD = (None, True, -1, 0, 1.5, 10**30, "3", [], "gone")
+
+
+def test_odd_settings(folder, tmp_path):
+    """Whatever stands in config.json, the model is refused in a sentence at once, or works."""
+    shutil.copytree(folder, tmp_path / "odd")
+    path, load = tmp_path / "odd" / "config.json", code_of(folder).LanguageModel.load
+    good = json.loads(path.read_text())
+    unread = ("architectures", "auto_map", "dtype", "bos_token_id", "pad_token_id", "model_type")
+    places = [(name,) for name in good if name not in unread]
+    places += [(name, key) for name in ("peer", "pkm", "router") for key in good[name]]
+    tokens, said = torch.tensor([[1, 2, 3]]), []
+    for place in places:
+        for value in ODD:
+            tree = json.loads(json.dumps(good))
+            home = tree[place[0]] if len(place) > 1 else tree
+            home.pop(place[-1])
+            if value != "gone":
+                home[place[-1]] = value
+            path.write_text(json.dumps(tree))
+            try:
+                load(path.parent).generate(tokens, 1)
+            except ValueError as error:
+                said.append(str(error))
+    assert len(said) > 5 * len(places)
+    assert [text for text in said if not re.fullmatch(r".{20,300}", text)] == []
+    for key, value in (("heads", True), ("shared_keys", "yes")):  # neither 1 nor true
+        path.write_text(json.dumps({**good, "peer": {**good["peer"], key: value}}))
+        with pytest.raises(ValueError, match=rf"config.json: {key} must be "):
+            load(path.parent)
+    path.write_text(json.dumps({**good, "mlp": ["dense"] * 4000, "num_hidden_layers": 4000}))
+    with pytest.raises(ValueError, match=r"asks for more layers or experts than the \d+ tensors there are"):
+        load(path.parent)
+
+
 def needs_transformers():
     if importlib.util.find_spec("transformers") is None:
         pytest.skip("transformers is not installed: pip install 'peer_dist[dev]'")
@@ -302,12 +337,17 @@ def test_mistakes_leave_nothing(folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*steps, "there"])
 
 
-def load_exported(folder):
-    """The model of a folder, by the code that lies in it."""
+def code_of(folder):
+    """The module that lies in a folder."""
     spec = importlib.util.spec_from_file_location("exported_model", folder / "peer_model.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.LanguageModel.load(folder)
+    return module
+
+
+def load_exported(folder):
+    """The model of a folder, by the code that lies in it."""
+    return code_of(folder).LanguageModel.load(folder)
 
 
 def test_the_command(folder, tmp_path):
@@ -397,9 +437,10 @@ INDEXES = {
 CONFIGS = {
     "has no 'hidden_size'": lambda config: config.pop("hidden_size"),
     "which this file does not know": lambda config: config.update(mlp=["unknown"] * 3),
-    "does not describe a model": lambda config: config.update(hidden_size="32"),
-    "does not describe a model of this file": lambda config: config.update(num_attention_heads=0),
-    "asks for": lambda config: config.update(mlp=[*config["mlp"], "dense"]),
+    "hidden_size must be a whole number": lambda config: config.update(hidden_size="32"),
+    "num_attention_heads must be a whole number": lambda config: config.update(num_attention_heads=0),
+    "num_hidden_layers must be 5": lambda config: config.update(mlp=[*config["mlp"], "dense"]),
+    "asks for": lambda config: config.update(mlp=[*config["mlp"], "dense"], num_hidden_layers=5),
     "but by config.json": lambda config: config.update(vocab_size=999),
 }
 FILES = {

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,7 +27,7 @@ import peer_dist
 from peer_dist import output
 from peer_dist.checkpoints.store import CheckpointStore
 from peer_dist.config import ConfigError
-from peer_dist.measures.metrics import Metrics, read_metrics, time_of
+from peer_dist.measures.metrics import Metrics, along, read_metrics, time_of
 from peer_dist.measures.record import read_run
 from peer_dist.mistake import Mistake, printable
 from peer_dist.plots.command import plot, results_of, tables
@@ -221,6 +222,22 @@ def test_a_resume_keeps_what_it_cannot_read(run, place):
             assert path.read_bytes().endswith(b'{"step": 5, "train/loss": 1.0, "train/perplexity": null}\n')
             told = [sentence for sentence in said if f"{path}: line " in sentence]
             assert len(told) == bool(bad), (bad[:40], said)
+
+
+def test_a_resume_holds_no_more_of_its_logs_than_it_must(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("w") as file:
+        for step in range(4000):
+            file.write(json.dumps({"step": step, **{f"time/{name}": step / 7 for name in range(30)}}) + "\n")
+    size = path.stat().st_size
+    tracemalloc.start()
+    metrics = Metrics(tmp_path, 3000, [].append)
+    metrics.close()
+    assert along(path, "time/3") == {step: step / 7 for step in range(3001)}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.7 * size < path.stat().st_size < 0.8 * size
+    assert peak < 0.3 * size
 
 
 def test_half_a_last_line_is_ended(run):

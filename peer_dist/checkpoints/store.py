@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -154,7 +155,8 @@ class CheckpointStore:
 
         def begin() -> None:
             for leftover in self.folder.glob(".step-*"):  # by runs that were killed
-                shutil.rmtree(leftover, ignore_errors=True)
+                if is_unfinished(leftover):
+                    shutil.rmtree(leftover, ignore_errors=True)
             hidden.mkdir(parents=True)
 
         from_rank_zero(begin)
@@ -216,6 +218,11 @@ class CheckpointStore:
                 step = step_of(path)
                 if step is not None:
                     yield step, path
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a folder has the name of a checkpoint that is being written or deleted."""
+    return re.fullmatch(r"\.step-\d{8,}\.(partial|old)", path.name) is not None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -32,7 +32,11 @@ INDEX = "model.safetensors.index.json"
 ONE_FILE = "model.safetensors"  # of a folder that transformers wrote, which needs no index
 PREFIX = "model."  # of the tensors' names in the files
 MOST_JSON = 1 << 26  # bytes of a JSON file
+LARGEST = 1 << 40  # of a whole number in config.json
+MOST_LAYERS = 4096
+MOST_TENSORS = 1 << 22
 
+ROUTERS = ("linear", "recurrent", "mlp", "cosine")
 EPS = 1e-5  # of the norms within layers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -58,6 +62,47 @@ def unmixed(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def linear(width: int, out: int) -> nn.Linear:
     """A map without a bias."""
     return nn.Linear(width, out, bias=False)
+
+
+def _refused(key: str, wanted: str, value: object) -> ValueError:
+    return ValueError(f"config.json: {key} must be {wanted}; got {value!a:.60}")
+
+
+def whole(section: Mapping[str, Any], key: str, least: int = 1, most: int = LARGEST) -> int:
+    """The whole number that ``config.json``, or a section of it, has for ``key``.
+
+    Raises:
+        ValueError: it is none, or not from ``least`` to ``most``.
+        KeyError: there is no such key.
+    """
+    value = section[key]
+    if type(value) is not int or not least <= value <= most:
+        raise _refused(key, f"a whole number from {least} to {most}", value)
+    return value
+
+
+def positive(section: Mapping[str, Any], key: str) -> float:
+    """The number above 0 that it has for ``key``; see :func:`whole`."""
+    value = section[key]
+    if type(value) not in (int, float) or not 0 < value < 1e37:
+        raise _refused(key, "a number above 0", value)
+    return float(value)
+
+
+def flag(section: Mapping[str, Any], key: str) -> bool:
+    """The ``true`` or ``false`` that it has for ``key``; see :func:`whole`."""
+    value = section[key]
+    if not isinstance(value, bool):
+        raise _refused(key, "true or false", value)
+    return value
+
+
+def choice(section: Mapping[str, Any], key: str, names: Collection[str]) -> str:
+    """The one of ``names`` that it has for ``key``; see :func:`whole`."""
+    value = section[key]
+    if not isinstance(value, str) or value not in names:
+        raise _refused(key, f"one of {', '.join(names)}", value)
+    return value
 
 
 class Cache(Protocol):
@@ -173,6 +218,15 @@ class ExportedLayer(nn.Module):
     routed: ClassVar[bool] = False
 
     @classmethod
+    def least_tensors(cls, section: Mapping[str, Any]) -> int:
+        """How many tensors a layer has at least, so that one too many for the files is never built.
+
+        Raises:
+            ValueError: its section of ``config.json`` does not say so.
+        """
+        return 1
+
+    @classmethod
     def of(
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> ExportedLayer:
@@ -206,23 +260,23 @@ def _read_object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none.
     """
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file")
     try:
-        if not file.is_file():
-            raise ValueError(f"{file}: there is no such file")
-        if file.stat().st_size > MOST_JSON:
-            raise ValueError(f"{file}: is larger than any such file")
-        tree = json.loads(file.read_bytes())
+        with file.open("rb") as opened:
+            data = opened.read(MOST_JSON + 1)
+        tree = json.loads(data) if len(data) <= MOST_JSON else None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-    except (RecursionError, MemoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (RecursionError, MemoryError, ValueError) as error:  # a number of thousands of digits is one too
         raise ValueError(f"{file}: is not valid JSON ({_line(error)})") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: must hold a JSON object")
     return tree
 
 
-def _read_tensors(folder: Path, device: str) -> dict[str, Tensor]:
-    """All tensors of a folder, by their names without :data:`PREFIX`.
+def _stored(folder: Path) -> dict[str, list[str]]:
+    """The names of all tensors in a folder's files, by file.
 
     Raises:
         ValueError: a file is missing or damaged, or the index names one elsewhere.
@@ -233,19 +287,25 @@ def _read_tensors(folder: Path, device: str) -> dict[str, Tensor]:
         if not isinstance(homes, dict) or not homes:
             raise ValueError(f"{folder / INDEX}: has no weight_map from tensors to files")
         files = sorted(set(map(str, homes.values())))
-    state: dict[str, Tensor] = {}
+    stored: dict[str, list[str]] = {}
     for name in files:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", name):
             raise ValueError(f"{folder / INDEX}: names {name!r:.80}, which is no safetensors file of this folder")
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{file}: there is no such file")
-        try:
-            with safe_open(file, framework="pt", device=device) as tensors:
-                state |= {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read as safetensors ({_line(error)})") from None
-    return state
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: there is no such file")
+        with _tensors(folder / name, "cpu") as tensors:
+            stored[name] = list(tensors.keys())
+    return stored
+
+
+@contextlib.contextmanager
+def _tensors(file: Path, device: str) -> Iterator[Any]:
+    """A safetensors file, opened. Raises ``ValueError`` if it is damaged."""
+    try:
+        with safe_open(file, framework="pt", device=device) as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read as safetensors ({_line(error)})") from None
 
 
 class Layer(nn.Module):
@@ -255,16 +315,21 @@ class Layer(nn.Module):
         self, config: Mapping[str, Any], number: int, core: RouterCore | None, tables_of: nn.Module | None
     ) -> None:
         super().__init__()
-        width, kind, eps = config["hidden_size"], config["mlp"][number], config["rms_norm_eps"]
-        if kind not in LAYERS:
-            raise ValueError(f"config.json: mlp has a layer of the kind {kind!r}, which this file does not know")
-        size = config["router"]["state_size"] if core is not None else 0
+        width, kind, eps = whole(config, "hidden_size"), config["mlp"][number], positive(config, "rms_norm_eps")
+        heads, groups = whole(config, "num_attention_heads"), whole(config, "num_key_value_heads")
+        if width % (2 * heads) or heads % groups:
+            raise ValueError(
+                f"config.json: hidden_size {width}, num_attention_heads {heads} and num_key_value_heads {groups} do "
+                "not divide into heads of an even width and groups of heads"
+            )
+        size = whole(config["router"], "state_size") if core is not None else 0
         self.attention_norm = RMSNorm(width, eps)
-        self.attention = Attention(width, config["num_attention_heads"], config["num_key_value_heads"], number)
+        self.attention = Attention(width, heads, groups, number)
         self.mlp_norm = RMSNorm(width, eps)
         self.router_state = None
         if core is not None and LAYERS[kind].routed:
-            self.router_state = RouterState(core, width, size, config["router"]["passing"] != "none")
+            passed = choice(config["router"], "passing", ("full", "detached", "none")) != "none"
+            self.router_state = RouterState(core, width, size, passed)
         self.mlp = LAYERS[kind].of(config, config.get(kind, {}), size, tables_of)
 
     def forward(
@@ -287,39 +352,71 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """The model that ``config.json`` describes, with weights that are not yet loaded; see :meth:`load`."""
+    """The model that ``config.json`` describes, with weights that are not yet loaded; see :meth:`load`.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    Args:
+        config: what the file holds.
+        most_tensors: that it may ask for.
+
+    Raises:
+        ValueError: it describes no model of this file; the message is one sentence.
+    """
+
+    def __init__(self, config: Mapping[str, Any], most_tensors: int = MOST_TENSORS) -> None:
         super().__init__()
         self.config = dict(config)
         try:
+            self._check(config, most_tensors)
             self._build(config)
         except KeyError as error:
             raise ValueError(f"config.json: has no {error}, by which the model would be built") from None
         except (TypeError, AttributeError, RuntimeError, ArithmeticError, MemoryError, OverflowError) as error:
             raise ValueError(f"config.json: does not describe a model of this file ({_line(error)})") from None
 
+    def _check(self, config: Mapping[str, Any], most_tensors: int) -> None:
+        kinds = config["mlp"]
+        if not isinstance(kinds, list) or not 1 <= len(kinds) <= MOST_LAYERS:
+            raise _refused("mlp", f"a list of the kinds of 1 to {MOST_LAYERS} layers", kinds)
+        for kind in kinds:
+            if not isinstance(kind, str) or kind not in LAYERS:
+                raise ValueError(
+                    f"config.json: mlp has a layer of the kind {kind!r:.60}, which this file does not know"
+                )
+        if whole(config, "num_hidden_layers") != len(kinds):
+            raise _refused("num_hidden_layers", f"{len(kinds)}, as many as mlp has", config["num_hidden_layers"])
+        for name in {*kinds, "router"} & config.keys():
+            if not isinstance(config[name], Mapping):
+                raise _refused(name, "an object", config[name])
+        if sum(LAYERS[kind].least_tensors(config.get(kind, {})) for kind in kinds) > most_tensors:
+            raise ValueError(f"config.json: asks for more layers or experts than the {most_tensors} tensors there are")
+        text = whole(config, "text_vocab_size", 1, whole(config, "vocab_size"))
+        whole(config, "eos_token_id", 0, text - 1)
+        whole(config, "max_position_embeddings")
+        positive(config, "rope_theta")
+
     def _build(self, config: Mapping[str, Any]) -> None:
-        width, kinds = config["hidden_size"], config["mlp"]
+        width, kinds = whole(config, "hidden_size"), config["mlp"]
         self.embedding = nn.Embedding(config["vocab_size"], width)
         self.router_core = None
         self.state_size = 0
         router = config.get("router")
-        if router is not None and router["kind"] in ("recurrent", "mlp"):
-            self.state_size = router["state_size"]
-            projected_from = width if router["shared_projector"] else 0
-            self.router_core = RouterCore(self.state_size, router["kind"] == "recurrent", projected_from)
+        kind = choice(router, "kind", ROUTERS) if router is not None else ""
+        if router is not None and kind in ("recurrent", "mlp"):
+            self.state_size = whole(router, "state_size")
+            projected_from = width if flag(router, "shared_projector") else 0
+            self.router_core = RouterCore(self.state_size, kind == "recurrent", projected_from)
         layers: list[Layer] = []
         pools: dict[str, list[nn.Module]] = {}  # by kind: the layers that share the tables of the first of them
         for number, kind in enumerate(kinds):
             pool = pools.setdefault(kind, [])
             layers.append(Layer(config, number, self.router_core, pool[0] if pool else None))
             pool.append(layers[-1].mlp)
-            if len(pool) == config.get(kind, {}).get("layers_per_pool", 1):
+            section = config.get(kind, {})
+            if len(pool) == (whole(section, "layers_per_pool") if "layers_per_pool" in section else 1):
                 pools[kind] = []
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(width, config["rms_norm_eps"])
-        self.output = None if config["tie_word_embeddings"] else linear(width, config["vocab_size"])
+        self.norm = RMSNorm(width, positive(config, "rms_norm_eps"))
+        self.output = None if flag(config, "tie_word_embeddings") else linear(width, config["vocab_size"])
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> LanguageModel:
@@ -331,9 +428,14 @@ class LanguageModel(nn.Module):
             ValueError: a file is missing or damaged, or the files do not fit each other; the message is one sentence.
         """
         folder = Path(folder)
+        config, stored = _read_object(folder / "config.json"), _stored(folder)
         with torch.device("meta"):
-            model = cls(_read_object(folder / "config.json"))
-        wanted, state = model.state_dict(), _read_tensors(folder, str(device))
+            model = cls(config, sum(map(len, stored.values())))
+        state: dict[str, Tensor] = {}
+        for file, names in stored.items():
+            with _tensors(folder / file, str(device)) as tensors:
+                state |= {name.removeprefix(PREFIX): tensors.get_tensor(name) for name in names}
+        wanted = model.state_dict()
         for name, value in wanted.items():
             if name not in state:
                 raise ValueError(f"{folder}: has no tensor {PREFIX}{name}, which config.json asks for")
@@ -403,7 +505,7 @@ class LanguageModel(nn.Module):
     def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         channels = self.config["hidden_size"] // self.config["num_attention_heads"]
         powers = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
-        rates = 1 / self.config["rope_theta"] ** powers
+        rates = 1 / positive(self.config, "rope_theta") ** powers
         angles = (positions[:, None, :, None].to(torch.float32) * rates).repeat(1, 1, 1, 2)
         return angles.cos(), angles.sin()
 

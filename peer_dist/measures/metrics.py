@@ -13,7 +13,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from peer_dist.config import ConfigError
 from peer_dist.measures.board import Board
 from peer_dist.mistake import Mistake, in_words, printable
 from peer_dist.output import messages
-from peer_dist.reading import read_json_lines
+from peer_dist.reading import json_lines, opened, reading
 
 METRICS, EVENTS, IMAGES = "metrics.jsonl", "events.jsonl", "images"
 _WAITING = 1000  # events
@@ -110,7 +110,7 @@ class Metrics:
         Image.fromarray(pixels).save(file, "png", optimize=True)
         with self._outlasting("pictures", path.parent, step):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, file.getvalue(), sync=False)
+            _replace(path, [file.getvalue()], sync=False)
         if step == self._last_image or step >= _SPARSE * self._last_image:
             self._add(summary.image(name, pixels, dataformats="HWC"), step=step)
             self._last_image = step
@@ -184,29 +184,33 @@ class Metrics:
         def rewind(path: Path) -> None:
             if not path.exists():
                 return
-            lines = read_json_lines(path, ConfigError)
-            right = [(number, line) for number, line in zip(lines.numbers, lines.objects) if _is_numbers(line)]
-            self._tell_unread(path, lines.texts, [number for number, _ in right])
-            later = {number for number, line in right if line["step"] > step}
+            later = {number for number, line in self._readable(path, _is_numbers) if line["step"] > step}
             if later:
-                kept = [text + b"\n" for number, text in enumerate(lines.texts) if number not in later]
-                _replace(path, b"".join(kept))
+                with reading(path, ConfigError), opened(path) as file:
+                    lines = (line.removesuffix(b"\n") + b"\n" for n, line in enumerate(file) if n not in later)
+                    _replace(path, lines)
 
         return rewind
 
     def _checked(self, path: Path) -> None:
         """Prepares events.jsonl, which keeps all its lines."""
         if path.exists():
-            lines = read_json_lines(path, ConfigError)
-            right = [number for number, line in zip(lines.numbers, lines.objects) if _is_event(line)]
-            self._tell_unread(path, lines.texts, right)
+            for _ in self._readable(path, _is_event):
+                pass
 
-    def _tell_unread(self, path: Path, texts: Sequence[bytes], read: Sequence[int]) -> None:
-        known = set(read)
-        unread = [str(number + 1) for number, text in enumerate(texts) if number not in known and text.strip()]
+    def _readable(self, path: Path, right: Callable[[dict[str, Any]], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The lines that are ``right``, each behind its number from 0, one at a time; at the end, others are told."""
+        first: list[str] = []
+        unread = 0
+        for number, (text, line) in enumerate(json_lines(path, ConfigError)):
+            if line is not None and right(line):
+                yield number, line
+            elif text.strip():
+                unread += 1
+                first = [*first, str(number + 1)][:5]
         if unread:
-            more = f" and {len(unread) - 5} more" if len(unread) > 5 else ""
-            which = f"line {unread[0]}" if len(unread) == 1 else f"{len(unread)} lines ({', '.join(unread[:5])}{more})"
+            more = f" and {unread - 5} more" if unread > 5 else ""
+            which = f"line {first[0]}" if unread == 1 else f"{unread} lines ({', '.join(first)}{more})"
             self._tell(f"{path}: {which} cannot be read; what is there stays, and is left out of reports and plots")
 
 
@@ -278,12 +282,12 @@ def _set_aside(path: Path) -> None:
         path.rename(free)
 
 
-def _replace(path: Path, data: bytes, sync: bool = True) -> None:
-    """Replace a file by one that holds ``data``, completely or not at all; with ``sync`` whatever the machine does."""
+def _replace(path: Path, parts: Iterable[bytes], sync: bool = True) -> None:
+    """Replace a file by one that holds ``parts``, completely or not at all; with ``sync``, come what may."""
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             if sync:
                 os.fsync(file.fileno())
@@ -303,11 +307,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the file cannot be read.
     """
-    lines = read_json_lines(path, ConfigError).objects
     if path.name.startswith(Path(EVENTS).stem):
-        return [line for line in lines if _is_event(line)]
-    by_step = {line["step"]: {k: _finite(v) for k, v in line.items()} for line in lines if _is_numbers(line)}
+        return [line for _, line in json_lines(path, ConfigError) if line is not None and _is_event(line)]
+    by_step = {line["step"]: {name: _finite(value) for name, value in line.items()} for line in _numbers(path)}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def along(path: Path, name: str) -> dict[int, float]:
+    """One number of a metrics.jsonl by its step, where it is known; the file is not held in memory.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    known = {line["step"]: _finite(line[name]) for line in _numbers(path) if name in line}
+    return {step: value for step, value in sorted(known.items()) if value is not None}
+
+
+def _numbers(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl that can be read, one at a time."""
+    return (line for _, line in json_lines(path, ConfigError) if line is not None and _is_numbers(line))
 
 
 def time_of(event: dict[str, Any]) -> datetime:
@@ -316,9 +334,7 @@ def time_of(event: dict[str, Any]) -> datetime:
 
 
 def _is_numbers(line: dict[str, Any]) -> bool:
-    return _is_step(line.get("step")) and all(
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in line.values()
-    )
+    return _is_step(line.get("step")) and {float, int, type(None)}.issuperset(map(type, line.values()))
 
 
 def _is_event(line: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from peer_dist.checkpoints.manifest import MANIFEST, read_manifest, step_of
 from peer_dist.checkpoints.resuming import check_resumable, data_identity
 from peer_dist.checkpoints.sources import open_source
-from peer_dist.checkpoints.store import CheckpointStore
+from peer_dist.checkpoints.store import CheckpointStore, is_unfinished
 from peer_dist.config import Config, ConfigError, check_folders, check_world
 from peer_dist.data.stream import check_data
 from peer_dist.measures.metrics import EVENTS, IMAGES, METRICS
@@ -49,10 +49,8 @@ def _check_apart(config: Config) -> None:
         ("logging.dir", config.logging.dir, logs, "another folder"),
     ):
         for place in (folder, *folder.parents):
-            own = place.parent == checkpoints
-            if (own and place.name.startswith(".step-")) or (
-                step_of(place) is not None and (own or os.path.lexists(place / MANIFEST))
-            ):
+            named = step_of(place) is not None or is_unfinished(place)
+            if named and (place.parent == checkpoints or os.path.lexists(place / MANIFEST)):
                 raise ConfigError(
                     f"{key}: {name} lies in the checkpoint {place.name}, which is deleted when there are newer ones; "
                     f"name {instead}"

@@ -6,12 +6,12 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.text import Text
 
-from peer_dist.measures.metrics import METRICS, Metrics, read_metrics
+from peer_dist.measures.metrics import METRICS, Metrics, along
 from peer_dist.megatron import CheckpointError, fuses_weight_gradients
 from peer_dist.mistake import Mistake
 from peer_dist.output import lost, messages
@@ -300,13 +300,12 @@ class Run:
         if trainer.parallel.rank != 0:
             return
         folder = Path(self._config.logging.dir)
-        lines: list[dict[str, Any]] = []
+        validations: list[tuple[int, float]] = []
         with contextlib.suppress(Mistake):  # logs that could not be written
-            lines = read_metrics(folder / METRICS)
-        validations = [line for line in lines if line.get("val/perplexity") is not None]
+            validations = list(along(folder / METRICS, "val/perplexity").items())
         if validations:
             ends = validations[:1] if len(validations) == 1 else [validations[0], validations[-1]]
-            shown = "  ->  ".join(f"{line['val/perplexity']:.2f} (step {line['step']})" for line in ends)
+            shown = "  ->  ".join(f"{value:.2f} (step {step})" for step, value in ends)
             self._say(f"held-out perplexity  {shown}")
         self._say(f"checkpoint           {trainer.store.path(trainer.steps_done)}")
         self._say(f"watch it with        tensorboard --logdir {folder}")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_dist.export.peer_model import ACTIVATIONS, ExportedLayer, linear
+from peer_dist.export.peer_model import ACTIVATIONS, ExportedLayer, choice, linear, whole
 
 
 class MLP(ExportedLayer):
@@ -39,4 +39,10 @@ class MLP(ExportedLayer):
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> MLP:
         """Build a block as wide as the model's ``intermediate_size``."""
-        return cls(config["hidden_size"], config["intermediate_size"], config["ffn_activation"], config["ffn_top_k"])
+        hidden = whole(config, "intermediate_size")
+        return cls(whole(config, "hidden_size"), hidden, activation_of(config), whole(config, "ffn_top_k", 0, hidden))
+
+
+def activation_of(config: Mapping[str, Any]) -> str:
+    """The name of the model's activation."""
+    return choice(config, "ffn_activation", ("swiglu", *ACTIVATIONS))

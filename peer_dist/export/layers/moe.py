@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_dist.export.layers.dense import MLP
-from peer_dist.export.peer_model import GATES, ExportedLayer, unmixed, wide
+from peer_dist.export.layers.dense import MLP, activation_of
+from peer_dist.export.peer_model import GATES, ExportedLayer, choice, flag, unmixed, whole, wide
 
 
 class LinearLogits(nn.Module):
@@ -70,6 +70,11 @@ class MixtureOfExperts(ExportedLayer):
         super().__init__()
         self.router, self.experts = router, nn.ModuleList(experts)
 
+    @classmethod
+    def least_tensors(cls, section: Mapping[str, Any]) -> int:
+        """Those of the experts."""
+        return 2 * whole(section, "num_experts")
+
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
         """``x: [tokens, width]`` through the experts that are chosen by it or, if there is one, by the state."""
         chosen, gates = self.router(x if state is None else state)
@@ -88,9 +93,11 @@ class MoE(MixtureOfExperts):
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> MoE:
         """Build a layer whose experts are as wide as a dense one unless its section says otherwise."""
-        hidden = section["expert_hidden_size"] or config["intermediate_size"]
-        router = _router(config, section, state_size, section["score"], section["normalize"], section["expert_bias"])
-        return cls(router, _experts(config, section, hidden, config["ffn_activation"]))
+        own = section["expert_hidden_size"] is not None
+        hidden = whole(section, "expert_hidden_size") if own else whole(config, "intermediate_size")
+        score = choice(section, "score", GATES)
+        router = _router(config, section, state_size, score, flag(section, "normalize"), flag(section, "expert_bias"))
+        return cls(router, _experts(config, section, hidden, activation_of(config)))
 
 
 class SigmaMoE(MixtureOfExperts):
@@ -102,18 +109,18 @@ class SigmaMoE(MixtureOfExperts):
     ) -> SigmaMoE:
         """Build a layer of ReLU experts, whose router has no bias and whose scores are not normalized."""
         router = _router(config, section, state_size, "sigmoid", normalize=False, bias=False)
-        return cls(router, _experts(config, section, section["expert_hidden_size"], "relu"))
+        return cls(router, _experts(config, section, whole(section, "expert_hidden_size"), "relu"))
 
 
 def _router(
     config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, score: str, normalize: bool, bias: bool
 ) -> Router:
-    width, experts = config["hidden_size"], section["num_experts"]
+    width, experts = whole(config, "hidden_size"), whole(section, "num_experts")
     logits: nn.Module = LinearLogits(state_size or width, experts)
     if config["router"]["kind"] == "cosine":
-        logits = CosineLogits(width, experts, config["router"]["state_size"])
-    return Router(logits, experts, section["top_k"], score, normalize, bias)
+        logits = CosineLogits(width, experts, whole(config["router"], "state_size"))
+    return Router(logits, experts, whole(section, "top_k", 1, experts), score, normalize, bias)
 
 
 def _experts(config: Mapping[str, Any], section: Mapping[str, Any], hidden: int, activation: str) -> list[MLP]:
-    return [MLP(config["hidden_size"], hidden, activation) for _ in range(section["num_experts"])]
+    return [MLP(whole(config, "hidden_size"), hidden, activation) for _ in range(whole(section, "num_experts"))]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peer_dist.export.layers.product_keys import ProductKeyLayer
-from peer_dist.export.peer_model import ACTIVATIONS, linear, wide
+from peer_dist.export.peer_model import ACTIVATIONS, choice, flag, linear, whole, wide
 
 
 class PEER(ProductKeyLayer):
@@ -23,17 +23,18 @@ class PEER(ProductKeyLayer):
     routed = True
 
     def __init__(self, width: int, section: Mapping[str, Any], state_size: int, tables_of: PEER | None) -> None:
-        super().__init__(width, section["num_experts"], section, state_size)
-        self.activation = ACTIVATIONS[section["activation"]]
+        rows = whole(section, "num_experts")
+        super().__init__(width, rows, section, state_size)
+        self.activation = ACTIVATIONS[choice(section, "activation", ACTIVATIONS)]
         self._tables_of = () if tables_of is None else (tables_of,)  # in a tuple: no sub-module of this
         if tables_of is None:
-            self.down = nn.Parameter(torch.empty(section["num_experts"], width))
-            self.up = nn.Parameter(torch.empty(section["num_experts"], width))
-        hidden = section["dense_hidden"]
+            self.down = nn.Parameter(torch.empty(rows, width))
+            self.up = nn.Parameter(torch.empty(rows, width))
+        hidden, gated = whole(section, "dense_hidden", 0), flag(section, "output_gate")
         self.dense_in = linear(width, hidden) if hidden else None
         self.dense_out = linear(hidden, width) if hidden else None
-        self.gate_in = linear(width, width) if section["output_gate"] else None
-        self.gate_out = linear(width, width) if section["output_gate"] else None
+        self.gate_in = linear(width, width) if gated else None
+        self.gate_out = linear(width, width) if gated else None
 
     def forward(self, x: Tensor, state: Tensor | None = None, picked: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """As in every layer; of ``picked`` rows and gates, it mixes those experts' outputs and does nothing else."""
@@ -64,4 +65,4 @@ class PEER(ProductKeyLayer):
     ) -> PEER:
         """Build a layer, with its own tables or those of ``tables_of``."""
         assert tables_of is None or isinstance(tables_of, PEER)
-        return cls(config["hidden_size"], section, state_size, tables_of)
+        return cls(whole(config, "hidden_size"), section, state_size, tables_of)

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from peer_dist.export.layers.product_keys import ProductKeyLayer
+from peer_dist.export.peer_model import whole
 
 
 class ProductKeyMemory(ProductKeyLayer):
     """``sum of g_i * value_i`` over heads and retrieved values."""
 
     def __init__(self, width: int, section: Mapping[str, Any]) -> None:
-        super().__init__(width, section["num_values"], section)
-        self.values = nn.Parameter(torch.empty(section["num_values"], width))
+        rows = whole(section, "num_values")
+        super().__init__(width, rows, section)
+        self.values = nn.Parameter(torch.empty(rows, width))
 
     def mixed(self, x: Tensor, rows: Tensor, gates: Tensor) -> Tensor:
         """Sum the picked values, weighted by their gates."""
@@ -27,4 +29,4 @@ class ProductKeyMemory(ProductKeyLayer):
         cls, config: Mapping[str, Any], section: Mapping[str, Any], state_size: int, tables_of: nn.Module | None
     ) -> ProductKeyMemory:
         """Build a layer; it shares its values with no other one."""
-        return cls(config["hidden_size"], section)
+        return cls(whole(config, "hidden_size"), section)

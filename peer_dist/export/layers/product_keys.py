@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_dist.export.peer_model import EPS, GATES, ExportedLayer, linear, unmixed, wide
+from peer_dist.export.peer_model import EPS, GATES, ExportedLayer, choice, flag, linear, unmixed, whole, wide
 
+NORMS = ("none", "layer", "rms")
 ELEMENTS = 1 << 23  # held at a time by a layer that looks at many keys and rows per token
 
 
@@ -68,19 +69,25 @@ class ProductKeyLayer(ExportedLayer):
 
     def __init__(self, width: int, rows: int, section: Mapping[str, Any], state_size: int = 0) -> None:
         super().__init__()
-        self.heads, self.top_k, self.n = section["heads"], section["top_k"], math.isqrt(rows)
-        projected = section.get("query_projection", True)
-        key_dim = section["key_dim"] if projected else width
-        self.gate = GATES[section["gate"]]
+        self.heads, self.n = whole(section, "heads"), math.isqrt(rows)
+        self.top_k = whole(section, "top_k", 1, self.n)
+        projected, shared = (
+            flag({"query_projection": True, **section}, "query_projection"),
+            flag(section, "shared_keys"),
+        )
+        key_dim = whole(section, "key_dim") if projected else width
+        if self.n**2 != rows or key_dim % 2:
+            raise ValueError(f"config.json: {rows} rows are no square, or queries of {key_dim} numbers have no halves")
+        self.gate = GATES[choice(section, "gate", GATES)]
         self.query = linear(width, self.heads * key_dim) if projected else None
         self.state_query = linear(state_size, self.heads * key_dim) if state_size else None
-        kind, sets = section["query_norm"], 2 if section["shared_keys"] else 2 * self.heads
+        kind, sets = choice(section, "query_norm", ("batch", *NORMS)), 2 if shared else 2 * self.heads
         self.norm: nn.Module = nn.Identity() if kind == "none" else VectorNorm(kind, self.heads, key_dim)
         if kind == "batch":
             self.norm = QueryBatchNorm(self.heads * key_dim)
         shape = (2, self.n, key_dim // 2)
-        self.keys = nn.Parameter(torch.empty(shape if section["shared_keys"] else (self.heads, *shape)))
-        kind = section.get("key_norm", "none")
+        self.keys = nn.Parameter(torch.empty(shape if shared else (self.heads, *shape)))
+        kind = choice({"key_norm": "none", **section}, "key_norm", NORMS)
         self.key_norm = None if kind == "none" else KeyNorm(kind, sets, key_dim // 2)
         self.step = max(1, ELEMENTS // max(self.heads * self.top_k * width, 2 * self.heads * self.n))  # tokens
 
