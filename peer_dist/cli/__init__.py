@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.text import Text
@@ -96,12 +96,12 @@ def main() -> None:
         raise
 
 
-def _run_command() -> None:
+def _run_command() -> NoReturn:
     """Run the command that the command line names.
 
     Raises:
         Mistake: a person can mend it, typer's errors and those of other packages' imports among them.
-        SystemExit: the command ends with another code than 0.
+        SystemExit: the command has ended, with this code.
     """
     try:
         # typer's own report is a box of several lines, from each rank
@@ -119,9 +119,9 @@ def _run_command() -> None:
         if sentence is None:
             raise
         raise Mistake(sentence) from None
-    if code:
-        raise SystemExit(code)
-    output.check_results()
+    if not code:
+        output.check_results()
+    raise SystemExit(code or 0)
 
 
 def _error(rank: str) -> str:
