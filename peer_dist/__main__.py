@@ -16,9 +16,9 @@ def main() -> None:
 
         run()
     except ModuleNotFoundError as error:
-        missing = _missing() or [
-            name for name in [(error.name or "").partition(".")[0]] if name not in ("", "peer_dist")
-        ]
+        missing, package = _missing(), (error.name or "").partition(".")[0]
+        if not missing and package not in ("", "peer_dist"):
+            missing = [package]
         if not missing:
             raise
         print(

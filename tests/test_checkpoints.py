@@ -577,19 +577,19 @@ def test_damage_is_known_before_ranks_meet(copied, tmp_path, starts):
             assert not (tmp_path / "new").exists()
 
 
-def test_folders_that_a_run_would_remove_are_refused(tmp_path):
+def test_folders_that_a_run_would_remove_are_refused(copied, tmp_path):
     """A run in a checkpoint would go with it, and logs in one, or checkpoints among the logs, would be set aside."""
     from peer_dist.config import ConfigError, parse_config
-    from peer_dist.training.readiness import _check_apart
+    from peer_dist.training.readiness import check_ready
 
-    own, other, logs = tmp_path / "own", tmp_path / "other/step-00000004", tmp_path / "logs"
+    own, other, logs = tmp_path / "own", tmp_path / "other/step-00000004", tmp_path / "mine"
     other.mkdir(parents=True)
     (other / "manifest.json").write_text("{}")
     (tmp_path / "link").symlink_to(other)
 
     def check(checkpoints, logs):
-        keys = {"checkpoint": {"dir": str(checkpoints)}, "logging": {"dir": str(logs)}}
-        _check_apart(parse_config({"data": {"prefix": "a"}, **keys}, "test"))
+        tree = with_keys(copied, checkpoint={"dir": str(checkpoints)}, logging={"dir": str(logs)})
+        check_ready(parse_config(tree, "test"), 2)
 
     for fine in (
         (own, logs),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from peer_dist.reading import check_regular, reading
 from peer_dist.shortage import shortage
 
 _SMALL = 1 << 20  # bytes of a file that is read before ranks meet
+_PARTIAL, _OLD = ".partial", ".old"  # behind a dot and the name of a checkpoint that is being written or deleted
 
 
 class CheckpointStore:
@@ -151,10 +151,10 @@ class CheckpointStore:
             CheckpointError: it could not be written; no complete checkpoint was touched.
         """
         self.finish()
-        hidden = self.folder / f".step-{step:08d}.partial"
+        hidden = self.folder / f".{step_name(step)}{_PARTIAL}"
 
         def begin() -> None:
-            for leftover in self.folder.glob(".step-*"):  # by runs that were killed
+            for leftover in self.folder.glob(".*"):  # by runs that were killed
                 if is_unfinished(leftover):
                     shutil.rmtree(leftover, ignore_errors=True)
             hidden.mkdir(parents=True)
@@ -206,7 +206,7 @@ class CheckpointStore:
         """Delete all complete checkpoints but the newest ``keep``."""
         for step in self.steps()[: -self.keep]:
             path = self.path(step)
-            renamed = self.folder / f".{path.name}.old"  # half deleted it would look damaged
+            renamed = self.folder / f".{path.name}{_OLD}"  # half deleted it would look damaged
             with contextlib.suppress(OSError):
                 path.rename(renamed)
                 shutil.rmtree(renamed)
@@ -222,7 +222,7 @@ class CheckpointStore:
 
 def is_unfinished(path: Path) -> bool:
     """Whether a folder has the name of a checkpoint that is being written or deleted."""
-    return re.fullmatch(r"\.step-\d{8,}\.(partial|old)", path.name) is not None
+    return path.name[:1] == "." and path.suffix in (_PARTIAL, _OLD) and step_of(Path(path.stem[1:])) is not None
 
 
 @contextlib.contextmanager
