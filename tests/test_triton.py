@@ -1,13 +1,10 @@
-"""The Triton kernels against ten lines of plain PyTorch in float64, and their compilation for GPUs that are not here.
-
-The kernels run on a GPU where there is one, and everywhere through Triton's interpreter: that is chosen by an
-environment variable before the kernels' module is imported, so this file runs itself again in such a process.
+"""The sums over picks in Triton against ten lines of plain PyTorch in float64, and their compilation for GPUs that are
+not here. They run on a GPU where there is one, and everywhere through Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import subprocess
 import sys
@@ -25,25 +22,27 @@ from tests.definitions import ACTIVATIONS
 
 triton = pytest.importorskip("triton")
 
-from peer_dist.kernels import triton as kernels  # noqa: E402
+from peer_dist.kernels.triton import experts as kernels  # noqa: E402
+from peer_dist.kernels.triton import launching  # noqa: E402
+from tests.gpu_kernels import (  # noqa: E402
+    DEVICE,
+    INTERPRETED,
+    SHARED_LIMIT,
+    compiled,
+    compiles,
+    launches,
+    needs_assembler,
+    resources,
+    run_interpreted,
+    runs_kernels,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 BF16 = 8e-3 if INTERPRETED else 4e-3  # one rounding to nearest; the interpreter truncates
 WAYS = {  # each to be taken at the small sizes of tests
     "token-major": {"EXPERT_MAJOR": 1e9},
     "by expert": {"EXPERT_MAJOR": 0.0, "L2_BYTES": 600, "NARROWEST": 1},  # slices of the columns where dim allows
     "wide": {"EXPERT_MAJOR": 1e9, "MAX_BLOCK_D": 32, "MAX_GRAD_BLOCK_D": 32},  # rows too wide for one program
 }
-
-
-def runs_kernels(test):
-    """On a GPU where there is one and tests see it, else interpreted."""
-    elsewhere = DEVICE == "cpu" and not INTERPRETED
-    return pytest.mark.gpu(pytest.mark.skipif(elsewhere, reason="no GPU: run by test_through_the_interpreter")(test))
-
-
-compiles = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels have nothing to compile")
 
 
 def picks_of(counts, rows, generator):
@@ -179,8 +178,8 @@ def test_popular_experts_are_summed_in_pieces(monkeypatch):
     """Runs of a piece, one more, several and none, and pieces to spare."""
     monkeypatch.setattr(kernels, "PIECE", 8)
     launched = []
-    launch = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k)))
+    launch = launching.launch
+    monkeypatch.setattr(launching, "launch", lambda kernel, *a, **k: (launched.append(kernel), launch(kernel, *a, **k)))
     expert = torch.repeat_interleave(torch.tensor([0, 1, 2, 4, 5]), torch.tensor([8, 9, 40, 1, 16]))
     generator = torch.Generator().manual_seed(1)
     expert = expert[torch.randperm(74, generator=generator)].to(DEVICE)
@@ -336,14 +335,14 @@ def test_offsets_beyond_two_to_the_31():
 
 @compiles
 def test_serves_cuda_tensors_alone():
-    assert not kernels.available(torch.zeros(2))
-    assert kernels.available()
+    assert not launching.available(torch.zeros(2))
+    assert launching.available()
 
 
 @runs_kernels
 def test_serves_floating_dtypes():
-    assert kernels.available(torch.zeros(2, device=DEVICE), torch.zeros(2, dtype=torch.bfloat16, device=DEVICE))
-    assert not kernels.available(torch.zeros(2, dtype=torch.int64, device=DEVICE))
+    assert launching.available(torch.zeros(2, device=DEVICE), torch.zeros(2, dtype=torch.bfloat16, device=DEVICE))
+    assert not launching.available(torch.zeros(2, dtype=torch.int64, device=DEVICE))
 
 
 @compiles
@@ -385,7 +384,7 @@ def test_no_part_of_the_tokens_compiles_a_kernel_again(dim, monkeypatch):
             ]
             variant.add((kernel.__name__, str(kinds), num_warps, str(constants)))
 
-        monkeypatch.setattr(kernels, "launch", record)
+        monkeypatch.setattr(launching, "launch", record)
         generator = torch.Generator().manual_seed(0)
         picks = picks_of([count, 600 + count], 8, generator)
         x, dy, gate, down, up = (v.cpu() for v in inputs(picks, dim, 8, generator, torch.bfloat16, torch.bfloat16))
@@ -403,103 +402,45 @@ def test_no_part_of_the_tokens_compiles_a_kernel_again(dim, monkeypatch):
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU")
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_through_the_interpreter(which):
-    options = ["--numprocesses=0", "-p", "no:cacheprovider", "-m", which, "--durations=0"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    result = subprocess.run(
-        command,
-        cwd=Path(__file__).parent.parent,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
+    run_interpreted(__file__, which)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ahead-of-time compilation: what the launcher would run, recorded and compiled for a GPU that need not be here.
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 STACK = {(64, 100): 40}  # bytes that ptxas 13 spills of 16-bit rows so narrow, to stay at 96 registers a thread
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int64: "*i64",
-}
 
 
-def launches(dtype, dim, monkeypatch):
-    """Every distinct launch at this dtype and dim: ``(kernel, arguments, num_warps, constants)``."""
-    found = {}
-
-    def record(kernel, grid, *args, num_warps, **constants):
-        kinds = tuple(value.dtype if isinstance(value, torch.Tensor) else value for value in args)
-        found.setdefault((kernel, kinds, num_warps, str(constants)), (kernel, args, num_warps, constants))
-
+def launched(dtype, dim, monkeypatch):
+    """Every distinct launch at this dtype and dim."""
     generator = torch.Generator().manual_seed(0)
-    for way, count in (("token-major", 400), ("token-major", 4), ("by expert", 4)):
-        picks = picks_of([count, count], 8, generator)
-        x, dy, gate, down, up = (v.to("cpu") for v in inputs(picks, dim, 8, generator, dtype, dtype))
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "launch", record)
-            patch.setattr(kernels, "EXPERT_MAJOR", WAYS[way]["EXPERT_MAJOR"])
-            if way == "by expert":
-                patch.setattr(kernels, "L2_BYTES", dim * 8 * dtype.itemsize // 4)  # a fourth of the table
-            for activation in ACTIVATIONS if (dim, dtype) == (1024, torch.bfloat16) else ("gelu",):
-                _, pre = kernels.forward(x, picks, gate, down, up, activation)
-                kernels.backward(dy, x, picks, pre, gate, down, up, activation)
-            kernels.mix(kernels.dots(x, down, picks), up, picks)
-            for pairs in ([(pre, x), (pre, dy)], [(pre, dy)]):
-                kernels.table_grads(pairs, picks, 8, dtype=dtype)
-                kernels.table_grads(pairs, picks, 8, out=[torch.zeros(8, dim) for _ in pairs])
-            kernels.table_grad(pre, x, picks, torch.zeros(8, dim))
-    return list(found.values())
 
+    def call():
+        for way, count in (("token-major", 400), ("token-major", 4), ("by expert", 4)):
+            picks = picks_of([count, count], 8, generator)
+            x, dy, gate, down, up = (v.to("cpu") for v in inputs(picks, dim, 8, generator, dtype, dtype))
+            with monkeypatch.context() as patch:
+                patch.setattr(kernels, "EXPERT_MAJOR", WAYS[way]["EXPERT_MAJOR"])
+                if way == "by expert":
+                    patch.setattr(kernels, "L2_BYTES", dim * 8 * dtype.itemsize // 4)  # a fourth of the table
+                for activation in ACTIVATIONS if (dim, dtype) == (1024, torch.bfloat16) else ("gelu",):
+                    _, pre = kernels.forward(x, picks, gate, down, up, activation)
+                    kernels.backward(dy, x, picks, pre, gate, down, up, activation)
+                kernels.mix(kernels.dots(x, down, picks), up, picks)
+                for pairs in ([(pre, x), (pre, dy)], [(pre, dy)]):
+                    kernels.table_grads(pairs, picks, 8, dtype=dtype)
+                    kernels.table_grads(pairs, picks, 8, out=[torch.zeros(8, dim) for _ in pairs])
+                kernels.table_grad(pre, x, picks, torch.zeros(8, dim))
 
-def compiled(kernel, args, num_warps, constants, capability):
-    """As the launcher's just-in-time compilation would: pointers of 16 bytes' alignment but for those by pick, block
-    sizes as constants.
-    """
-    from triton.backends import compiler
-    from triton.compiler import ASTSource
-
-    signature, constexprs, aligned = {}, dict(constants), []
-    for index, (parameter, value) in enumerate(zip(kernel.params, args)):
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            if not parameter.do_not_specialize_on_alignment:
-                aligned.append(index)
-        elif value is None:
-            constexprs[parameter.name] = None
-        else:
-            signature[parameter.name] = "i32"
-    if hasattr(compiler, "AttrsDescriptor"):  # up to Triton 3.2, of torch 2.6
-        attributes = compiler.AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
-    else:
-        attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
-        signature |= dict.fromkeys(constexprs, "constexpr")
-        signature = {name: signature[name] for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    options = {"num_warps": num_warps, **kernels.OPTIONS}
-    return triton.compile(source, target=compiler.GPUTarget("cuda", capability, 32), options=options)
-
-
-def resources(binary, folder):
-    """Registers a thread and bytes of stack a thread, where spilled registers go."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return tuple(int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    return launches(call, monkeypatch)
 
 
 def check_compilation(dtype, dim, capability, monkeypatch, folder):
-    if capability == 100 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("this Triton's assembler is older than sm_100")
+    needs_assembler(capability)
     most = {}  # by kernel: registers, bytes spilled and bytes of shared memory
-    for kernel, args, num_warps, constants in launches(dtype, dim, monkeypatch):
-        binary = compiled(kernel, args, num_warps, constants, capability)
+    for launch in launched(dtype, dim, monkeypatch):
+        kernel, _, num_warps, constants = launch
+        binary = compiled(launch, capability)
         registers, stack = resources(binary, folder)
         name = f"{kernel.__name__} {constants}"
         print(f"sm_{capability} {num_warps} warps {registers:3d} registers {binary.metadata.shared:5d} shared {name}")

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
 from peer_dist.kernels import triton as kernels  # noqa: E402
+from peer_dist.kernels.triton import launching  # noqa: E402
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 TOKENS, PICKED_ROWS = 40, 17
@@ -72,7 +73,7 @@ def launched(monkeypatch):
         rows = torch.empty(PICKED_ROWS, dtype=torch.int64, device=META)
         return rows, torch.empty(PICKED_ROWS + 1, dtype=torch.int64, device=META)
 
-    monkeypatch.setattr(kernels, "launch", record)
+    monkeypatch.setattr(launching, "launch", record)
     monkeypatch.setattr(package, "backend", lambda *tensors: kernels)
     monkeypatch.setattr(Picks, "segments", property(segments))
     monkeypatch.setitem(product_keys.CHUNK_TOKENS, "meta", 16)

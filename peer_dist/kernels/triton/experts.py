@@ -39,10 +39,8 @@ through it either way, so that more picks a row cannot gain much. Hence :data:`E
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +48,8 @@ from torch import Tensor
 
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, gated, wide
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # then available() is False and nothing below is called
-    triton = None
+from peer_dist.kernels.triton import launching
+from peer_dist.kernels.triton.launching import accumulator, jit, tl, triton
 
 EXPERT_MAJOR = 4.0
 """Picks per row of the table from which picks are taken by expert instead of by token (bytes counted above)."""
@@ -86,44 +80,11 @@ PIECE = 512
 MAX_PIECES = 4096
 """About the most pieces there are (pieces grow with the picks), which bounds the memory of their partial sums."""
 
-OPTIONS = {"enable_fp_fusion": True}
-"""Compiler options of every kernel: fused multiply-adds, whatever Triton's default is."""
-
-DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-
-
-BY_PICK = ("offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token", "order", "weight")
-"""Parameters with a number for each pick. Those of a part of the tokens begin anywhere, and their alignment is of no
-use to a kernel: to compile it once more for each would stop some ranks in mid-training, and others not."""
-
-
-def _jit(function: Any) -> Any:
-    if triton is None:
-        return function
-    names = inspect.signature(function).parameters
-    return triton.jit(
-        do_not_specialize_on_alignment=[name for name in BY_PICK if name in names],
-        do_not_specialize=[name for name in ("picks", "runs", "size") if name in names],
-    )(function)
-
-
-def available(*tensors: Tensor) -> bool:
-    """Whether these kernels can serve these tensors: on CUDA, or anywhere under Triton's interpreter; and with columns,
-    which the last shards of few columns over many ranks may lack.
-    """
-    if triton is None:
-        return False
-    interpreted = not isinstance(_dots_kernel, triton.JITFunction)
-    return all(
-        (interpreted or tensor.is_cuda) and tensor.dtype in DTYPES and 0 not in tensor.shape[1:] for tensor in tensors
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels. Pointers are to contiguous tensors, numbers of rows, tokens and picks are int64: tables pass 2^31 elements.
 
 
-@_jit
+@jit
 def _activation(a, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     if KIND == "gelu":
         return 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
@@ -133,7 +94,7 @@ def _activation(a, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         return tl.where(a <= 0.0, 0.0, a)  # lets NaN through
 
 
-@_jit
+@jit
 def _activation_slope(a, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     if KIND == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * a * a)
@@ -145,7 +106,7 @@ def _activation_slope(a, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         return tl.where(a <= 0.0, 0.0, 1.0)
 
 
-@_jit
+@jit
 def _token_kernel(  # type: ignore[no-untyped-def]
     x,  # [tokens, DIM]: x, or dy backward
     offsets,  # [tokens + 1]
@@ -197,7 +158,7 @@ def _token_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + token * DIM + cols, acc, mask=inside)
 
 
-@_jit
+@jit
 def _dots_kernel(  # type: ignore[no-untyped-def]
     x,  # [tokens, DIM]
     table,  # [rows, DIM]
@@ -230,7 +191,7 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + part.to(tl.int64) * picks + pick, dot, mask=live)
 
 
-@_jit
+@jit
 def _mix_kernel(  # type: ignore[no-untyped-def]
     weight,  # [picks]
     table,  # [rows, DIM]
@@ -260,7 +221,7 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + token * DIM + cols, acc, mask=inside, eviction_policy="evict_first")
 
 
-@_jit
+@jit
 def _sum_run(  # type: ignore[no-untyped-def]
     start,
     stop,
@@ -297,7 +258,7 @@ def _sum_run(  # type: ignore[no-untyped-def]
     return down, up
 
 
-@_jit
+@jit
 def _pieces_kernel(  # type: ignore[no-untyped-def]
     order,  # [picks]: sorts picks by expert
     token,  # [picks]
@@ -330,7 +291,7 @@ def _pieces_kernel(  # type: ignore[no-untyped-def]
             tl.store(at + DIM, up, mask=cols < DIM)
 
 
-@_jit
+@jit
 def _runs_kernel(  # type: ignore[no-untyped-def]
     order,
     token,
@@ -382,17 +343,6 @@ def _runs_kernel(  # type: ignore[no-untyped-def]
 # Launches.
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | int | None, num_warps: int, **constants: Any) -> None:
-    """Run a kernel on the device of its first argument; an empty grid is no launch."""
-    for tensor in args:
-        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
-            raise ValueError(f"tables must be contiguous, not {tuple(tensor.shape)} with strides {tensor.stride()}")
-    if 0 in grid:
-        return
-    with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, num_warps=num_warps, **OPTIONS, **constants)
-
-
 def _rows(x: Tensor) -> Tensor:
     """``x`` contiguous and from a multiple of 16 bytes on, as new memory is.
 
@@ -424,10 +374,6 @@ def _repeats(table: Tensor, picks: Picks) -> bool:
     return picks.expert.numel() >= EXPERT_MAJOR * rows and _resident(rows, dim, table.element_size()) < dim
 
 
-def _acc(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]`` in float32 (float64 for float64).
 
@@ -443,7 +389,7 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     out = torch.empty(slices, count, dtype=dtype, device=x.device)
     grid = (triton.cdiv(count, tile["BLOCK_K"]), slices)
     args = _rows(x), table, picks.token, picks.expert, order, out, count
-    launch(_dots_kernel, grid, *args, DIM=dim, WIDTH=width, ACC=_acc(dtype), **tile)
+    launching.launch(_dots_kernel, grid, *args, DIM=dim, WIDTH=width, ACC=accumulator(dtype), **tile)
     return out[0] if slices == 1 else out.sum(0)
 
 
@@ -461,7 +407,7 @@ def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | Non
     tile = _tile(width or dim, table.element_size())
     grid = (picks.tokens, triton.cdiv(dim, tile["BLOCK_D"]))
     args = weight.contiguous(), table, picks.offsets, picks.expert, out
-    launch(_mix_kernel, grid, *args, DIM=dim, ACC=_acc(sums), **tile)
+    launching.launch(_mix_kernel, grid, *args, DIM=dim, ACC=accumulator(sums), **tile)
     return out
 
 
@@ -498,8 +444,8 @@ def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, act
     pre = torch.empty(picks.expert.numel(), dtype=dtype, device=x.device)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     args = _rows(x), picks.offsets, picks.expert, gate.contiguous(), down, up, pre, y, None, None, None
-    constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": False, "ACC": _acc(dtype)}
-    launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
+    constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": False, "ACC": accumulator(dtype)}
+    launching.launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
     return y, pre
 
 
@@ -527,8 +473,8 @@ def backward(
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     args = _rows(dy), picks.offsets, picks.expert, gate.contiguous(), up, down, pre, dx, dgate, dpre, hidden
-    constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": True, "ACC": _acc(pre.dtype)}
-    launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
+    constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": True, "ACC": accumulator(pre.dtype)}
+    launching.launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
     return dx, dgate, dpre, hidden
 
 
@@ -680,7 +626,7 @@ def _run_sums(operands: _RunSums, add: bool) -> None:
     count, dim, runs, bounds = operands.order.numel(), operands.x.shape[1], operands.runs, operands.bounds
     tile = operands.tile()
     slices = triton.cdiv(dim, tile["BLOCK_D"])
-    constants = {"DIM": dim, "ACC": _acc(operands.dtype), **tile}
+    constants = {"DIM": dim, "ACC": accumulator(operands.dtype), **tile}
     size = max(PIECE, triton.next_power_of_2(2 * count // MAX_PIECES))
     base = partial = None
     if count > size:
@@ -690,6 +636,8 @@ def _run_sums(operands: _RunSums, add: bool) -> None:
         base = F.pad(in_run.cumsum(0), (1, 0))
         owner = torch.searchsorted(base[1:], torch.arange(pieces, dtype=torch.int64, device=base.device), right=True)
         partial = torch.empty(pieces, 2, dim, dtype=operands.dtype, device=operands.x.device)
-        launch(_pieces_kernel, (pieces, slices), *operands.read, base, owner, partial, runs, size, **constants)
+        launching.launch(
+            _pieces_kernel, (pieces, slices), *operands.read, base, owner, partial, runs, size, **constants
+        )
     grads = operands.ddown, operands.dup
-    launch(_runs_kernel, (runs, slices), *operands.read, base, partial, *grads, ADD=add, **constants)
+    launching.launch(_runs_kernel, (runs, slices), *operands.read, base, partial, *grads, ADD=add, **constants)

@@ -1,0 +1,23 @@
+"""The kernels on GPUs, in Triton: a backend of :mod:`peer_dist.kernels`."""
+
+from peer_dist.kernels.triton.experts import (
+    backward,
+    dots,
+    forward,
+    mix,
+    sparse_table_grads,
+    table_grad,
+    table_grads,
+)
+from peer_dist.kernels.triton.launching import available
+
+__all__ = [
+    "available",
+    "backward",
+    "dots",
+    "forward",
+    "mix",
+    "sparse_table_grads",
+    "table_grad",
+    "table_grads",
+]
