@@ -198,7 +198,7 @@ def test_two_runs_give_the_same_bits(way, monkeypatch):
     generator = torch.Generator().manual_seed(2)
     picks = picks_of([30, 7, 0, 41], 6, generator)
     values = inputs(picks, 40, 6, generator, torch.bfloat16, torch.bfloat16)
-    first, again = (ours(*values, Picks(picks.offsets, picks.expert), "gelu") for _ in range(2))
+    first, again = (ours(*values, Picks(picks.offsets, picks.expert.view(-1)), "gelu") for _ in range(2))
     assert all(a.equal(b) for a, b in zip(first, again))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peer_dist.kernels import Picks
+from peer_dist.kernels import Picks, sum_rows
 from peer_dist.sharding.grid import ExpertGroups, GridLayout
 
 _TOKENS, _PICKS = 0, 1  # places on the last axis of counts
@@ -174,6 +175,11 @@ def _pass_on(value: Tensor, sizes: list[int], groups: ExpertGroups, traffic: Tra
     return _all_to_all(repeated, [len(value)] * len(sizes), sizes, groups.columns, traffic, f"column {what}")
 
 
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    """The tensors one after the other along ``dim``, one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
 def _in_order(value: Tensor, sizes: list[int], order: list[int]) -> Tensor:
     """The blocks of ``value``, which are ``sizes`` long, in the order of their places ``order``."""
     if order == list(range(len(sizes))):
@@ -187,6 +193,7 @@ class Part:
     """A contiguous part of the tokens at each home, which travels by itself.
 
     Attributes:
+        home: the part's place among the tokens at home.
         token: ``[sum(send)]`` int64, the home row of each sent token; ascending within a row shard.
         send: ``[row shards]``, how many tokens of this home go to each row shard.
         home_sizes: elements of x between this rank as a home and each owner, in the domain's order.
@@ -195,12 +202,18 @@ class Part:
         picks: the part's place among the received picks.
     """
 
+    home: slice
     token: Tensor
     send: list[int]
     home_sizes: list[int]
     owner_sizes: list[int]
     tokens: slice
     picks: slice
+
+    @cached_property
+    def at_home(self) -> Picks:
+        """The rows that come home for each of the part's tokens, in the order of the row shards that send them."""
+        return Picks.of_rows(self.token - self.home.start, self.home.stop - self.home.start)
 
 
 @dataclass(frozen=True)
@@ -255,18 +268,21 @@ class ExchangePlan:
         """Send a part's ``[its received tokens, columns]`` from the owner to the homes."""
         return _start(y.flatten(), part.owner_sizes, part.home_sizes, self.groups.domain, self.traffic, what)
 
-    def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The sum over row shards of what the owners sent, part by part in order, ``[tokens, dim]``."""
-        wide = torch.promote_types(dtype, torch.float32)
-        out = torch.zeros(self.tokens, self.layout.dim, dtype=wide, device=device)
+    def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype) -> Tensor:
+        """The sum over row shards, in their order, of what the owners sent, ``[tokens, dim]``."""
+        columns, sums = self.layout.column_shards, []
         for part, arrival in zip(self.parts, arrivals):
-            pieces = iter(arrival.wait().split(part.home_sizes))
-            # Shard by shard: rows are distinct within one, so the order of the sum is fixed on every device.
-            for rows in part.token.split(part.send):
-                for shard, width in enumerate(self.layout.widths):
-                    piece = next(pieces).view(len(rows), width).to(wide)
-                    out[:, self.layout.columns_of(shard)].index_add_(0, rows, piece)
-        return out.to(dtype)
+            rows = arrival.wait()
+            if columns == 1:
+                tables = [rows.view(-1, self.layout.dim)]
+            else:
+                pieces = rows.split(part.home_sizes)
+                tables = [
+                    torch.cat([piece.view(sent, width) for sent, piece in zip(part.send, pieces[shard::columns])])
+                    for shard, width in enumerate(self.layout.widths)
+                ]
+            sums.append(_joined([sum_rows(table, part.at_home, dtype) for table in tables], 1))
+        return _joined(sums, 0)
 
     def start_picks_to_owners(self, value: Tensor) -> Arrival:
         """Send ``[sent picks]`` to the owners in this home's column."""
@@ -402,7 +418,7 @@ def plan_exchange(
         layout=layout,
         groups=groups,
         traffic=traffic,
-        parts=_parts(token[begin], sizes, received, layout),
+        parts=_parts(token[begin], tokens, sizes, received, layout),
         route=pick_route,
         tokens=tokens,
         picks=Picks(F.pad(picks_of_token.cumsum(0), (1, 0)), rows.long()),
@@ -435,11 +451,12 @@ def on_host(counts: Tensor) -> np.ndarray:
     return counts.cpu().numpy()
 
 
-def _parts(token: Tensor, sent: np.ndarray, received: np.ndarray, layout: GridLayout) -> list[Part]:
+def _parts(token: Tensor, at_home: int, sent: np.ndarray, received: np.ndarray, layout: GridLayout) -> list[Part]:
     """The parts in which tokens travel.
 
     Args:
         token: ``[sent tokens]`` int64, the home row of each sent token, in blocks ``[row, part]``.
+        at_home: how many tokens there are at home.
         sent, received: from :func:`_exchange_counts`.
     """
     tokens = sent[..., _TOKENS]  # [row, part]
@@ -453,6 +470,7 @@ def _parts(token: Tensor, sent: np.ndarray, received: np.ndarray, layout: GridLa
     begins = ends - sizes
     return [
         Part(
+            home=slice(at_home * part // tokens.shape[1], at_home * (part + 1) // tokens.shape[1]),
             token=token_of_part[part],
             send=tokens[:, part].tolist(),
             home_sizes=home_sizes[..., part].flatten().tolist(),
