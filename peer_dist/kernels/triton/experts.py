@@ -647,9 +647,8 @@ class _RunSums:
         widest = max(sources, key=Tensor.element_size)
         itemsize = widest.element_size()
         width = min(MAX_GRAD_BLOCK_D, _resident(widest, len(sources) * len(widest)) or self.x.shape[1])
-        # two rows at once: with one, ptxas aims at 32 registers and spills a few bytes
-        tile_bytes = 2 * GRAD_TILE_BYTES if self.dy is None and itemsize == 4 else GRAD_TILE_BYTES
-        return _tile(width, itemsize, tile_bytes, columns=8)
+        # of one table twice the rows at once: as many bytes as of two, and with fewer ptxas spills some registers
+        return _tile(width, itemsize, GRAD_TILE_BYTES * 2 // len(sources), columns=8)
 
 
 def _run_sums(operands: _RunSums, add: bool) -> None:
