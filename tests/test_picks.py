@@ -32,12 +32,10 @@ def check(made):
     assert made.by_expert.pick.tolist() == order
     assert made.by_expert.expert.tolist() == [expert[pick] for pick in order]
     assert made.by_expert.token.tolist() == [token[pick] for pick in order]
-    rows = max(expert, default=0) + 2
-    assert made.by_expert.starts(rows).tolist() == [sum(e < row for e in expert) for row in range(rows + 1)]
     touched = sorted(set(expert))
     assert made.segments[0].tolist() == touched
     assert made.segments[1].tolist() == [sum(e < row for e in expert) for row in touched] + [len(expert)]
-    numbers = made.token, *vars(made.by_expert).values(), made.by_expert.starts(rows), made.segments[1]
+    numbers = made.token, *vars(made.by_expert).values(), made.segments[1]
     assert {number.dtype for number in numbers} == {torch.int32}
     assert made.segments[0].dtype == torch.int64
 
@@ -92,7 +90,7 @@ def test_rows_of_one_token_each(tokens, rows, seed):
 def sorts(monkeypatch):
     """The numbers of the picks of every sort."""
     made, of = [], ByExpert.of
-    monkeypatch.setattr(ByExpert, "of", lambda offsets, expert: made.append(len(expert)) or of(offsets, expert))
+    monkeypatch.setattr(ByExpert, "of", lambda picks: made.append(len(picks.expert)) or of(picks))
     return made
 
 
@@ -163,5 +161,3 @@ def test_more_than_can_be_numbered():
     many = torch.empty(2**31, dtype=torch.int64, device="meta")
     with pytest.raises(ValueError, match=r"2147483648 picks in one call are more than 2\*\*31 - 1; take the tokens"):
         _ = Picks(torch.zeros(2, dtype=torch.int64, device="meta"), many).by_expert
-    with pytest.raises(ValueError, match="a table of 2147483648 rows here is too large"):
-        picks_of([1], [0]).by_expert.starts(2**31)

@@ -288,7 +288,7 @@ def test_a_step_sorts_once(way, sorted_forward, monkeypatch):
         monkeypatch.setattr(kernels, name, value)
     monkeypatch.setattr(package, "backend", lambda *tensors: kernels)
     sorts, of = [], ByExpert.of
-    monkeypatch.setattr(ByExpert, "of", lambda *picks: sorts.append(picks) or of(*picks))
+    monkeypatch.setattr(ByExpert, "of", lambda picks: sorts.append(picks) or of(picks))
     picks = picks_of([4, 0, 9], 6, generator := torch.Generator().manual_seed(8))
     leaves = [value.requires_grad_() for value in inputs(picks, 40, 6, generator, torch.float32, torch.float32)]
     x, dy, *tables = leaves

@@ -59,4 +59,6 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     if picks.expert.numel() == 0:
         return
     ordered = picks.by_expert
-    out.addmm_(_csr(ordered.starts(out.shape[0]), ordered.token, weight[ordered.pick], x.shape[0]), x)
+    offsets = torch.zeros(out.shape[0] + 1, dtype=torch.int32, device=out.device)
+    torch.cumsum(torch.bincount(ordered.expert, minlength=out.shape[0]), 0, out=offsets[1:])
+    out.addmm_(_csr(offsets, ordered.token, weight[ordered.pick], x.shape[0]), x)

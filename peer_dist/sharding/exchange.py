@@ -270,19 +270,20 @@ class ExchangePlan:
 
     def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype) -> Tensor:
         """The sum over row shards, in their order, of what the owners sent, ``[tokens, dim]``."""
-        columns, sums = self.layout.column_shards, []
+        sums = []
         for part, arrival in zip(self.parts, arrivals):
-            rows = arrival.wait()
-            if columns == 1:
-                tables = [rows.view(-1, self.layout.dim)]
-            else:
-                pieces = rows.split(part.home_sizes)
-                tables = [
-                    torch.cat([piece.view(sent, width) for sent, piece in zip(part.send, pieces[shard::columns])])
-                    for shard, width in enumerate(self.layout.widths)
-                ]
-            sums.append(_joined([sum_rows(table, part.at_home, dtype) for table in tables], 1))
+            rows, columns = arrival.wait(), range(self.layout.column_shards)
+            of_columns = [sum_rows(self._columns(rows, part, each), part.at_home, dtype) for each in columns]
+            sums.append(_joined(of_columns, 1))
         return _joined(sums, 0)
+
+    def _columns(self, rows: Tensor, part: Part, shard: int) -> Tensor:
+        """``[sum(part.send), columns]`` of a column shard, out of all that came home for a part."""
+        width, shards = self.layout.widths[shard], self.layout.column_shards
+        if shards == 1:
+            return rows.view(-1, width)
+        pieces = rows.split(part.home_sizes)[shard::shards]
+        return torch.cat([piece.view(sent, width) for sent, piece in zip(part.send, pieces)])
 
     def start_picks_to_owners(self, value: Tensor) -> Arrival:
         """Send ``[sent picks]`` to the owners in this home's column."""

@@ -1,9 +1,11 @@
-"""The sum at home of what the owners of experts sent: by the mix, against casts and index_add shard by shard.
+"""What is worked out of picks, against the way it was done before.
 
-    python benchmarks/combine.py [--json FILE]
+    python benchmarks/picks.py [--json FILE]
 
-Every token has a row from each of 8 row shards, as with 128 uniform picks. Results are compared first, bit for bit on
-a CPU. ``read_once`` is the share that moving each row and each sum once would take at the copy bandwidth of the moment.
+First the order of 128 uniform picks a token by expert, with their tokens: by a sort of 32-bit keys, against one of 64
+bits. Then the sum at home of what the owners of experts sent: by the mix, against casts and index_add shard by shard.
+Every token has a row from each of 8 row shards, as with 128 uniform picks. Results are compared first, bit for bit on a
+CPU. ``read_once`` is the share that moving each row and each sum once would take at the copy bandwidth of the moment.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from measure import device_name, large_copy, seconds, show, write_json
 from torch import Tensor
 
 from peer_dist.kernels import Picks, sum_rows
+from peer_dist.kernels.picks import ByExpert
 
-SHARDS, TOKENS, DIM = 8, 2048, 1024
+SHARDS, TOKENS, DIM, PICKS = 8, 2048, 1024, 128
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,33 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     }
 
 
+def former_order(picks: Picks) -> tuple[Tensor, ...]:
+    """The numbers in order, the order and its tokens, all of 64 bits."""
+    ascending, pick = torch.sort(picks.expert, stable=True)
+    ids = torch.arange(picks.tokens, dtype=torch.int64, device=pick.device)
+    token = torch.repeat_interleave(ids, picks.offsets.diff(), output_size=len(pick))
+    return ascending, pick, token[pick]
+
+
+def present_order(picks: Picks) -> tuple[Tensor, ...]:
+    """The same, of 32 bits."""
+    order = ByExpert.of(Picks(picks.offsets, picks.expert))
+    return order.expert, order.pick, order.token
+
+
+def measure_order(rows: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Milliseconds of both, and their ratio."""
+    generator = torch.Generator(device).manual_seed(0)
+    picks = Picks.even(torch.randint(rows, (TOKENS, PICKS), generator=generator, dtype=torch.int64, device=device))
+    assert all(a.equal(b.long()) for a, b in zip(former_order(picks), present_order(picks)))
+    runs: dict[str, Callable[[], Any]] = {
+        "former_ms": lambda: former_order(picks),
+        "present_ms": lambda: present_order(picks),
+    }
+    taken = {name: 1e3 * time for name, time in seconds(runs, device, rounds).items()}
+    return {"rows": rows, **taken, "ratio": taken["former_ms"] / taken["present_ms"]}
+
+
 def main() -> None:
     """Measure all cases, and show them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,11 +122,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
+    orders = [measure_order(rows, device, options.rounds) for rows in (256**2, 1024**2)]
+    show(f"{TOKENS * PICKS} picks by expert, {device_name(device)}", orders)
     rows = [
         measure(Case(columns, dtype), device, options.rounds) for dtype in ("bfloat16", "float32") for columns in (1, 2)
     ]
     show(f"combine at home, {TOKENS} tokens, {SHARDS} row shards, d={DIM}, {device_name(device)}", rows)
-    write_json(options.json, {"device": device_name(device), "torch": torch.__version__, "rows": rows})
+    write_json(
+        options.json, {"device": device_name(device), "torch": torch.__version__, "order": orders, "combine": rows}
+    )
 
 
 if __name__ == "__main__":
