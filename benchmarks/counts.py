@@ -1,0 +1,285 @@
+"""What one step asks of a GPU, counted by part without one: launches, bytes through memory, FLOPs and host waits.
+
+    python benchmarks/counts.py [--tokens 8192 --dim 1024 --experts 1048576] [--ranks 8] [--json FILE]
+    python benchmarks/counts.py --model configs/one-gpu.yaml [--vocabulary 32000] [--json FILE]
+
+A layer's forward and backward pass, the gradient norm and the update of its tables, with dense and with sparse table
+gradients, and as one rank of several with all ranks' tokens; or a pass and a step of a whole model on one GPU, without
+what the trainer itself asks for. Nothing is measured (benchmarks/counting.py says how it is counted): milliseconds are
+the bytes at an H100's 3.35 TB/s. The floor is each part's arguments read once and its results written once, of a table
+the rows that are picked at all; uniform picks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # noqa: F401  (makes collectives take tensors on meta)
+from counting import META, OTHER, Count, Counter, total
+from measure import write_json
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from peer_dist import PEER
+from peer_dist.layers import product_keys
+from peer_dist.optim import TableOptimizer, TableRule
+from peer_dist.sharding import ExpertGroups, exchange
+from peer_dist.tracing import span
+
+BYTES_PER_SECOND = 3.35e12
+"""An H100's memory."""
+
+PARTS = (
+    "documents", "embedding", "queries", "retrieval", "dispatch", "experts", "combine", "sort", "table gradients",
+    "attention", "output layer", "cross-entropy", OTHER, "gradient norm", "update of tables",
+    "update of the dense part",
+)  # fmt: skip
+"""In the order of the table."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A layer's sizes on one rank: ``experts`` are the whole layer's, of which it has its share."""
+
+    tokens: int = 8192
+    dim: int = 1024
+    experts: int = 1024**2
+    heads: int = 8
+    top_k: int = 16
+    key_dim: int = 128
+    ranks: int = 1
+    item: int = 2  # bytes of a number of x and of the tables
+
+    @property
+    def rows(self) -> int:
+        """Of this rank's tables."""
+        return self.experts // self.ranks
+
+    @property
+    def picks(self) -> int:
+        """Of this rank's tokens; its tables are picked as often."""
+        return self.tokens * self.heads * self.top_k
+
+    def hit(self, picks: int, rows: int) -> int:
+        """The mean number of distinct rows among so many uniform picks."""
+        return round(rows * -math.expm1(picks * math.log1p(-1 / rows))) if rows > 1 else min(picks, rows)
+
+    @property
+    def sent(self) -> int:
+        """Tokens that this rank sends, and receives: each goes once to every rank that it hits."""
+        return self.tokens * self.hit(self.heads * self.top_k, self.ranks) if self.ranks > 1 else self.tokens
+
+
+def floors(sizes: Sizes, kind: str, lazy: bool) -> dict[tuple[str, str], int]:
+    """Bytes that each part must move at least, by part and pass."""
+    d, item, picks = sizes.dim, sizes.item, sizes.picks
+    x, queries = sizes.tokens * d * item, sizes.tokens * sizes.heads * sizes.key_dim * item
+    weight, keys = sizes.heads * sizes.key_dim * d * item, math.isqrt(sizes.experts) * sizes.key_dim * item
+    received = sizes.sent * d * item
+    hit = sizes.hit(picks, sizes.rows)
+    rows = 2 * hit * d * item  # of both tables
+    grads = rows if lazy else 2 * sizes.rows * d * item
+    gathered = 2 * received + picks * (4 + 4 + 4)  # rows in and out; expert, gate, pre-activation
+    updated = 2 * d * (hit if lazy else sizes.rows)
+    moments = {"adam": 16, "rowwise_adam": 8, "rowwise_adagrad": 0}[kind]
+    counted = {
+        ("queries", "forward"): x + weight + queries + 2 * picks * 4,  # and gates from scores
+        ("retrieval", "forward"): queries + keys + picks * (4 + 8),  # scores and numbers
+        ("experts", "forward"): rows + gathered,
+        ("experts", "backward"): rows + gathered + picks * 4,
+        # three passes over the 20 bits of a million rows in pairs of 8 bytes, each after a histogram; where rows begin
+        ("sort", "backward"): picks * 3 * (16 + 4) + 4 * (hit if lazy else sizes.rows),
+        ("table gradients", "backward"): grads + 2 * received + picks * (4 + 4 + 4 + 4),  # order, token, two weights
+        ("retrieval", "backward"): 2 * queries + 2 * keys + picks * (4 + 8),
+        ("queries", "backward"): 2 * queries + 2 * x + 2 * weight + 3 * picks * 4,
+        ("gradient norm", "forward"): grads,
+        # gradient read, master and moments read and written, the table written
+        ("update of tables", "forward"): updated * (item + 8 + moments + item),
+    }
+    if sizes.ranks > 1:
+        # rows are gathered, sent and received; sums at home read what arrived and write tokens
+        counted["dispatch", "forward"] = counted["dispatch", "backward"] = x + 3 * received + 3 * picks * 4
+        counted["combine", "forward"] = counted["combine", "backward"] = 3 * received + x
+    return counted
+
+
+@contextmanager
+def group_of(ranks: int) -> Iterator[None]:
+    """This process as one of so many, of which the others need not be there."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def sizes_on_host(sizes: Sizes, counter: Counter) -> Callable[[Tensor], np.ndarray]:
+    """What the exchange asks the device for: tokens and picks between each two ranks, all alike."""
+
+    def counts(value: Tensor) -> np.ndarray:
+        counter.here().add(waits=1)
+        parts = value.shape[-2]
+        cut = [sizes.sent // sizes.ranks * part // parts for part in range(parts + 1)]
+        tokens = np.diff(cut)
+        each = np.stack([tokens, tokens * sizes.picks // sizes.sent], -1)
+        return np.broadcast_to(each, value.shape).copy()
+
+    return counts
+
+
+def layer_step(sizes: Sizes, kind: str, lazy: bool) -> Counter:
+    """One step of a layer's tables: forward, backward, gradient norm, update."""
+    counter = Counter(lambda picks: sizes.hit(picks, sizes.rows))
+    with (
+        group_of(sizes.ranks),
+        patch.dict(getattr(product_keys, "CHUNK_TOKENS", {}), meta=8192),
+        patch.object(exchange, "on_host", sizes_on_host(sizes, counter)),
+    ):
+        group = ExpertGroups.over(dist.group.WORLD) if sizes.ranks > 1 else None
+        layer = PEER(
+            sizes.dim, sizes.experts, heads=sizes.heads, top_k=sizes.top_k, key_dim=sizes.key_dim, sparse_grad=lazy,
+            group=group, device=META, dtype=torch.bfloat16,
+        )  # fmt: skip
+        rule = TableRule(kind, 1e-3, (0.9, 0.99), 1e-8, 0.1, lazy=lazy)
+        tables = {"down": layer.down, "up": layer.up}
+        x = torch.empty(sizes.tokens, sizes.dim, device=META, dtype=torch.bfloat16, requires_grad=True)
+        with counter:
+            optimizer = TableOptimizer(tables, rule, sizes.dim, data_parallel_size=sizes.ranks)
+            for _ in range(2):  # the first step makes what is made once
+                counter.parts.clear()
+                layer.zero_grad()
+                y = layer(x)
+                y.backward(torch.empty_like(y))
+                optimizer.grad_norm(META)
+                optimizer.step(0.5)
+    return counter
+
+
+def model_step(config_file: Path, vocabulary: int, micro_batch_size: int | None) -> tuple[Counter, int]:
+    """One pass and a step of a model on one GPU, with documents; and the pass's tokens."""
+    from peer_dist.config import load_config
+    from peer_dist.engines.building import join_groups, make_engine
+    from peer_dist.measures.held_out import make_micro_batch
+    from peer_dist.megatron import build_model, run_forward_backward, shards_of, sparse_layers
+
+    overrides = ["zero.stage=0", "parallel.expert=1", "data.prefix=unused"]
+    config = load_config(config_file, overrides)
+    batch = micro_batch_size or config.train.micro_batch_size
+    tokens = batch * config.model.seq_length
+    rows = [shape.rows for shape in (kind.tables(config) for kind in config.kinds) if shape]
+    counter = Counter(lambda picks: Sizes().hit(picks, rows[0]) if rows else picks)
+    with group_of(1), patch.dict(getattr(product_keys, "CHUNK_TOKENS", {}), meta=8192):
+        parallel = join_groups(config, META)
+        model = build_model(config, parallel, vocabulary, torch.bfloat16)
+        shards_of(model)
+        for layer in sparse_layers(model).values():
+            layer.release_shards()
+        sequences = torch.full((batch, config.model.seq_length + 1), 1, dtype=torch.int64, device="cpu")
+        sequences[:, config.model.seq_length // 2] = 0  # ends a document
+        with counter:
+            engine = make_engine(config, model, parallel, torch.bfloat16)
+            for _ in range(2):
+                counter.parts.clear()
+                with engine.accumulate():
+                    run_forward_backward(model, [make_micro_batch(sequences, 0, META)], 1 / tokens)
+                with span("optimizer"):
+                    engine.step(1e-3, 1e-3)
+        parallel.destroy()
+    return counter, tokens
+
+
+def rows_of(parts: dict[tuple[str, str], Count], least: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
+    """The lines of a table, the sum last."""
+    order = {part: place for place, part in enumerate(PARTS)}
+    keys = sorted(parts, key=lambda key: (key[1] == "backward", order.get(key[0], len(order))))
+    ends = [key for key in keys if key[0] in PARTS[-3:]]  # norm and updates come last
+    lines = [(*key, parts[key], least.get(key, 0)) for key in [key for key in keys if key not in ends] + ends]
+    lines.append(("in all", "", total(parts.values()), sum(least[key] for key in parts if key in least)))
+    return [
+        {
+            "part": part,
+            "pass": "" if part in PARTS[-3:] else phase,
+            "launches": count.launches,
+            "bytes": count.bytes,
+            "flops": count.flops,
+            "waits": count.waits,
+            "floor_bytes": floor,
+            "ms": 1e3 * count.bytes / BYTES_PER_SECOND,
+            "floor_ms": 1e3 * floor / BYTES_PER_SECOND,
+            "share_of_floor": floor / count.bytes if count.bytes else 0.0,
+        }
+        for part, phase, count, floor in lines
+        if count != Count()
+    ]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table as Markdown; a part without a floor has none to share."""
+    columns = ["part", "launches", "GB", "GFLOP", "waits", "floor, GB", "ms at 3.35 TB/s", "floor, ms", "floor / bytes"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        floor = (f"{row['floor_bytes'] / 1e9:.3f}", f"{row['floor_ms']:.3f}", f"{row['share_of_floor']:.2f}")
+        cells = (
+            f"{row['part']}{', ' * bool(row['pass'])}{row['pass']}", str(row["launches"]), f"{row['bytes'] / 1e9:.3f}",
+            f"{row['flops'] / 1e9:.1f}", str(row["waits"]), floor[0] if row["floor_bytes"] else "",
+            f"{row['ms']:.3f}", *(floor[1:] if row["floor_bytes"] else ("", "")),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def show_counts(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    head, _, *lines = markdown(rows).splitlines()
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(head.strip("| ").split(" | ")):
+        table.add_column(name, justify="right" if number else "left")
+    for line in lines:
+        table.add_row(*(cell.strip() for cell in line[1:-1].split("|")))
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    """Count what the command line asks for, and show it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=1024)
+    parser.add_argument("--experts", type=int, default=1024**2)
+    parser.add_argument("--optimizer", choices=["adam", "rowwise_adam", "rowwise_adagrad"], default="rowwise_adam")
+    parser.add_argument("--ranks", type=int, default=8, help="of the layer that is spread over ranks")
+    parser.add_argument("--model", type=Path, metavar="CONFIG", help="count a model instead of the layer")
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--micro-batch-size", type=int, help="by default the config's")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    cases: dict[str, list[dict[str, Any]]] = {}
+    if options.model:
+        counter, tokens = model_step(options.model, options.vocabulary, options.micro_batch_size)
+        cases[f"{options.model}, {tokens} tokens"] = rows_of(counter.parts, {})
+    else:
+        for ranks, lazy in ((1, False), (1, True), (options.ranks, False)):
+            sizes = Sizes(options.tokens, options.dim, options.experts, ranks=ranks)
+            counter = layer_step(sizes, options.optimizer, lazy)
+            spread = f", one of {ranks} ranks" if ranks > 1 else ""
+            title = f"PEER, {sizes.tokens} tokens, d={sizes.dim}, N={sizes.experts}, bfloat16, {options.optimizer}"
+            title += f" with float32 masters, {'sparse' if lazy else 'dense'} gradients{spread}"
+            cases[title] = rows_of(counter.parts, floors(sizes, options.optimizer, lazy))
+    for title, rows in cases.items():
+        show_counts(title, rows)
+    write_json(options.json, {"counted": True, "torch": torch.__version__, "cases": cases})
+
+
+if __name__ == "__main__":
+    main()
