@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -44,6 +45,11 @@ PLACES = (
     ("table gradients", r"/kernels/", r"_grads_of_tables|_?(sparse_)?table_grads?|_run_sums"),
     ("attention", r"/megatron/attention\.py", r""),
     ("documents", r"/megatron/|/measures/", r"segment_mask|make_micro_batch"),
+    ("norms", r"/megatron/norm\.py", r""),
+    ("rotation", r"/rope_utils\.py|/rotary_pos_embedding\.py", r""),
+    ("projections of attention", r"/transformer/attention\.py", r""),
+    ("dense feed-forward", r"/transformer/mlp\.py", r""),
+    ("embedding", r"/language_model_embedding\.py", r""),
     ("cross-entropy", r"cross_entropy", r""),
     ("output layer", r"/gpt_model\.py", r"_postprocess|compute_output.*"),
     ("combine", r"/sharding/", r"add_rows_at_home"),
@@ -170,7 +176,11 @@ def _dots_kernel(given: dict[str, Any]) -> int:
     slices = -(-given["DIM"] // given["WIDTH"])
     numbers = slices * once((given["token"], given["expert"], given["order"])) + size(given["out"])
     by_expert = given["order"] is not None  # a row then comes from memory once, x stays in L2
-    return numbers + size(given["x"]) + (min(size(table), rows_read(table, picks)) if by_expert else rows_read(table, picks))
+    return (
+        numbers
+        + size(given["x"])
+        + (min(size(table), rows_read(table, picks)) if by_expert else rows_read(table, picks))
+    )
 
 
 def _mix_kernel(given: dict[str, Any]) -> int:
@@ -201,14 +211,15 @@ KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators of torch's.
 
-FREE = frozenset(
-    "empty empty_like new_empty empty_strided new_empty_strided resize_ _unsafe_view _reshape_alias lift_fresh set_ "
-    "is_coalesced _coalesced_ sparse_dim dense_dim _nnz _indices _values _sparse_coo_tensor_with_dims_and_tensors "
-    "_sparse_coo_tensor_unsafe record_stream _has_compatible_shallow_copy_type is_same_size".split()
-)
+FREE = {
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "_unsafe_view",
+    "_reshape_alias", "lift_fresh", "set_", "is_coalesced", "_coalesced_", "sparse_dim", "dense_dim", "_nnz",
+    "_indices", "_values", "_sparse_coo_tensor_with_dims_and_tensors", "_sparse_coo_tensor_unsafe", "record_stream",
+    "_has_compatible_shallow_copy_type", "is_same_size",
+}  # fmt: skip
 """Operators that launch nothing, beside all that give a view."""
 
-FILLS = frozenset("copy_ fill_ zero_ normal_ uniform_ random_ arange zeros ones full".split())
+FILLS = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}
 """Operators that write their first argument without having read it."""
 
 LAUNCHES = {
@@ -220,10 +231,7 @@ LAUNCHES = {
 }
 """Operators of several launches; sorts have a formula."""
 
-ROWS = {
-    # (moved per element of the third size: 2 = read and written)
-    "index": 2, "index_select": 2, "gather": 2, "embedding": 2, "take": 2,
-}  # fmt: skip
+ROWS = {"index", "index_select", "gather", "embedding", "take"}
 """Operators that read the rows they pick: what they give, read and written, and the numbers of the rows."""
 
 WRITES_ROWS = {"index_copy_": 2, "index_put_": 2, "scatter_": 2, "index_add_": 3, "scatter_add_": 3}
@@ -304,8 +312,8 @@ def _results(out: Any) -> tuple[Any, ...]:
 
 
 class _Calls(TorchFunctionMode):
-    """Tensors on ``meta`` say that they are on CUDA; what is made on the host for the device is a wait; attention is
-    one kernel forward and one backward, as with flash attention, and not the plain products of ``meta``.
+    """Tensors on ``meta`` say that they are on CUDA; what is made on the host for the device is a wait; what torch has
+    a kernel for on CUDA alone, attention and RMSNorm, is not what ``meta`` makes of it.
     """
 
     def __init__(self, counter: Counter) -> None:
@@ -318,6 +326,8 @@ class _Calls(TorchFunctionMode):
             return args[0].device == META
         if function is F.scaled_dot_product_attention:
             return _Attention.apply(self.counter, *args[:3], kwargs.get("attn_mask"), kwargs.get("is_causal", False))
+        if function is F.rms_norm:
+            return _RMSNorm.apply(self.counter, args[0], args[2] if len(args) > 2 else kwargs["weight"])
         if function is torch.Tensor.data_ptr and args[0].device == META:
             # those of parts of one tensor differ, and on meta all would be 0
             return args[0].untyped_storage()._cdata + args[0].storage_offset() * args[0].element_size()
@@ -337,7 +347,9 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, counter = kwargs or {}, self.counter
         name = function.name().partition("::")[2].partition(".")[0]
-        if torch.is_grad_enabled() and torch._C._current_autograd_node() is None:
+        if (
+            torch._C._current_autograd_node() is None
+        ):  # the newest node is this operator's, or of the function around it
             counter.part_of.setdefault(torch.autograd._get_sequence_nr() - 1, counter.part(None))
         formula = flop_registry.get(function.overloadpacket)
         if function.namespace == "peer_dist":
@@ -392,6 +404,8 @@ class _Operators(TorchDispatchMode):
             raise NotImplementedError("a boolean mask picks rows, whose number the host waits for")
         if name in WITHOUT_META:
             return None, 0
+        if name == "allreduce_coalesced_":
+            return FakeWork().boxed(), 0
         return function(*args, **kwargs), 0
 
 
@@ -417,3 +431,20 @@ class _Attention(torch.autograd.Function):
         # the products of rows with dy first; then all products again, and those of three gradients
         ctx.counter.parts["attention", "backward"].add(2, moved + 2 * size(dy), ctx.flops * 5 // 2)
         return None, torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """torch's fused kernels from 2.9 on: one forward; backward one for the input and two for the weight's sum."""
+
+    @staticmethod
+    def forward(ctx: Any, counter: Counter, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.counter, ctx.rows = counter, 4 * x.shape[:-1].numel()
+        ctx.save_for_backward(x, weight)
+        counter.parts["norms", "forward"].add(1, 2 * size(x) + size(weight) + ctx.rows)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        ctx.counter.parts["norms", "backward"].add(3, 5 * size(x) + 2 * size(weight) + 2 * ctx.rows)
+        return None, torch.empty_like(x), torch.empty_like(weight)

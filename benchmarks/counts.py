@@ -1,13 +1,13 @@
 """What one step asks of a GPU, counted by part without one: launches, bytes through memory, FLOPs and host waits.
 
-    python benchmarks/counts.py [--tokens 8192 --dim 1024 --experts 1048576] [--ranks 8] [--json FILE]
-    python benchmarks/counts.py --model configs/one-gpu.yaml [--vocabulary 32000] [--json FILE]
+    python benchmarks/counts.py [--tokens 8192 --dim 1024 --experts 1048576] [--ranks 8] \
+        [--model configs/one-gpu.yaml --vocabulary 32000] [--json FILE]
 
 A layer's forward and backward pass, the gradient norm and the update of its tables, with dense and with sparse table
-gradients, and as one rank of several with all ranks' tokens; or a pass and a step of a whole model on one GPU, without
-what the trainer itself asks for. Nothing is measured (benchmarks/counting.py says how it is counted): milliseconds are
-the bytes at an H100's 3.35 TB/s. The floor is each part's arguments read once and its results written once, of a table
-the rows that are picked at all; uniform picks.
+gradients, and as one rank of several with all ranks' tokens; with --model also a pass and a step of a whole model on
+one GPU, without what the trainer itself asks for. Nothing is measured (benchmarks/counting.py says how it is counted):
+milliseconds are the bytes at an H100's 3.35 TB/s. The floor is each part's arguments read once and its results written
+once, of a table the rows that are picked at all; picks are uniform.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # noqa: F401  (makes collectives take tensors on meta)
+import torch.distributed._tools.fake_collectives  # makes collectives take tensors on meta
 from counting import META, OTHER, Count, Counter, total
 from measure import write_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from peer_dist import PEER
@@ -42,9 +43,9 @@ BYTES_PER_SECOND = 3.35e12
 """An H100's memory."""
 
 PARTS = (
-    "documents", "embedding", "queries", "retrieval", "dispatch", "experts", "combine", "sort", "table gradients",
-    "attention", "output layer", "cross-entropy", OTHER, "gradient norm", "update of tables",
-    "update of the dense part",
+    "documents", "embedding", "norms", "projections of attention", "rotation", "attention", "dense feed-forward",
+    "queries", "retrieval", "dispatch", "experts", "combine", "sort", "table gradients", "output layer",
+    "cross-entropy", OTHER, "gradient norm", "update of tables", "update of the dense part",
 )  # fmt: skip
 """In the order of the table."""
 
@@ -167,12 +168,23 @@ def layer_step(sizes: Sizes, kind: str, lazy: bool) -> Counter:
     return counter
 
 
+class _OnMeta(TorchFunctionMode):
+    """What is made on a device is made on meta: Megatron names the device that it wants."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **{**(kwargs or {}), **({"device": META} if (kwargs or {}).get("device") else {})})
+
+
+def _alone(everyone: list[Any], mine: Any, group: Any = None) -> None:
+    everyone[:] = [mine]
+
+
 def model_step(config_file: Path, vocabulary: int, micro_batch_size: int | None) -> tuple[Counter, int]:
     """One pass and a step of a model on one GPU, with documents; and the pass's tokens."""
     from peer_dist.config import load_config
     from peer_dist.engines.building import join_groups, make_engine
     from peer_dist.measures.held_out import make_micro_batch
-    from peer_dist.megatron import build_model, run_forward_backward, shards_of, sparse_layers
+    from peer_dist.megatron import build_model, run_forward_backward, sparse_layers
 
     overrides = ["zero.stage=0", "parallel.expert=1", "data.prefix=unused"]
     config = load_config(config_file, overrides)
@@ -183,13 +195,17 @@ def model_step(config_file: Path, vocabulary: int, micro_batch_size: int | None)
     with group_of(1), patch.dict(getattr(product_keys, "CHUNK_TOKENS", {}), meta=8192):
         parallel = join_groups(config, META)
         model = build_model(config, parallel, vocabulary, torch.bfloat16)
-        shards_of(model)
         for layer in sparse_layers(model).values():
             layer.release_shards()
+        for module in model.modules():  # what Megatron moves to the device when it first meets it
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value.device != META:
+                    setattr(module, name, value.to(META))
         sequences = torch.full((batch, config.model.seq_length + 1), 1, dtype=torch.int64, device="cpu")
         sequences[:, config.model.seq_length // 2] = 0  # ends a document
-        with counter:
+        with META, _OnMeta(), patch.object(dist, "all_gather_object", _alone):
             engine = make_engine(config, model, parallel, torch.bfloat16)
+        with counter:
             for _ in range(2):
                 counter.parts.clear()
                 with engine.accumulate():
@@ -226,18 +242,23 @@ def rows_of(parts: dict[tuple[str, str], Count], least: dict[tuple[str, str], in
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table as Markdown; a part without a floor has none to share."""
-    columns = ["part", "launches", "GB", "GFLOP", "waits", "floor, GB", "ms at 3.35 TB/s", "floor, ms", "floor / bytes"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        floor = (f"{row['floor_bytes'] / 1e9:.3f}", f"{row['floor_ms']:.3f}", f"{row['share_of_floor']:.2f}")
-        cells = (
-            f"{row['part']}{', ' * bool(row['pass'])}{row['pass']}", str(row["launches"]), f"{row['bytes'] / 1e9:.3f}",
-            f"{row['flops'] / 1e9:.1f}", str(row["waits"]), floor[0] if row["floor_bytes"] else "",
-            f"{row['ms']:.3f}", *(floor[1:] if row["floor_bytes"] else ("", "")),
-        )  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """The table as Markdown; without floors where no part has one."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "part": lambda row: row["part"] + (f", {row['pass']}" if row["pass"] else ""),
+        "launches": lambda row: str(row["launches"]),
+        "GB": lambda row: f"{row['bytes'] / 1e9:.3f}",
+        "GFLOP": lambda row: f"{row['flops'] / 1e9:.1f}",
+        "waits": lambda row: str(row["waits"]),
+        "ms at 3.35 TB/s": lambda row: f"{row['ms']:.3f}",
+    }
+    if any(row["floor_bytes"] for row in rows):
+        columns |= {
+            "floor, GB": lambda row: f"{row['floor_bytes'] / 1e9:.3f}" if row["floor_bytes"] else "",
+            "floor, ms": lambda row: f"{row['floor_ms']:.3f}" if row["floor_bytes"] else "",
+            "floor / bytes": lambda row: f"{row['share_of_floor']:.2f}" if row["floor_bytes"] else "",
+        }
+    lines = [list(columns), ["---"] * len(columns), *([cell(row) for cell in columns.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def show_counts(title: str, rows: list[dict[str, Any]]) -> None:
@@ -259,23 +280,22 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=1024**2)
     parser.add_argument("--optimizer", choices=["adam", "rowwise_adam", "rowwise_adagrad"], default="rowwise_adam")
     parser.add_argument("--ranks", type=int, default=8, help="of the layer that is spread over ranks")
-    parser.add_argument("--model", type=Path, metavar="CONFIG", help="count a model instead of the layer")
+    parser.add_argument("--model", type=Path, metavar="CONFIG", help="a run's config, whose model is counted too")
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--micro-batch-size", type=int, help="by default the config's")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cases: dict[str, list[dict[str, Any]]] = {}
+    for ranks, lazy in ((1, False), (1, True), (options.ranks, False)):
+        sizes = Sizes(options.tokens, options.dim, options.experts, ranks=ranks)
+        counter = layer_step(sizes, options.optimizer, lazy)
+        spread = f", one of {ranks} ranks" if ranks > 1 else ""
+        title = f"PEER, {sizes.tokens} tokens, d={sizes.dim}, N={sizes.experts}, bfloat16, {options.optimizer}"
+        title += f" with float32 masters, {'sparse' if lazy else 'dense'} gradients{spread}"
+        cases[title] = rows_of(counter.parts, floors(sizes, options.optimizer, lazy))
     if options.model:
         counter, tokens = model_step(options.model, options.vocabulary, options.micro_batch_size)
-        cases[f"{options.model}, {tokens} tokens"] = rows_of(counter.parts, {})
-    else:
-        for ranks, lazy in ((1, False), (1, True), (options.ranks, False)):
-            sizes = Sizes(options.tokens, options.dim, options.experts, ranks=ranks)
-            counter = layer_step(sizes, options.optimizer, lazy)
-            spread = f", one of {ranks} ranks" if ranks > 1 else ""
-            title = f"PEER, {sizes.tokens} tokens, d={sizes.dim}, N={sizes.experts}, bfloat16, {options.optimizer}"
-            title += f" with float32 masters, {'sparse' if lazy else 'dense'} gradients{spread}"
-            cases[title] = rows_of(counter.parts, floors(sizes, options.optimizer, lazy))
+        cases[f"{options.model}, a pass of {tokens} tokens and the step"] = rows_of(counter.parts, {})
     for title, rows in cases.items():
         show_counts(title, rows)
     write_json(options.json, {"counted": True, "torch": torch.__version__, "cases": cases})
