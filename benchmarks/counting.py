@@ -222,6 +222,9 @@ FREE = {
 FILLS = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}
 """Operators that write their first argument without having read it."""
 
+CROSSES = {"_to_copy", "copy_", "_local_scalar_dense"}
+"""Operators that may copy between host and device, which launches no kernel."""
+
 LAUNCHES = {
     "topk": 2,  # a radix select of each slice, which is read from memory once, and a sort of the k that it found
     "cumsum": 2,  # cub's scan sets up its state first
@@ -282,27 +285,34 @@ def cost(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     """Launches and bytes of an operator."""
     name, schema = function.name().partition("::")[2].partition(".")[0], function._schema
     views = any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
-    if name in FREE or views or not any(value.numel() for value in _tensors([args, list(kwargs.values()), out])):
+    involved = list(_tensors([args, list(kwargs.values()), out]))
+    if name in FREE or views or not any(value.numel() for value in involved):
         return 0, 0
+    if name in CROSSES and (name == "_local_scalar_dense" or len({value.device for value in involved}) > 1):
+        return 0, once(value for value in involved if value.device == META)
+    if name.endswith("_like") or name.startswith("new_"):  # of the shape of a tensor that is not read
+        return 1, once(_tensors(out))
     if name == "clone" and args[0].layout is torch.sparse_coo:
         return 0, 0  # autograd keeps a gradient that nobody else holds, which it cannot see under this mode
     if name == "sort":
         return sort(args[0])
     if name in ROWS:
-        picked = list(_tensors(list(args[1:]) + list(kwargs.values())))
+        picked = list(_tensors([args[1:], list(kwargs.values())]))
         numbers = once(value for value in picked if value.dtype in (torch.int32, torch.int64))
         return 1, 2 * size(out) + numbers
     if name in WRITES_ROWS:
-        given = list(_tensors(list(args[1:]) + list(kwargs.values())))
+        given = list(_tensors([args[1:], list(kwargs.values())]))
         numbers = once(value for value in given if value.dtype in (torch.int32, torch.int64, torch.bool))
         sorted_first, moved_first = radix_sort(given[0]) if name == "index_put_" and True in args[3:] else (0, 0)
         return 1 + sorted_first, moved_first + WRITES_ROWS[name] * (once(given) - numbers) + numbers
-    moved = 0
+    moved, seen = 0, set()
     for place, argument in enumerate(schema.arguments):
         value = args[place] if place < len(args) else kwargs.get(argument.name)
         writes = argument.alias_info is not None and argument.alias_info.is_write
         reads = not writes or not (argument.is_out or name in FILLS)
-        moved += (reads + writes) * once(_tensors(value))
+        given = [each for each in _tensors(value) if id(each) not in seen]  # x * x reads x once
+        seen |= set(map(id, given))
+        moved += (reads + writes) * once(given)
     results = [value for value, result in zip(_results(out), schema.returns) if result.alias_info is None]
     return LAUNCHES.get(name, 1), moved + once(_tensors(results))
 
@@ -363,6 +373,7 @@ class _Operators(TorchDispatchMode):
             out = function(*args, **kwargs)  # on the host, or made on the device from nothing
             if not any(value.device == META for value in _tensors(out)):
                 return out
+            counter.here().add(waits=int(name == "_to_copy" and not kwargs.get("non_blocking")))
         else:
             out, waits = self._answer(name, function, args, kwargs)
             counter.here().add(waits=waits)

@@ -1,18 +1,18 @@
 """What one step asks of a GPU, counted by part without one: launches, bytes through memory, FLOPs and host waits.
 
-    python benchmarks/counts.py [--tokens 8192 --dim 1024 --experts 1048576] [--ranks 8] \
-        [--model configs/one-gpu.yaml --vocabulary 32000] [--json FILE]
+    python benchmarks/counts.py [--tokens 8192 --experts 1048576] [--model configs/one-gpu.yaml] [--json FILE]
 
 A layer's forward and backward pass, the gradient norm and the update of its tables, with dense and with sparse table
-gradients, and as one rank of several with all ranks' tokens; with --model also a pass and a step of a whole model on
-one GPU, without what the trainer itself asks for. Nothing is measured (benchmarks/counting.py says how it is counted):
-milliseconds are the bytes at an H100's 3.35 TB/s. The floor is each part's arguments read once and its results written
-once, of a table the rows that are picked at all; picks are uniform.
+gradients, and as one rank of several with all ranks' tokens; the update alone in all its kinds; with --model also a
+pass and a step of a whole model on one GPU, without what the trainer itself asks for. Nothing is measured:
+benchmarks/counting.py says how it is counted, and milliseconds are the bytes at an H100's 3.35 TB/s. The floor is each
+part's arguments read once and its results written once, of a table the rows that are picked at all; picks are uniform.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +36,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from peer_dist import PEER
 from peer_dist.layers import product_keys
 from peer_dist.optim import TableOptimizer, TableRule
+from peer_dist.optim.tables import KINDS
 from peer_dist.sharding import ExpertGroups, exchange
 from peer_dist.tracing import span
 
@@ -83,6 +84,13 @@ class Sizes:
         return self.tokens * self.hit(self.heads * self.top_k, self.ranks) if self.ranks > 1 else self.tokens
 
 
+def update_floor(sizes: Sizes, kind: str, lazy: bool, stochastic: bool = False) -> int:
+    """Gradient read, moments and master read and written, the table written; without a master the table is read too."""
+    numbers = 2 * sizes.dim * (sizes.hit(sizes.picks, sizes.rows) if lazy else sizes.rows)
+    moments = {"adam": 16, "rowwise_adam": 8, "rowwise_adagrad": 0}[kind]
+    return numbers * (sizes.item + moments + (2 * sizes.item if stochastic else 8 + sizes.item))
+
+
 def floors(sizes: Sizes, kind: str, lazy: bool) -> dict[tuple[str, str], int]:
     """Bytes that each part must move at least, by part and pass."""
     d, item, picks = sizes.dim, sizes.item, sizes.picks
@@ -93,8 +101,6 @@ def floors(sizes: Sizes, kind: str, lazy: bool) -> dict[tuple[str, str], int]:
     rows = 2 * hit * d * item  # of both tables
     grads = rows if lazy else 2 * sizes.rows * d * item
     gathered = 2 * received + picks * (4 + 4 + 4)  # rows in and out; expert, gate, pre-activation
-    updated = 2 * d * (hit if lazy else sizes.rows)
-    moments = {"adam": 16, "rowwise_adam": 8, "rowwise_adagrad": 0}[kind]
     counted = {
         ("queries", "forward"): x + weight + queries + 2 * picks * 4,  # and gates from scores
         ("retrieval", "forward"): queries + keys + picks * (4 + 8),  # scores and numbers
@@ -106,8 +112,7 @@ def floors(sizes: Sizes, kind: str, lazy: bool) -> dict[tuple[str, str], int]:
         ("retrieval", "backward"): 2 * queries + 2 * keys + picks * (4 + 8),
         ("queries", "backward"): 2 * queries + 2 * x + 2 * weight + 3 * picks * 4,
         ("gradient norm", "forward"): grads,
-        # gradient read, master and moments read and written, the table written
-        ("update of tables", "forward"): updated * (item + 8 + moments + item),
+        ("update of tables", "forward"): update_floor(sizes, kind, lazy),
     }
     if sizes.ranks > 1:
         # rows are gathered, sent and received; sums at home read what arrived and write tokens
@@ -168,6 +173,29 @@ def layer_step(sizes: Sizes, kind: str, lazy: bool) -> Counter:
     return counter
 
 
+def table_update(sizes: Sizes, kind: str, lazy: bool, stochastic: bool) -> Count:
+    """The update of both tables alone; with stochastic rounding there are no masters."""
+    rule = TableRule(kind, 1e-3, (0.9, 0.99), 1e-8, 0.1, lazy=lazy, rounding_seed=1 if stochastic else None)
+    table = torch.empty(sizes.rows, sizes.dim, device=META, dtype=torch.bfloat16)
+    tables = {name: table.clone().requires_grad_() for name in ("down", "up")}
+    hit = sizes.hit(sizes.picks, sizes.rows)
+    with group_of(1), Counter() as counter:
+        optimizer = TableOptimizer(tables, rule, sizes.dim)
+        for each in tables.values():
+            if lazy:
+                rows = torch.empty(1, hit, dtype=torch.int64, device=META)
+                options: Any = {"is_coalesced": True, "check_invariants": False}
+                grad = torch.sparse_coo_tensor(
+                    rows, table[:hit], table.shape, device=META, dtype=table.dtype, **options
+                )
+            else:
+                grad = torch.empty_like(table)
+            each.backward(grad)
+        counter.parts.clear()
+        optimizer.step(0.5)
+    return total(counter.parts.values())
+
+
 class _OnMeta(TorchFunctionMode):
     """What is made on a device is made on meta: Megatron names the device that it wants."""
 
@@ -223,22 +251,23 @@ def rows_of(parts: dict[tuple[str, str], Count], least: dict[tuple[str, str], in
     ends = [key for key in keys if key[0] in PARTS[-3:]]  # norm and updates come last
     lines = [(*key, parts[key], least.get(key, 0)) for key in [key for key in keys if key not in ends] + ends]
     lines.append(("in all", "", total(parts.values()), sum(least[key] for key in parts if key in least)))
-    return [
-        {
-            "part": part,
-            "pass": "" if part in PARTS[-3:] else phase,
-            "launches": count.launches,
-            "bytes": count.bytes,
-            "flops": count.flops,
-            "waits": count.waits,
-            "floor_bytes": floor,
-            "ms": 1e3 * count.bytes / BYTES_PER_SECOND,
-            "floor_ms": 1e3 * floor / BYTES_PER_SECOND,
-            "share_of_floor": floor / count.bytes if count.bytes else 0.0,
-        }
-        for part, phase, count, floor in lines
-        if count != Count()
-    ]
+    return [row_of(part, phase, count, floor) for part, phase, count, floor in lines if count != Count()]
+
+
+def row_of(part: str, phase: str, count: Count, floor: int) -> dict[str, Any]:
+    """A line of a table, and of the JSON."""
+    return {
+        "part": part,
+        "pass": "" if part in PARTS[-3:] else phase,
+        "launches": count.launches,
+        "bytes": count.bytes,
+        "flops": count.flops,
+        "waits": count.waits,
+        "floor_bytes": floor,
+        "ms": 1e3 * count.bytes / BYTES_PER_SECOND,
+        "floor_ms": 1e3 * floor / BYTES_PER_SECOND,
+        "share_of_floor": floor / count.bytes if count.bytes else 0.0,
+    }
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -278,7 +307,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=1024)
     parser.add_argument("--experts", type=int, default=1024**2)
-    parser.add_argument("--optimizer", choices=["adam", "rowwise_adam", "rowwise_adagrad"], default="rowwise_adam")
+    parser.add_argument("--optimizer", choices=KINDS, default="rowwise_adam")
     parser.add_argument("--ranks", type=int, default=8, help="of the layer that is spread over ranks")
     parser.add_argument("--model", type=Path, metavar="CONFIG", help="a run's config, whose model is counted too")
     parser.add_argument("--vocabulary", type=int, default=32000)
@@ -293,6 +322,12 @@ def main() -> None:
         title = f"PEER, {sizes.tokens} tokens, d={sizes.dim}, N={sizes.experts}, bfloat16, {options.optimizer}"
         title += f" with float32 masters, {'sparse' if lazy else 'dense'} gradients{spread}"
         cases[title] = rows_of(counter.parts, floors(sizes, options.optimizer, lazy))
+    sizes, rows = Sizes(options.tokens, options.dim, options.experts), []
+    for kind, lazy, stochastic in itertools.product(KINDS, (False, True), (False, True)):
+        name = f"{kind}, {'lazy' if lazy else 'dense'}, {'stochastic rounding' if stochastic else 'float32 masters'}"
+        count = table_update(sizes, kind, lazy, stochastic)
+        rows.append(row_of(name, "", count, update_floor(sizes, kind, lazy, stochastic)))
+    cases[f"the update of two tables, {sizes.experts} x {sizes.dim}, bfloat16, uniform picks"] = rows
     if options.model:
         counter, tokens = model_step(options.model, options.vocabulary, options.micro_batch_size)
         cases[f"{options.model}, a pass of {tokens} tokens and the step"] = rows_of(counter.parts, {})
