@@ -200,11 +200,19 @@ def _runs_kernel(given: dict[str, Any]) -> int:
 
 
 def _pieces_kernel(given: dict[str, Any]) -> int:
-    return once((given["owner"], given["base"]))  # picks of popular rows, of which uniform picks have none
+    return once((given.get("owner"), given.get("base")))  # sums are of popular rows, which uniform picks do not have
+
+
+def _update_kernel(given: dict[str, Any]) -> int:
+    rows = given["grad"].shape[0]  # all, or those that were picked
+    share = rows / given["weight"].shape[0]
+    kept = once(given[name] for name in ("weight", "exp_avg", "exp_avg_sq", "row_sq"))
+    return once((given["grad"], given["rows"], given["squares"])) + round(share * (2 * kept + size(given["table"])))
 
 
 KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
-    kernel.__name__: kernel for kernel in (_token_kernel, _dots_kernel, _mix_kernel, _runs_kernel, _pieces_kernel)
+    kernel.__name__: kernel
+    for kernel in (_token_kernel, _dots_kernel, _mix_kernel, _runs_kernel, _pieces_kernel, _update_kernel)
 }
 
 
