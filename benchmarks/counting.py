@@ -87,14 +87,15 @@ class Counter:
 
     Args:
         touched: the number of distinct rows among so many picks, which a device would be asked for.
+        seen: the mean number of keys that a query sees within its document, where attention keeps to documents.
 
     Attributes:
         parts: the counts, by ``(part, pass)``; a pass is ``forward`` or ``backward``.
     """
 
-    def __init__(self, touched: Callable[[int], int] = lambda picks: picks) -> None:
+    def __init__(self, touched: Callable[[int], int] = lambda picks: picks, seen: float = 0.0) -> None:
         self.parts: dict[tuple[str, str], Count] = defaultdict(Count)
-        self.touched = touched
+        self.touched, self.seen = touched, seen
         self.part_of: dict[int, str] = {}  # of autograd's nodes, by number
         self.in_ours = 0  # depth of operators whose FLOPs are counted as a whole
         self.operators, self.calls = _Operators(self), _Calls(self)
@@ -117,7 +118,7 @@ class Counter:
         return self.parts[self.part(node), "forward" if node is None else "backward"]
 
     def part(self, node: Any) -> str:
-        """What is being done: by Python's stack, in a backward pass by what the forward pass did, by the span."""
+        """What is being done: by Python's stack, by the span, in a backward pass by what the forward pass did."""
         executed, frame = [], sys._getframe(1)
         while frame is not None:
             executed.append((frame.f_code.co_filename, frame.f_code.co_name))
@@ -125,9 +126,9 @@ class Counter:
         for part, file, function in PLACES:
             if any(re.search(file, path) and (not function or re.fullmatch(function, name)) for path, name in executed):
                 return part
-        if node is not None and node._sequence_nr() in self.part_of:
-            return self.part_of[node._sequence_nr()]
-        return SPANS.get(position.span, position.span) or OTHER
+        if position.span:
+            return SPANS.get(position.span, position.span)
+        return OTHER if node is None else self.part_of.get(node._sequence_nr(), OTHER)
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constants: Any) -> None:
         if 0 in grid:
@@ -239,8 +240,12 @@ LAUNCHES = {
     "repeat_interleave": 3,  # a cumsum, and the kernel that writes
     "unique_consecutive": 6,  # flags, a scan, a selection, differences, their copies
     "nonzero": 4,  # cub's reduction and its selection, two launches each
+    "_flash_attention_backward": 3,  # products of rows with their gradients, the gradients, a sum of the query's
 }
 """Operators of several launches; sorts have a formula."""
+
+FLASH = {"_flash_attention_forward": (4, 0), "_flash_attention_backward": (10, 1)}
+"""FLOPs for each number of the query and each key that it sees, and the query's place among the arguments."""
 
 ROWS = {"index", "index_select", "gather", "embedding", "take"}
 """Operators that read the rows they pick: what they give, read and written, and the numbers of the rows."""
@@ -350,7 +355,7 @@ class _Calls(TorchFunctionMode):
             # those of parts of one tensor differ, and on meta all would be 0
             return args[0].untyped_storage()._cdata + args[0].storage_offset() * args[0].element_size()
         out = function(*args, **kwargs)
-        if function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor) and out.device == META:
+        if getattr(function, "__name__", "") in ("tensor", "as_tensor", "new_tensor") and out.device == META:
             self.counter.here().add(waits=1)
         return out
 
@@ -386,7 +391,10 @@ class _Operators(TorchDispatchMode):
             out, waits = self._answer(name, function, args, kwargs)
             counter.here().add(waits=waits)
         count = counter.here()
-        if formula is not None and not counter.in_ours:
+        if name in FLASH:  # torch's formula asks for the lengths of the documents
+            flops, query = FLASH[name]
+            count.add(flops=round(flops * args[query].numel() * counter.seen))
+        elif formula is not None and not counter.in_ours:
             count.add(flops=int(formula(*args, **kwargs, out_val=out)))
         if function.namespace == "c10d":
             if torch.distributed.get_world_size() > 1:  # each tensor is read, or written, once

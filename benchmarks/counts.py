@@ -141,15 +141,21 @@ def model_step(config_file: Path, vocabulary: int, micro_batch_size: int | None)
     from peer_dist.config import load_config
     from peer_dist.engines.building import join_groups, make_engine
     from peer_dist.measures.held_out import make_micro_batch
-    from peer_dist.megatron import build_model, run_forward_backward, sparse_layers
+    from peer_dist.megatron import attention, build_model, run_forward_backward, sparse_layers
 
     overrides = ["zero.stage=0", "parallel.expert=1", "data.prefix=unused"]
     config = load_config(config_file, overrides)
     batch = micro_batch_size or config.train.micro_batch_size
     tokens = batch * config.model.seq_length
     rows = [shape.rows for shape in (kind.tables(config) for kind in config.kinds) if shape]
-    counter = Counter(lambda picks: Sizes().hit(picks, rows[0]) if rows else picks)
-    with group_of(1), patch.dict(getattr(product_keys, "CHUNK_TOKENS", {}), meta=8192):
+    # two documents of half a sequence each, in which a query sees half of the keys
+    seen = config.model.seq_length / 4
+    counter = Counter(lambda picks: Sizes().hit(picks, rows[0]) if rows else picks, seen)
+    with (
+        group_of(1),
+        patch.dict(getattr(product_keys, "CHUNK_TOKENS", {}), meta=8192),
+        patch.object(attention, "_flash_takes", lambda *_: True, create=True),  # which asks for CUDA's own choice
+    ):
         parallel = join_groups(config, META)
         model = build_model(config, parallel, vocabulary, torch.bfloat16)
         for layer in sparse_layers(model).values():
@@ -256,10 +262,10 @@ def main() -> None:
         name = f"{kind}, {'lazy' if lazy else 'dense'}, {'stochastic rounding' if stochastic else 'float32 masters'}"
         count = table_update(sizes, kind, lazy, stochastic)
         rows.append(row_of(name, "", count, update_floor(sizes, kind, lazy, stochastic)))
-    cases[f"the update of two tables, {sizes.experts} x {sizes.dim}, bfloat16, uniform picks"] = rows
+    cases[f"The update of two tables, {sizes.experts} x {sizes.dim}, bfloat16, uniform picks"] = rows
     if options.model:
         counter, tokens = model_step(options.model, options.vocabulary, options.micro_batch_size)
-        cases[f"{options.model}, a pass of {tokens} tokens and the step"] = rows_of(counter.parts, {})
+        cases[f"`{options.model}`, a pass of {tokens} tokens and the step"] = rows_of(counter.parts, {})
     for title, rows in cases.items():
         show_counts(title, rows)
     write_json(options.json, {"counted": True, "torch": torch.__version__, "cases": cases})

@@ -413,7 +413,10 @@ def cross_entropy(bench: Bench) -> None:
     parallel = join_groups(config)
     try:
         (model,) = build_model(config, parallel, words, BF16)
-        logits, labels = bench.tensor(tokens, 1, words), torch.randint(words, (1, tokens), device=bench.device)
+        logits, labels = (
+            bench.tensor(tokens, 1, words),
+            torch.randint(words, (1, tokens), dtype=torch.int64, device=bench.device),
+        )
 
         def ours() -> tuple[Tensor, ...]:
             # a tensor of its own each time: the loss may turn the logits into their gradient where they are
@@ -441,17 +444,16 @@ def combine(bench: Bench) -> None:
     """The sum at home of the rows that eight owners sent: by the kernel that mixes, and one owner after the other."""
     sizes, owners = bench.sizes, 8
     arrived = bench.tensor(owners * sizes.tokens, sizes.dim)
-    order = torch.randperm(len(arrived), dtype=torch.int64, device=bench.device).view(sizes.tokens, owners)
-    picks, ones = Picks.even(order), torch.ones(len(arrived), dtype=torch.float32, device=bench.device)
-    home = torch.empty_like(order.view(-1)).scatter_(
-        0, order.view(-1), torch.arange(len(arrived), device=bench.device) // owners
-    )
+    token = torch.arange(sizes.tokens, dtype=torch.int64, device=bench.device)
+    owner = torch.arange(owners, dtype=torch.int64, device=bench.device)
+    picks = Picks.even(token[:, None] + owner * sizes.tokens)  # a row of each owner
+    ones = torch.ones(len(arrived), dtype=torch.float32, device=bench.device)
     ops = backend(arrived, arrived)
 
     def added() -> Tensor:
         out = torch.zeros(sizes.tokens, sizes.dim, dtype=torch.float32, device=bench.device)
-        for rows, places in zip(arrived.split(sizes.tokens), home.split(sizes.tokens)):
-            out.index_add_(0, places, rows.float())
+        for rows in arrived.split(sizes.tokens):
+            out.index_add_(0, token, rows.float())
         return out.to(BF16)
 
     def mixed() -> Tensor:
@@ -543,25 +545,24 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
 
 def run(bench: Bench, names: list[str], keep: Callable[[], None]) -> None:
     """Measure the parts, and ``keep`` what is known after each."""
-    failed = bench.failed
     for name in dict.fromkeys(["speeds", *names]):
         part, budget = PARTS[name]
         begin = time.monotonic()
-        if begin > bench.end:
-            failed[name] = "no time was left"
-            continue
         bench.until = begin + budget
-        try:
-            part(bench)
-        except Exception as error:  # the others go on
-            failed[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-            if name == "speeds":
-                failed |= dict.fromkeys(set(PARTS) - {name}, "no speed is known to compare with")
-                break
-        gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-        why = f", failed: {failed[name]}" if name in failed else ""
+        if begin > bench.end:
+            bench.failed[name] = "no time was left"
+        elif "speeds" in bench.failed:
+            bench.failed[name] = "the speeds to compare with are not known"
+        else:
+            try:
+                part(bench)
+            except Exception as error:  # the others go on
+                first = (str(error).strip() or "no more is known").splitlines()[0]
+                bench.failed[name] = f"{type(error).__name__}: {first[:300]}"
+            gc.collect()
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+        why = f", not measured: {bench.failed[name]}" if name in bench.failed else ""
         print(f"{name}: {time.monotonic() - begin:.0f} s{why}", flush=True)
         keep()
 

@@ -9,7 +9,6 @@ of times. Without it the page says that nothing has been measured.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,7 @@ def counts(which: str) -> str:
     for title, rows in before["cases"].items():
         if which in title:
             tables.append(counted(title, rows, after["cases"].get(title) if after else None))
-    note = "" if after else "\n\nWhat is on this page is the state before; none after it has been counted yet."
-    return "\n\n".join(tables) + note
+    return "\n\n".join(tables)
 
 
 def times() -> str:
@@ -112,8 +110,8 @@ def blocks() -> dict[tuple[Path, str], str]:
     performance, paths = DOCS / "performance.md", DOCS / "gpu_paths.md"
     return {
         (performance, "gpu"): times(),
-        (performance, "counts-layer"): counts("dense gradients") if load("counts-before.json") else "",
-        (performance, "counts-updates"): counts("the update of"),
+        (performance, "counts-layer"): counts("PEER,"),
+        (performance, "counts-updates"): counts("The update of"),
         (paths, "counts-model"): counts("the step"),
     }
 
@@ -123,12 +121,11 @@ def generated() -> dict[Path, str]:
     pages: dict[Path, str] = {}
     for (page, name), text in blocks().items():
         old = pages.get(page) or page.read_text(encoding="utf-8")
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        pages[page], found = re.subn(
-            pattern, lambda match, text=text: f"{match[1]}\n{text}\n\n{match[2]}", old, flags=re.S
-        )
-        if found != 1:
-            raise SystemExit(f"{page.name} must have <!-- {name} --> and <!-- /{name} --> once")
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if old.count(begin) != 1 or old.count(end) != 1:
+            raise SystemExit(f"{page.name} must have {begin.strip()} and {end} once")
+        before, after = old.split(begin)[0], old.split(end)[1]
+        pages[page] = f"{before}{begin}\n{text}\n\n{end}{after}"
     return pages
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import counting  # noqa: E402
 import counts  # noqa: E402
+import gpu  # noqa: E402
+import page  # noqa: E402
 from counting import META, Count, Counter, total  # noqa: E402
 
 from peer_dist.tracing import span  # noqa: E402
@@ -132,3 +136,82 @@ def test_a_step_is_counted_to_its_end(ranks, lazy, waits):
 def test_the_update_alone_is_that_of_the_step():
     alone = counts.table_update(SMALL, "rowwise_adam", False, False)
     assert alone == counts.layer_step(SMALL, "rowwise_adam", False).parts["update of tables", "forward"]
+
+
+def test_a_span_in_a_backward_pass_says_what_it_does():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x + x
+
+        @staticmethod
+        def backward(ctx, dy):
+            with span("dispatch"):
+                return dy + dy
+
+    x = torch.empty(4, dtype=torch.float32, device=META, requires_grad=True)
+    with Counter() as counter:
+        Doubled.apply(x).backward(torch.empty_like(x))
+    assert counter.parts["dispatch", "backward"].launches == 1
+
+
+@pytest.fixture
+def small_run(monkeypatch, tmp_path):
+    """A run of benchmarks/gpu.py on the CPU, and the JSON that it wrote."""
+
+    def run(*options):
+        sizes = ["--device", "cpu", "--experts", "1024", "--tokens", "64", "--dim", "64", "--rounds", "1"]
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *sizes, "--json", str(tmp_path / "gpu.json"), *options])
+        gpu.main()
+        return json.loads((tmp_path / "gpu.json").read_text())
+
+    monkeypatch.setattr(
+        gpu, "large_copy", lambda device: (8192, partial(torch.ones, 2048, dtype=torch.float32, device=device))
+    )
+    return run
+
+
+def test_every_part_runs_small(small_run, capsys):
+    results = small_run()
+    assert set(results["not_measured"]) <= {"PEER-pytorch"}, results["not_measured"]
+    parts = [row["part"] for row in results["rows"]]
+    assert len(parts) == len(set(parts))
+    for part in ("experts, forward, 32 picks a row", "gradient norm, sparse", "retrieval, backward", "layer, forward"):
+        assert part in parts
+    assert sum("stochastic rounding" in part for part in parts) == 6
+    assert all(row["ms"] > 0 and row["share"] == row["floor_ms"] / row["ms"] for row in results["rows"])
+    assert {each["met"] for each in results["goals"]} <= {True, False}
+    assert results["device"]
+    assert results["command"].startswith("python gpu.py --device cpu")
+    assert "no part begins after 270" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_is_a_sentence_and_others_go_on(small_run, monkeypatch):
+    def broken(bench):
+        raise RuntimeError("no kernel image\nis there")
+
+    monkeypatch.setitem(gpu.PARTS, "retrieval", (broken, 1.0))
+    results = small_run("--only", "retrieval", "combine")
+    assert results["not_measured"] == {"retrieval": "RuntimeError: no kernel image"}
+    assert [row["part"] for row in results["rows"]] == [
+        "rows of 8 owners summed at home", "the same, added one owner after the other",
+    ]  # fmt: skip
+
+
+def test_no_part_begins_when_time_is_up(small_run):
+    results = small_run("--limit", "0", "--only", "combine")
+    assert results["not_measured"] == dict.fromkeys(("speeds", "combine"), "no time was left")
+    assert not results["rows"]
+
+
+def test_pages_show_what_was_counted_and_measured(monkeypatch, tmp_path, small_run):
+    """If not:  python benchmarks/page.py"""
+    for file, text in page.generated().items():
+        assert file.read_text(encoding="utf-8") == text, f"{file}: run python benchmarks/page.py"
+    assert "Nothing has been timed" in page.times()
+    found = small_run("--only", "combine")
+    for name in ("counts-before.json", "counts-after.json"):
+        (tmp_path / name).write_text((page.FILES / "counts-before.json").read_text())
+    monkeypatch.setattr(page, "FILES", tmp_path)
+    assert f"| rows of 8 owners summed at home | {found['rows'][0]['ms']:.3f} |" in page.times()
+    assert "| gradient norm | 9 → 9 | 4.29 → 4.29 | 0 → 0 | 4.29 | 1.28 → 1.28 | 1.28 |" in page.counts("PEER,")
