@@ -13,15 +13,15 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -98,14 +98,12 @@ class Counter:
         self.touched, self.seen = touched, seen
         self.part_of: dict[int, str] = {}  # of autograd's nodes, by number
         self.in_ours = 0  # depth of operators whose FLOPs are counted as a whole
-        self.operators, self.calls = _Operators(self), _Calls(self)
+        self.operators = _Operators(self)
 
     def __enter__(self) -> Counter:
         self._stack = ExitStack()
-        launch = launching.launch
-        self._stack.callback(setattr, launching, "launch", launch)
-        launching.launch = self._launch
-        self._stack.enter_context(self.calls)
+        self._stack.enter_context(patch.object(launching, "launch", self._launch))
+        self._stack.enter_context(_as_on_cuda(self))
         self._stack.enter_context(self.operators)
         return self
 
@@ -334,30 +332,47 @@ def _results(out: Any) -> tuple[Any, ...]:
     return tuple(out) if isinstance(out, tuple) else (out,)
 
 
-class _Calls(TorchFunctionMode):
+@contextmanager
+def _as_on_cuda(counter: Counter) -> Iterator[None]:
     """Tensors on ``meta`` say that they are on CUDA; what is made on the host for the device is a wait; what torch has
     a kernel for on CUDA alone, attention and RMSNorm, is not what ``meta`` makes of it.
+
+    The attributes themselves are replaced: a mode of torch's for functions would not be on in backward passes.
     """
+    base = torch._C.TensorBase
 
-    def __init__(self, counter: Counter) -> None:
-        super().__init__()
-        self.counter = counter
+    def place(tensor: Tensor) -> int:
+        if tensor.device != META:
+            return base.data_ptr(tensor)
+        # those of parts of one tensor differ, and on meta all would be 0
+        return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function == torch.Tensor.is_cuda.__get__:
-            return args[0].device == META
-        if function is F.scaled_dot_product_attention:
-            return _Attention.apply(self.counter, *args[:3], kwargs.get("attn_mask"), kwargs.get("is_causal", False))
-        if function is F.rms_norm:
-            return _RMSNorm.apply(self.counter, args[0], args[2] if len(args) > 2 else kwargs["weight"])
-        if function is torch.Tensor.data_ptr and args[0].device == META:
-            # those of parts of one tensor differ, and on meta all would be 0
-            return args[0].untyped_storage()._cdata + args[0].storage_offset() * args[0].element_size()
-        out = function(*args, **kwargs)
-        if getattr(function, "__name__", "") in ("tensor", "as_tensor", "new_tensor") and out.device == META:
-            self.counter.here().add(waits=1)
-        return out
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: Any = None, enable_gqa: bool = False,
+    ) -> Tensor:  # fmt: skip
+        return _Attention.apply(counter, query, key, value, attn_mask, is_causal)
+
+    def norm(x: Tensor, normalized_shape: Any, weight: Tensor, eps: Any = None) -> Tensor:
+        return _RMSNorm.apply(counter, x, weight)
+
+    def from_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            counter.here().add(waits=int(out.device == META))
+            return out
+
+        return made
+
+    with ExitStack() as stack:
+        is_cuda = property(lambda tensor: tensor.device == META or base.is_cuda.__get__(tensor))
+        stack.enter_context(patch.object(torch.Tensor, "is_cuda", is_cuda))
+        stack.enter_context(patch.object(torch.Tensor, "data_ptr", place))
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
+        stack.enter_context(patch.object(F, "rms_norm", norm))
+        for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
+            stack.enter_context(patch.object(owner, name, from_host(getattr(owner, name))))
+        yield
 
 
 class _Operators(TorchDispatchMode):
@@ -376,7 +391,7 @@ class _Operators(TorchDispatchMode):
             counter.part_of.setdefault(torch.autograd._get_sequence_nr() - 1, counter.part(None))
         formula = flop_registry.get(function.overloadpacket)
         if function.namespace == "peer_dist":
-            with self, counter.calls:
+            with self:
                 counter.in_ours += formula is not None
                 try:
                     out = functions[name](*args)

@@ -182,6 +182,8 @@ def model_step(config_file: Path, vocabulary: int, micro_batch_size: int | None)
 def rows_of(parts: dict[tuple[str, str], Count], least: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
     """The lines of a table, the sum last."""
     order = {part: place for place, part in enumerate(PARTS)}
+    if parts["sort", "forward"].bytes > parts["sort", "backward"].bytes:  # one that was made there serves both passes
+        least = {("sort", "forward") if key == ("sort", "backward") else key: floor for key, floor in least.items()}
     keys = sorted(parts, key=lambda key: (key[1] == "backward", order.get(key[0], len(order))))
     ends = [key for key in keys if key[0] in PARTS[-3:]]  # norm and updates come last
     lines = [(*key, parts[key], least.get(key, 0)) for key in [key for key in keys if key not in ends] + ends]

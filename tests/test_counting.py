@@ -138,7 +138,9 @@ def test_the_update_alone_is_that_of_the_step():
     assert alone == counts.layer_step(SMALL, "rowwise_adam", False).parts["update of tables", "forward"]
 
 
-def test_a_span_in_a_backward_pass_says_what_it_does():
+def test_a_backward_pass_is_on_the_device_too():
+    """Its kernels are the GPU's, its waits are counted, and its spans say what it does."""
+
     class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -146,13 +148,16 @@ def test_a_span_in_a_backward_pass_says_what_it_does():
 
         @staticmethod
         def backward(ctx, dy):
+            assert dy.is_cuda
             with span("dispatch"):
-                return dy + dy
+                return dy + dy.new_tensor([2.0])
 
     x = torch.empty(4, dtype=torch.float32, device=META, requires_grad=True)
     with Counter() as counter:
         Doubled.apply(x).backward(torch.empty_like(x))
     assert counter.parts["dispatch", "backward"].launches == 1
+    assert counter.parts["dispatch", "backward"].waits == 1
+    assert not x.is_cuda
 
 
 @pytest.fixture
