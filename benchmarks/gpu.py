@@ -629,13 +629,15 @@ def main() -> None:
         run(bench, options.only or (list(PARTS) if dist.get_world_size() == 1 else ["exchange"]), keep)
         if dist.get_rank():
             return
-    show("Speeds", [bench.details.get("speeds", {})])
-    show_rows(title, bench.rows)
-    verdicts = {
-        each["goal"]: f"{each['value']:.3g} ({'met' if each['met'] else 'not met'}: {each['sign']} {each['wanted']:g})"
-        for each in bench.goals
-    }
-    show("Goals", [verdicts])
+    if bench.rows:
+        show("Speeds", [bench.details["speeds"]])
+        show_rows(title, bench.rows)
+        verdicts = {
+            each["goal"]: f"{each['value']:.3g} ({'' if each['met'] else 'not '}met: {each['sign']} {each['wanted']:g})"
+            for each in bench.goals
+        }
+        if verdicts:
+            show("Goals", [verdicts])
     for name, reason in bench.failed.items():
         print(f"not measured: {name}: {reason}")
     print(f"{time.monotonic() - begin:.0f} s in all; no part begins after {options.limit:.0f}")
