@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,13 +25,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 9) -> dict[str, float]:
+def seconds(
+    runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 9, until: float = math.inf
+) -> dict[str, float]:
     """Median seconds of each call. All take their turn in every round, so that a machine whose speed drifts (other
     tenants, clocks) treats them alike; a turn is one call that warms up and one that is timed, so that none pays for
     the memory that the one before gave back.
+
+    Args:
+        until: no round but the first begins after this time of :func:`time.monotonic`.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for round_number in range(rounds):
+        if round_number and time.monotonic() > until:
+            break
         for name, run in runs.items():
             run()
             synchronize(device)
