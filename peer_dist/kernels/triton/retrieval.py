@@ -266,10 +266,11 @@ def _key_grad_kernel(  # type: ignore[no-untyped-def]
     col = tl.program_id(0) % SLICES * BLOCK_D + tl.arange(0, BLOCK_D)
     part = tl.program_id(1)
     begin = tl.program_id(2) * size
+    stop = tl.minimum(begin + size, tokens)
     acc = tl.full([BLOCK_N, BLOCK_D], 0.0, tl.float32)
-    for at in range(begin, tl.minimum(begin + size, tokens), BLOCK_T):
+    for at in range(begin, stop, BLOCK_T):
         token = (at + tl.arange(0, BLOCK_T)).to(tl.int64)
-        live = token < tokens
+        live = token < stop
         pick = (token * HEADS + part // 2) * TOP_K
         weights = tl.full([BLOCK_N, BLOCK_T], 0.0, tl.float32)
         for rank in range(TOP_K):
@@ -330,7 +331,7 @@ def _search(query: Tensor, keys: Tensor, numbers: Tensor, scores: Tensor) -> Non
     # A multiprocessor's registers hold two programs. On Ampere a warp has whole rows of tiles so tall: no run of scores
     # is spread over warps, which would exchange by shared memory.
     block_t = (128 if low else 64) * TILE >> log_n
-    columns = _block(half, (64 if log_n == _log(TILE) else 32) if low else 16)
+    columns = _block(half, 32 if low else 16)
     best = torch.empty(tokens, heads, 2, 1 << log_k, dtype=torch.int64, device=query.device)
     sizes = {"HEADS": heads, "N": n, "HALF": half, "SHARED": keys.dim() == 3, "LOG_K": log_k, "LOG_N": log_n}
     launching.launch(
