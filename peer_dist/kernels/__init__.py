@@ -215,19 +215,23 @@ def search(queries: Iterable[Tensor], keys: Tensor, numbers: Tensor, scores: Ten
 
 
 def search_backward(
-    dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dquery: Tensor, dkeys: Tensor
-) -> None:
+    dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dkeys: Tensor, dtype: torch.dtype
+) -> Tensor:
     """The gradients of one chunk of :func:`search`, in a fixed order of the sums.
 
     Args:
         dscores, numbers: ``[tokens, heads, top_k]``.
         query: ``[tokens, heads, key_dim]``.
         keys: as given to :func:`search`.
-        dquery: ``[tokens, heads, key_dim]``, to be written.
         dkeys: of ``keys``' shape, in ``dscores``' dtype, to be added to.
+        dtype: of the queries' gradient, whose sums are in at least float32.
+
+    Returns:
+        The queries' gradient, ``[tokens, heads, key_dim]`` in ``dtype``.
     """
     keys = keys.contiguous()
-    backend(query, keys).search_backward(dscores, numbers, query, keys, dquery, dkeys)
+    gradient: Tensor = backend(query, keys).search_backward(dscores, numbers, query, keys, dkeys, dtype)
+    return gradient
 
 
 # ---------------------------------------------------------------------------------------------------------------------

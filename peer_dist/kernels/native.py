@@ -78,10 +78,10 @@ def search(queries: Iterable[Tensor], keys: Tensor, numbers: Tensor, scores: Ten
 
 
 def search_backward(
-    dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dquery: Tensor, dkeys: Tensor
-) -> None:
+    dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dkeys: Tensor, dtype: torch.dtype
+) -> Tensor:
     """See :func:`peer_dist.kernels.search_backward`."""
-    reference.search_backward(mix, table_grad, dscores, numbers, query, keys, dquery, dkeys)
+    return reference.search_backward(mix, table_grad, dscores, numbers, query, keys, dkeys, dtype)
 
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:

@@ -133,9 +133,9 @@ def search_backward(
     numbers: Tensor,
     query: Tensor,
     keys: Tensor,
-    dquery: Tensor,
     dkeys: Tensor,
-) -> None:
+    dtype: torch.dtype,
+) -> Tensor:
     """See :func:`peer_dist.kernels.search_backward`: sums over the picked sub-keys, by a backend's two products."""
     n, half = keys.shape[-2:]
     table = keys.reshape(-1, half)
@@ -144,7 +144,7 @@ def search_backward(
     picks = Picks.even(rows.flatten(0, 2))
     dpicked = dscores[:, :, None].expand_as(rows).flatten()
     table_grad(dpicked, query.reshape(-1, half), picks, dkeys.view_as(table))
-    dquery.copy_(mix(dpicked, table, picks).view_as(query))
+    return mix(dpicked, table, picks).view_as(query).to(dtype)
 
 
 def by_halves(
@@ -204,10 +204,10 @@ class Composed:
     search = staticmethod(search)
 
     def search_backward(
-        self, dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dquery: Tensor, dkeys: Tensor
-    ) -> None:
+        self, dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dkeys: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """See :func:`peer_dist.kernels.search_backward`."""
-        search_backward(self.mix, self.table_grad, dscores, numbers, query, keys, dquery, dkeys)
+        return search_backward(self.mix, self.table_grad, dscores, numbers, query, keys, dkeys, dtype)
 
     def forward(
         self, x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str

@@ -116,15 +116,14 @@ def _retrieve_backward(
         for chunk in _chunks(query):
             part = query[chunk]
             normed = part if weight is None else vector_norm(part, norm, weight, bias, eps)
-            of_query = (
-                dquery[chunk] if weight is None else torch.empty(part.shape, dtype=dscores.dtype, device=part.device)
-            )
-            search_backward(dscores[chunk], indices[chunk], normed, keys, of_query, sums[0])
+            dtype = query.dtype if weight is None else dscores.dtype
+            gradient = search_backward(dscores[chunk], indices[chunk], normed, keys, sums[0], dtype)
             if weight is not None:
-                dquery[chunk], of_weight, of_bias = vector_norm_backward(of_query, part, norm, weight, eps)
+                gradient, of_weight, of_bias = vector_norm_backward(gradient, part, norm, weight, eps)
                 sums[1] += of_weight
                 if bias is not None:
                     sums[2] += of_bias
+            dquery[chunk] = gradient
     dkeys, dweight, dbias = (total.to(dscores.dtype if x is None else x.dtype) for total, x in zip(sums, others))
     return dquery, dkeys, dweight, dbias
 

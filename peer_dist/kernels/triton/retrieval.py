@@ -328,8 +328,8 @@ def _search(query: Tensor, keys: Tensor, numbers: Tensor, scores: Tensor) -> Non
     dtype = _multiplied(query.dtype) if low else tl.float32
     log_k = _log(top_k)
     log_n = max(log_k, _log(TILE))
-    # A multiprocessor's registers hold two programs. On Ampere a warp has whole rows of tiles so tall: no run of scores
-    # is spread over warps, which would exchange by shared memory.
+    # On Ampere a warp has whole rows of tiles so tall: no run of scores is spread over warps, which would exchange by
+    # shared memory. Two programs fit a multiprocessor; for a third one ptxas would spill.
     block_t = (128 if low else 64) * TILE >> log_n
     columns = _block(half, 32 if low else 16)
     best = torch.empty(tokens, heads, 2, 1 << log_k, dtype=torch.int64, device=query.device)
@@ -343,6 +343,7 @@ def _search(query: Tensor, keys: Tensor, numbers: Tensor, scores: Tensor) -> Non
         BLOCK_D=columns,
         DTYPE=dtype,
         num_warps=4,
+        maxnreg=255,
     )
     pairs = sum(top_k // rank for rank in range(1, top_k + 1))
     log_pairs = max(log_k, _log(pairs))
@@ -363,8 +364,8 @@ def _multiplied(dtype: torch.dtype) -> object:
 
 
 def search_backward(
-    dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dquery: Tensor, dkeys: Tensor
-) -> None:
+    dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dkeys: Tensor, dtype: torch.dtype
+) -> Tensor:
     """See :func:`peer_dist.kernels.search_backward`.
 
     Sums are float32. In the sub-keys' gradient each of ``dscores`` counts as the sum of two bfloat16 numbers where
@@ -372,12 +373,13 @@ def search_backward(
     It is a product with zeros: a query that is not finite leaves no gradient finite, whatever it picked.
     """
     if dscores.dtype != torch.float32 or torch.float64 in (query.dtype, keys.dtype):
-        reference.search_backward(experts.mix, experts.table_grad, dscores, numbers, query, keys, dquery, dkeys)
-        return
+        products = experts.mix, experts.table_grad
+        return reference.search_backward(*products, dscores, numbers, query, keys, dkeys, dtype)
     dscores, numbers, query, keys = (tensor.contiguous() for tensor in (dscores, numbers, query, keys))
     tokens, heads, top_k = dscores.shape
     n, half = keys.shape[-2:]
     sizes = {"HEADS": heads, "N": n, "HALF": half, "TOP_K": top_k}
+    dquery = torch.empty(query.shape, dtype=dtype, device=query.device)
     columns = _block(half, 512)
     block_t = 2048 // columns
     launching.launch(
@@ -410,3 +412,4 @@ def search_backward(
         num_warps=8 if columns > 128 else 4,
     )
     dkeys += partial.flatten(0, 1).sum(0) if keys.dim() == 3 else partial.sum(0)
+    return dquery
