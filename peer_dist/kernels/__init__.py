@@ -5,7 +5,7 @@ They are operators of torch's (``torch.ops.peer_dist``), in which picks are the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,9 +32,9 @@ __all__ = [
     "huge_pages",
     "operator",
     "row_gradient",
+    "search",
+    "search_backward",
     "sum_rows",
-    "table_grad",
-    "top_pairs",
     "value_mix",
     "value_table_grad",
     "wide",
@@ -186,18 +186,6 @@ def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, spa
     return grad
 
 
-def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
-    """``out_e += sum over picks of row e of w_i x_t``, the gradient of :func:`value_mix`, in a fixed order of the sum.
-
-    Args:
-        weight: ``[picks]``.
-        x: ``[tokens, dim]``.
-        picks: the rows that each token reads.
-        out: ``[rows, dim]``, at least float32; a table that is small beside the number of picks.
-    """
-    backend(x, out).table_grad(weight, x, picks, out)
-
-
 def sum_rows(rows: Tensor, picks: Picks, dtype: torch.dtype) -> Tensor:
     """The sum of the rows that each token picked, in the order of its picks; not differentiable.
 
@@ -227,17 +215,40 @@ def row_gradient(rows: Tensor, values: Tensor, size: int) -> Tensor:
     )
 
 
-def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` largest sums ``first[:, a] + second[:, b]`` of each row, largest first; NaN counts as largest.
+def search(queries: Iterable[Tensor], keys: Tensor, numbers: Tensor, scores: Tensor) -> None:
+    """The product keys of largest inner product with each query, exactly; see
+    :func:`peer_dist.kernels.reference.top_pairs` for their order.
 
     Args:
-        first, second: ``[queries, n]``.
-        top_k: at most ``n``.
+        queries: the tokens in consecutive chunks, ``[tokens of the chunk, heads, key_dim]`` each, which need not exist
+            before they are asked for. Little is held but for one chunk.
+        keys: sub-keys ``[2, n, key_dim / 2]``, shared by the heads, or ``[heads, 2, n, key_dim / 2]``.
+        numbers: ``[tokens, heads, top_k]`` int64, to be written, ``top_k`` at most ``n``; ``a * n + b`` for sub-keys
+            ``a`` and ``b``.
+        scores: ``[tokens, heads, top_k]``, to be written; computed in its dtype, which is at
+            least float32.
+    """
+    backend(scores).search(queries, keys, numbers, scores)
+
+
+def search_backward(
+    dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dkeys: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The gradients of one chunk of :func:`search`, in a fixed order of the sums.
+
+    Args:
+        dscores, numbers: ``[tokens, heads, top_k]``.
+        query: ``[tokens, heads, key_dim]``.
+        keys: as given to :func:`search`.
+        dkeys: of ``keys``' shape, in ``dscores``' dtype, to be added to.
+        dtype: of the queries' gradient, whose sums are in at least float32.
 
     Returns:
-        Their numbers ``a * n + b``, ``[queries, top_k]`` int64, and the sums, ``[queries, top_k]``.
+        The queries' gradient, ``[tokens, heads, key_dim]`` in ``dtype``.
     """
-    return (native if native.searches(first, top_k) else reference).top_pairs(first, second, top_k)
+    keys = keys.contiguous()
+    gradient: Tensor = backend(query, keys).search_backward(dscores, numbers, query, keys, dkeys, dtype)
+    return gradient
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_dist.kernels import reference
 from peer_dist.kernels.allocation import gradient_memory
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.signatures import call, declare
@@ -60,20 +61,27 @@ def available(x: Tensor, *tables: Tensor) -> bool:
     )
 
 
-def searches(scores: Tensor, top_k: int) -> bool:
-    """Whether :func:`top_pairs` can serve these scores ``[queries, n]``: float32 on a CPU, ``top_k`` at most 64."""
-    fine = scores.device.type == "cpu" and scores.dtype == torch.float32 and top_k <= _MOST_TOP_K
-    return fine and load_library() is not None
-
-
 def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See :func:`peer_dist.kernels.reference.top_pairs`."""
+    """See :func:`peer_dist.kernels.reference.top_pairs`; float32, and ``top_k`` at most 64."""
     first, second = first.contiguous(), second.contiguous()
     queries = len(first)
     number = torch.empty(queries, top_k, dtype=torch.int64, device="cpu")
     score = _floats(queries, top_k)
     _call("top_pairs", k=top_k, first=first, second=second, number=number, score=score)
     return number, score
+
+
+def search(queries: Iterable[Tensor], keys: Tensor, numbers: Tensor, scores: Tensor) -> None:
+    """See :func:`peer_dist.kernels.search`."""
+    best = top_pairs if scores.shape[-1] <= _MOST_TOP_K else reference.top_pairs
+    reference.search(queries, keys, numbers, scores, best)
+
+
+def search_backward(
+    dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dkeys: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """See :func:`peer_dist.kernels.search_backward`."""
+    return reference.search_backward(mix, table_grad, dscores, numbers, query, keys, dkeys, dtype)
 
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:

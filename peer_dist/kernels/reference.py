@@ -7,7 +7,7 @@ nothing of size ``[tokens, picks, dim]`` exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -86,13 +86,67 @@ def _candidates(top_k: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def top_pairs(first: Tensor, second: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The ``top_k`` largest sums ``first[:, a] + second[:, b]`` of each row, largest first: ``[queries, n]`` twice
-    -> their numbers ``a * n + b``, ``[queries, top_k]`` int64, and the sums.
+    """The ``top_k`` largest sums ``first[:, a] + second[:, b]`` of each row, largest first.
+
+    NaN counts as largest, and zeros of either sign are equal. Backends that sort by themselves take the lower number
+    first among equal scores of a half, and among equal sums the one whose first score ranks higher, then whose second
+    does. Here equals come as ``torch.topk`` leaves them, which names no order.
+
+    Args:
+        first, second: ``[queries, n]``.
+        top_k: at most ``n``.
+
+    Returns:
+        Their numbers ``a * n + b``, ``[queries, top_k]`` int64, and the sums, ``[queries, top_k]``.
     """
     (first_best, a), (second_best, b) = first.topk(top_k), second.topk(top_k)
     i, j = _candidates(top_k, first.device)
     best, position = (first_best[:, i] + second_best[:, j]).topk(top_k)
     return a.gather(1, i[position]) * first.shape[1] + b.gather(1, j[position]), best
+
+
+def search(
+    queries: Iterable[Tensor],
+    keys: Tensor,
+    numbers: Tensor,
+    scores: Tensor,
+    top_pairs: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] = top_pairs,
+) -> None:
+    """See :func:`peer_dist.kernels.search`: one head of a chunk at a time, whose scores may stay in cache."""
+    heads, top_k = scores.shape[1:]
+    # wide before the product, which would else round scores to bfloat16 and make ties of neighbours
+    per_head = keys.to(scores.dtype).expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
+    products = scores.new_empty(0)  # one memory for the scores of all chunks
+    begin = 0
+    for query in queries:
+        part = slice(begin, begin + len(query))
+        halves = query.to(scores.dtype).unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
+        products.resize_(2, len(query), keys.shape[-2])
+        for head in range(heads):
+            first, second = torch.bmm(halves[head], per_head[head], out=products)
+            numbers[part, head], scores[part, head] = top_pairs(first, second, top_k)
+        begin += len(query)
+
+
+def search_backward(
+    mix: Callable[[Tensor, Tensor, Picks], Tensor],
+    table_grad: Callable[[Tensor, Tensor, Picks, Tensor], None],
+    dscores: Tensor,
+    numbers: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    dkeys: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`peer_dist.kernels.search_backward`: sums over the picked sub-keys, by a backend's two products."""
+    n, half = keys.shape[-2:]
+    table = keys.reshape(-1, half)
+    sets = torch.arange(len(table) // n, dtype=torch.int64, device=keys.device).view(-1, 2, 1)  # [heads or 1, 2, 1]
+    rows = torch.stack([numbers // n, numbers % n], 2).add_(sets * n)  # [tokens, heads, 2, top_k]
+    picks = Picks.even(rows.flatten(0, 2))
+    dpicked = dscores[:, :, None].expand_as(rows).flatten()
+    table_grad(dpicked, query.reshape(-1, half), picks, dkeys.view_as(table))
+    return mix(dpicked, table, picks).view_as(query).to(dtype)
 
 
 def by_halves(
@@ -148,6 +202,14 @@ class Composed:
 
     def __init__(self, products: ModuleType | Any) -> None:
         self.dots, self.mix, self.table_grad = products.dots, products.mix, products.table_grad
+
+    search = staticmethod(search)
+
+    def search_backward(
+        self, dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor, dkeys: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """See :func:`peer_dist.kernels.search_backward`."""
+        return search_backward(self.mix, self.table_grad, dscores, numbers, query, keys, dkeys, dtype)
 
     def forward(
         self, x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str

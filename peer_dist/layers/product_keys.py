@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peer_dist.kernels import (
-    Picks,
-    backend,
-    differentiable,
-    differentiable_no_further,
-    operator,
-    table_grad,
-    top_pairs,
-    wide,
-)
+from peer_dist.kernels import differentiable, differentiable_no_further, operator, search, search_backward, wide
 from peer_dist.layers.vector_norm import vector_norm, vector_norm_backward
 from peer_dist.tracing import span
 
-CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}  # tokens; on a CPU the scores of one head's chunk stay in cache
+CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
+"""Tokens whose normalised queries are held at a time; on a CPU the scores of one head's chunk stay in cache."""
 
 
 def retrieve(
@@ -59,53 +51,6 @@ def _chunks(x: Tensor) -> Iterator[slice]:
         yield slice(begin, begin + step)
 
 
-def _search(
-    queries: Iterable[tuple[slice, Tensor]], keys: Tensor, tokens: int, heads: int, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """What :func:`retrieve` returns, for queries that come in chunks.
-
-    Args:
-        queries: chunks of the tokens, each with its queries ``[chunk's tokens, heads, key_dim]``.
-    """
-    dtype = wide(keys)
-    indices = torch.empty(tokens, heads, top_k, dtype=torch.int64, device=keys.device)
-    best = torch.empty(tokens, heads, top_k, dtype=dtype, device=keys.device)
-    # wide before the product, which would else round scores to bfloat16 and make ties of neighbours
-    per_head = keys.to(dtype).expand(heads, *keys.shape[-3:]).transpose(-1, -2)  # [heads, 2, key_dim / 2, n]
-    scores = torch.empty(0, dtype=dtype, device=keys.device)  # one memory for the scores of all chunks
-    for chunk, query in queries:
-        halves = query.to(dtype).unflatten(-1, (2, -1)).permute(1, 2, 0, 3)  # [heads, 2, tokens, key_dim / 2]
-        scores.resize_(2, len(query), keys.shape[-2])
-        for head in range(heads):
-            first, second = torch.bmm(halves[head], per_head[head], out=scores)
-            indices[chunk, head], best[chunk, head] = top_pairs(first, second, top_k)
-    return indices, best
-
-
-def _score_grads(query: Tensor, keys: Tensor, indices: Tensor, dscores: Tensor, dkeys: Tensor) -> Tensor:
-    """The gradient of a chunk's queries, and that of the keys, which is added to ``dkeys``.
-
-    Args:
-        query: ``[tokens, heads, key_dim]``.
-        keys: ``[2, n, key_dim / 2]``, or ``[heads, 2, n, key_dim / 2]``.
-        indices, dscores: ``[tokens, heads, top_k]``.
-        dkeys: the keys' shape, in ``dscores``' dtype.
-
-    Returns:
-        ``[tokens, heads, key_dim]`` in at least float32.
-    """
-    n, half = keys.shape[-2:]
-    table = keys.reshape(-1, half)
-    sets = torch.arange(len(table) // n, dtype=torch.int64, device=keys.device).view(-1, 2, 1)  # [heads or 1, 2, 1]
-    rows = torch.stack([indices // n, indices % n], 2).add_(sets * n)  # [tokens, heads, 2, top_k]
-    picks = Picks.even(rows.flatten(0, 2))
-    dpicked = dscores[:, :, None].expand_as(rows).flatten()
-    x = query.reshape(-1, half)
-    table_grad(dpicked, x, picks, dkeys.view_as(table))
-    dquery: Tensor = backend(dpicked, table).mix(dpicked, table, picks)
-    return dquery.view_as(query)
-
-
 def _like_scores(
     query: Tensor, keys: Tensor, top_k: int, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -125,15 +70,15 @@ def _like_scores(
 def _retrieve(
     query: Tensor, keys: Tensor, top_k: int, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    tokens, heads = query.shape[:2]
-
-    def queries() -> Iterator[tuple[slice, Tensor]]:
-        for chunk in _chunks(query):
-            part = query[chunk]
-            yield chunk, part if weight is None else vector_norm(part, norm, weight, bias, eps)
-
+    scores, indices = _like_scores(query, keys, top_k, norm, weight, bias, eps)
+    parts = (query[chunk] for chunk in _chunks(query))
     with span("retrieve"):
-        indices, scores = _search(queries(), keys, tokens, heads, top_k)
+        search(
+            (part if weight is None else vector_norm(part, norm, weight, bias, eps) for part in parts),
+            keys,
+            indices,
+            scores,
+        )
         return scores, indices
 
 
@@ -171,7 +116,8 @@ def _retrieve_backward(
         for chunk in _chunks(query):
             part = query[chunk]
             normed = part if weight is None else vector_norm(part, norm, weight, bias, eps)
-            gradient = _score_grads(normed, keys, indices[chunk], dscores[chunk], sums[0])
+            dtype = query.dtype if weight is None else dscores.dtype
+            gradient = search_backward(dscores[chunk], indices[chunk], normed, keys, sums[0], dtype)
             if weight is not None:
                 gradient, of_weight, of_bias = vector_norm_backward(gradient, part, norm, weight, eps)
                 sums[1] += of_weight

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peer_dist.kernels as package
 from peer_dist import PEER
-from peer_dist.kernels import Picks, reference
+from peer_dist.kernels import Picks
 from peer_dist.kernels.custom_ops import functions
 from peer_dist.layers import product_keys
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
@@ -77,7 +77,6 @@ def launched(monkeypatch):
     monkeypatch.setattr(package, "backend", lambda *tensors: kernels)
     monkeypatch.setattr(Picks, "segments", property(segments))
     monkeypatch.setitem(product_keys.CHUNK_TOKENS, "meta", 16)
-    reference._candidates(8, META)  # made once in a process
     return names
 
 
@@ -107,6 +106,8 @@ def test_no_layer_asks_the_device_for_a_number(kind, options, mode, launched):
     ]
     assert "_runs_kernel" in launched
     assert ("_token_kernel" if kind is PEER else "_mix_kernel") in launched
+    retrieval = "_halves_kernel", "_pairs_kernel", "_query_grad_kernel", "_key_grad_kernel"
+    assert [launched.count(name) for name in retrieval] == [3] * 4  # one each for every 16 tokens
 
 
 @pytest.fixture

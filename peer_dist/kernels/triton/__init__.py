@@ -10,6 +10,7 @@ from peer_dist.kernels.triton.experts import (
     table_grads,
 )
 from peer_dist.kernels.triton.launching import available
+from peer_dist.kernels.triton.retrieval import search, search_backward
 
 __all__ = [
     "available",
@@ -17,6 +18,8 @@ __all__ = [
     "dots",
     "forward",
     "mix",
+    "search",
+    "search_backward",
     "sparse_table_grads",
     "table_grad",
     "table_grads",

@@ -23,7 +23,7 @@ BY_PICK = ("offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token
 """Parameters with a number for each pick. Those of a part of the tokens begin anywhere, and their alignment is of no
 use to a kernel: to compile it once more for each would stop some ranks in mid-training, and others not."""
 
-COUNTS = ("picks", "runs", "each", "size")
+COUNTS = ("picks", "rows", "runs", "each", "size", "tokens")
 """Parameters that are counts, which differ from step to step: no kernel is compiled for one of them."""
 
 
@@ -43,15 +43,17 @@ def _nothing() -> None:
     """Tells whether kernels are interpreted."""
 
 
+INTERPRETED = triton is not None and not isinstance(_nothing, triton.JITFunction)
+
+
 def available(*tensors: Tensor) -> bool:
     """Whether these kernels can serve these tensors: on CUDA, or anywhere under Triton's interpreter; and with columns,
     which the last shards of few columns over many ranks may lack.
     """
     if triton is None:
         return False
-    interpreted = not isinstance(_nothing, triton.JITFunction)
     return all(
-        (interpreted or tensor.is_cuda) and tensor.dtype in DTYPES and 0 not in tensor.shape[1:] for tensor in tensors
+        (INTERPRETED or tensor.is_cuda) and tensor.dtype in DTYPES and 0 not in tensor.shape[1:] for tensor in tensors
     )
 
 
