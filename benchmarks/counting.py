@@ -36,13 +36,13 @@ L2_BYTES = 50 << 20
 
 PLACES = (
     # (part, file, function): the first line that names something on Python's stack says what the time goes to
-    ("gradient norm", r"/optim/", r"grad_norm|sum_over_copies"),
-    ("update of tables", r"/optim/", r""),
+    ("gradient norm", r"/peer_dist/optim/", r"grad_norm|sum_over_copies"),
+    ("update of tables", r"/peer_dist/optim/", r""),
     ("retrieval", r"/layers/product_keys\.py|/kernels/(triton/)?retrieval\.py", r""),
     ("experts", r"/kernels/picks\.py", r"even"),
     ("sort", r"/kernels/picks\.py|/kernels/triton/sort\.py", r""),
     ("sort", r"/kernels/triton/experts\.py", r"_bounds"),
-    ("table gradients", r"/kernels/", r"_grads_of_tables|_?(sparse_)?table_grads?|_run_sums"),
+    ("table gradients", r"/peer_dist/kernels/", r"_grads_of_tables|_?(sparse_)?table_grads?|_run_sums"),
     ("attention", r"/megatron/attention\.py", r""),
     ("documents", r"/megatron/|/measures/", r"segment_mask|make_micro_batch"),
     ("norms", r"/megatron/norm\.py", r""),
@@ -53,7 +53,7 @@ PLACES = (
     ("cross-entropy", r"cross_entropy", r""),
     ("output layer", r"/gpt_model\.py", r"_postprocess|compute_output.*"),
     ("combine", r"/sharding/", r"add_rows_at_home"),
-    ("experts", r"/kernels/", r""),
+    ("experts", r"/peer_dist/kernels/", r""),
 )
 SPANS = {"retrieve": "queries", "optimizer": "update of the dense part"}  # others are parts by their own name
 OTHER = "other"

@@ -172,8 +172,13 @@ def model_step(config_file: Path, vocabulary: int, micro_batch_size: int | None)
             for _ in range(2):
                 counter.parts.clear()
                 with engine.accumulate():
-                    run_forward_backward(model, [make_micro_batch(sequences, 0, META)], 1 / tokens)
+                    losses = run_forward_backward(model, [make_micro_batch(sequences, 0, META)], 1 / tokens)
                 with span("optimizer"):
+                    loss = losses.sum().double().view(1)  # is read before the update
+                    if hasattr(engine, "read"):
+                        engine.read(loss)
+                    else:
+                        loss.tolist()
                     engine.step(1e-3, 1e-3)
         parallel.destroy()
     return counter, tokens
