@@ -75,7 +75,7 @@ def plain_training(rank, world_size, tree, steps):
         batches = list(trainer._micro_batches(step))
         parts = []
         for batch in batches:
-            loss = token_losses(trainer.model, batch["tokens"], batch["labels"], batch["attention_mask"]).mean()
+            loss = token_losses(trainer.model, batch["tokens"], batch["labels"], batch["documents"]).mean()
             parts.append(loss.detach())
             grads = torch.autograd.grad(loss / len(batches), [*dense, *tables])
             for p, g in zip([*dense, *tables], grads):
@@ -560,7 +560,7 @@ def masks_alive(rank, world_size, tree):
         nonlocal most, made
         most, made = max(most, sum(mask() is not None for mask in masks)), made + 1
         batch = make(sequences, int(sequences[0, 5]), device)  # between documents
-        masks.append(weakref.ref(batch["attention_mask"]))
+        masks.append(weakref.ref(batch["documents"]))
         return batch
 
     held_out.make_micro_batch = counted

@@ -256,43 +256,22 @@ def count_parameters(model: nn.ModuleList, parallel: Parallel) -> int:
     return int(total)
 
 
-def segment_mask(tokens: torch.Tensor, eod: int, moved: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Which positions must not see each other, where a sequence holds several documents.
-
-    An ``eod`` token starts the segment of the document after it, and a token sees the earlier tokens of its
-    own segment. Meant for tokens on the CPU: on a GPU it would wait for it.
-
-    Args:
-        tokens: int [b, s].
-        eod: the id of the end-of-document token.
-        moved: the same tokens on the device on which to make the mask; by default ``tokens``.
-
-    Returns:
-        bool [b, 1, s, s], True = masked out; None if plain causal attention does (no ``eod`` after the
-        first position).
-    """
-    is_eod = tokens == eod
-    if not bool(is_eod[:, 1:].any()):
-        return None
-    segment = (is_eod if moved is None else moved == eod).cumsum(1)
-    future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=segment.device).triu(1)
-    return ((segment[:, :, None] != segment[:, None, :]) | future).unsqueeze(1)
-
-
-def forward_logits(
-    model: nn.ModuleList, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def forward_logits(model: nn.ModuleList, tokens: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
     """Next-token logits ``[b, s, vocab]`` (padding rows included) of ``tokens: int64 [b, s]``.
 
-    Needs the whole model on every rank (one pipeline stage). Gradients and dropout are the caller's.
+    ``documents`` are from :func:`~peer_dist.megatron.documents.pack_documents`; None: each sequence is one. Needs the
+    whole model on every rank (one pipeline stage). Gradients and dropout are the caller's.
     """
     (whole,) = chunks_of(model)
-    return whole(tokens, None, attention_mask, runtime_gather_output=True)
+    return whole(tokens, None, documents, runtime_gather_output=True)
 
 
 def token_losses(
-    model: nn.ModuleList, tokens: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    model: nn.ModuleList, tokens: torch.Tensor, labels: torch.Tensor, documents: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Cross-entropy of every token: float32 ``[b, s]`` from ``tokens, labels: int64 [b, s]``."""
+    """Cross-entropy of every token: float32 ``[b, s]`` from ``tokens, labels: int64 [b, s]``.
+
+    ``documents`` are as for :func:`forward_logits`.
+    """
     (whole,) = chunks_of(model)
-    return whole(tokens, None, attention_mask, labels=labels).float()
+    return whole(tokens, None, documents, labels=labels).float()

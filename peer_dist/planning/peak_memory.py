@@ -1,6 +1,6 @@
 """What a rank allocates at most: states, activations of the passes in flight, what travels, and temporaries.
 
-Activations are what autograd keeps in our stack (Megatron's local layers, torch's SDPA with a mask between documents,
+Activations are what autograd keeps in our stack (Megatron's local layers, torch's attention within documents,
 RMSNorm in float32), counted tensor by tensor; temporaries are those of the largest step of a backward pass.
 """
 
@@ -89,8 +89,7 @@ def memory(
         hits: row shards that a token hits; None: those of uniform picks.
     """
     held = state(layout, place, vocab_size, itemsize)
-    # ids, labels, weights and, between documents, masks: of the passes in flight
-    inputs = layout.in_flight(place.stage) * layout.tokens * (20 + layout.config.model.seq_length)
+    inputs = layout.in_flight(place.stage) * layout.tokens * 20  # ids, labels and weights: of the passes in flight
     worst = max(
         _backward_timeline(layout, place, vocab_size, itemsize, device, hits, held), key=lambda moment: moment.total
     )
@@ -221,9 +220,11 @@ def _norm(d: int, itemsize: int, device: str) -> float:
 def _layer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     config, model, tensor = layout.config, layout.config.model, layout.tensor
     d, split, tokens = model.hidden_size, layout.split_tokens, layout.tokens
-    # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations; the mask
+    # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations
     attention = 7 * d / tensor * itemsize + model.num_attention_heads / tensor * FLOAT
-    attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size + model.seq_length)
+    attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size)
+    # between documents: values end to end for the flash kernel, or a mask
+    attention += itemsize * (d / tensor if device == "cuda" and itemsize < FLOAT else model.seq_length)
     dropped = 2 * d if model.dropout else 0
     both = split * (2 * _norm(d, itemsize, device) + dropped) + tokens * attention
     own = _feed_forward(layout, KINDS[kind], itemsize, hits)
