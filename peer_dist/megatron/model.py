@@ -32,6 +32,7 @@ from peer_dist.sharding import Shard
 
 from .attention import SDPAttention
 from .build_context import BuildContext, layer_seed
+from .cross_entropy import cross_entropy
 from .feed_forward import INIT_STD, SparseMLP, sparse_mlps
 from .fused import fuses_weight_gradients
 from .gradients import finalize_gradients
@@ -75,6 +76,14 @@ class _FinalNorm(RMSNorm):
         return super().forward(x[..., : len(self.weight)])
 
 
+class _Model(GPTModel):
+    """A GPTModel with a cross-entropy of our own: Megatron's holds all logits in float32 besides."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Losses ``[b, s]`` of ``labels [b, s]``, from ``logits [s, b, words]`` of this rank, which are used up."""
+        return cross_entropy(logits, labels.t().contiguous(), self.pg_collection.tp).t().contiguous()
+
+
 def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
     model = config.model
     return TransformerConfig(
@@ -110,9 +119,7 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
         # The schedule must not divide the loss: the caller knows the step's number of tokens.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fuses_weight_gradients(config, parallel.device),
-        # Off: wrong on CPU; wrong with overlapped sends.
-        cross_entropy_loss_fusion=False,
-        deallocate_pipeline_outputs=False,
+        deallocate_pipeline_outputs=False,  # wrong with overlapped sends
         batch_p2p_comm=config.parallel.batch_p2p,
         batch_p2p_sync=False,  # what streams wait for, hosts need not
         finalize_model_grads_func=finalize_gradients,
@@ -178,7 +185,7 @@ def _build_chunk(megatron: TransformerConfig, context: BuildContext, number: int
     layers = get_num_layers_to_build(megatron, virtual, parallel.pipeline_rank)
     specs = [_layer_spec(context, layer) for layer in range(first, first + layers)]
     torch.default_generator.manual_seed(run.train.seed)
-    model = GPTModel(
+    model = _Model(
         config=megatron,
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=specs, layer_norm=RMSNorm if context.core is None else _FinalNorm

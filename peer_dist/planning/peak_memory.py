@@ -1,7 +1,7 @@
 """What a rank allocates at most: states, activations of the passes in flight, what travels, and temporaries.
 
-Activations are what autograd keeps in our stack (Megatron's local layers, torch's attention within documents,
-RMSNorm in float32), counted tensor by tensor; temporaries are those of the largest step of a backward pass.
+Activations are what autograd keeps in our stack (Megatron's local layers, torch's attention within documents, RMSNorm
+in float32), counted tensor by tensor; temporaries are those of the largest step of a backward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from peer_dist.kinds import KINDS, Kind, Tables
 from peer_dist.kinds.cost import FLOAT
+from peer_dist.megatron.cross_entropy import BLOCK
 from peer_dist.optim.held_bytes import BUCKET
 from peer_dist.optim.tables import BLOCKS
 from peer_dist.planning.layout import Layout, Place
@@ -267,10 +268,10 @@ def _rows(layout: Layout, tables: Tables, own: Kept, itemsize: int, hits: float 
 
 
 def _head(layout: Layout, vocab_size: int, itemsize: int, device: str) -> Kept:
-    """The last norm and the words' probabilities in float32; their gradients where those are of another dtype."""
+    """The last norm and the logits, which become their gradient in place; of them, a block at a time in float32."""
     words = layout.tokens * vocab_size / layout.tensor
-    working = words * itemsize if itemsize < FLOAT else 0.0
     return Kept(
-        layout.split_tokens * _norm(layout.config.model.hidden_size, itemsize, device) + words * FLOAT,
-        working=working + layout.split_tokens * layout.config.model.hidden_size * (itemsize + FLOAT),
+        layout.split_tokens * _norm(layout.config.model.hidden_size, itemsize, device) + words * itemsize,
+        working=min(words, BLOCK[device]) * FLOAT
+        + layout.split_tokens * layout.config.model.hidden_size * (itemsize + FLOAT),
     )
