@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK = {"cpu": 2**20, "cuda": 2**24}
+BLOCK = {"cpu": 2**18, "cuda": 2**24}
 """Logits that are in float32 at once: few enough for a CPU's caches; on a GPU 64 MiB, for few kernels."""
 
 
