@@ -48,8 +48,10 @@ def main() -> None:
         }
         for words in options.vocab:
             x = torch.randn(options.tokens, 1, options.dim, dtype=dtype, device=device, requires_grad=True)
-            weight = (torch.randn(words, options.dim, device=device) * 0.1).to(dtype).requires_grad_()
-            labels = torch.randint(words, (options.tokens, 1), device=device)
+            weight = (
+                (torch.randn(words, options.dim, dtype=torch.float32, device=device) * 0.1).to(dtype).requires_grad_()
+            )
+            labels = torch.randint(words, (options.tokens, 1), dtype=torch.int64, device=device)
 
             def run(name: str, x: Tensor = x, weight: Tensor = weight, labels: Tensor = labels) -> tuple[Tensor, ...]:
                 loss = losses[name](x @ weight.t(), labels).sum()
