@@ -75,7 +75,7 @@ def make_config(peer: dict[str, Any] | None = None, **model: Any) -> Config:
 
 
 def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor | None]:
-    from peer_dist.megatron import segment_mask
+    from peer_dist.megatron import pack_documents
 
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, VOCAB, (size, SEQ), generator=generator)
@@ -85,5 +85,5 @@ def make_batch(seed: int = 0, size: int = 2) -> dict[str, torch.Tensor | None]:
         "tokens": tokens,
         "labels": tokens.roll(-1, 1),
         "loss_mask": mask,
-        "attention_mask": segment_mask(tokens, EOD),
+        "documents": pack_documents(tokens, EOD),
     }

@@ -110,7 +110,8 @@ def written(rank, world_size, checkpoint, folder, options):
     """Export, and beside the folder what the trained model itself gives."""
     from peer_dist.evaluation.loading import load_model
     from peer_dist.export.folder import export
-    from peer_dist.megatron import forward_logits, segment_mask
+    from peer_dist.megatron import forward_logits, pack_documents
+    from peer_dist.megatron.documents import visible
 
     export(checkpoint, folder, **options)
     loaded = load_model(checkpoint, world_size)
@@ -120,14 +121,14 @@ def written(rank, world_size, checkpoint, folder, options):
     tokens[:, 0] = tokenizer.eod
     documents = tokens.clone()
     documents[:, [5, 9]] = tokenizer.eod
-    mask = segment_mask(documents, tokenizer.eod)
+    packed = pack_documents(documents, tokenizer.eod)
     with torch.no_grad():
         wanted = {
             "tokens": tokens,
             "logits": forward_logits(loaded.model, tokens),
             "documents": documents,
-            "mask": mask,
-            "document_logits": forward_logits(loaded.model, documents, mask),
+            "mask": ~visible(packed, *documents.shape),
+            "document_logits": forward_logits(loaded.model, documents, packed),
         }
         greedy = [tokenizer.eod, *tokenizer.encode("ROMEO:")]
         while len(greedy) < 2 * length and (len(greedy) == 7 or greedy[-1] != tokenizer.eod):  # beyond the window

@@ -32,8 +32,8 @@ def losses_and_logits(rank: int, world_size: int, sequence: bool) -> tuple[torch
     model = build_model(config, Parallel.initialize(tensor=world_size), VOCAB, torch.float32).eval()
     batch = make_batch()
     with torch.no_grad():
-        logits = forward_logits(model, batch["tokens"], batch["attention_mask"])
-        return token_losses(model, batch["tokens"], batch["labels"], batch["attention_mask"]), logits, batch["labels"]
+        logits = forward_logits(model, batch["tokens"], batch["documents"])
+        return token_losses(model, batch["tokens"], batch["labels"], batch["documents"]), logits, batch["labels"]
 
 
 @pytest.mark.parametrize("sequence", [False, True])

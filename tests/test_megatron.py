@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import checkpoint as recomputed
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peer_dist.measures.held_out import make_micro_batch
@@ -25,13 +27,14 @@ from peer_dist.megatron import (
     dense_output_std,
     dist_checkpoint,
     forward_logits,
+    pack_documents,
     peer_layers,
     run_forward_backward,
-    segment_mask,
     token_losses,
 )
 from peer_dist.megatron import attention as attention_module
 from peer_dist.megatron.attention import SDPAttention
+from peer_dist.megatron.documents import visible
 from peer_dist.megatron.norm import RMSNorm
 from peer_dist.megatron.repeatable import with_repeatable_backward
 from peer_dist.sharding import grid
@@ -90,6 +93,8 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask:
     scores = torch.einsum("sbnh,tbnh->bnst", q, k) / q.shape[-1] ** 0.5
     if mask is None:
         mask = torch.ones(q.shape[0], q.shape[0], dtype=torch.bool).triu(1)
+    elif mask.dtype != torch.bool:
+        mask = ~visible(mask, q.shape[1], len(q))
     return torch.einsum("bnst,tbnh->sbnh", scores.masked_fill(mask, float("-inf")).softmax(-1), v).flatten(2)
 
 
@@ -97,7 +102,7 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask:
 @pytest.mark.parametrize("documents", [False, True])
 def test_attention_is_the_formula(groups: int, documents: bool) -> None:
     q, k, v = (torch.randn(SEQ, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, groups, groups))
-    mask = make_batch()["attention_mask"] if documents else None
+    mask = make_batch()["documents"] if documents else None
     out, expected = make_attention()(q, k, v, mask), attention_reference(q, k, v, mask)
     torch.testing.assert_close(out, expected)
     weight = torch.randn_like(out)
@@ -116,11 +121,9 @@ def test_attention_is_megatrons(parallel: Parallel, documents: bool) -> None:
     config = build_model(make_config(), parallel, VOCAB, torch.float32)[0].config
     theirs = DotProductAttention(config, 1, AttnMaskType.causal, "self")
     q, k, v = (torch.randn(SEQ, 2, 2, 16) for _ in range(3))
-    mask = make_batch()["attention_mask"]
-    if not documents:
-        mask = torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1)
-    ours = SDPAttention(config, 1)(q, k, v, mask if documents else None)
-    torch.testing.assert_close(ours, theirs(q, k, v, mask))
+    packed = make_batch()["documents"] if documents else None
+    mask = torch.ones(1, 1, SEQ, SEQ, dtype=torch.bool).triu(1) if packed is None else ~visible(packed, 2, SEQ)
+    torch.testing.assert_close(SDPAttention(config, 1)(q, k, v, packed), theirs(q, k, v, mask))
 
 
 def test_attention_dropout_uses_the_tracked_stream(parallel: Parallel) -> None:
@@ -142,7 +145,7 @@ def test_attention_as_on_cuda_is_the_same(
 ) -> None:
     """There it is a node of its own, recomputed or not."""
     inputs = [torch.randn(SEQ, 2, n, 8, dtype=dtype, requires_grad=True) for n in (4, groups, groups)]
-    mask = make_batch()["attention_mask"] if documents else None
+    mask = make_batch()["documents"] if documents else None
     attention = make_attention()
 
     def run(recompute: bool) -> list[torch.Tensor]:
@@ -174,6 +177,75 @@ def test_groups_without_a_fused_kernel_are_expanded(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(attention_module, "_fused", fused)
     test_attention_is_the_formula(2, documents=True)
     assert seen == [(4, 2, 2, True), (4, 4, 4, False)]
+
+
+PACKED = {
+    "uneven": [[EOD, 1, 2, EOD, 3, 4, 5, 6], [1, 2, 3, 4, 5, EOD, 6, 7]],
+    "one token long": [[EOD, EOD, EOD, 1, 2, 3, EOD, EOD], [1, EOD, 2, EOD, 3, EOD, 4, EOD]],
+    "at the ends": [[EOD, 1, 2, 3, 4, 5, 6, EOD], [1, 2, 3, 4, 5, 6, 7, 1]],
+}
+
+
+@pytest.mark.parametrize("tokens", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packed_documents_are_masked_ones(
+    monkeypatch: pytest.MonkeyPatch, tokens: list[list[int]], groups: int, recompute: bool
+) -> None:
+    """The way of GPUs, whose kernel's place is taken by attention over each stretch by itself."""
+    lengths = []
+
+    def flash(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, offsets: torch.Tensor, longest: int, **rest: Any
+    ) -> torch.Tensor:
+        assert offsets.is_contiguous()
+        lengths.append((max(offsets.diff().tolist()), longest))
+        parts = [
+            attention_reference(*(x[begin:end, None] for x in (query, key, value)), None)[:, 0]
+            for begin, end in itertools.pairwise(offsets.tolist())
+        ]
+        return torch.cat(parts).unflatten(1, query.shape[1:])
+
+    documents, attention = pack_documents(torch.tensor(tokens), EOD), make_attention()
+    inputs = [torch.randn(8, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (4, groups, groups)]
+
+    def run() -> list[torch.Tensor]:
+        for tensor in inputs:
+            tensor.grad = None
+        out = recomputed(attention, False, *inputs, documents) if recompute else attention(*inputs, documents)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        return [out.detach(), *(tensor.grad for tensor in inputs)]
+
+    want = run()
+    monkeypatch.setattr(attention_module, "_flash_takes", lambda *_: True)
+    monkeypatch.setattr(attention_module, "_flash", flash)
+    for ours, theirs in zip(run(), want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert lengths
+    assert all(longest == given for longest, given in lengths)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_flash_kernel_takes_packed_documents(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    """Forward and backward, by torch's own description of it."""
+    tokens = torch.randint(8, (2, 64))
+    documents = pack_documents(tokens, EOD, torch.device("meta"))
+    inputs = [torch.empty(64, 2, n, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (4, 2, 2)]
+    monkeypatch.setattr(attention_module, "_flash_takes", lambda *_: True)
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        out = make_attention(attention_dropout=dropout)(*inputs, documents)
+        gradients = torch.autograd.grad(out.float().sum(), inputs)
+    assert (out.shape, out.dtype) == ((64, 2, 64), torch.bfloat16)
+    assert [gradient.shape for gradient in gradients] == [x.shape for x in inputs]
+    assert called.count("aten._flash_attention_forward.default") == 1
+    assert called.count("aten._flash_attention_backward.default") == 1
 
 
 class Seen(torch.autograd.Function):
@@ -244,22 +316,28 @@ def test_a_stretch_with_several_inputs_and_outputs() -> None:
 # ---------------------------------------------------------------- documents
 
 
-def test_segment_mask_by_hand() -> None:
-    tokens = torch.tensor([[5, EOD, 6, 7], [EOD, 1, 2, 3]])
-    mask = segment_mask(tokens, EOD)
-    assert mask is not None
-    sees = (~mask[:, 0]).int().tolist()
+def test_documents_by_hand() -> None:
+    tokens = torch.tensor([[5, EOD, 6, 7], [EOD, 1, 2, 3], [EOD, EOD, 1, EOD]])
+    documents = pack_documents(tokens, EOD)
+    assert documents is not None
+    assert documents.dtype == torch.int32
+    assert documents[:, 0].tolist() == [0, 1, 4, 8, 9, 11, 12]
+    assert documents.shape[1] == 4
+    assert documents.untyped_storage().nbytes() == 7 * 4, "columns are one in memory"
+    sees = visible(documents, 3, 4)[:, 0].int().tolist()
     assert sees[0] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]]
     assert sees[1] == torch.ones(4, 4, dtype=torch.int).tril().tolist()
-    assert segment_mask(tokens[1:], EOD) is None
-    assert segment_mask(tokens, EOD, tokens.to("meta")).device.type == "meta", "asked here, made there"
-    assert segment_mask(tokens[1:], EOD, tokens[1:].to("meta")) is None
+    assert sees[2] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+    assert pack_documents(tokens[1:2], EOD) is None
+    moved = pack_documents(tokens, EOD, torch.device("meta"))
+    assert moved.device.type == "meta", "found here, sent there"
+    assert (moved.shape, moved.stride()) == (documents.shape, documents.stride())
 
 
 def test_documents_do_not_see_each_other(parallel: Parallel) -> None:
     model = build_model(make_config(), parallel, VOCAB, torch.float32).eval()
     batch = make_batch()
-    tokens, mask = batch["tokens"], batch["attention_mask"]
+    tokens, mask = batch["tokens"], batch["documents"]
     assert tokens is not None
     other = tokens.clone()
     other[0, :5] = other[0, :5] % (VOCAB - 1) + 1  # another first document
@@ -360,7 +438,7 @@ def test_schedule_gradients_are_autograds(parallel: Parallel, tied: bool) -> Non
     model = build_model(make_config(tied_embeddings=tied), parallel, VOCAB, torch.float64)
     totals = []
     for batch in batches:
-        logits = forward_logits(model, batch["tokens"], batch["attention_mask"])
+        logits = forward_logits(model, batch["tokens"], batch["documents"])
         losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
         totals.append((losses * batch["loss_mask"].flatten()).sum())
         (scale * totals[-1]).backward()
@@ -375,7 +453,7 @@ def test_forward_only_makes_no_gradients(parallel: Parallel) -> None:
     sums = run_forward_backward(model, [batch], forward_only=True)
     assert not sums.requires_grad
     assert all(p.grad is None for p in model.parameters())
-    losses = token_losses(model, batch["tokens"], batch["labels"], batch["attention_mask"])
+    losses = token_losses(model, batch["tokens"], batch["labels"], batch["documents"])
     torch.testing.assert_close(sums[0], (losses * batch["loss_mask"]).sum())
 
 
@@ -403,7 +481,7 @@ def weights_and_losses(rank: int, world_size: int, expert: int) -> tuple[Any, ..
     dense = {name: p.detach() for name, p in model.named_parameters() if not name.endswith((".down", ".up"))}
     batch = make_batch()
     with torch.no_grad():
-        losses = token_losses(model, batch["tokens"], batch["labels"], batch["attention_mask"])
+        losses = token_losses(model, batch["tokens"], batch["labels"], batch["documents"])
     return dense, layer.layout.rows.start, layer.down.detach(), layer.up.detach(), losses, dropout_streams(groups)
 
 

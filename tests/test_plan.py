@@ -13,7 +13,7 @@ import yaml
 
 from peer_dist.cli import app
 from peer_dist.config import ConfigError, load_config, parse_config
-from peer_dist.megatron import Parallel, build_model, segment_mask, token_losses
+from peer_dist.megatron import Parallel, build_model, pack_documents, token_losses
 from peer_dist.planning.counts import count
 from peer_dist.planning.hardware import load_hardware
 from peer_dist.planning.layout import Layout, Place
@@ -192,7 +192,7 @@ def kept(parallel: Parallel, changes: dict[str, Any], mask: bool) -> tuple[float
     tokens = torch.randint(1, 100, (4, 32))
     tokens[:, 9] = 0
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = token_losses(model, tokens, tokens, segment_mask(tokens, 0 if mask else 101))
+        loss = token_losses(model, tokens, tokens, pack_documents(tokens, 0 if mask else 101))
     del loss
     layout = Layout(config, 1, 1)
     (parts,) = kept_parts(layout, 0, 256, dtype.itemsize, "cpu")

@@ -75,7 +75,7 @@ def plain_training(rank, world_size, tree, steps):
         batches = list(trainer._micro_batches(step))
         parts = []
         for batch in batches:
-            loss = token_losses(trainer.model, batch["tokens"], batch["labels"], batch["attention_mask"]).mean()
+            loss = token_losses(trainer.model, batch["tokens"], batch["labels"], batch["documents"]).mean()
             parts.append(loss.detach())
             grads = torch.autograd.grad(loss / len(batches), [*dense, *tables])
             for p, g in zip([*dense, *tables], grads):
@@ -560,7 +560,7 @@ def masks_alive(rank, world_size, tree):
         nonlocal most, made
         most, made = max(most, sum(mask() is not None for mask in masks)), made + 1
         batch = make(sequences, int(sequences[0, 5]), device)  # between documents
-        masks.append(weakref.ref(batch["attention_mask"]))
+        masks.append(weakref.ref(batch["documents"]))
         return batch
 
     held_out.make_micro_batch = counted
@@ -580,3 +580,35 @@ def test_micro_batches_are_there_one_at_a_time(small, world_size, parallel, most
     small = with_keys(small, parallel=parallel, model={"num_layers": 4, "mlp": ["dense", "peer", "peer", "dense"]})
     small = with_keys(small, train={"global_batch_size": 16}, evaluation={"batches": 2})
     assert run_ranks(masks_alive, world_size, small) == [(8, 16, most)] * world_size
+
+
+def reads(rank, world_size, tree):
+    """From where a step reads tensors on the host, but for the data and for what layers read to send tokens."""
+    import peer_dist
+
+    trainer = make_trainer(tree)
+    trainer.step()
+    root, seen = Path(peer_dist.__file__).parent, []
+
+    def watch(name):
+        read = getattr(torch.Tensor, name)
+
+        def watched(tensor, *args):
+            caller = Path(sys._getframe(1).f_code.co_filename)
+            if caller.is_relative_to(root) and caller.name != "indexed_data.py":
+                seen.append(f"{caller.parent.name}/{caller.name}")
+            return read(tensor, *args)
+
+        setattr(torch.Tensor, name, watched)
+
+    for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__"):
+        watch(name)
+    trainer.step()
+    return seen
+
+
+@pytest.mark.parametrize(("stage", "engine", "norm"), [(0, "replicated.py", 0), (1, "zero.py", 1), (3, "zero.py", 1)])
+def test_a_step_is_read_once(small, stage, engine, norm):
+    """A GPU's host waits there; the norm that DeepSpeed is given is in host memory then."""
+    small = with_keys(small, zero={"stage": stage})
+    assert run_ranks(reads, 1, small) == [[f"engines/{engine}"] * (1 + norm)]

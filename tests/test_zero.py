@@ -48,9 +48,9 @@ def test_the_norm_of_the_shards_goes_where_deepspeeds_own_is(monkeypatch):
     monkeypatch.setattr(zero, "combine_grad_norm_groups", lambda norms: combined.append(norms) or 1.0)
     engine = object.__new__(zero.ZeroEngine)
     with FakeTensorMode():
-        engine._norm_of_shards = lambda: torch.ones((), device="cuda")
+        shards = torch.ones((), device="cuda")
         for dense in (torch.ones((), device="cpu"), torch.ones((), device="cuda")):
-            engine._global_norm([dense, dense])
+            engine._global_norm([dense, dense], shards)
             assert [norm.device.type for norm in combined.pop()] == [dense.device.type] * 3
 
 

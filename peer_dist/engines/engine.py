@@ -81,6 +81,16 @@ class Engine(abc.ABC):
         """A context that adds up the gradients of the passes inside; on leaving they are reduced over ranks, once."""
 
     @abc.abstractmethod
+    def read(self, numbers: Tensor) -> list[float]:
+        """The numbers on the host. Collective; called once before each :meth:`step` or :meth:`skip`.
+
+        Where the gradients' norm is the engine's own, it is computed first and read with them: one wait, not two.
+
+        Args:
+            numbers: float64 ``[n]``, on the model's device.
+        """
+
+    @abc.abstractmethod
     def step(self, lr: float, table_lr: float) -> StepResult:
         """Clip the gradients and update all parameters, or none on any rank if a gradient is not finite. Collective.
 

@@ -55,19 +55,22 @@ class ReplicatedEngine(Engine):
             chunk.finish_grad_sync()
             chunk.scale_gradients(1 / self._data_parallel_size)  # they were only added up
 
+    def read(self, numbers: Tensor) -> list[float]:
+        """The numbers and, behind them, the norm of dense gradients and shards together, which :meth:`step` needs."""
+        self._optimizer.prepare_grads()
+        self._norm = torch.hypot(self._dense_norm(numbers.device), self._shard_norm(numbers.device))
+        *values, self._norm_value = torch.cat([numbers, self._norm.double().view(1)]).tolist()
+        return values
+
     def step(self, lr: float, table_lr: float) -> StepResult:
         """Clip by the norm of dense gradients and shards together, and update both if it is finite."""
         for group in self._inner.param_groups:
             group["lr"] = lr
         self._set_shard_lr(lr, table_lr)
-        self._optimizer.prepare_grads()
-        device = next(iter(self.parameters.values())).device
-        norm = torch.hypot(self._dense_norm(device), self._shard_norm(device))
-        value = float(norm)
-        result = StepResult(value, math.isfinite(value))
+        result = StepResult(self._norm_value, math.isfinite(self._norm_value))
         if result.applied:
             if self.grad_clip > 0:
-                clip_grads_with_norm_(self._optimizer.get_parameters(), self.grad_clip, norm)
+                clip_grads_with_norm_(self._optimizer.get_parameters(), self.grad_clip, self._norm)
             self._optimizer.step_with_ready_grads()
         return self._finish(result)
 

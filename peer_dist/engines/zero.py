@@ -123,11 +123,12 @@ class ZeroEngine(Engine):
         self._init_state()
         self._norm = math.inf
         if stage == 3:
-            dense_norms = self._zero._get_norm_groups
-            self._zero._get_norm_groups = lambda: [self._global_norm(_on_host(dense_norms))]
+            self._dense_norms = self._zero._get_norm_groups
+            self._zero._get_norm_groups = lambda: [self._norm_to_clip_by()]
         else:
             dense_norm = self._zero.scaled_global_norm
-            self._zero.scaled_global_norm = lambda: self._global_norm([_on_host(dense_norm)])
+            self._dense_norms = lambda: [dense_norm()]
+            self._zero.scaled_global_norm = self._norm_to_clip_by
 
     def _masters(self) -> list[Tensor]:
         """This rank's partitions of the float32 masters, which Adam updates."""
@@ -152,24 +153,30 @@ class ZeroEngine(Engine):
         with self._engine.coalesce_grad_reduction():
             yield
 
-    def _norm_of_shards(self) -> Tensor:
-        """The norm of all shards' gradients, or -1 to make DeepSpeed skip its step, within which it is called."""
-        device = next(iter(self.parameters.values())).device
-        if self._skipping:
-            return torch.full((), -1.0, dtype=torch.float32, device=device)
-        norm = self._shard_norm(device)
-        # -1 is how DeepSpeed marks a norm that is not finite
-        return torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))
+    def read(self, numbers: Tensor) -> list[float]:
+        """The numbers and, behind them, the norm of all gradients, which :meth:`step` gives to DeepSpeed."""
+        norm = self._global_norm(_on_host(self._dense_norms), self._shard_norm(numbers.device))
+        *values, norm_read = torch.cat([numbers, norm.double().view(1).to(numbers.device)]).tolist()
+        self._host_norm = torch.tensor(norm_read, dtype=norm.dtype, device="cpu")
+        return values
 
-    def _global_norm(self, norms: list[Tensor]) -> Tensor:
-        """The norm of all gradients, from DeepSpeed's own ``norms`` of the dense part and that of the shards.
-
-        It stays where DeepSpeed's are, with offload in host memory. DeepSpeed waits for it here to see whether it is
-        finite; it is read here too, so that the host need not wait for the update as well.
+    def _global_norm(self, dense: list[Tensor], shards: Tensor) -> Tensor:
+        """The norm of all gradients, infinite if it is not finite, where DeepSpeed's own ``dense`` norms are: with
+        offload in host memory.
         """
-        total = combine_grad_norm_groups([*norms, self._norm_of_shards().to(norms[0].device)])
-        self._norm = float(total)
-        return total
+        # -1 is how DeepSpeed marks a norm that is not finite
+        marked = torch.where(torch.isfinite(shards), shards, torch.full_like(shards, -1.0))
+        return combine_grad_norm_groups([*dense, marked.to(dense[0].device)])
+
+    def _norm_to_clip_by(self) -> Tensor:
+        """The norm as DeepSpeed asks for it in its step, infinite to make it skip.
+
+        It is in host memory: DeepSpeed asks several times whether it is finite, and divides gradients anywhere by it.
+        """
+        if self._skipping:
+            return torch.full_like(self._host_norm, math.inf)
+        self._norm = float(self._host_norm)
+        return self._host_norm
 
     def step(self, lr: float, table_lr: float) -> StepResult:
         """Let DeepSpeed clip and update the dense part by the common norm, and do the same to the shards."""

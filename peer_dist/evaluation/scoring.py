@@ -104,7 +104,7 @@ def score(
         tokens, labels = micro_batch["tokens"], micro_batch["labels"]
         assert tokens is not None
         assert labels is not None
-        logits = forward_logits(loaded.model, tokens, micro_batch["attention_mask"])
+        logits = forward_logits(loaded.model, tokens, micro_batch["documents"])
         if mine < len(batches):
             for row, window in enumerate(batch):
                 new = slice(window.scored - window.begin, None)

@@ -11,7 +11,7 @@ import torch
 from peer_dist.data.stream import HeldOutStream, Stream
 from peer_dist.data.tokenizer import TextTokenizer
 from peer_dist.layers.sparse_layer import RouteObserver
-from peer_dist.megatron import MicroBatch, Parallel, run_forward_backward, segment_mask, sparse_layers
+from peer_dist.megatron import MicroBatch, Parallel, pack_documents, run_forward_backward, sparse_layers
 
 
 def perplexity_of(loss: float) -> float:
@@ -46,16 +46,16 @@ def make_micro_batch(sequences: torch.Tensor, eod: int, device: torch.device) ->
 
     Returns:
         ``tokens`` and ``labels``, ``[b, seq_length]`` int64; ``loss_mask``, ``[b, seq_length]`` float32; and
-        ``attention_mask``, see :func:`peer_dist.megatron.segment_mask`.
+        ``documents``, see :func:`peer_dist.megatron.pack_documents`.
     """
-    # tokens alone are copied, from memory from which a copy does not wait for the device; the mask is far larger
+    # copied from memory from which a copy does not wait for the device
     moved = (sequences.pin_memory() if device.type == "cuda" else sequences).to(device, non_blocking=True)
     tokens, labels = moved[:, :-1].contiguous(), moved[:, 1:].contiguous()
     return {
         "tokens": tokens,
         "labels": labels,
         "loss_mask": torch.ones(labels.shape, dtype=torch.float32, device=device),
-        "attention_mask": segment_mask(sequences[:, :-1], eod, tokens),
+        "documents": pack_documents(sequences[:, :-1], eod, device),
     }
 
 

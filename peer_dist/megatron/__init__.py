@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .data_parallel import wrap_data_parallel
     from .decoding import Decoder
     from .dist_checkpoint import CheckpointError
+    from .documents import pack_documents
     from .feed_forward import dense_output_std
     from .fused import fuses_weight_gradients
     from .model import (
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         forward_logits,
         peer_layers,
         routers,
-        segment_mask,
         shards_of,
         sparse_layers,
         token_losses,
@@ -40,10 +40,10 @@ _HOMES = {
     "dense_output_std": "feed_forward",
     "forward_logits": "model",
     "fuses_weight_gradients": "fused",
+    "pack_documents": "documents",
     "peer_layers": "model",
     "routers": "model",
     "run_forward_backward": "schedule",
-    "segment_mask": "model",
     "shards_of": "model",
     "sparse_layers": "model",
     "token_losses": "model",
@@ -61,10 +61,10 @@ __all__ = [
     "dense_output_std",
     "forward_logits",
     "fuses_weight_gradients",
+    "pack_documents",
     "peer_layers",
     "routers",
     "run_forward_backward",
-    "segment_mask",
     "shards_of",
     "sparse_layers",
     "token_losses",

@@ -32,6 +32,7 @@ from peer_dist.sharding import Shard
 
 from .attention import SDPAttention
 from .build_context import BuildContext, layer_seed
+from .cross_entropy import cross_entropy
 from .feed_forward import INIT_STD, SparseMLP, sparse_mlps
 from .fused import fuses_weight_gradients
 from .gradients import finalize_gradients
@@ -75,6 +76,14 @@ class _FinalNorm(RMSNorm):
         return super().forward(x[..., : len(self.weight)])
 
 
+class _Model(GPTModel):
+    """A GPTModel with a cross-entropy of our own: Megatron's holds all logits in float32 besides."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Losses ``[b, s]`` of ``labels [b, s]``, from ``logits [s, b, words]`` of this rank, which are used up."""
+        return cross_entropy(logits, labels.t().contiguous(), self.pg_collection.tp).t().contiguous()
+
+
 def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) -> TransformerConfig:
     model = config.model
     return TransformerConfig(
@@ -110,9 +119,7 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
         # The schedule must not divide the loss: the caller knows the step's number of tokens.
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=fuses_weight_gradients(config, parallel.device),
-        # Off: wrong on CPU; wrong with overlapped sends.
-        cross_entropy_loss_fusion=False,
-        deallocate_pipeline_outputs=False,
+        deallocate_pipeline_outputs=False,  # wrong with overlapped sends
         batch_p2p_comm=config.parallel.batch_p2p,
         batch_p2p_sync=False,  # what streams wait for, hosts need not
         finalize_model_grads_func=finalize_gradients,
@@ -178,7 +185,7 @@ def _build_chunk(megatron: TransformerConfig, context: BuildContext, number: int
     layers = get_num_layers_to_build(megatron, virtual, parallel.pipeline_rank)
     specs = [_layer_spec(context, layer) for layer in range(first, first + layers)]
     torch.default_generator.manual_seed(run.train.seed)
-    model = GPTModel(
+    model = _Model(
         config=megatron,
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=specs, layer_norm=RMSNorm if context.core is None else _FinalNorm
@@ -256,43 +263,22 @@ def count_parameters(model: nn.ModuleList, parallel: Parallel) -> int:
     return int(total)
 
 
-def segment_mask(tokens: torch.Tensor, eod: int, moved: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Which positions must not see each other, where a sequence holds several documents.
-
-    An ``eod`` token starts the segment of the document after it, and a token sees the earlier tokens of its
-    own segment. Meant for tokens on the CPU: on a GPU it would wait for it.
-
-    Args:
-        tokens: int [b, s].
-        eod: the id of the end-of-document token.
-        moved: the same tokens on the device on which to make the mask; by default ``tokens``.
-
-    Returns:
-        bool [b, 1, s, s], True = masked out; None if plain causal attention does (no ``eod`` after the
-        first position).
-    """
-    is_eod = tokens == eod
-    if not bool(is_eod[:, 1:].any()):
-        return None
-    segment = (is_eod if moved is None else moved == eod).cumsum(1)
-    future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=segment.device).triu(1)
-    return ((segment[:, :, None] != segment[:, None, :]) | future).unsqueeze(1)
-
-
-def forward_logits(
-    model: nn.ModuleList, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def forward_logits(model: nn.ModuleList, tokens: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
     """Next-token logits ``[b, s, vocab]`` (padding rows included) of ``tokens: int64 [b, s]``.
 
-    Needs the whole model on every rank (one pipeline stage). Gradients and dropout are the caller's.
+    ``documents`` are from :func:`~peer_dist.megatron.documents.pack_documents`; None: each sequence is one. Needs the
+    whole model on every rank (one pipeline stage). Gradients and dropout are the caller's.
     """
     (whole,) = chunks_of(model)
-    return whole(tokens, None, attention_mask, runtime_gather_output=True)
+    return whole(tokens, None, documents, runtime_gather_output=True)
 
 
 def token_losses(
-    model: nn.ModuleList, tokens: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    model: nn.ModuleList, tokens: torch.Tensor, labels: torch.Tensor, documents: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Cross-entropy of every token: float32 ``[b, s]`` from ``tokens, labels: int64 [b, s]``."""
+    """Cross-entropy of every token: float32 ``[b, s]`` from ``tokens, labels: int64 [b, s]``.
+
+    ``documents`` are as for :func:`forward_logits`.
+    """
     (whole,) = chunks_of(model)
-    return whole(tokens, None, attention_mask, labels=labels).float()
+    return whole(tokens, None, documents, labels=labels).float()

@@ -179,9 +179,14 @@ class Parallel:
         """This rank's place among them."""
         return self.data_parallel_group.rank()
 
+    @property
+    def counts_losses(self) -> bool:
+        """Whether this rank's losses count in sums over all ranks: of the last stage's, one tensor rank's do."""
+        return self.is_last_stage and not self.tensor_group.rank()
+
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """On every rank, the sum over data-parallel ranks of what the last stage has. Collective; in place."""
-        if not self.is_last_stage or self.tensor_group.rank():
+        if not self.counts_losses:
             value.zero_()
         dist.all_reduce(value)
         return value

@@ -14,7 +14,7 @@ from torch import nn
 
 from .model import routers
 
-# tokens, labels: int64 [b, s]; loss_mask: float [b, s]; attention_mask (optional): bool [b, 1, s, s] or None
+# tokens, labels: int64 [b, s]; loss_mask: float [b, s]; documents (optional): from pack_documents, or None
 MicroBatch = Mapping[str, torch.Tensor | None]
 
 
@@ -56,7 +56,7 @@ def run_forward_backward(
 
     def forward_step(batches: Iterator[MicroBatch], model: GPTModel) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
-        losses = model(batch["tokens"], None, batch.get("attention_mask"), labels=batch["labels"])
+        losses = model(batch["tokens"], None, batch.get("documents"), labels=batch["labels"])
 
         def weigh(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             mask = batch["loss_mask"]

@@ -1,7 +1,7 @@
 """What a rank allocates at most: states, activations of the passes in flight, what travels, and temporaries.
 
-Activations are what autograd keeps in our stack (Megatron's local layers, torch's SDPA with a mask between documents,
-RMSNorm in float32), counted tensor by tensor; temporaries are those of the largest step of a backward pass.
+Activations are what autograd keeps in our stack (Megatron's local layers, torch's attention within documents, RMSNorm
+in float32), counted tensor by tensor; temporaries are those of the largest step of a backward pass.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from peer_dist.kinds import KINDS, Kind, Tables
 from peer_dist.kinds.cost import FLOAT
+from peer_dist.megatron.cross_entropy import BLOCK
 from peer_dist.optim.held_bytes import BUCKET
 from peer_dist.optim.tables import BLOCKS
 from peer_dist.planning.layout import Layout, Place
@@ -89,8 +90,7 @@ def memory(
         hits: row shards that a token hits; None: those of uniform picks.
     """
     held = state(layout, place, vocab_size, itemsize)
-    # ids, labels, weights and, between documents, masks: of the passes in flight
-    inputs = layout.in_flight(place.stage) * layout.tokens * (20 + layout.config.model.seq_length)
+    inputs = layout.in_flight(place.stage) * layout.tokens * 20  # ids, labels and weights: of the passes in flight
     worst = max(
         _backward_timeline(layout, place, vocab_size, itemsize, device, hits, held), key=lambda moment: moment.total
     )
@@ -221,9 +221,11 @@ def _norm(d: int, itemsize: int, device: str) -> float:
 def _layer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     config, model, tensor = layout.config, layout.config.model, layout.tensor
     d, split, tokens = model.hidden_size, layout.split_tokens, layout.tokens
-    # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations; the mask
+    # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations
     attention = 7 * d / tensor * itemsize + model.num_attention_heads / tensor * FLOAT
-    attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size + model.seq_length)
+    attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size)
+    # between documents: values end to end for the flash kernel, or a mask
+    attention += itemsize * (d / tensor if device == "cuda" and itemsize < FLOAT else model.seq_length)
     dropped = 2 * d if model.dropout else 0
     both = split * (2 * _norm(d, itemsize, device) + dropped) + tokens * attention
     own = _feed_forward(layout, KINDS[kind], itemsize, hits)
@@ -266,10 +268,10 @@ def _rows(layout: Layout, tables: Tables, own: Kept, itemsize: int, hits: float 
 
 
 def _head(layout: Layout, vocab_size: int, itemsize: int, device: str) -> Kept:
-    """The last norm and the words' probabilities in float32; their gradients where those are of another dtype."""
+    """The last norm and the logits, which become their gradient in place; of them, a block at a time in float32."""
     words = layout.tokens * vocab_size / layout.tensor
-    working = words * itemsize if itemsize < FLOAT else 0.0
     return Kept(
-        layout.split_tokens * _norm(layout.config.model.hidden_size, itemsize, device) + words * FLOAT,
-        working=working + layout.split_tokens * layout.config.model.hidden_size * (itemsize + FLOAT),
+        layout.split_tokens * _norm(layout.config.model.hidden_size, itemsize, device) + words * itemsize,
+        working=min(words, BLOCK[device]) * FLOAT
+        + layout.split_tokens * layout.config.model.hidden_size * (itemsize + FLOAT),
     )

@@ -130,7 +130,9 @@ class Trainer:
         self.model = build_model(config, self.parallel, self.data.tokenizer.padded_vocab_size, self.dtype)
         self.layers, self.routers = sparse_layers(self.model), routers(self.model)
         own = sum(shard.parameter.numel() for shard in shards_of(self.model).values())
-        self.expert_parameters = int(self._sums(own)[0]) // self.parallel.expert_data_size
+        owned = torch.tensor(own, dtype=torch.int64, device=self.parallel.device)
+        dist.all_reduce(owned)
+        self.expert_parameters = int(owned) // self.parallel.expert_data_size
         self.parameters = count_parameters(self.model, self.parallel) + self.expert_parameters
         for layer in self.layers.values():
             layer.release_shards()
@@ -225,9 +227,11 @@ class Trainer:
             # engines average gradients over data-parallel ranks: with their number in the scale it is the mean loss's
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
             memory = HeldBytes.sum(self.engine.memory().values()) if logged else None
-        loss = float(parallel.total(losses.sum().double())) / tokens
-        spike = self.guard.is_spike(loss)
+        numbers = self._numbers(losses)
         with span("optimizer"):
+            total, *traffic = self.engine.read(numbers)
+            loss = total / tokens
+            spike = self.guard.is_spike(loss)
             not_finite = self._not_finite() if self.guard.in_a_row or not math.isfinite(loss) else []
             if spike:
                 self.engine.skip()
@@ -250,6 +254,7 @@ class Trainer:
         spent = self.times.read()  # waits for the device, which may have the whole update still before it
         seconds = time.perf_counter() - begin
         values = self._step_values(loss, result, lr, table_lr, tokens, seconds, spent)
+        values |= self._traffic(traffic, tokens) | _peak_memory(parallel.device)
         if memory is not None:
             parts = ("weights", "gradients", "optimizer")
             values |= {f"memory/{part}_gb": getattr(memory, part) / 1e9 for part in parts}
@@ -266,6 +271,33 @@ class Trainer:
             revival.observe(number, indices, gates)
 
         return both
+
+    def _numbers(self, losses: torch.Tensor) -> torch.Tensor:
+        """What the host wants to know of all ranks in a step, in one sum that nobody waits for. A collective call.
+
+        Args:
+            losses: this rank's, of the micro-batches.
+
+        Returns:
+            float64 ``[n]``: the loss of all tokens, and what :meth:`_traffic` takes.
+        """
+        traffic = [layer.traffic for layer in self.layers.values()]
+        known = (
+            sum(layer_traffic.bytes_sent for layer_traffic in traffic),
+            sum(layer_traffic.tokens_received for layer_traffic in traffic),
+            sum(layer_traffic.tokens for layer_traffic in traffic),
+            *self.flags(),
+        )
+        for layer_traffic in traffic:
+            if self.profile is not None:
+                self.profile.add_traffic(layer_traffic)
+            layer_traffic.reset()
+        numbers = torch.tensor([0.0, *known], dtype=torch.float64, device="cpu", pin_memory=losses.is_cuda)
+        numbers = numbers.to(losses.device, non_blocking=True)
+        if self.parallel.counts_losses:
+            numbers[0] = losses.sum()
+        dist.all_reduce(numbers)
+        return numbers
 
     def _not_finite(self) -> list[str]:
         """Names of the tensors whose gradients are not finite on some rank. A collective call."""
@@ -292,7 +324,7 @@ class Trainer:
         seconds: float,
         spent: dict[str, float],
     ) -> dict[str, float]:
-        """The numbers of a step by their names in metrics.jsonl. A collective call, in which flags are heard too."""
+        """The numbers of a step by their names in metrics.jsonl."""
         values = {
             "train/loss": loss,
             "train/perplexity": perplexity_of(loss),
@@ -307,23 +339,18 @@ class Trainer:
         self.stragglers.add(spent)
         values |= {f"time/{name}": spent.get(name, 0.0) for name in _SPANS}
         values["time/other"] = max(0.0, seconds - sum(spent.get(name, 0.0) for name in _SPANS))
-        traffic = [layer.traffic for layer in self.layers.values()]
-        sent, received, routed, *flagged = self._sums(
-            sum(layer_traffic.bytes_sent for layer_traffic in traffic),
-            sum(layer_traffic.tokens_received for layer_traffic in traffic),
-            sum(layer_traffic.tokens for layer_traffic in traffic),
-            *self.flags(),
-        )
+        return values
+
+    def _traffic(self, sums: list[float], tokens: int) -> dict[str, float]:
+        """The exchange's numbers of a step, from the sums over all ranks; flags are heard too."""
+        sent, received, routed, *flagged = sums
         self.flagged = [ranks > 0 for ranks in flagged]
+        values: dict[str, float] = {}
         if self.expert_parameters:
-            for layer_traffic in traffic:
-                if self.profile is not None:
-                    self.profile.add_traffic(layer_traffic)
-                layer_traffic.reset()
             values["exchange/bytes_per_token"] = sent / tokens
             if routed:
                 values["exchange/row_shards_hit"] = received / routed / self.config.parallel.expert_tensor
-        return values | _peak_memory(self.parallel.device)
+        return values
 
     def usage_values(self) -> dict[str, float]:
         """Numbers of every layer, by their names in metrics.jsonl. A collective call.
@@ -412,12 +439,6 @@ class Trainer:
                 size = sum(size for size, _ in read_manifest(path)["files"].values())
                 self.last_save["checkpoint/gb_per_second"] = size / 1e9 / self.last_save["checkpoint/seconds"]
         return path
-
-    def _sums(self, *values: float) -> list[float]:
-        """Each value summed over all ranks. A collective call."""
-        totals = torch.tensor(values, dtype=torch.float64, device=self.parallel.device)
-        dist.all_reduce(totals)
-        return totals.tolist()
 
 
 def _peak_memory(device: torch.device) -> dict[str, float]:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from peer_dist.megatron import segment_mask  # and with it Megatron, where there is no CUDA too
+from peer_dist.megatron import pack_documents  # and with it Megatron, where there is no CUDA too
 from peer_dist.megatron.attention import SDPAttention
+from peer_dist.megatron.documents import visible
 from tests.gpu.device import DEVICE
 
 pytestmark = pytest.mark.gpu
@@ -26,9 +27,8 @@ def test_two_runs_give_the_same_bits(groups: int, documents: bool, dtype: torch.
     ]
     mask = None
     if documents:
-        mask = segment_mask(torch.randint(SEQ // 8, (BATCH, SEQ), generator=draws), EOD)
+        mask = pack_documents(torch.randint(SEQ // 8, (BATCH, SEQ), generator=draws), EOD, DEVICE)
         assert mask is not None
-        mask = mask.to(DEVICE)
 
     def run() -> list[torch.Tensor]:
         out = attention(*inputs, mask)
@@ -64,15 +64,15 @@ def test_gradients_are_those_of_the_formula(channels: int) -> None:
     config = SimpleNamespace(kv_channels=channels, attention_dropout=0.0, sequence_parallel=False)
     attention = SDPAttention(config, layer_number=1)
     inputs = [torch.randn(64, 2, n, channels, device=DEVICE).bfloat16().requires_grad_() for n in (4, 2, 2)]
-    mask = segment_mask(torch.randint(8, (2, 64)), EOD)
-    assert mask is not None
-    for hidden in (None, mask.to(DEVICE)):
-        out = attention(*inputs, hidden)
+    for documents in (None, pack_documents(torch.randint(8, (2, 64)), EOD, DEVICE)):
+        out = attention(*inputs, documents)
         weight = torch.randn_like(out)
         got = torch.autograd.grad((out * weight).sum(), inputs)
         q, k, v = (x.detach().double().requires_grad_() for x in inputs)
         keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
-        unseen = torch.ones(64, 64, dtype=torch.bool, device=DEVICE).triu(1) if hidden is None else hidden
+        unseen = torch.ones(64, 64, dtype=torch.bool, device=DEVICE).triu(1)
+        if documents is not None:
+            unseen = ~visible(documents, 2, 64)
         scores = torch.einsum("sbnh,tbnh->bnst", q, keys) / channels**0.5
         shares = scores.masked_fill(unseen, float("-inf")).softmax(-1)
         wide = torch.einsum("bnst,tbnh->sbnh", shares, values).flatten(2)
