@@ -128,6 +128,11 @@ class ParallelConfig(Section):
         "over expert_tensor, in whatever world the run is started",
     )
     expert_tensor: Ranks = Field(1, description="column shards of each expert table")
+    wire: Literal["bfloat16", "float8"] | None = Field(
+        None,
+        description="what tokens' rows and their gradients are rounded to on the way between the ranks of a table; "
+        "float8: e4m3 with a float32 scale a row; null: they travel as they are. Coarse experts' always do",
+    )
     batch_p2p: bool = Field(
         False, description="send and receive between stages in one batched call; not with 2 interleaved stages"
     )
@@ -404,6 +409,11 @@ class Config(_Layers):
             raise ValueError(
                 f"parallel.pipeline x virtual_pipeline ({parallel.pipeline} x {parallel.virtual_pipeline}) must divide "
                 f"model.num_layers ({model.num_layers})"
+            )
+        if parallel.wire == "bfloat16" and self.train.precision == "bf16":
+            raise ValueError(
+                "parallel.wire bfloat16 has no effect: with train.precision bf16 rows are bfloat16 already; set it to "
+                "null, or to float8"
             )
         self._check_kinds()
         for pool in self.pools:

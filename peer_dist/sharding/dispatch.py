@@ -33,8 +33,9 @@ from peer_dist.kernels import (
     value_mix,
     value_table_grad,
 )
-from peer_dist.sharding.exchange import Arrival, ExchangePlan, MergedPicks, Traffic, plan_exchange
+from peer_dist.sharding.exchange import ExchangePlan, MergedPicks, Traffic, plan_exchange
 from peer_dist.sharding.grid import GridLayout
+from peer_dist.sharding.transport import Arrival
 from peer_dist.tracing import span, untraced
 
 Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import Picks
-from peer_dist.sharding.grid import ExpertGroups, GridLayout
+from peer_dist.sharding.grid import GridLayout
+from peer_dist.sharding.transport import Arrival
+from peer_dist.sharding.wire import Wire
 
 _TOKENS, _PICKS = 0, 1  # places on the last axis of counts
 
@@ -59,27 +62,12 @@ class Traffic:
         self.picks_received = self.tokens = self.tokens_received = 0
 
 
-class Arrival:
-    """An all-to-all under way. What it reads and writes stays alive until it has been waited for."""
-
-    def __init__(self, work: dist.Work, out: Tensor, sent: Tensor) -> None:
-        self._work, self._out, self._sent = work, out, [sent]
-
-    def wait(self) -> Tensor:
-        """The rows received, ``[rows, ...]`` in order of the ranks that sent them.
-
-        On a CPU the host waits for them; on a GPU the current stream does.
-        """
-        self._work.wait()
-        self._sent.clear()
-        return self._out
-
-
 def _start(
     x: Tensor,
     send: Sequence[int],
     receive: Sequence[int],
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
+    layout: GridLayout,
     traffic: Traffic,
     what: str,
     out: Tensor | None = None,
@@ -88,17 +76,10 @@ def _start(
     x = x.contiguous()
     if out is None:
         out = x.new_empty(sum(receive), *x.shape[1:])
-    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group, async_op=True)
+    arrival = layout.transport.start(x, send, receive, group, out)
     row_bytes = x.element_size() * x.shape[1:].numel()
-    traffic.sent[what] += (sum(send) - send[dist.get_rank(group)]) * row_bytes
-    return Arrival(work, out, x)
-
-
-def _all_to_all(
-    x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, traffic: Traffic, what: str
-) -> Tensor:
-    """Rows of ``x`` grouped by destination -> rows grouped by source."""
-    return _start(x, send, receive, group, traffic, what).wait()
+    traffic.sent[what] += (sum(send) - send[0 if group is None else dist.get_rank(group)]) * row_bytes
+    return arrival
 
 
 @dataclass(frozen=True)
@@ -122,7 +103,7 @@ class ColumnRoute:
         own_blocks: the blocks ``[row, part]`` of this column, as their places in order 3.
     """
 
-    groups: ExpertGroups
+    layout: GridLayout
     traffic: Traffic
     send: list[int]
     receive: list[int]
@@ -135,11 +116,10 @@ class ColumnRoute:
     @classmethod
     def of(cls, sent: np.ndarray, received: np.ndarray, layout: GridLayout, traffic: Traffic) -> ColumnRoute:
         """The route of what is counted in ``sent [row, part]`` and ``received [row, column, part]``, both int64."""
-        assert layout.groups is not None
         gathered, worked_on = received.transpose(1, 0, 2), received.transpose(2, 0, 1)
         place, mine = np.arange(received.size), layout.column_shard
         return cls(
-            groups=layout.groups,
+            layout=layout,
             traffic=traffic,
             send=sent.sum(1).tolist(),
             receive=received[:, mine].sum(1).tolist(),
@@ -152,26 +132,26 @@ class ColumnRoute:
 
     def start_to_owners(self, value: Tensor, what: str) -> Arrival:
         """Send ``[sum(send)]`` from the home to the owners in its column."""
-        return _start(value, self.send, self.receive, self.groups.rows, self.traffic, what)
+        return _start(value, self.send, self.receive, self.layout.row_group, self.layout, self.traffic, what)
 
     def at_owners(self, received: Tensor, what: str) -> Tensor:
         """``[sum(passed_on)]`` in the order of work at all owners, from what arrived at each, ``[sum(receive)]``."""
-        gathered = _pass_on(received, self.passed_on, self.groups, self.traffic, what)
+        gathered = _pass_on(received, self.passed_on, self.layout, self.traffic, what)
         return _in_order(gathered, self.gathered, self.work_order)
 
     def start_to_homes(self, value: Tensor, what: str) -> Arrival:
         """Send ``[sum(passed_on)]``, the same at all owners, to the homes, each of which gets ``[sum(send)]``."""
         own = _in_order(value, self.worked_on, self.own_blocks)
-        return _start(own, self.receive, self.send, self.groups.rows, self.traffic, what)
+        return _start(own, self.receive, self.send, self.layout.row_group, self.layout, self.traffic, what)
 
 
-def _pass_on(value: Tensor, sizes: list[int], groups: ExpertGroups, traffic: Traffic, what: str) -> Tensor:
+def _pass_on(value: Tensor, sizes: list[int], layout: GridLayout, traffic: Traffic, what: str) -> Tensor:
     """The values of all owners of a row shard, ``sizes`` long, at each of them, column after column."""
     if len(sizes) == 1:
         return value
-    assert groups.columns is not None
     repeated = value.repeat(len(sizes), *([1] * (value.dim() - 1)))  # all that it has, to each of the others
-    return _all_to_all(repeated, [len(value)] * len(sizes), sizes, groups.columns, traffic, f"column {what}")
+    send = [len(value)] * len(sizes)
+    return _start(repeated, send, sizes, layout.column_group, layout, traffic, f"column {what}").wait()
 
 
 def _in_order(value: Tensor, sizes: list[int], order: list[int]) -> Tensor:
@@ -190,7 +170,8 @@ class Part:
         token: ``[sum(send)]`` int64, the home row of each sent token; ascending within a row shard.
         send: ``[row shards]``, how many tokens of this home go to each row shard.
         home_sizes: elements of x between this rank as a home and each owner, in the domain's order.
-        owner_sizes: elements of x between this rank as an owner and each home, in the domain's order.
+        home_messages: elements of the messages in which they travel.
+        owner_messages: those between this rank as an owner and each home, in the domain's order.
         tokens: the part's place among the received tokens.
         picks: the part's place among the received picks.
     """
@@ -198,7 +179,8 @@ class Part:
     token: Tensor
     send: list[int]
     home_sizes: list[int]
-    owner_sizes: list[int]
+    home_messages: list[int]
+    owner_messages: list[int]
     tokens: slice
     picks: slice
 
@@ -215,7 +197,6 @@ class ExchangePlan:
     """
 
     layout: GridLayout
-    groups: ExpertGroups
     traffic: Traffic
     parts: list[Part]
     route: ColumnRoute
@@ -237,23 +218,41 @@ class ExchangePlan:
         Returns:
             ``[received tokens, columns]`` at the owner, where the rows of a part are once its arrival is waited for.
         """
-        width = len(self.layout.columns)
+        layout, wire, width = self.layout, self.layout.wire, len(self.layout.columns)
         received = x.new_empty(self.picks.tokens, width)
-        flat, arrivals = received.view(-1), []
+        slices = [wire.encode(x[:, layout.columns_of(shard)]) for shard in range(layout.column_shards)]
+        as_it_is = slices[0].dtype == x.dtype
+        messages = received if as_it_is else slices[0].new_empty(self.picks.tokens, wire.length(width))
+        arrivals = []
         for part in self.parts:
-            if self.layout.column_shards == 1:
-                sent = x[part.token]
+            if len(slices) == 1:
+                sent = slices[0][part.token].flatten()
             else:
-                slices = [x[:, self.layout.columns_of(shard)] for shard in range(self.layout.column_shards)]
                 sent = torch.cat([piece[rows].flatten() for rows in part.token.split(part.send) for piece in slices])
-            out = flat[part.tokens.start * width : part.tokens.stop * width]
-            sizes = part.home_sizes, part.owner_sizes
-            arrivals.append(_start(sent.flatten(), *sizes, self.groups.domain, self.traffic, what, out))
+            out = messages[part.tokens]
+            sizes = part.home_messages, part.owner_messages
+            arrival = _start(sent, *sizes, layout.domain_group, layout, self.traffic, what, out.view(-1))
+            if not as_it_is:
+                arrival.then(partial(_decode_into, wire, received[part.tokens], out))
+            arrivals.append(arrival)
         return received, arrivals
 
     def start_rows_to_homes(self, y: Tensor, part: Part, what: str) -> Arrival:
         """Send a part's ``[its received tokens, columns]`` from the owner to the homes."""
-        return _start(y.flatten(), part.owner_sizes, part.home_sizes, self.groups.domain, self.traffic, what)
+        layout, wire = self.layout, self.layout.wire
+        sent = wire.encode(y)
+        sizes = part.owner_messages, part.home_messages
+        arrival = _start(sent.flatten(), *sizes, layout.domain_group, layout, self.traffic, what)
+        if sent.dtype != y.dtype:
+            arrival.then(partial(self._decoded_at_home, part, torch.promote_types(y.dtype, torch.float32)))
+        return arrival
+
+    def _decoded_at_home(self, part: Part, dtype: torch.dtype, received: Tensor) -> Tensor:
+        """The elements of x of a part's messages, ``[sum(home_sizes)]``."""
+        wire, pieces = self.layout.wire, iter(received.split(part.home_messages))
+        lengths = [wire.length(width) for width in self.layout.widths]
+        rows = [wire.decode(next(pieces).view(count, length), dtype) for count in part.send for length in lengths]
+        return torch.cat([one.flatten() for one in rows])
 
     def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The sum over row shards of what the owners sent, part by part in order, ``[tokens, dim]``."""
@@ -282,10 +281,14 @@ class ExchangePlan:
 
     def sum_columns(self, value: Tensor, what: str) -> Tensor:
         """The sum of ``value [picks]`` over the column shards, in place; ``what`` is counted, ``dots`` or ``ddots``."""
-        dist.all_reduce(value, group=self.groups.columns)
+        self.layout.transport.sum(value, self.layout.column_group)
         others = self.layout.column_shards - 1  # a ring sends each number on twice, but for a rank's own part
         self.traffic.sent[what] += 2 * others * value.nbytes // self.layout.column_shards
         return value
+
+
+def _decode_into(wire: Wire, rows: Tensor, messages: Tensor, _: Tensor) -> Tensor:
+    return rows.copy_(wire.decode(messages, rows.dtype))
 
 
 @dataclass(frozen=True)
@@ -366,8 +369,6 @@ def plan_exchange(
     Returns:
         The plan, and ``sent: [sent picks]`` int64, the kept places of ``[tokens * picks]`` in sending order.
     """
-    groups = layout.groups
-    assert groups is not None
     tokens, of_token = picks.expert.shape
     starts, blocks = layout.first_rows(picks.expert.device), layout.row_shards * parts
     token = torch.arange(tokens, dtype=torch.int64, device=starts.device)
@@ -400,7 +401,6 @@ def plan_exchange(
     traffic.tokens_received += picks_of_token.numel()
     plan = ExchangePlan(
         layout=layout,
-        groups=groups,
         traffic=traffic,
         parts=_parts(token[begin], sizes, received, layout),
         route=pick_route,
@@ -420,12 +420,10 @@ def _exchange_counts(sent: Tensor, layout: GridLayout, traffic: Traffic) -> tupl
         ``sent``, and ``[row, column, part, 2]`` int64, what the home ``row, column`` sends to this row shard; both on
         the host.
     """
-    assert layout.groups is not None
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=layout.groups.rows)
+    received = layout.transport.counts(sent, layout.row_group)
     traffic.sent["counts"] += (len(sent) - 1) * sent[0].nbytes
     sizes = [len(sent)] * layout.column_shards
-    received = _pass_on(received, sizes, layout.groups, traffic, "counts").view(-1, *sent.shape).transpose(0, 1)
+    received = _pass_on(received, sizes, layout, traffic, "counts").view(-1, *sent.shape).transpose(0, 1)
     counts = on_host(torch.cat([sent[:, None], received], dim=1))
     return counts[:, 0], counts[:, 1:]
 
@@ -445,9 +443,11 @@ def _parts(token: Tensor, sent: np.ndarray, received: np.ndarray, layout: GridLa
     tokens = sent[..., _TOKENS]  # [row, part]
     by_part = np.arange(tokens.size).reshape(tokens.shape).T.flatten().tolist()
     token_of_part = _in_order(token, tokens.flatten().tolist(), by_part).split(tokens.sum(0).tolist())
-    widths = np.array(layout.widths)
-    home_sizes = tokens[:, None] * widths[:, None]  # [row, column, part], as are the owner's
-    owner_sizes = received[..., _TOKENS] * len(layout.columns)
+    home_sizes, home_messages = (  # [row, column, part], as are the owner's
+        tokens[:, None] * np.array(lengths)[:, None]
+        for lengths in (layout.widths, [layout.wire.length(width) for width in layout.widths])
+    )
+    owner_messages = received[..., _TOKENS] * layout.wire.length(len(layout.columns))
     sizes = received.sum((0, 1))  # [part, 2], as are ends and begins
     ends = sizes.cumsum(0)
     begins = ends - sizes
@@ -456,7 +456,8 @@ def _parts(token: Tensor, sent: np.ndarray, received: np.ndarray, layout: GridLa
             token=token_of_part[part],
             send=tokens[:, part].tolist(),
             home_sizes=home_sizes[..., part].flatten().tolist(),
-            owner_sizes=owner_sizes[..., part].flatten().tolist(),
+            home_messages=home_messages[..., part].flatten().tolist(),
+            owner_messages=owner_messages[..., part].flatten().tolist(),
             tokens=slice(int(begins[part, _TOKENS]), int(ends[part, _TOKENS])),
             picks=slice(int(begins[part, _PICKS]), int(ends[part, _PICKS])),
         )
