@@ -158,10 +158,10 @@ def test_picks_grouped_by_row(rows):
     picks = Picks(offsets, torch.randint(rows, (int(offsets[-1]),), generator=generator))
     picks.expert[0] = rows - 1
     touched, order, token, starts = native._group(picks, rows)
-    assert order.equal(picks.by_expert.int())
-    assert token.equal(picks.token[picks.by_expert].int())
+    assert order.equal(picks.by_expert.pick)
+    assert token.equal(picks.by_expert.token)
     for got, want in zip((touched, starts), picks.segments):
-        assert got.equal(want)
+        assert got.equal(want.long())
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -314,17 +314,6 @@ def test_a_second_derivative_is_refused(backend):
     for grad in torch.autograd.grad(y.square().sum(), values, create_graph=True):
         with pytest.raises(RuntimeError, match="differentiated once"):
             grad.sum().backward(retain_graph=True)
-
-
-def test_picks_are_worked_out_once_for_operators_that_share_them():
-    picks, _ = case(9, 20, 30, 6, torch.float32, 3)
-    with picks.shared():
-        assert Picks.of(picks.offsets[:], picks.expert[:]) is picks
-        assert Picks.of(picks.offsets, picks.expert.clone()) is not picks
-        with Picks(picks.offsets, picks.expert).shared():
-            assert Picks.of(picks.offsets, picks.expert) is not picks
-        assert Picks.of(picks.offsets, picks.expert) is picks
-    assert Picks.of(picks.offsets, picks.expert) is not picks
 
 
 def test_the_native_backend_is_built_here_and_missed_nowhere(monkeypatch, tmp_path):

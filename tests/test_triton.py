@@ -40,7 +40,8 @@ from tests.gpu_kernels import (  # noqa: E402
 BF16 = 8e-3 if INTERPRETED else 4e-3  # one rounding to nearest; the interpreter truncates
 WAYS = {  # each to be taken at the small sizes of tests
     "token-major": {"EXPERT_MAJOR": 1e9},
-    "by expert": {"EXPERT_MAJOR": 0.0, "L2_BYTES": 600, "NARROWEST": 1},  # slices of the columns where dim allows
+    # slices of the columns where dim allows
+    "by expert": {"EXPERT_MAJOR": 0.0, "_l2_bytes": lambda device: 600, "NARROWEST": 1},
     "wide": {"EXPERT_MAJOR": 1e9, "MAX_BLOCK_D": 32, "MAX_GRAD_BLOCK_D": 32},  # rows too wide for one program
 }
 
@@ -156,7 +157,7 @@ def test_low_precision_is_rounded_once(way, x_dtype, table_dtype, tolerance, mon
 @pytest.mark.parametrize("dim", [412, 1000, 1280, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", ["token-major", "by expert"])
 def test_dims_of_models(way, dim, monkeypatch):
-    for name, value in (WAYS[way] | {"L2_BYTES": 10000}).items():
+    for name, value in (WAYS[way] | {"_l2_bytes": lambda device: 10000}).items():
         monkeypatch.setattr(kernels, name, value)
     generator = torch.Generator().manual_seed(dim)
     picks = picks_of([9, 0, 14], 12, generator)
@@ -422,7 +423,8 @@ def launched(dtype, dim, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(kernels, "EXPERT_MAJOR", WAYS[way]["EXPERT_MAJOR"])
                 if way == "by expert":
-                    patch.setattr(kernels, "L2_BYTES", dim * 8 * dtype.itemsize // 4)  # a fourth of the table
+                    fourth = dim * 8 * dtype.itemsize // 4  # of the table
+                    patch.setattr(kernels, "_l2_bytes", lambda device, fourth=fourth: fourth)
                 for activation in ACTIVATIONS if (dim, dtype) == (1024, torch.bfloat16) else ("gelu",):
                     _, pre = kernels.forward(x, picks, gate, down, up, activation)
                     kernels.backward(dy, x, picks, pre, gate, down, up, activation)

@@ -251,7 +251,7 @@ def _expert_mix(
     sparse_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     with span("experts"):
-        y, pre = backend(x, down, up).forward(x.contiguous(), Picks.of(offsets, expert), gate, down, up, activation)
+        y, pre = backend(x, down, up).forward(x.contiguous(), Picks(offsets, expert), gate, down, up, activation)
         return y.to(x.dtype), pre.to(wide(x, gate, down, up))
 
 
@@ -278,7 +278,7 @@ def _expert_mix_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with span("experts"):
-        picks = Picks.of(offsets, expert)
+        picks = Picks(offsets, expert)
         dx, dgate, dpre, hidden = backend(x, down, up).backward(
             dy.contiguous(), x.contiguous(), picks, pre, gate, down, up, activation
         )
@@ -294,7 +294,7 @@ def _expert_mix_backward(
 )
 def _value_mix(gate: Tensor, values: Tensor, offsets: Tensor, expert: Tensor, sparse_grad: bool) -> Tensor:
     with span("experts"):
-        return backend(gate, values).mix(gate, values, Picks.of(offsets, expert)).to(wide(gate, values))
+        return backend(gate, values).mix(gate, values, Picks(offsets, expert)).to(wide(gate, values))
 
 
 @operator(
@@ -304,7 +304,7 @@ def _value_mix(gate: Tensor, values: Tensor, offsets: Tensor, expert: Tensor, sp
 )
 def _dots(x: Tensor, table: Tensor, offsets: Tensor, expert: Tensor) -> Tensor:
     with span("experts"):
-        return backend(x, table).dots(x.contiguous(), table, Picks.of(offsets, expert)).to(wide(x, table))
+        return backend(x, table).dots(x.contiguous(), table, Picks(offsets, expert)).to(wide(x, table))
 
 
 def _backend_and_sums(
@@ -326,7 +326,7 @@ def _table_grads(
 ) -> list[Tensor]:
     with span("experts"):
         ops, sums = _backend_and_sums(weights, xs, dtype)
-        grads: list[Tensor] = ops.table_grads(sums, Picks.of(offsets, expert), rows, dtype=dtype)
+        grads: list[Tensor] = ops.table_grads(sums, Picks(offsets, expert), rows, dtype=dtype)
         return grads
 
 
@@ -349,7 +349,7 @@ def _sparse_table_grads(
 ) -> list[Tensor]:
     with span("experts"):
         ops, sums = _backend_and_sums(weights, xs, dtype)
-        touched, grads = ops.sparse_table_grads(sums, Picks.of(offsets, expert), rows, dtype=dtype)
+        touched, grads = ops.sparse_table_grads(sums, Picks(offsets, expert), rows, dtype=dtype)
         return [touched, *grads]
 
 
@@ -385,10 +385,9 @@ def _backward_of_experts(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, .
     x, offsets, expert, gate, down, up, pre = ctx.saved_tensors
     ddown: Tensor | None = None
     dup: Tensor | None = None
-    with Picks(offsets, expert).shared():
-        dx, dgate, dpre, hidden = _expert_mix_backward(dy, x, offsets, expert, pre, gate, down, up, ctx.activation)
-        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-            ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], offsets, expert, down, ctx.sparse_grad)
+    dx, dgate, dpre, hidden = _expert_mix_backward(dy, x, offsets, expert, pre, gate, down, up, ctx.activation)
+    if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+        ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], offsets, expert, down, ctx.sparse_grad)
     return dx, None, None, dgate, ddown, dup, None, None
 
 
@@ -400,11 +399,10 @@ def _keep_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_of_values(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate, values, offsets, expert = ctx.saved_tensors
     dgate = dvalues = None
-    with Picks(offsets, expert).shared():
-        if ctx.needs_input_grad[0]:
-            dgate = _dots(dy, values, offsets, expert).to(gate.dtype)
-        if ctx.needs_input_grad[1]:
-            (dvalues,) = _grads_of_tables([gate], [dy], offsets, expert, values, ctx.sparse_grad)
+    if ctx.needs_input_grad[0]:
+        dgate = _dots(dy, values, offsets, expert).to(gate.dtype)
+    if ctx.needs_input_grad[1]:
+        (dvalues,) = _grads_of_tables([gate], [dy], offsets, expert, values, ctx.sparse_grad)
     return dgate, dvalues, None, None, None
 
 

@@ -58,7 +58,5 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     """See :func:`peer_dist.kernels.reference.table_grad`."""
     if picks.expert.numel() == 0:
         return
-    rows, order = out.shape[0], picks.by_expert
-    offsets = torch.zeros(rows + 1, dtype=torch.int64, device=out.device)
-    torch.cumsum(torch.bincount(picks.expert, minlength=rows), 0, out=offsets[1:])
-    out.addmm_(_csr(offsets, picks.token[order], weight[order], x.shape[0]), x)
+    ordered = picks.by_expert
+    out.addmm_(_csr(ordered.starts(out.shape[0]), ordered.token, weight[ordered.pick], x.shape[0]), x)

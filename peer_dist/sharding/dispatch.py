@@ -246,18 +246,21 @@ class _Experts(torch.autograd.Function):
         with span("dispatch"):
             gate = plan.picks_at_owners(transit.take_picks())
         pre_of_parts: list[Tensor] = []
+        picks_of_parts: list[Tensor] = []  # kept for the backward pass, which finds there what was sorted here
         for part, arrival in zip(plan.parts, arrivals):
             # The last part is left to the caller: recomputation under a checkpoint stops here and needs no result.
             if transit.last is not None:
                 transit.start_last_home()
             with span("dispatch"):
                 arrival.wait()
+            picks = plan.picks_of(part)
             transit.last, pre = expert_mix_forward(
-                x[part.tokens], plan.picks_of(part), gate[part.picks], down, up, activation, transit.sum_columns("dots")
+                x[part.tokens], picks, gate[part.picks], down, up, activation, transit.sum_columns("dots")
             )
             pre_of_parts.append(pre)
+            picks_of_parts += [picks.offsets, picks.expert]
         ctx.transit, ctx.activation, ctx.sparse_grad = transit, activation, sparse_grad
-        ctx.save_for_backward(x, gate, down, up, *pre_of_parts)
+        ctx.save_for_backward(x, gate, down, up, *pre_of_parts, *picks_of_parts)
         return x.new_empty(0)
 
     @staticmethod
@@ -265,37 +268,38 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, edge: Tensor) -> tuple[Tensor | None, ...]:
         transit: _Transit = ctx.transit
         plan = transit.plan
-        x, gate, down, up, *pre_of_parts = ctx.saved_tensors
+        x, gate, down, up, *of_parts = ctx.saved_tensors
+        pre_of_parts, of_parts = of_parts[: len(plan.parts)], of_parts[len(plan.parts) :]
+        picks_of_parts = list(map(Picks, of_parts[::2], of_parts[1::2]))
         dy, arrivals = transit.take_rows()
         goes_home = ctx.needs_input_grad[0]
         ddown: Tensor | None = None
         dup: Tensor | None = None
-        picks = plan.all_picks()
-        of_parts: list[tuple[Tensor, Tensor, Tensor]] = []  # dgate, dpre, hidden
-        with picks.shared():  # by the only part, if there is one
-            for part, arrival, pre in zip(plan.parts, arrivals, pre_of_parts):
-                with span("dispatch"):
-                    arrival.wait()
-                dx, dgate, dpre, hidden = expert_mix_backward(
-                    dy[part.tokens],
-                    x[part.tokens],
-                    plan.picks_of(part),
-                    pre,
-                    gate[part.picks],
-                    down,
-                    up,
-                    ctx.activation,
-                    transit.sum_columns("ddots"),
-                )
-                of_parts.append((dgate, dpre, hidden))
-                if goes_home:
-                    transit.start_home(dx, "dx")
-            dgate, dpre, hidden = (values[0] if len(values) == 1 else torch.cat(values) for values in zip(*of_parts))
+        gradients: list[tuple[Tensor, Tensor, Tensor]] = []  # dgate, dpre, hidden
+        for part, picks, arrival, pre in zip(plan.parts, picks_of_parts, arrivals, pre_of_parts):
+            with span("dispatch"):
+                arrival.wait()
+            dx, dgate, dpre, hidden = expert_mix_backward(
+                dy[part.tokens],
+                x[part.tokens],
+                picks,
+                pre,
+                gate[part.picks],
+                down,
+                up,
+                ctx.activation,
+                transit.sum_columns("ddots"),
+            )
+            gradients.append((dgate, dpre, hidden))
             if goes_home:
-                with span("combine"):
-                    transit.picks = plan.start_picks_to_homes(dgate)
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, ctx.sparse_grad)
+                transit.start_home(dx, "dx")
+        dgate, dpre, hidden = (values[0] if len(values) == 1 else torch.cat(values) for values in zip(*gradients))
+        if goes_home:
+            with span("combine"):
+                transit.picks = plan.start_picks_to_homes(dgate)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            picks = picks_of_parts[0] if len(plan.parts) == 1 else plan.all_picks()
+            ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, ctx.sparse_grad)
         return (edge if goes_home else None), ddown, dup, None, None, None
 
 

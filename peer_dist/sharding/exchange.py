@@ -204,8 +204,8 @@ class ExchangePlan:
     picks: Picks
 
     def all_picks(self) -> Picks:
-        """:attr:`picks` without what was worked out of them, which would otherwise live as long as the plan."""
-        return Picks(self.picks.offsets, self.picks.expert)
+        """:attr:`picks` as a tensor of their own, lest an order of theirs live as long as the plan."""
+        return Picks(self.picks.offsets, self.picks.expert.view(-1))
 
     def picks_of(self, part: Part) -> Picks:
         """The received picks of a part, its first token being number 0."""

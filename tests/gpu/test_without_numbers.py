@@ -71,7 +71,7 @@ def launched(monkeypatch):
     def segments(picks):
         """Of some number of rows, which is asked of the device."""
         rows = torch.empty(PICKED_ROWS, dtype=torch.int64, device=META)
-        return rows, torch.empty(PICKED_ROWS + 1, dtype=torch.int64, device=META)
+        return rows, torch.empty(PICKED_ROWS + 1, dtype=torch.int32, device=META)
 
     monkeypatch.setattr(launching, "launch", record)
     monkeypatch.setattr(package, "backend", lambda *tensors: kernels)

@@ -43,10 +43,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peer_dist.kernels.picks import Picks
+from peer_dist.kernels.picks import ByExpert, Picks
 from peer_dist.kernels.reference import ACTIVATIONS, gated, wide
 from peer_dist.kernels.triton import launching
 from peer_dist.kernels.triton.launching import accumulator, jit, tl, triton
@@ -54,8 +53,9 @@ from peer_dist.kernels.triton.launching import accumulator, jit, tl, triton
 EXPERT_MAJOR = 4.0
 """Picks per row of the table from which picks are taken by expert instead of by token (bytes counted above)."""
 
-L2_BYTES = 16 << 20
-"""What may be expected to stay in L2 (40 MB on an A100, 50 on an H100, in two halves that may hold copies)."""
+L2_SHARE = 0.7
+"""Of a GPU's L2 (40 MB on an A100, 50 on an H100), what may be expected to stay there while results are written past
+it: on an H100 all of x and dy of 8192 tokens of 1024 in 16 bits, 33.6 MB."""
 
 NARROWEST = 64
 """Bytes of the narrowest column slice worth gathering: two sectors."""
@@ -74,11 +74,16 @@ a thread of two sums; 16 made ptxas spill a few bytes at some dims on sm_80."""
 MAX_GRAD_BLOCK_D = 2048
 """Columns of a program of the table gradients, where no sum runs over columns: 8 warps."""
 
-PIECE = 512
-"""Picks of one expert that one program sums. The longer runs of popular experts are cut into pieces."""
+PIECE = 256
+"""Picks of a piece. A run, the picks of one expert, that fills whole pieces is summed piece by piece, so that no
+program sums more than two of them (it takes some 0.3 us for each pick)."""
 
 MAX_PIECES = 4096
 """About the most pieces there are (pieces grow with the picks), which bounds the memory of their partial sums."""
+
+RUNS = 8
+"""The most runs that one program takes, one after the other: their bounds, and their tokens where they have a pick
+each, are one sector of 32 bytes, which the first of them waits for."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels. Pointers are to contiguous tensors, numbers of rows, tokens and picks are int64: tables pass 2^31 elements.
@@ -162,9 +167,9 @@ def _token_kernel(  # type: ignore[no-untyped-def]
 def _dots_kernel(  # type: ignore[no-untyped-def]
     x,  # [tokens, DIM]
     table,  # [rows, DIM]
-    token,  # [picks]
+    token,  # [picks]: in the order that they are taken in, as is expert
     expert,  # [picks]
-    order,  # [picks]: the order to take the picks in, or None
+    order,  # [picks]: which pick is taken where, or None: in their own order
     out,  # [slices, picks]
     picks,
     DIM: tl.constexpr,
@@ -176,9 +181,8 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
     """One program for BLOCK_K picks and a slice of the columns; neighbours share x (or, by expert, the table's row)."""
     place = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     live = place < picks
-    pick = place if order is None else tl.load(order + place, mask=live, other=0)
-    row = tl.load(expert + pick, mask=live, other=0)
-    source = tl.load(token + pick, mask=live, other=0)
+    row = tl.load(expert + place, mask=live, other=0).to(tl.int64)
+    source = tl.load(token + place, mask=live, other=0).to(tl.int64)
     part = tl.program_id(1)
     dot = tl.full([BLOCK_K], 0.0, ACC)
     for begin in range(0, WIDTH, BLOCK_D):
@@ -188,6 +192,7 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
         rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         values = tl.load(x + source[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         dot += tl.sum(rows.to(ACC) * values.to(ACC), 1)
+    pick = place if order is None else tl.load(order + place, mask=live, other=0)
     tl.store(out + part.to(tl.int64) * picks + pick, dot, mask=live)
 
 
@@ -222,7 +227,7 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _sum_run(  # type: ignore[no-untyped-def]
+def _sum_places(  # type: ignore[no-untyped-def]
     start,
     stop,
     order,
@@ -232,24 +237,29 @@ def _sum_run(  # type: ignore[no-untyped-def]
     x,
     dy,
     cols,
+    hole,
+    skipped,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """``sum dpre_i x_i, sum hidden_i dy_i`` over ``order[start:stop]``; the first alone without ``hidden``."""
+    """``sum dpre_i x_i, sum hidden_i dy_i`` over the picks at places from ``start`` to ``stop``, without the
+    ``skipped`` ones from ``hole`` on; the first sum alone without ``hidden``.
+    """
     inside = cols < DIM
     down = tl.full([BLOCK_D], 0.0, ACC)
     up = tl.full([BLOCK_D], 0.0, ACC)
-    for tile in range(start, stop, BLOCK_K):
+    for tile in range(start, stop - skipped, BLOCK_K):
         place = tile + tl.arange(0, BLOCK_K)
+        place = tl.where(place < hole, place, place + skipped)
         live = place < stop
+        source = tl.load(token + place, mask=live, other=0).to(tl.int64)
         pick = tl.load(order + place, mask=live, other=0)
-        source = tl.load(token + pick, mask=live, other=0)
-        to_down = tl.load(dpre + pick, mask=live, other=0.0).to(ACC)
         at = source[:, None] * DIM + cols[None, :]
         mask = live[:, None] & inside[None, :]
         x_rows = tl.load(x + at, mask=mask, other=0.0)
+        to_down = tl.load(dpre + pick, mask=live, other=0.0).to(ACC)
         if hidden is not None:
             to_up = tl.load(hidden + pick, mask=live, other=0.0).to(ACC)
             dy_rows = tl.load(dy + at, mask=mask, other=0.0)
@@ -259,32 +269,69 @@ def _sum_run(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _sum_run(  # type: ignore[no-untyped-def]
+    start,  # of the run
+    stop,
+    order,
+    token,
+    dpre,
+    hidden,
+    x,
+    dy,
+    partial,  # [pieces, 2, DIM]: from _pieces_kernel, or None: there are too few picks for a piece
+    size,
+    cols,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The sums of a run, ``[BLOCK_D]`` each: of the picks in no whole piece of it, and then of its pieces in order."""
+    if partial is None:
+        down, up = _sum_places(
+            start, stop, order, token, dpre, hidden, x, dy, cols, stop, 0, DIM, BLOCK_D, BLOCK_K, ACC
+        )
+    else:
+        piece = (start + size - 1) // size
+        last = tl.maximum(stop // size, piece)
+        hole = piece * size
+        skipped = (last - piece) * size
+        down, up = _sum_places(
+            start, stop, order, token, dpre, hidden, x, dy, cols, hole, skipped, DIM, BLOCK_D, BLOCK_K, ACC
+        )
+        for each in range(piece, last):
+            at = partial + each * (2 * DIM) + cols
+            down += tl.load(at, mask=cols < DIM, other=0.0)
+            if hidden is not None:
+                up += tl.load(at + DIM, mask=cols < DIM, other=0.0)
+    return down, up
+
+
+@jit
 def _pieces_kernel(  # type: ignore[no-untyped-def]
-    order,  # [picks]: sorts picks by expert
-    token,  # [picks]
+    order,  # [picks]: the pick at each place of the order by expert
+    token,  # [picks]: its token
+    expert,  # [picks]: its expert
     dpre,  # [picks]
     hidden,  # [picks], or None: there is one table only, and neither dy nor dup
     x,  # [tokens, DIM]
     dy,  # [tokens, DIM]
-    bounds,  # [runs + 1]: the places in order of each run of one expert
-    base,  # [runs + 1]: the number of each run's first piece; runs of one piece have none
-    owner,  # [pieces]: the run of each piece, or runs for pieces past the last
     partial,  # [pieces, 2, DIM]
-    runs,
     size,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program for a piece of a long run and a slice of the columns."""
+    """One program for ``size`` places, if their picks are all of one expert, and a slice of the columns."""
     piece = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    run = tl.load(owner + piece)
-    if run < runs:
-        start = tl.load(bounds + run) + (piece - tl.load(base + run)) * size
-        stop = tl.minimum(start + size, tl.load(bounds + run + 1))
-        down, up = _sum_run(start, stop, order, token, dpre, hidden, x, dy, cols, DIM, BLOCK_D, BLOCK_K, ACC)
+    start = piece * size
+    stop = start + size
+    if tl.load(expert + start) == tl.load(expert + stop - 1):
+        down, up = _sum_places(
+            start, stop, order, token, dpre, hidden, x, dy, cols, stop, 0, DIM, BLOCK_D, BLOCK_K, ACC
+        )
         at = partial + piece * (2 * DIM) + cols
         tl.store(at, down, mask=cols < DIM)
         if hidden is not None:
@@ -299,44 +346,38 @@ def _runs_kernel(  # type: ignore[no-untyped-def]
     hidden,
     x,
     dy,
-    bounds,
-    base,  # None: no run can be long
-    partial,  # None: no run can be long
+    bounds,  # [runs + 1]: the places where the runs begin
+    partial,
     ddown,  # [runs, DIM]
     dup,  # [runs, DIM]
+    runs,
+    each,  # runs of a program
+    size,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ADD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program for a run of one expert's picks and a slice of the columns: the only writer of that gradient."""
-    run = tl.program_id(0).to(tl.int64)
+    """One program for ``each`` runs, one after the other, and a slice of the columns: the only writer of those."""
+    first = tl.program_id(0).to(tl.int64) * each
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < DIM
-    start = tl.load(bounds + run)
-    stop = tl.load(bounds + run + 1)
-    if stop > start or not ADD:  # an untouched row of a new gradient is still to be zeroed
-        last = stop
-        if base is not None:
-            first_piece = tl.load(base + run)
-            last_piece = tl.load(base + run + 1)
-            last = tl.where(last_piece > first_piece, start, stop)
-        down, up = _sum_run(start, last, order, token, dpre, hidden, x, dy, cols, DIM, BLOCK_D, BLOCK_K, ACC)
-        if base is not None:
-            for piece in range(first_piece, last_piece):
-                at = partial + piece * (2 * DIM) + cols
-                down += tl.load(at, mask=inside, other=0.0)
+    for run in range(first, tl.minimum(first + each, runs)):
+        start = tl.load(bounds + run).to(tl.int64)
+        stop = tl.load(bounds + run + 1).to(tl.int64)
+        if stop > start or not ADD:  # an untouched row of a new gradient is still to be zeroed
+            down, up = _sum_run(
+                start, stop, order, token, dpre, hidden, x, dy, partial, size, cols, DIM, BLOCK_D, BLOCK_K, ACC
+            )
+            at = run * DIM + cols
+            if ADD:
+                down += tl.load(ddown + at, mask=inside, other=0.0).to(ACC)
                 if hidden is not None:
-                    up += tl.load(at + DIM, mask=inside, other=0.0)
-        at = run * DIM + cols
-        if ADD:
-            down += tl.load(ddown + at, mask=inside, other=0.0).to(ACC)
+                    up += tl.load(dup + at, mask=inside, other=0.0).to(ACC)
+            tl.store(ddown + at, down, mask=inside, eviction_policy="evict_first")
             if hidden is not None:
-                up += tl.load(dup + at, mask=inside, other=0.0).to(ACC)
-        tl.store(ddown + at, down, mask=inside, eviction_policy="evict_first")
-        if hidden is not None:
-            tl.store(dup + at, up, mask=inside, eviction_policy="evict_first")
+                tl.store(dup + at, up, mask=inside, eviction_policy="evict_first")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,9 +401,16 @@ def _tile(width: int, itemsize: int, tile_bytes: int = TILE_BYTES, columns: int 
     return {"BLOCK_D": block_d, "BLOCK_K": min(32, max(1, block_k)), "num_warps": num_warps}
 
 
-def _resident(rows: int, dim: int, itemsize: int) -> int:
-    """Columns of a slice of ``rows`` rows that stays in L2: ``dim`` if all do, 0 if no slice wide enough does."""
-    width = L2_BYTES // (max(1, rows) * itemsize)
+def _l2_bytes(device: torch.device) -> int:
+    """What may be expected to stay in a device's L2; an H100's where there is none."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 50 << 20
+    return int(L2_SHARE * size)
+
+
+def _resident(x: Tensor, rows: int) -> int:
+    """Columns of a slice of ``rows`` rows like ``x``'s that stays in L2: all if they do, 0 if none wide enough does."""
+    dim, itemsize = x.shape[1], x.element_size()
+    width = _l2_bytes(x.device) // (max(1, rows) * itemsize)
     if width >= dim:
         return dim
     return 0 if width * itemsize < NARROWEST else 1 << (width.bit_length() - 1)
@@ -371,7 +419,7 @@ def _resident(rows: int, dim: int, itemsize: int) -> int:
 def _repeats(table: Tensor, picks: Picks) -> bool:
     """Whether picks of one row are worth meeting: there are many a row, and the table does not stay in L2 anyway."""
     rows, dim = table.shape
-    return picks.expert.numel() >= EXPERT_MAJOR * rows and _resident(rows, dim, table.element_size()) < dim
+    return picks.expert.numel() >= EXPERT_MAJOR * rows and _resident(table, rows) < dim
 
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
@@ -381,14 +429,16 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
         ValueError: ``table`` is not contiguous.
     """
     dim, count, dtype = table.shape[1], picks.expert.numel(), wide(x, table)
-    order, width = None, dim
-    if _repeats(table, picks) and (part := _resident(picks.tokens, dim, x.element_size())):
-        order, width = picks.by_expert, part
+    if _repeats(table, picks) and (width := _resident(x, picks.tokens)):
+        ordered = picks.by_expert
+        token, expert, order = ordered.token, ordered.expert, ordered.pick
+    else:
+        token, expert, order, width = picks.token, picks.expert, None, dim
     tile = _tile(width, max(x.element_size(), table.element_size()))
     slices = triton.cdiv(dim, width)
     out = torch.empty(slices, count, dtype=dtype, device=x.device)
     grid = (triton.cdiv(count, tile["BLOCK_K"]), slices)
-    args = _rows(x), table, picks.token, picks.expert, order, out, count
+    args = _rows(x), table, token, expert, order, out, count
     launching.launch(_dots_kernel, grid, *args, DIM=dim, WIDTH=width, ACC=accumulator(dtype), **tile)
     return out[0] if slices == 1 else out.sum(0)
 
@@ -403,7 +453,7 @@ def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | Non
     """
     sums, dim = wide(weight, table), table.shape[1]
     out = torch.empty(picks.tokens, dim, dtype=dtype or sums, device=table.device)
-    width = _resident(table.shape[0], dim, table.element_size()) if _repeats(table, picks) else dim
+    width = _resident(table, table.shape[0]) if _repeats(table, picks) else dim
     tile = _tile(width or dim, table.element_size())
     grid = (picks.tokens, triton.cdiv(dim, tile["BLOCK_D"]))
     args = weight.contiguous(), table, picks.offsets, picks.expert, out
@@ -415,8 +465,7 @@ def _fused(x: Tensor, table: Tensor, picks: Picks, activation: str) -> bool:
     """Whether the token-major kernel serves; else the halves do, one after the other."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, not {activation!r}")
-    sizes = (picks.tokens, x.element_size()), (table.shape[0], table.element_size())
-    expert_major = _repeats(table, picks) and all(_resident(rows, x.shape[1], size) for rows, size in sizes)
+    expert_major = _repeats(table, picks) and _resident(x, picks.tokens) and _resident(table, table.shape[0])
     return x.shape[1] <= MAX_BLOCK_D and not expert_major
 
 
@@ -505,7 +554,7 @@ def table_grads(
     Raises:
         ValueError: ``out`` is not contiguous or not of this shape.
     """
-    bounds, shape = _bounds(picks, rows), (rows, sums[0][1].shape[1])
+    bounds, shape = picks.by_expert.starts(rows), (rows, sums[0][1].shape[1])
     grads = _new_grads(sums, rows, dtype) if out is None else list(out)
     if any(grad.shape != shape for grad in grads):
         raise ValueError(f"out must be {list(shape)}, not {' and '.join(str(tuple(grad.shape)) for grad in grads)}")
@@ -520,12 +569,7 @@ def _new_grads(sums: Sequence[tuple[Tensor, Tensor]], rows: int, dtype: torch.dt
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     """``out_e += sum w_i x_t`` over the picks of row e: :func:`table_grads` of one table."""
-    _run_sums(_RunSums.of([(weight, x)], picks, _bounds(picks, out.shape[0]), [out]), add=True)
-
-
-def _bounds(picks: Picks, rows: int) -> Tensor:
-    ordered = picks.expert[picks.by_expert]
-    return torch.searchsorted(ordered, torch.arange(rows + 1, dtype=torch.int64, device=ordered.device))
+    _run_sums(_RunSums.of([(weight, x)], picks, picks.by_expert.starts(out.shape[0]), [out]), add=True)
 
 
 def sparse_table_grads(
@@ -550,19 +594,17 @@ class _RunSums:
     of the second table is None where there is one table only.
 
     Attributes:
-        order: ``[picks]`` int64, sorts the picks by expert.
-        token: ``[picks]`` int64, the token of each pick.
+        picks: by expert.
         dpre: ``[picks]``, weights of the first table's sum.
         hidden: ``[picks]``, weights of the second table's sum.
         x: ``[tokens, dim]``, summed for the first table.
         dy: ``[tokens, dim]``, summed for the second table.
-        bounds: ``[runs + 1]`` int64, the places in ``order`` where runs begin.
+        bounds: ``[runs + 1]`` int32, the places where runs begin.
         ddown: ``[runs, dim]``, the first table's gradient.
         dup: ``[runs, dim]``, the second table's gradient.
     """
 
-    order: Tensor
-    token: Tensor
+    picks: ByExpert
     dpre: Tensor
     hidden: Tensor | None
     x: Tensor
@@ -579,8 +621,7 @@ class _RunSums:
         dpre, x = sums[0]
         hidden, dy = sums[1] if len(sums) == 2 else (None, None)
         return cls(
-            order=picks.by_expert,
-            token=picks.token,
+            picks=picks.by_expert,
             dpre=dpre.contiguous(),
             hidden=None if hidden is None else hidden.contiguous(),
             x=_rows(x),
@@ -589,11 +630,6 @@ class _RunSums:
             ddown=grads[0],
             dup=grads[1] if len(sums) == 2 else None,
         )
-
-    @property
-    def read(self) -> tuple[Tensor | None, ...]:
-        """What both kernels read, in the order of their first parameters."""
-        return self.order, self.token, self.dpre, self.hidden, self.x, self.dy, self.bounds
 
     @property
     def runs(self) -> int:
@@ -608,9 +644,9 @@ class _RunSums:
     def tile(self) -> dict[str, int]:
         """Block sizes and warps. Columns go slice by slice where all of x and dy would not stay in L2."""
         sources = [self.x] if self.dy is None else [self.x, self.dy]
-        itemsize = max(source.element_size() for source in sources)
-        dim = self.x.shape[1]
-        width = min(MAX_GRAD_BLOCK_D, _resident(len(sources) * self.x.shape[0], dim, itemsize) or dim)
+        widest = max(sources, key=Tensor.element_size)
+        itemsize = widest.element_size()
+        width = min(MAX_GRAD_BLOCK_D, _resident(widest, len(sources) * len(widest)) or self.x.shape[1])
         # two rows at once: with one, ptxas aims at 32 registers and spills a few bytes
         tile_bytes = 2 * GRAD_TILE_BYTES if self.dy is None and itemsize == 4 else GRAD_TILE_BYTES
         return _tile(width, itemsize, tile_bytes, columns=8)
@@ -619,25 +655,23 @@ class _RunSums:
 def _run_sums(operands: _RunSums, add: bool) -> None:
     """Write the gradients, or ``add`` to them.
 
-    An expert that very many tokens picked is summed piece by piece first (one program takes some 0.3 us for each pick
-    of its run). How many pieces there are stays on the device: the grid is the most there can be, two for each ``size``
-    picks.
+    An expert that very many tokens picked is summed piece by piece first. Pieces lie at multiples of their size, so
+    that nothing needs to be worked out of them: a program finds that its piece is of one expert, or ends.
     """
-    count, dim, runs, bounds = operands.order.numel(), operands.x.shape[1], operands.runs, operands.bounds
+    ordered, x, runs = operands.picks, operands.x, operands.runs
+    numbers, weighted = (ordered.pick, ordered.token), (operands.dpre, operands.hidden, x, operands.dy)
+    count, dim = ordered.pick.numel(), x.shape[1]
     tile = operands.tile()
     slices = triton.cdiv(dim, tile["BLOCK_D"])
     constants = {"DIM": dim, "ACC": accumulator(operands.dtype), **tile}
-    size = max(PIECE, triton.next_power_of_2(2 * count // MAX_PIECES))
-    base = partial = None
-    if count > size:
-        pieces = 2 * count // size
-        lengths = bounds[1:] - bounds[:-1]
-        in_run = torch.where(lengths > size, (lengths + size - 1) // size, 0)
-        base = F.pad(in_run.cumsum(0), (1, 0))
-        owner = torch.searchsorted(base[1:], torch.arange(pieces, dtype=torch.int64, device=base.device), right=True)
-        partial = torch.empty(pieces, 2, dim, dtype=operands.dtype, device=operands.x.device)
+    size = max(PIECE, triton.next_power_of_2(count // MAX_PIECES))
+    pieces, partial = count // size, None
+    if pieces:
+        partial = torch.empty(pieces, 2, dim, dtype=operands.dtype, device=x.device)
         launching.launch(
-            _pieces_kernel, (pieces, slices), *operands.read, base, owner, partial, runs, size, **constants
+            _pieces_kernel, (pieces, slices), *numbers, ordered.expert, *weighted, partial, size, **constants
         )
-    grads = operands.ddown, operands.dup
-    launching.launch(_runs_kernel, (runs, slices), *operands.read, base, partial, *grads, ADD=add, **constants)
+    each = max(1, min(RUNS, RUNS * runs // max(1, count)))
+    grid = triton.cdiv(runs, each), slices
+    args = operands.bounds, partial, operands.ddown, operands.dup, runs, each, size
+    launching.launch(_runs_kernel, grid, *numbers, *weighted, *args, ADD=add, **constants)

@@ -23,7 +23,7 @@ BY_PICK = ("offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token
 """Parameters with a number for each pick. Those of a part of the tokens begin anywhere, and their alignment is of no
 use to a kernel: to compile it once more for each would stop some ranks in mid-training, and others not."""
 
-COUNTS = ("picks", "runs", "size")
+COUNTS = ("picks", "runs", "each", "size")
 """Parameters that are counts, which differ from step to step: no kernel is compiled for one of them."""
 
 
