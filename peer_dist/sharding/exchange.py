@@ -37,6 +37,8 @@ _TOKENS, _PICKS = 0, 1  # places on the last axis of counts
 class Traffic:
     """What this rank sent to other ranks, and what it received, since :meth:`reset`.
 
+    What only the device knows (:meth:`add_later`) is waited for, and counted, when :attr:`bytes_sent` is asked.
+
     Attributes:
         sent: bytes by collective: ``counts``, ``picks`` (a number a token, and rows), ``gates``, ``x`` and ``y``
             forward, ``dy``, ``dx`` and ``dgates`` backward; within the column group ``column counts``,
@@ -50,15 +52,29 @@ class Traffic:
     picks_received: int = 0
     tokens: int = 0
     tokens_received: int = 0
+    _later: list[tuple[Tensor, dict[str, int]]] = field(default_factory=list, repr=False)
+
+    def add_later(self, number: Tensor, factors: dict[str, int]) -> None:
+        """Count ``number [] `` int64 on the device, times its factor, for each collective (or ``picks_received`` or
+        ``tokens_received``) that is named.
+        """
+        self._later.append((number, factors))
 
     @property
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks, by all collectives."""
+        later, self._later = self._later, []
+        if later:
+            for number, (_, factors) in zip(torch.stack([number for number, _ in later]).tolist(), later):
+                self.picks_received += number * factors.pop("picks_received", 0)
+                self.tokens_received += number * factors.pop("tokens_received", 0)
+                self.sent.update({what: number * factor for what, factor in factors.items()})
         return sum(self.sent.values())
 
     def reset(self) -> None:
         """Set all counts to 0."""
         self.sent.clear()
+        self._later.clear()
         self.picks_received = self.tokens = self.tokens_received = 0
 
 
@@ -163,7 +179,15 @@ def _in_order(value: Tensor, sizes: list[int], order: list[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class Place:
+    """Where the tokens and picks of a part lie among those that an owner received."""
+
+    tokens: slice
+    picks: slice
+
+
+@dataclass(frozen=True)
+class Part(Place):
     """A contiguous part of the tokens at each home, which travels by itself.
 
     Attributes:
@@ -172,8 +196,6 @@ class Part:
         home_sizes: elements of x between this rank as a home and each owner, in the domain's order.
         home_messages: elements of the messages in which they travel.
         owner_messages: those between this rank as an owner and each home, in the domain's order.
-        tokens: the part's place among the received tokens.
-        picks: the part's place among the received picks.
     """
 
     token: Tensor
@@ -181,8 +203,6 @@ class Part:
     home_sizes: list[int]
     home_messages: list[int]
     owner_messages: list[int]
-    tokens: slice
-    picks: slice
 
 
 @dataclass(frozen=True)
@@ -207,7 +227,7 @@ class ExchangePlan:
         """:attr:`picks` as a tensor of their own, lest an order of theirs live as long as the plan."""
         return Picks(self.picks.offsets, self.picks.expert.view(-1))
 
-    def picks_of(self, part: Part) -> Picks:
+    def picks_of(self, part: Place) -> Picks:
         """The received picks of a part, its first token being number 0."""
         offsets = self.picks.offsets[part.tokens.start : part.tokens.stop + 1]
         return Picks(offsets - part.picks.start if part.picks.start else offsets, self.picks.expert[part.picks])
@@ -237,9 +257,9 @@ class ExchangePlan:
             arrivals.append(arrival)
         return received, arrivals
 
-    def start_rows_to_homes(self, y: Tensor, part: Part, what: str) -> Arrival:
-        """Send a part's ``[its received tokens, columns]`` from the owner to the homes."""
-        layout, wire = self.layout, self.layout.wire
+    def start_rows_to_homes(self, y: Tensor, number: int, what: str) -> Arrival:
+        """Send ``[its received tokens, columns]`` of a part, by its number, from the owner to the homes."""
+        layout, wire, part = self.layout, self.layout.wire, self.parts[number]
         sent = wire.encode(y)
         sizes = part.owner_messages, part.home_messages
         arrival = _start(sent.flatten(), *sizes, layout.domain_group, layout, self.traffic, what)
@@ -320,7 +340,8 @@ class MergedPicks:
 
         Args:
             gates: ``[tokens, picks]``, in the order of the indices.
-            sent: ``[sent picks]`` int64, kept places, each once, in the flattened ``[tokens * picks]``.
+            sent: ``[sent picks]`` int64, places in the flattened ``[tokens * picks]``, each once: all that are kept, or
+                all. What is given for the others has no meaning.
 
         Returns:
             ``[sent picks]``.
@@ -347,7 +368,9 @@ class _MergedGates(torch.autograd.Function):
         order, kept, sent = ctx.saved_tensors
         flat = kept.view(-1)
         number = flat.cumsum(0) - flat.to(torch.int64)  # of the expert among those of all tokens
-        of_expert = torch.empty_like(dsent).index_copy_(0, number[sent], dsent)
+        # that of a place that is not kept, if there is one, goes to where there is then no expert
+        number_sent = torch.where(flat[sent], number[sent], len(sent) - 1)
+        of_expert = torch.empty_like(dsent).index_copy_(0, number_sent, dsent)
         return (
             torch.empty_like(order, dtype=dsent.dtype).scatter_(1, order, of_expert[number].view_as(order)),
             None,
