@@ -58,11 +58,16 @@ def stand_in():
     return SymmetricMemory()
 
 
-class OnDevice(GridLayout):
-    """One process that keeps sizes on the device."""
+class Routed(GridLayout):
+    """One process that sends its tokens to itself."""
+
+    spread = True
+
+
+class OnDevice(Routed):
+    """And keeps sizes on the device."""
 
     transport = Alone(sizes_on_device=True)
-    spread = True
 
 
 DIM = 10
@@ -120,6 +125,26 @@ def test_equal_to_sizes_on_the_host(world_size, wire, tokens, dtype):
             for what in ("x", "y", "dy", "dx"):
                 assert device[2][what] == host[2][what]
             assert device[2]["gates"] >= host[2]["gates"]
+
+
+@pytest.mark.parametrize("layout", [Routed, pytest.param(OnDevice, marks=interpreted)])
+@pytest.mark.parametrize("kind", CASES)
+def test_one_process_can_send_to_itself(kind, layout, monkeypatch):
+    if layout is OnDevice:
+        monkeypatch.setattr(package, "backend", lambda *tensors: kernels)
+    layer_type, options = CASES[kind]
+    layer = layer_type(**OPTIONS | options, dtype=torch.float64)
+    x = torch.randn(6, DIM, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(6, DIM, dtype=torch.float64)
+    results = []
+    for each in (layer.layout, layout(layer.num_experts, DIM)):
+        layer.layout = each
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert layer.traffic.bytes_sent == 0
+    assert layer.traffic.tokens == layer.traffic.tokens_received == 6
 
 
 WAYS = {

@@ -176,7 +176,8 @@ def fixed_plan(picks: MergedPicks, layout: GridLayout, traffic: Traffic) -> tupl
     fresh[1:] = (block[1:] != block[:-1]) | (token[1:] != token[:-1])
     messages = F.pad(fresh.cumsum(0), (1, 0))
     edges = torch.searchsorted(block, torch.arange(ranks + 1, dtype=torch.int32, device=device))
-    counts = torch.stack([messages[edges].diff(), edges.diff()], dim=1)
+    rows_before = messages[edges]
+    counts = torch.stack([rows_before.diff(), edges.diff()], dim=1)
     received = layout.transport.counts(counts, layout.row_group)
     traffic.sent["counts"] += (ranks - 1) * counts[0].nbytes
 
@@ -194,7 +195,7 @@ def fixed_plan(picks: MergedPicks, layout: GridLayout, traffic: Traffic) -> tupl
 
     row = torch.arange(1, row_sizes.room[0] + 1, dtype=torch.int64, device=device)
     begin = torch.searchsorted(messages[1:], row).clamp(max=max(0, tokens * of_token - 1))
-    home_row = torch.where(row <= messages[edges[-1]], token[begin], tokens)
+    home_row = torch.where(row <= rows_before[-1], token[begin], tokens)
 
     first = F.pad((units.cumsum(0) - units) * UNIT - edges[:-1], (0, 1))
     number = torch.arange(tokens * of_token, dtype=torch.int64, device=device)

@@ -142,8 +142,9 @@ class SymmetricMemory(Transport):
     """
 
     sizes_on_device = True
-    _row = 64  # bytes: a message must divide evenly over the operator's blocks, of which a rank has a power of two
-    _least = 65536  # bytes that the operator gives to a block
+    # A message must divide evenly over the operator's blocks for a rank. There are as many as buffers have blocks of
+    # this size, and at most 64 in all: so buffers have a power of two for each rank, and rows a multiple of 64 bytes.
+    _block, _row = 65536, 64
 
     def __init__(self) -> None:
         if not self.available():
@@ -164,8 +165,10 @@ class SymmetricMemory(Transport):
         assert group is not None
         row_bytes = x.element_size() * x.shape[1:].numel()
         padded = -(-row_bytes // self._row) * self._row
+        if padded > self._block:
+            raise ValueError(f"symmetric memory serves rows of up to {self._block} bytes, not {row_bytes}")
         source, target, splits, arrived = self._take(len(x) * padded, len(out) * padded, group, x.device)
-        source, target = source.view(-1, padded), target.view(-1, padded)
+        source, target = (whole[: len(whole) // padded * padded].view(-1, padded) for whole in (source, target))
         source[: len(x), :row_bytes].copy_(_bytes_of(x, row_bytes))
         splits.copy_(send)
         torch.ops.symm_mem.all_to_all_vdev(source, target, splits, arrived, group.group_name)
@@ -182,7 +185,7 @@ class SymmetricMemory(Transport):
         if ranks & (ranks - 1):
             raise ValueError(f"symmetric memory serves a power of two of ranks, not {ranks}; use all_to_all")
         sizes = tuple(
-            ranks * self._least << max(0, -(-size // (ranks * self._least)) - 1).bit_length()
+            ranks * self._block << max(0, -(-size // (ranks * self._block)) - 1).bit_length()
             for size in (source, target)
         )
         key = group.group_name, *sizes, device
