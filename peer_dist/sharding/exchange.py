@@ -271,6 +271,8 @@ class ExchangePlan:
         """The elements of x of a part's messages, ``[sum(home_sizes)]``."""
         wire, pieces = self.layout.wire, iter(received.split(part.home_messages))
         lengths = [wire.length(width) for width in self.layout.widths]
+        if len(lengths) == 1:
+            return wire.decode(received.view(-1, *lengths), dtype).flatten()
         rows = [wire.decode(next(pieces).view(count, length), dtype) for count in part.send for length in lengths]
         return torch.cat([one.flatten() for one in rows])
 
