@@ -33,7 +33,7 @@ def products(case: Case, device: torch.device, rounds: int, clones: dict[str, Pa
     ops = backend(x, down, up)
 
     def backward(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        fresh = Picks(picks.offsets, picks.expert)  # sorts anew
+        fresh = Picks(picks.offsets, picks.expert.view(-1))  # sorts anew
         dx, dgate, dpre, hidden = ops.backward(dy, x, fresh, pre, gate, down, up, "gelu")
         touched, grads = ops.sparse_table_grads([(dpre, x), (hidden, dy)], fresh, case.experts, dtype=dtype)
         return dx, dgate, touched, *grads
@@ -50,7 +50,7 @@ def products(case: Case, device: torch.device, rounds: int, clones: dict[str, Pa
         "forward_ms": lambda: ops.forward(x, picks, gate, down, up, "gelu"),
         "backward_bf16_ms": lambda: backward(torch.bfloat16),
         "backward_fp32_ms": lambda: backward(torch.float32),
-        "sort_ms": lambda: Picks(picks.offsets, picks.expert).segments,
+        "sort_ms": lambda: Picks(picks.offsets, picks.expert.view(-1)).segments,
     }
     runs |= published(problem, clones)
     taken = {name: 1e3 * time for name, time in seconds(runs, device, rounds).items()}

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from peer_dist import PEER
 from peer_dist.sharding import ExpertGroups, GridLayout, dispatch, routed_experts
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
-from peer_dist.sharding.exchange import MergedPicks, Traffic
+from peer_dist.sharding.exchange import ExchangePlan, MergedPicks, Part, Traffic
 from peer_dist.sharding.wire import WIRES
 from tests.gpu.device import DEVICE
 from tests.ranks import run_ranks
@@ -490,6 +491,45 @@ def test_merging_adds_gates(tokens, picks, experts, seed):
     weight = torch.rand(tokens, experts, generator=generator, dtype=torch.float64)
     got, want = (torch.autograd.grad((each * weight).sum(), gates)[0] for each in (rebuilt, dense))
     torch.testing.assert_close(got, want)
+
+
+class Arrived:
+    """Rows that are there."""
+
+    def __init__(self, rows):
+        self.wait = lambda: rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shards=st.integers(1, 5),
+    columns=st.integers(1, 4),
+    counts=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**20),
+)
+def test_rows_add_up_at_home_as_one_after_the_other_would(shards, columns, counts, dtype, seed):
+    """Bit for bit in the C backend: in float32 from 0 on, in the order of the row shards, and rounded at the end."""
+    generator, dim, tokens = torch.Generator().manual_seed(seed), 3, sum(counts)
+    begins = [sum(counts[:part]) for part in range(len(counts))]
+    widths = [len(range(dim)[shard * dim // columns : (shard + 1) * dim // columns]) for shard in range(columns)]
+    layout = SimpleNamespace(dim=dim, column_shards=columns, widths=widths)
+    parts, arrivals, want = [], [], torch.zeros(tokens, dim)
+    for begin, count in zip(begins, counts):
+        sent = [begin + (torch.rand(count, generator=generator) < 0.6).nonzero()[:, 0] for _ in range(shards)]
+        rows = [torch.randn(len(token), dim, generator=generator).to(dtype) for token in sent]
+        for token, values in zip(sent, rows):
+            want.index_add_(0, token, values.float())
+        pieces = [piece.flatten() for values in rows for piece in values.split(widths, 1)]
+        sizes, nothing = [piece.numel() for piece in pieces], slice(0, 0)
+        home, send = slice(begin, begin + count), [len(token) for token in sent]
+        parts.append(Part(home, torch.cat(sent), send, sizes, [], nothing, nothing))
+        arrivals.append(Arrived(torch.cat(pieces)))
+    plan = ExchangePlan(layout, None, Traffic(), parts, None, tokens, None)
+    for _ in range(2):  # there and, by the same plan, back
+        got = plan.add_rows_at_home(arrivals, dtype)
+        assert got.dtype == dtype
+        assert got.equal(want.to(dtype))
 
 
 def initial_tables(rank, world_size, columns):

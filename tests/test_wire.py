@@ -18,7 +18,7 @@ BFLOAT16, FLOAT8 = WIRES["bfloat16"], WIRES["float8"]
 
 
 def sent(wire, rows):
-    return wire.decode(wire.encode(rows), rows.dtype)
+    return wire.decode(wire.encode(rows)).to(rows.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

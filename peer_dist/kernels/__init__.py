@@ -32,6 +32,7 @@ __all__ = [
     "huge_pages",
     "operator",
     "row_gradient",
+    "sum_rows",
     "table_grad",
     "top_pairs",
     "value_mix",
@@ -195,6 +196,22 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
         out: ``[rows, dim]``, at least float32; a table that is small beside the number of picks.
     """
     backend(x, out).table_grad(weight, x, picks, out)
+
+
+def sum_rows(rows: Tensor, picks: Picks, dtype: torch.dtype) -> Tensor:
+    """The sum of the rows that each token picked, in the order of its picks; not differentiable.
+
+    Args:
+        rows: ``[rows, dim]``.
+        picks: the rows of each token.
+        dtype: of the result; sums are kept in at least float32.
+
+    Returns:
+        ``[tokens, dim]``.
+    """
+    ones = torch.ones(picks.expert.numel(), dtype=wide(rows), device=rows.device)
+    sums: Tensor = backend(ones, rows).mix(ones, rows, picks, dtype=dtype)
+    return sums
 
 
 def row_gradient(rows: Tensor, values: Tensor, size: int) -> Tensor:

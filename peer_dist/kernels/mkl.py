@@ -47,11 +47,11 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, x, table.t(), beta=0.0).values()
 
 
-def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
+def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
     """See :func:`peer_dist.kernels.reference.mix`."""
     if picks.expert.numel() == 0:
-        return table.new_zeros(picks.tokens, table.shape[1])
-    return _csr(picks.offsets, picks.expert, weight, table.shape[0]) @ table
+        return table.new_zeros(picks.tokens, table.shape[1], dtype=dtype)
+    return (_csr(picks.offsets, picks.expert, weight, table.shape[0]) @ table).to(dtype or table.dtype)
 
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
@@ -59,4 +59,6 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     if picks.expert.numel() == 0:
         return
     ordered = picks.by_expert
-    out.addmm_(_csr(ordered.starts(out.shape[0]), ordered.token, weight[ordered.pick], x.shape[0]), x)
+    offsets = torch.zeros(out.shape[0] + 1, dtype=torch.int32, device=out.device)
+    torch.cumsum(torch.bincount(ordered.expert, minlength=out.shape[0]), 0, out=offsets[1:])
+    out.addmm_(_csr(offsets, ordered.token, weight[ordered.pick], x.shape[0]), x)

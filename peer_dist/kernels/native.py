@@ -83,11 +83,11 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     return out
 
 
-def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
+def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
     """See :func:`peer_dist.kernels.reference.mix`."""
     out = _floats(picks.tokens, table.shape[-1])
     _over_picks(_of("mix", table.dtype), picks, weight=_wide(weight), table=table, out=out)
-    return out
+    return out.to(dtype or out.dtype)
 
 
 def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:

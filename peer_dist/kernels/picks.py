@@ -31,32 +31,19 @@ class ByExpert:
     token: Tensor
 
     @classmethod
-    def of(cls, offsets: Tensor, expert: Tensor) -> ByExpert:
-        """The order of the picks ``offsets [tokens + 1]``, ``expert [picks]``.
+    def of(cls, picks: Picks) -> ByExpert:
+        """The order of these picks; :attr:`Picks.by_expert` makes it once.
 
         The sort is torch's, of 32-bit keys: on a GPU cub's, four passes of 8 bits over 12 bytes a pick.
 
         Raises:
             ValueError: there are more than 2**31 - 1 picks.
         """
-        if expert.numel() > MOST:
-            raise ValueError(f"{expert.numel()} picks in one call are more than 2**31 - 1; take the tokens in parts")
-        ascending, pick = torch.sort(expert.to(torch.int32), stable=True)
-        token = torch.searchsorted(offsets[1:], pick, right=True, out_int32=True)
-        return cls(ascending, pick.to(torch.int32), token)
-
-    def starts(self, rows: int) -> Tensor:
-        """``[rows + 1]`` int32: the place where the picks of each row begin, and their end; of rows without picks too.
-
-        Asks nothing of the device.
-
-        Raises:
-            ValueError: there are more than 2**31 - 2 rows.
-        """
-        if rows >= MOST:
-            raise ValueError(f"a table of {rows} rows here is too large: the most are 2**31 - 2; use more ranks")
-        numbers = torch.arange(rows + 1, dtype=torch.int32, device=self.expert.device)
-        return torch.searchsorted(self.expert, numbers, out_int32=True)
+        count = picks.expert.numel()
+        if count > MOST:
+            raise ValueError(f"{count} picks in one call are more than 2**31 - 1; take the tokens in parts")
+        expert, pick = torch.sort(picks.expert.to(torch.int32), stable=True)
+        return cls(expert, pick.to(torch.int32), picks.token.index_select(0, pick))
 
 
 @dataclass(frozen=True)
@@ -111,7 +98,7 @@ class Picks:
         made = _known.get(self.expert)
         version = None if self.expert.is_inference() else self.expert._version  # as it was sorted, if that can be told
         if made is None or made[0] != version or made[1] is not self.offsets:
-            made = version, self.offsets, ByExpert.of(self.offsets, self.expert)
+            made = version, self.offsets, ByExpert.of(self)
             if version is not None:
                 _known[self.expert] = made
         order: ByExpert = made[2]

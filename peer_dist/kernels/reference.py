@@ -52,13 +52,15 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     return out
 
 
-def mix(weight: Tensor, table: Tensor, picks: Picks) -> Tensor:
-    """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``."""
+def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
+    """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``, summed in at least float32
+    and given so unless ``dtype`` says otherwise.
+    """
     out = torch.zeros(picks.tokens, table.shape[1], dtype=wide(weight, table), device=table.device)
     for part in _chunks(picks, table.shape[1]):
         rows = table[picks.expert[part]].to(out.dtype)
         out.index_add_(0, picks.token[part], rows * weight[part, None].to(out.dtype))
-    return out
+    return out.to(dtype or out.dtype)
 
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:

@@ -105,7 +105,7 @@ def _spread_experts(
     edge = _Experts.apply(edge, down, up, activation, sparse_grad, transit)
     transit.start_last_home()
     other = None if beside is None or half is None else beside[1](half)
-    y = _Combine.apply(edge, transit, x.dtype, x.device)
+    y = _Combine.apply(edge, transit, x.dtype)
     return y if other is None else y + other
 
 
@@ -160,7 +160,7 @@ def _spread_values(
     gate, transit = _planned(indices, gates, layout, traffic, sparse_grad)
     edge = _Values.apply(gate, values, dtype, sparse_grad, transit)
     transit.start_last_home()
-    return _Combine.apply(edge, transit, dtype, values.device)
+    return _Combine.apply(edge, transit, dtype)
 
 
 def _planned(
@@ -233,7 +233,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, transit: _Transit) -> Tensor:
-        ctx.transit, ctx.dtype, ctx.device = transit, x.dtype, x.device
+        ctx.transit, ctx.dtype = transit, x.dtype
         with span("dispatch"):
             transit.picks = transit.plan.start_picks_to_owners(gate)
             transit.rows = transit.plan.start_rows_to_owners(x, "x")
@@ -244,7 +244,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
         transit: _Transit = ctx.transit
         with span("combine"):
-            dx = transit.plan.add_rows_at_home(transit.take_home(), ctx.dtype, ctx.device)
+            dx = transit.plan.add_rows_at_home(transit.take_home(), ctx.dtype)
             return dx, transit.take_picks().wait(), None
 
 
@@ -358,14 +358,14 @@ class _Combine(torch.autograd.Function):
     """``y [tokens, dim]`` at home; its gradient leaves for the owners."""
 
     @staticmethod
-    def forward(ctx: Any, edge: Tensor, transit: _Transit, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def forward(ctx: Any, edge: Tensor, transit: _Transit, dtype: torch.dtype) -> Tensor:
         ctx.transit = transit
         with span("combine"):
-            return transit.plan.add_rows_at_home(transit.take_home(), dtype, device)
+            return transit.plan.add_rows_at_home(transit.take_home(), dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         with span("dispatch"):
             ctx.transit.rows = ctx.transit.plan.start_rows_to_owners(dy, "dy")
-        return dy.new_empty(0), None, None, None
+        return dy.new_empty(0), None, None

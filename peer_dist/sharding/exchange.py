@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peer_dist.kernels import Picks
+from peer_dist.kernels import Picks, sum_rows
 from peer_dist.sharding.grid import GridLayout
 from peer_dist.sharding.transport import Arrival
 from peer_dist.sharding.wire import Wire
@@ -170,6 +170,11 @@ def _pass_on(value: Tensor, sizes: list[int], layout: GridLayout, traffic: Traff
     return _start(repeated, send, sizes, layout.column_group, layout, traffic, f"column {what}").wait()
 
 
+def _joined(tensors: list[Tensor], dim: int) -> Tensor:
+    """The tensors one after the other along ``dim``, one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
 def _in_order(value: Tensor, sizes: list[int], order: list[int]) -> Tensor:
     """The blocks of ``value``, which are ``sizes`` long, in the order of their places ``order``."""
     if order == list(range(len(sizes))):
@@ -191,18 +196,23 @@ class Part(Place):
     """A contiguous part of the tokens at each home, which travels by itself.
 
     Attributes:
+        home: the part's place among the tokens at home.
         token: ``[sum(send)]`` int64, the home row of each sent token; ascending within a row shard.
         send: ``[row shards]``, how many tokens of this home go to each row shard.
-        home_sizes: elements of x between this rank as a home and each owner, in the domain's order.
-        home_messages: elements of the messages in which they travel.
-        owner_messages: those between this rank as an owner and each home, in the domain's order.
+        home_messages: elements of the messages between this rank as a home and each owner, in the domain's order.
+        owner_messages: those between this rank as an owner and each home, likewise.
     """
 
+    home: slice
     token: Tensor
     send: list[int]
-    home_sizes: list[int]
     home_messages: list[int]
     owner_messages: list[int]
+
+    @cached_property
+    def at_home(self) -> Picks:
+        """The rows that come home for each of the part's tokens, in the order of the row shards that send them."""
+        return Picks.of_rows(self.token - self.home.start, self.home.stop - self.home.start)
 
 
 @dataclass(frozen=True)
@@ -262,32 +272,25 @@ class ExchangePlan:
         layout, wire, part = self.layout, self.layout.wire, self.parts[number]
         sent = wire.encode(y)
         sizes = part.owner_messages, part.home_messages
-        arrival = _start(sent.flatten(), *sizes, layout.domain_group, layout, self.traffic, what)
-        if sent.dtype != y.dtype:
-            arrival.then(partial(self._decoded_at_home, part, torch.promote_types(y.dtype, torch.float32)))
-        return arrival
+        return _start(sent.flatten(), *sizes, layout.domain_group, layout, self.traffic, what)
 
-    def _decoded_at_home(self, part: Part, dtype: torch.dtype, received: Tensor) -> Tensor:
-        """The elements of x of a part's messages, ``[sum(home_sizes)]``."""
-        wire, pieces = self.layout.wire, iter(received.split(part.home_messages))
-        lengths = [wire.length(width) for width in self.layout.widths]
-        if len(lengths) == 1:
-            return wire.decode(received.view(-1, *lengths), dtype).flatten()
-        rows = [wire.decode(next(pieces).view(count, length), dtype) for count in part.send for length in lengths]
-        return torch.cat([one.flatten() for one in rows])
-
-    def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The sum over row shards of what the owners sent, part by part in order, ``[tokens, dim]``."""
-        wide = torch.promote_types(dtype, torch.float32)
-        out = torch.zeros(self.tokens, self.layout.dim, dtype=wide, device=device)
+    def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype) -> Tensor:
+        """The sum over row shards, in their order, of what the owners sent, ``[tokens, dim]``."""
+        sums = []
         for part, arrival in zip(self.parts, arrivals):
-            pieces = iter(arrival.wait().split(part.home_sizes))
-            # Shard by shard: rows are distinct within one, so the order of the sum is fixed on every device.
-            for rows in part.token.split(part.send):
-                for shard, width in enumerate(self.layout.widths):
-                    piece = next(pieces).view(len(rows), width).to(wide)
-                    out[:, self.layout.columns_of(shard)].index_add_(0, rows, piece)
-        return out.to(dtype)
+            rows, columns = arrival.wait(), range(self.layout.column_shards)
+            of_columns = [sum_rows(self._columns(rows, part, each), part.at_home, dtype) for each in columns]
+            sums.append(_joined(of_columns, 1))
+        return _joined(sums, 0)
+
+    def _columns(self, messages: Tensor, part: Part, shard: int) -> Tensor:
+        """``[sum(part.send), columns]`` of a column shard, out of all messages that came home for a part."""
+        wire, shards = self.layout.wire, self.layout.column_shards
+        length = wire.length(self.layout.widths[shard])
+        if shards == 1:
+            return wire.decode(messages.view(-1, length))
+        pieces = messages.split(part.home_messages)[shard::shards]
+        return wire.decode(torch.cat([piece.view(sent, length) for sent, piece in zip(part.send, pieces)]))
 
     def start_picks_to_owners(self, value: Tensor) -> Arrival:
         """Send ``[sent picks]`` to the owners in this home's column."""
@@ -310,7 +313,7 @@ class ExchangePlan:
 
 
 def _decode_into(wire: Wire, rows: Tensor, messages: Tensor, _: Tensor) -> Tensor:
-    return rows.copy_(wire.decode(messages, rows.dtype))
+    return rows.copy_(wire.decode(messages))
 
 
 @dataclass(frozen=True)
@@ -427,7 +430,7 @@ def plan_exchange(
     plan = ExchangePlan(
         layout=layout,
         traffic=traffic,
-        parts=_parts(token[begin], sizes, received, layout),
+        parts=_parts(token[begin], tokens, sizes, received, layout),
         route=pick_route,
         tokens=tokens,
         picks=Picks(F.pad(picks_of_token.cumsum(0), (1, 0)), rows.long()),
@@ -458,29 +461,28 @@ def on_host(counts: Tensor) -> np.ndarray:
     return counts.cpu().numpy()
 
 
-def _parts(token: Tensor, sent: np.ndarray, received: np.ndarray, layout: GridLayout) -> list[Part]:
+def _parts(token: Tensor, at_home: int, sent: np.ndarray, received: np.ndarray, layout: GridLayout) -> list[Part]:
     """The parts in which tokens travel.
 
     Args:
         token: ``[sent tokens]`` int64, the home row of each sent token, in blocks ``[row, part]``.
+        at_home: how many tokens there are at home.
         sent, received: from :func:`_exchange_counts`.
     """
     tokens = sent[..., _TOKENS]  # [row, part]
     by_part = np.arange(tokens.size).reshape(tokens.shape).T.flatten().tolist()
     token_of_part = _in_order(token, tokens.flatten().tolist(), by_part).split(tokens.sum(0).tolist())
-    home_sizes, home_messages = (  # [row, column, part], as are the owner's
-        tokens[:, None] * np.array(lengths)[:, None]
-        for lengths in (layout.widths, [layout.wire.length(width) for width in layout.widths])
-    )
+    lengths = np.array([layout.wire.length(width) for width in layout.widths])
+    home_messages = tokens[:, None] * lengths[:, None]  # [row, column, part], as are the owner's
     owner_messages = received[..., _TOKENS] * layout.wire.length(len(layout.columns))
     sizes = received.sum((0, 1))  # [part, 2], as are ends and begins
     ends = sizes.cumsum(0)
     begins = ends - sizes
     return [
         Part(
+            home=slice(at_home * part // tokens.shape[1], at_home * (part + 1) // tokens.shape[1]),
             token=token_of_part[part],
             send=tokens[:, part].tolist(),
-            home_sizes=home_sizes[..., part].flatten().tolist(),
             home_messages=home_messages[..., part].flatten().tolist(),
             owner_messages=owner_messages[..., part].flatten().tolist(),
             tokens=slice(int(begins[part, _TOKENS]), int(ends[part, _TOKENS])),

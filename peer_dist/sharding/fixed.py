@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peer_dist.kernels import Picks, value_mix
+from peer_dist.kernels import Picks, sum_rows
 from peer_dist.sharding.exchange import MergedPicks, Place, Traffic
 from peer_dist.sharding.grid import GridLayout
 from peer_dist.sharding.transport import Arrival
@@ -116,25 +116,21 @@ class FixedPlan:
         if messages.dtype == x.dtype:
             return arrival.out, [arrival]
         received = x.new_empty(self.rows.room[1], x.shape[1])
-        return received, [arrival.then(lambda rows: received.copy_(wire.decode(rows, x.dtype)))]
+        return received, [arrival.then(lambda rows: received.copy_(wire.decode(rows)))]
 
     def start_rows_to_homes(self, y: Tensor, number: int, what: str) -> Arrival:
         """Send ``[received tokens, dim]`` to the homes."""
-        sent = self.layout.wire.encode(y)
-        arrival = self.ways.to_homes(sent, self.rows, what)
-        if sent.dtype == y.dtype:
-            return arrival
-        return arrival.then(partial(self.layout.wire.decode, dtype=torch.promote_types(y.dtype, torch.float32)))
+        return self.ways.to_homes(self.layout.wire.encode(y), self.rows, what)
 
-    def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The sum over row shards of what the owners sent, in their order, ``[tokens, dim]``."""
+    def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype) -> Tensor:
+        """The sum over row shards, in their order, of what the owners sent, ``[tokens, dim]``."""
         (arrival,) = arrivals
-        rows = arrival.wait()
-        ascending, row = torch.sort(self.token.to(torch.int32), stable=True)
-        numbers = torch.arange(self.tokens + 1, dtype=torch.int32, device=device)
-        at_home = Picks(torch.searchsorted(ascending, numbers), row)
-        ones = torch.ones(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32), device=device)
-        return value_mix(ones, rows, at_home).to(dtype)
+        return sum_rows(self.layout.wire.decode(arrival.wait()), self.at_home, dtype)
+
+    @cached_property
+    def at_home(self) -> Picks:
+        """The rows that come home for each token, in the order of the row shards that send them."""
+        return Picks.of_rows(self.token, self.tokens)
 
     def start_picks_to_owners(self, value: Tensor) -> Arrival:
         """Send ``[tokens * picks]`` in sending order to the owners."""

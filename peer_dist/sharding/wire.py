@@ -31,9 +31,9 @@ class Wire:
         """``[rows, width]``, floating point -> their messages, ``[rows, length(width)]``."""
         return rows
 
-    def decode(self, messages: Tensor, dtype: torch.dtype) -> Tensor:
-        """Messages ``[rows, length(width)]`` -> ``[rows, width]`` in ``dtype``, the rows' own or a wider one."""
-        return messages.to(dtype)
+    def decode(self, messages: Tensor) -> Tensor:
+        """Messages ``[rows, length(width)]`` -> ``[rows, width]``, of the dtype that holds them."""
+        return messages
 
     def __repr__(self) -> str:
         return type(self).__name__
@@ -78,13 +78,13 @@ class Float8(Wire):
         values = (rows / scale).to(torch.float8_e4m3fn)
         return torch.cat([values.view(torch.uint8), scale.view(torch.uint8)], dim=1)
 
-    def decode(self, messages: Tensor, dtype: torch.dtype) -> Tensor:
-        """Multiplied in float32."""
+    def decode(self, messages: Tensor) -> Tensor:
+        """float32."""
         values, scale = (
             part.clone(memory_format=torch.contiguous_format)  # aligned, even where there are no rows
             for part in (messages[:, : -self.beside], messages[:, -self.beside :])
         )
-        return (values.view(torch.float8_e4m3fn).float() * scale.view(torch.float32)).to(dtype)
+        return values.view(torch.float8_e4m3fn).float() * scale.view(torch.float32)
 
 
 AS_IT_IS = Wire()

@@ -8,11 +8,11 @@ function               moves                                                  fl
 =====================  =====================================================  ==================================
 ``forward``            ``2 P d b + 2 T d b + P (8 id + gate + 4 pre)``        ``2 n d b + 2 T d b``: the same for
                                                                               r << 1, ``1 / r`` of it for r > 1
-``forward``, by        ``2 n d b + 2 T d b + P (8 order + 8 token + 8 id + 4  as above; but ``2 P d b`` still pass
+``forward``, by        ``2 n d b + 2 T d b + P (4 order + 4 token + 4 id + 4  as above; but ``2 P d b`` still pass
 expert                 pre + 12 activation) + slices P 12`` (+ one sort)      through L2, which binds
 ``backward``           as ``forward``, ``+ P (8 + gate)``                     as ``forward``
-``table_grads``        ``2 n d b_grad + 2 T d b + P (8 order + 8 token + 8    ``2 n d b_grad + 2 T d b``
-                       weights) + N 24``; dense and new: N for the first n
+``table_grads``        ``2 n d b_grad + 2 T d b + P (4 order + 4 token + 8    ``2 n d b_grad + 2 T d b``
+                       weights) + N 4``; dense and new: N for the first n
 =====================  =====================================================  ==================================
 
 At T = 8192, 128 picks, N = 1024^2, d = 1024, bf16 (r = 1, n = 0.63 N), GB: forward 4.34, backward 4.35 and table
@@ -24,14 +24,15 @@ pick ``2 d b`` = 4096 bytes at the sizes above, whatever r is, as long as the ta
 rows repeat, the other order turns these reads into L2 hits. The dots go through the picks sorted by expert, so that a
 row comes from memory once and the tokens' x from L2; the mix stays token-major (each y has one writer, hence no
 atomics) but goes through the columns slice by slice, narrow enough for the whole slice of the table to stay in L2.
-Bytes per pick at d = 1024, bf16, T = 8192 (the sort, about 400, is shared with the table gradients and left out)::
+Bytes per pick at d = 1024, bf16, T = 8192, on an H100 (the sort, about 150, is shared with the table gradients and left
+out)::
 
     picks a row   token-major   rows     x, y   numbers   slices of the mix   by expert, sum
-    1             4142          4096     32     40        128 x 12 (no: 16-byte slices)
-    2             4142          2048     32     40        64 x 12 (no: 32-byte slices)
-    4             4142          1024     32     40        32 x 12             1480
-    8             4142          512      32     40        16 x 12             776
-    32            4142          128      32     40        4 x 12              248
+    1             4142          4096     32     28        64 x 12 (no: 32-byte slices)
+    2             4142          2048     32     28        32 x 12             2492
+    4             4142          1024     32     28        16 x 12             1276
+    8             4142          512      32     28        8 x 12              668
+    32            4142          128      32     28        2 x 12              212
 
 At 4 picks a row it moves about a third, and L2 (some twice as fast as memory) is what binds: 4096 bytes a pick pass
 through it either way, so that more picks a row cannot gain much. Hence :data:`EXPERT_MAJOR`.
@@ -86,7 +87,8 @@ RUNS = 8
 each, are one sector of 32 bytes, which the first of them waits for."""
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. Pointers are to contiguous tensors, numbers of rows, tokens and picks are int64: tables pass 2^31 elements.
+# Kernels. Pointers are to contiguous tensors. Numbers of rows, tokens and picks may be read as int32 and are then int64:
+# tables pass 2^31 elements.
 
 
 @jit
@@ -556,7 +558,7 @@ def table_grads(
     Raises:
         ValueError: ``out`` is not contiguous or not of this shape.
     """
-    bounds, shape = picks.by_expert.starts(rows), (rows, sums[0][1].shape[1])
+    bounds, shape = _bounds(picks, rows), (rows, sums[0][1].shape[1])
     grads = _new_grads(sums, rows, dtype) if out is None else list(out)
     if any(grad.shape != shape for grad in grads):
         raise ValueError(f"out must be {list(shape)}, not {' and '.join(str(tuple(grad.shape)) for grad in grads)}")
@@ -571,7 +573,13 @@ def _new_grads(sums: Sequence[tuple[Tensor, Tensor]], rows: int, dtype: torch.dt
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     """``out_e += sum w_i x_t`` over the picks of row e: :func:`table_grads` of one table."""
-    _run_sums(_RunSums.of([(weight, x)], picks, picks.by_expert.starts(out.shape[0]), [out]), add=True)
+    _run_sums(_RunSums.of([(weight, x)], picks, _bounds(picks, out.shape[0]), [out]), add=True)
+
+
+def _bounds(picks: Picks, rows: int) -> Tensor:
+    """``[rows + 1]`` int32: the places by expert where the picks of each row begin, and their end; of all rows."""
+    numbers = torch.arange(rows + 1, dtype=torch.int32, device=picks.expert.device)
+    return torch.searchsorted(picks.by_expert.expert, numbers, out_int32=True)
 
 
 def sparse_table_grads(
@@ -649,9 +657,8 @@ class _RunSums:
         widest = max(sources, key=Tensor.element_size)
         itemsize = widest.element_size()
         width = min(MAX_GRAD_BLOCK_D, _resident(widest, len(sources) * len(widest)) or self.x.shape[1])
-        # two rows at once: with one, ptxas aims at 32 registers and spills a few bytes
-        tile_bytes = 2 * GRAD_TILE_BYTES if self.dy is None and itemsize == 4 else GRAD_TILE_BYTES
-        return _tile(width, itemsize, tile_bytes, columns=8)
+        # of one table twice the rows at once: as many bytes as of two, and with fewer ptxas spills some registers
+        return _tile(width, itemsize, GRAD_TILE_BYTES * 2 // len(sources), columns=8)
 
 
 def _run_sums(operands: _RunSums, add: bool) -> None:
