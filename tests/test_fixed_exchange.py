@@ -6,6 +6,9 @@ sizes and offsets that arrived. What it does not write it fills with NaN.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,12 +95,12 @@ def run(kind, options, groups, tokens, rank):
     return [*results, *dense_grads([value.grad for value in layer.parameters()])], layer.traffic
 
 
-def on_device(rank, world_size, wire, tokens, dtype):
+def on_device(rank, world_size, wire, tokens, dtype, cases):
     torch.set_default_dtype(dtype)
     package.backend = lambda *tensors: kernels
     transport = stand_in()
     found = []
-    for kind, options in CASES.values():
+    for kind, options in map(CASES.get, cases):
         for one in (ALL_TO_ALL, transport):
             groups = ExpertGroups(dist.group.WORLD, dist.group.WORLD, wire=WIRES[wire], transport=one)
             results, traffic = run(kind, options, groups, tokens, rank)
@@ -107,15 +110,15 @@ def on_device(rank, world_size, wire, tokens, dtype):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("world_size", "wire", "tokens", "dtype"),
+    ("world_size", "wire", "tokens", "dtype", "cases"),
     [
-        (2, None, 3, torch.float64), (2, None, 0, torch.float32),
-        pytest.param(4, None, 3, torch.float64, marks=pytest.mark.slow),
-        pytest.param(2, "float8", 5, torch.float32, marks=pytest.mark.slow),
+        (2, None, 3, torch.float64, ["peer", "product-key memory"]), (2, None, 0, torch.float32, ["peer"]),
+        pytest.param(4, None, 3, torch.float64, CASES, marks=pytest.mark.slow),
+        pytest.param(2, "float8", 5, torch.float32, CASES, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_equal_to_sizes_on_the_host(world_size, wire, tokens, dtype):
-    ranks = run_ranks(on_device, world_size, wire, tokens, dtype)
+def test_equal_to_sizes_on_the_host(world_size, wire, tokens, dtype, cases):
+    ranks = run_ranks(on_device, world_size, wire, tokens, dtype, list(cases))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for found in ranks:
         for host, device in zip(found[::2], found[1::2]):
@@ -153,16 +156,29 @@ WAYS = {
 }  # fmt: skip
 
 
+def between_guards(value, at_end):
+    """``value`` at the beginning or at the end of memory before and after which reading ends the process."""
+    memory = mmap.mmap(-1, 3 * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None)
+    for page in (0, 2):
+        assert not libc.mprotect(ctypes.c_void_p(address + page * mmap.PAGESIZE), mmap.PAGESIZE, 0)
+    begin = 2 * mmap.PAGESIZE - value.nbytes if at_end else mmap.PAGESIZE
+    return torch.frombuffer(memory, dtype=value.dtype, count=value.numel(), offset=begin).view_as(value).copy_(value)
+
+
 @interpreted
 @pytest.mark.parametrize("way", WAYS)
 def test_room_for_picks_is_no_pick(way, monkeypatch):
-    """Of no token and of row -1, and more than a piece of them."""
+    """Of no token and of row -1, and more than a piece of them: nothing is read for them either."""
     monkeypatch.setattr(package, "backend", lambda *tensors: kernels)
     for name, value in WAYS[way].items():
         monkeypatch.setattr(experts, name, value)
     generator = torch.Generator().manual_seed(1)
     offsets, expert = torch.tensor([0, 3, 3, 8, 8]), torch.randint(6, (8,), generator=generator)
     x, dy, *tables = (torch.randn(size, 20, generator=generator) for size in (4, 4, 6, 6))
+    x, dy = (between_guards(rows, at_end=True) for rows in (x, dy))
+    tables = [between_guards(table, at_end=False) for table in tables]
     gate = torch.rand(8, generator=generator)
     nan = torch.full((2 * experts.PIECE,), float("nan"))
 
