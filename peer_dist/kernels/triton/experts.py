@@ -87,8 +87,8 @@ RUNS = 8
 each, are one sector of 32 bytes, which the first of them waits for."""
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kernels. Pointers are to contiguous tensors. Numbers of rows, tokens and picks may be read as int32 and are then int64:
-# tables pass 2^31 elements.
+# Kernels. Pointers are to contiguous tensors. Numbers of rows, tokens and picks are int64, however they are read: tables
+# pass 2^31 elements.
 
 
 @jit
