@@ -513,7 +513,7 @@ def test_rows_add_up_at_home_as_one_after_the_other_would(shards, columns, count
     generator, dim, tokens = torch.Generator().manual_seed(seed), 3, sum(counts)
     begins = [sum(counts[:part]) for part in range(len(counts))]
     widths = [len(range(dim)[shard * dim // columns : (shard + 1) * dim // columns]) for shard in range(columns)]
-    layout = SimpleNamespace(dim=dim, column_shards=columns, widths=widths)
+    layout = SimpleNamespace(dim=dim, column_shards=columns, widths=widths, wire=WIRES[None])
     parts, arrivals, want = [], [], torch.zeros(tokens, dim)
     for begin, count in zip(begins, counts):
         sent = [begin + (torch.rand(count, generator=generator) < 0.6).nonzero()[:, 0] for _ in range(shards)]
@@ -523,9 +523,9 @@ def test_rows_add_up_at_home_as_one_after_the_other_would(shards, columns, count
         pieces = [piece.flatten() for values in rows for piece in values.split(widths, 1)]
         sizes, nothing = [piece.numel() for piece in pieces], slice(0, 0)
         home, send = slice(begin, begin + count), [len(token) for token in sent]
-        parts.append(Part(home, torch.cat(sent), send, sizes, [], nothing, nothing))
+        parts.append(Part(nothing, nothing, home, torch.cat(sent), send, sizes, []))
         arrivals.append(Arrived(torch.cat(pieces)))
-    plan = ExchangePlan(layout, None, Traffic(), parts, None, tokens, None)
+    plan = ExchangePlan(layout, Traffic(), parts, None, tokens, None)
     for _ in range(2):  # there and, by the same plan, back
         got = plan.add_rows_at_home(arrivals, dtype)
         assert got.dtype == dtype
