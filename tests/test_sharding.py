@@ -15,6 +15,7 @@ from peer_dist import PEER
 from peer_dist.sharding import ExpertGroups, GridLayout, dispatch, routed_experts
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs
 from peer_dist.sharding.exchange import ExchangePlan, MergedPicks, Part, Traffic
+from peer_dist.sharding.wire import WIRES
 from tests.gpu.device import DEVICE
 from tests.ranks import run_ranks
 from tests.shards import assert_as_whole, dense_grads, tokens_of, whole_table
@@ -231,26 +232,30 @@ def test_bytes_sent_are_those_of_the_formula(counts, columns, chunks):
         assert +backward == +Counter({"dy": out, "dx": back, "dgates": gates_home * 8, "ddots": ring})
 
 
-def cost_case(rank, world_size, columns, chunks):
+def cost_case(rank, world_size, columns, chunks, wire):
     """In float32: what is counted from the picks, and what was sent, sizes of messages apart."""
-    groups = ExpertGroups.over(dist.group.WORLD, columns)
+    groups = ExpertGroups.over(dist.group.WORLD, columns, WIRES[wire])
     layer = PEER(DIM, 49, 3, 5, 6, seed=2, group=groups, dispatch_chunks=chunks)
     picked = []
     layer.on_route = lambda indices, gates: picked.append(indices.flatten(1))
     layer(torch.randn(7 * rank, DIM)).sum().backward()
     rows = world_size // columns
     sizes = 2 * 8 * chunks * (rows - 1 + (columns - 1) * rows)
-    cost = exchange_bytes(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4)
+    cost = exchange_bytes(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4, wire=WIRES[wire])
     assert cost.hits == 0 if rank == 0 else 1 <= cost.hits <= rows
-    pairs = exchange_pairs(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4)
+    pairs = exchange_pairs(picked[0], 49, DIM, rows, columns, home=rank, itemsize=4, wire=WIRES[wire])
     return cost.total, layer.traffic.bytes_sent - sizes, pairs
 
 
 @pytest.mark.parametrize(
-    ("world_size", "columns", "chunks"), [(1, 1, 1), (3, 1, 1), (3, 3, 1), (4, 2, 1), (6, 2, 1), (3, 3, 4), (4, 2, 2)]
-)
-def test_the_cost_model_counts_what_is_sent(world_size, columns, chunks):
-    counted, by_rank, pairs = zip(*run_ranks(cost_case, world_size, columns, chunks))
+    ("world_size", "columns", "chunks", "wire"),
+    [
+        (1, 1, 1, None), (3, 1, 1, None), (3, 3, 1, None), (4, 2, 1, None), (6, 2, 1, None), (3, 3, 4, None),
+        (4, 2, 2, None), (3, 1, 1, "bfloat16"), (3, 1, 1, "float8"), (4, 2, 2, "bfloat16"), (4, 2, 2, "float8"),
+    ],
+)  # fmt: skip
+def test_the_cost_model_counts_what_is_sent(world_size, columns, chunks, wire):
+    counted, by_rank, pairs = zip(*run_ranks(cost_case, world_size, columns, chunks, wire))
     sent = sum(by_rank)
     assert 0 <= sum(counted) - sent <= 2 * world_size * chunks  # the last byte of a ring's part, per rank and sum
     assert (sent > 0) == (world_size > 1)
@@ -508,7 +513,7 @@ def test_rows_add_up_at_home_as_one_after_the_other_would(shards, columns, count
     generator, dim, tokens = torch.Generator().manual_seed(seed), 3, sum(counts)
     begins = [sum(counts[:part]) for part in range(len(counts))]
     widths = [len(range(dim)[shard * dim // columns : (shard + 1) * dim // columns]) for shard in range(columns)]
-    layout = SimpleNamespace(dim=dim, column_shards=columns, widths=widths)
+    layout = SimpleNamespace(dim=dim, column_shards=columns, widths=widths, wire=WIRES[None])
     parts, arrivals, want = [], [], torch.zeros(tokens, dim)
     for begin, count in zip(begins, counts):
         sent = [begin + (torch.rand(count, generator=generator) < 0.6).nonzero()[:, 0] for _ in range(shards)]
@@ -518,9 +523,9 @@ def test_rows_add_up_at_home_as_one_after_the_other_would(shards, columns, count
         pieces = [piece.flatten() for values in rows for piece in values.split(widths, 1)]
         sizes, nothing = [piece.numel() for piece in pieces], slice(0, 0)
         home, send = slice(begin, begin + count), [len(token) for token in sent]
-        parts.append(Part(home, torch.cat(sent), send, sizes, [], nothing, nothing))
+        parts.append(Part(nothing, nothing, home, torch.cat(sent), send, sizes, []))
         arrivals.append(Arrived(torch.cat(pieces)))
-    plan = ExchangePlan(layout, None, Traffic(), parts, None, tokens, None)
+    plan = ExchangePlan(layout, Traffic(), parts, None, tokens, None)
     for _ in range(2):  # there and, by the same plan, back
         got = plan.add_rows_at_home(arrivals, dtype)
         assert got.dtype == dtype

@@ -128,6 +128,16 @@ class ParallelConfig(Section):
         "over expert_tensor, in whatever world the run is started",
     )
     expert_tensor: Ranks = Field(1, description="column shards of each expert table")
+    wire: Literal["bfloat16", "float8"] | None = Field(
+        None,
+        description="what tokens' rows and their gradients are rounded to on the way between the ranks of a table; "
+        "float8: e4m3 with a float32 scale a row; null: they travel as they are. Coarse experts' always do",
+    )
+    transport: Literal["all_to_all", "symmetric_memory"] = Field(
+        "all_to_all",
+        description="how tokens travel; symmetric_memory: by NVSHMEM between GPUs, so that the host waits for no sizes "
+        "(not yet run by anybody)",
+    )
     batch_p2p: bool = Field(
         False, description="send and receive between stages in one batched call; not with 2 interleaved stages"
     )
@@ -405,6 +415,13 @@ class Config(_Layers):
                 f"parallel.pipeline x virtual_pipeline ({parallel.pipeline} x {parallel.virtual_pipeline}) must divide "
                 f"model.num_layers ({model.num_layers})"
             )
+        if parallel.wire == "bfloat16" and self.train.precision == "bf16":
+            raise ValueError(
+                "parallel.wire bfloat16 has no effect: with train.precision bf16 rows are bfloat16 already; set it to "
+                "null, or to float8"
+            )
+        if parallel.transport == "symmetric_memory":
+            self._check_sizes_on_device()
         self._check_kinds()
         for pool in self.pools:
             stages = sorted({number // (model.num_layers // chunks) % parallel.pipeline for number in pool})
@@ -435,6 +452,22 @@ class Config(_Layers):
                 )
         self._check_products()
         return self
+
+    def _check_sizes_on_device(self) -> None:
+        """Refuse what needs sizes on the host."""
+        chunks = max((tables.chunks for kind in self.kinds if (tables := kind.tables(self))), default=1)
+        rows = self.parallel.expert
+        for name, wanted, fits, value in (
+            ("parallel.expert_tensor", "1", self.parallel.expert_tensor == 1, self.parallel.expert_tensor),
+            ("parallel.expert", "a power of two", rows == "auto" or not rows & (rows - 1), rows),
+            ("peer.dispatch_chunks", "1", chunks == 1, chunks),
+            ("table_optimizer.lazy", "false", not self.table_optimizer.lazy, "true"),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"{name} must be {wanted} with parallel.transport symmetric_memory (got {value}), which keeps "
+                    "sizes on the GPU; or set the transport to all_to_all"
+                )
 
     def _check_products(self) -> None:
         """Refuse sizes that can be had one by one, but not together."""

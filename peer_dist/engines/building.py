@@ -6,12 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from peer_dist.config import Config
+from peer_dist.config import Config, ConfigError
 from peer_dist.engines import DenseAdam, Engine
 from peer_dist.engines.replicated import ReplicatedEngine
 from peer_dist.engines.zero import ZeroEngine
 from peer_dist.megatron import Parallel, shards_of
 from peer_dist.optim import TableOptimizer, TableRule
+from peer_dist.sharding.transport import SymmetricMemory
 
 
 def join_groups(config: Config, device: torch.device | None = None) -> Parallel:
@@ -20,7 +21,15 @@ def join_groups(config: Config, device: torch.device | None = None) -> Parallel:
     Args:
         config: the run's config.
         device: this rank's device; see :meth:`peer_dist.megatron.Parallel.initialize`.
+
+    Raises:
+        ConfigError: the transport is none that these machines have.
     """
+    if config.parallel.transport == "symmetric_memory" and not SymmetricMemory.available():
+        raise ConfigError(
+            "parallel.transport: symmetric_memory needs GPUs and an installation of torch with NVSHMEM, which are not "
+            "here; set it to all_to_all"
+        )
     layout = config.parallel.model_dump(exclude={"sequence", "batch_p2p"})
     layout["expert"] = config.parallel.expert_rows(dist.get_world_size())
     return Parallel.initialize(**layout, seed=config.train.seed, device=device)

@@ -52,7 +52,9 @@ class Picks:
 
     Attributes:
         offsets: ``[tokens + 1]`` int64, ascending from 0 to the number of picks.
-        expert: ``[picks]`` int64 row numbers in the local table; a row may appear twice in one token.
+        expert: ``[picks]`` int64 row numbers in the local table; a row may appear twice in one token. For the kernels
+            of a GPU there may be more, of no token and of the row -1: room for picks that are not there. What comes
+            out for them has no meaning.
     """
 
     offsets: Tensor
@@ -83,7 +85,7 @@ class Picks:
     @cached_property
     def token(self) -> Tensor:
         """``[picks]`` int32: the token of each pick, ascending."""
-        counts = (self.offsets[1:] - self.offsets[:-1]).to(torch.int32)
+        counts = F.pad(self.offsets, (0, 1), value=self.expert.numel()).diff().to(torch.int32)  # and those of no token
         return torch.repeat_interleave(counts, output_size=self.expert.numel())
 
     @property

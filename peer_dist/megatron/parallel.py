@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from peer_dist.sharding import ExpertGroups
+from peer_dist.sharding.transport import TRANSPORTS
+from peer_dist.sharding.wire import WIRES
 
 
 class MegatronMPU:
@@ -64,14 +66,18 @@ class Parallel:
         virtual_pipeline: int = 1,
         expert: int = 1,
         expert_tensor: int = 1,
+        wire: str | None = None,
+        transport: str = "all_to_all",
         seed: int = 1234,
         device: torch.device | None = None,
     ) -> Parallel:
         """Build Megatron's groups; a collective call.
 
         torch.distributed must be initialised and, on GPUs, ``torch.cuda.set_device`` called. Ranks that the
-        arguments leave over replicate the model. ``seed`` starts dropout's random streams, which differ
-        between data-parallel ranks and stages; weights have seeds of their own (:func:`build_model`).
+        arguments leave over replicate the model. ``wire`` is one of :data:`peer_dist.sharding.wire.WIRES`, in whose
+        form tokens travel, and ``transport`` one of :data:`peer_dist.sharding.transport.TRANSPORTS`. ``seed`` starts
+        dropout's random streams, which differ between data-parallel ranks and stages; weights have seeds of their own
+        (:func:`build_model`).
         ``device`` is where the model will be: by default the current GPU, or the CPU where there is none; on ``meta``
         it has shapes and no memory.
 
@@ -116,7 +122,7 @@ class Parallel:
             data_parallel_group=data_parallel_group,
             token_group=token_group,
             virtual_pipeline_size=virtual_pipeline,
-            experts=ExpertGroups(domain, rows, columns),
+            experts=ExpertGroups(domain, rows, columns, WIRES[wire], TRANSPORTS[transport]()),
             expert_data_group=parallel_state.get_expert_data_parallel_group(),
         )
         parallel.seed_step(seed, 0)

@@ -25,6 +25,7 @@ from peer_dist.mistake import in_words
 from peer_dist.optim import HeldBytes
 from peer_dist.planning.layout import check_vocabulary
 from peer_dist.sharding.cost import exchange_bytes, exchange_pairs, synthetic_picks
+from peer_dist.sharding.wire import WIRES
 
 ROUTINGS = {"uniform": 0.0, "zipf": 1.0}
 """Drawn picks, by name: the exponent of their distribution."""
@@ -282,7 +283,8 @@ def _exchange(
         drawn = synthetic_picks(tables.rows, sample, tables.picks, zipf)
         sizes = (tables.rows, config.model.hidden_size, len(domain) // columns, columns)
         home, values = domain.index(rank), not tables.tokens_travel
-        pairs = exchange_pairs(drawn, *sizes, home=home, itemsize=itemsize, values=values)
+        wire = WIRES[config.parallel.wire]
+        pairs = exchange_pairs(drawn, *sizes, home=home, itemsize=itemsize, values=values, wire=wire)
         all_bytes, near_bytes = int(pairs.sum()), int(pairs[near].sum())
         inside += count * near_bytes * tokens // sample
         between += count * (all_bytes - near_bytes) * tokens // sample

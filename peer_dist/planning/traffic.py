@@ -16,6 +16,7 @@ from peer_dist.planning.hardware import Hardware
 from peer_dist.planning.layout import Group, Layout, Place
 from peer_dist.planning.state import dense_elements, shards, touched
 from peer_dist.sharding.cost import ExchangeBytes, Routes, bytes_of, size_bytes
+from peer_dist.sharding.wire import WIRES
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def exchange(
     if not tables:
         return Wire(), Wire()
     columns, parts, values = layout.columns, tables.chunks, not tables.tokens_travel
-    sent = sent or bytes_of(routes(layout, tables, hits), d, d / columns, columns, itemsize, FLOAT, values)
+    wire = WIRES[config.parallel.wire]
+    sent = sent or bytes_of(routes(layout, tables, hits), d, d / columns, columns, itemsize, FLOAT, values, wire)
     sizes, column_sizes = size_bytes(layout.rows, columns, parts)
     ways = 1 if values else 2
     return (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peer_dist.sharding.exchange import MergedPicks
 from peer_dist.sharding.grid import first_of
+from peer_dist.sharding.wire import AS_IT_IS, Wire
 
 COUNT = 4  # bytes of a row number, and of a token's number of picks
 PARTIAL = 4  # bytes of a partial dot product
@@ -106,6 +107,7 @@ def exchange_bytes(
     itemsize: int = 2,
     gate_itemsize: int = 4,
     values: bool = False,
+    wire: Wire = AS_IT_IS,
 ) -> ExchangeBytes:
     """Exactly what :class:`peer_dist.sharding.Traffic` counts over all ranks for these tokens, sizes of messages
     (:func:`size_bytes`) left out.
@@ -116,11 +118,12 @@ def exchange_bytes(
         itemsize: bytes of an element of ``x``, ``y`` and their gradients.
         gate_itemsize: bytes of a gate and of its gradient.
         values: of product-key memory: ``x`` does not travel, so that there is no ``dx`` and no sum of dots forward.
+        wire: in what form rows travel.
     """
     row, column = divmod(home, column_shards)
     own_width = first_of(dim, column + 1, column_shards) - first_of(dim, column, column_shards)
     routes = Routes.of(indices, num_experts, row_shards, row)
-    return bytes_of(routes, dim, own_width, column_shards, itemsize, gate_itemsize, values)
+    return bytes_of(routes, dim, own_width, column_shards, itemsize, gate_itemsize, values, wire)
 
 
 def bytes_of(
@@ -131,13 +134,15 @@ def bytes_of(
     itemsize: int,
     gate_itemsize: int = 4,
     values: bool = False,
+    wire: Wire = AS_IT_IS,
 ) -> ExchangeBytes:
     """:func:`exchange_bytes` of routes; ``own_width`` is the home's number of columns."""
-    slices = routes.pairs * dim - routes.own_pairs * own_width
+    elements = routes.pairs * dim - routes.own_pairs * own_width
+    slices = routes.pairs * column_shards - routes.own_pairs
     away_pairs, away_picks = routes.pairs - routes.own_pairs, routes.picks - routes.own_picks
     ring = 2 * (column_shards - 1) * routes.picks * PARTIAL
     gathered = (column_shards - 1) * (routes.pairs * COUNT + routes.picks * (COUNT + gate_itemsize))
-    ways = slices * itemsize * (1 if values else 2)
+    ways = (elements * wire.itemsize(itemsize) + slices * wire.beside) * (1 if values else 2)
     return ExchangeBytes(
         rows_forward=ways,
         rows_backward=ways,
@@ -170,6 +175,7 @@ def exchange_pairs(
     itemsize: int = 2,
     gate_itemsize: int = 4,
     values: bool = False,
+    wire: Wire = AS_IT_IS,
 ) -> Tensor:
     """Who sends how much of :func:`exchange_bytes`, forward and backward, to whom.
 
@@ -190,7 +196,7 @@ def exchange_pairs(
         device=tokens.device,
     )
     ways = 1 if values else 2  # x (or nothing) and dy out, y and dx (or nothing) home
-    slices = ways * itemsize * tokens[:, None] * widths  # [row shards, column shards]
+    slices = ways * tokens[:, None] * (wire.itemsize(itemsize) * widths + wire.beside)  # [row shards, column shards]
     pairs = torch.zeros((row_shards, column_shards) * 2, dtype=torch.int64, device=tokens.device)
     pairs[row, column] += slices
     pairs[:, :, row, column] += slices

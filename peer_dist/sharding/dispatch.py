@@ -33,8 +33,10 @@ from peer_dist.kernels import (
     value_mix,
     value_table_grad,
 )
-from peer_dist.sharding.exchange import Arrival, ExchangePlan, MergedPicks, Traffic, plan_exchange
+from peer_dist.sharding.exchange import ExchangePlan, MergedPicks, Traffic, plan_exchange
+from peer_dist.sharding.fixed import FixedPlan, fixed_plan
 from peer_dist.sharding.grid import GridLayout
+from peer_dist.sharding.transport import Arrival
 from peer_dist.tracing import span, untraced
 
 Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
@@ -97,7 +99,7 @@ def _spread_experts(
     dispatch_chunks: int,
     beside: Beside | None,
 ) -> Tensor:
-    gate, transit = _planned(indices, gates, layout, traffic, dispatch_chunks)
+    gate, transit = _planned(indices, gates, layout, traffic, sparse_grad, dispatch_chunks)
     edge = _Dispatch.apply(x, gate, transit)
     half = None if beside is None else beside[0](x)
     edge = _Experts.apply(edge, down, up, activation, sparse_grad, transit)
@@ -155,19 +157,32 @@ def _spread_values(
     traffic: Traffic,
     sparse_grad: bool,
 ) -> Tensor:
-    gate, transit = _planned(indices, gates, layout, traffic)
+    gate, transit = _planned(indices, gates, layout, traffic, sparse_grad)
     edge = _Values.apply(gate, values, dtype, sparse_grad, transit)
     transit.start_last_home()
     return _Combine.apply(edge, transit, dtype)
 
 
 def _planned(
-    indices: Tensor, gates: Tensor, layout: GridLayout, traffic: Traffic, parts: int = 1
+    indices: Tensor, gates: Tensor, layout: GridLayout, traffic: Traffic, sparse_grad: bool, parts: int = 1
 ) -> tuple[Tensor, _Transit]:
-    """The gates ``[sent picks]`` in sending order, and the plan, nothing under way yet."""
+    """The gates ``[sent picks]`` in sending order, and the plan, nothing under way yet.
+
+    Raises:
+        ValueError: sizes are to stay on the device, but the host needs them.
+    """
     with span("dispatch"):
         picks = MergedPicks.of(indices)
-        plan, sent = plan_exchange(picks, layout, traffic, parts)
+        plan: ExchangePlan | FixedPlan
+        if layout.transport.sizes_on_device:
+            if layout.column_shards > 1 or parts > 1 or sparse_grad:
+                raise ValueError(
+                    f"{type(layout.transport).__name__} keeps sizes on the device, where column shards, parts of the "
+                    "tokens (dispatch_chunks) and sparse gradients of tables cannot be had; use all_to_all for these"
+                )
+            plan, sent = fixed_plan(picks, layout, traffic)
+        else:
+            plan, sent = plan_exchange(picks, layout, traffic, parts)
         return picks.gates(gates, sent), _Transit(plan)
 
 
@@ -178,7 +193,7 @@ class _Transit:
     that a collective is still writing.
     """
 
-    def __init__(self, plan: ExchangePlan) -> None:
+    def __init__(self, plan: ExchangePlan | FixedPlan) -> None:
         self.plan = plan
         self.rows: tuple[Tensor, list[Arrival]] | None = None  # x or dy, on the way to the owners
         self.picks: Arrival | None = None  # gates on the way to the owners, or their gradients on the way home
@@ -202,7 +217,7 @@ class _Transit:
     def start_home(self, value: Tensor, what: str) -> None:
         """Send the next part's ``[received tokens, columns]``, ``y`` or ``dx``, home."""
         with span("combine"):
-            self.home.append(self.plan.start_rows_to_homes(value, self.plan.parts[len(self.home)], what))
+            self.home.append(self.plan.start_rows_to_homes(value, len(self.home), what))
 
     def start_last_home(self) -> None:
         assert self.last is not None

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import Picks, sum_rows
-from peer_dist.sharding.grid import ExpertGroups, GridLayout
+from peer_dist.sharding.grid import GridLayout
+from peer_dist.sharding.transport import Arrival
+from peer_dist.sharding.wire import Wire
 
 _TOKENS, _PICKS = 0, 1  # places on the last axis of counts
 
@@ -34,6 +36,8 @@ _TOKENS, _PICKS = 0, 1  # places on the last axis of counts
 @dataclass
 class Traffic:
     """What this rank sent to other ranks, and what it received, since :meth:`reset`.
+
+    What only the device knows (:meth:`add_later`) is waited for, and counted, when :attr:`bytes_sent` is asked.
 
     Attributes:
         sent: bytes by collective: ``counts``, ``picks`` (a number a token, and rows), ``gates``, ``x`` and ``y``
@@ -48,39 +52,38 @@ class Traffic:
     picks_received: int = 0
     tokens: int = 0
     tokens_received: int = 0
+    _later: list[tuple[Tensor, dict[str, int]]] = field(default_factory=list, repr=False)
+
+    def add_later(self, number: Tensor, factors: dict[str, int]) -> None:
+        """Count ``number [] `` int64 on the device, times its factor, for each collective (or ``picks_received`` or
+        ``tokens_received``) that is named.
+        """
+        self._later.append((number, factors))
 
     @property
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks, by all collectives."""
+        later, self._later = self._later, []
+        if later:
+            for number, (_, factors) in zip(torch.stack([number for number, _ in later]).tolist(), later):
+                self.picks_received += number * factors.pop("picks_received", 0)
+                self.tokens_received += number * factors.pop("tokens_received", 0)
+                self.sent.update({what: number * factor for what, factor in factors.items()})
         return sum(self.sent.values())
 
     def reset(self) -> None:
         """Set all counts to 0."""
         self.sent.clear()
+        self._later.clear()
         self.picks_received = self.tokens = self.tokens_received = 0
-
-
-class Arrival:
-    """An all-to-all under way. What it reads and writes stays alive until it has been waited for."""
-
-    def __init__(self, work: dist.Work, out: Tensor, sent: Tensor) -> None:
-        self._work, self._out, self._sent = work, out, [sent]
-
-    def wait(self) -> Tensor:
-        """The rows received, ``[rows, ...]`` in order of the ranks that sent them.
-
-        On a CPU the host waits for them; on a GPU the current stream does.
-        """
-        self._work.wait()
-        self._sent.clear()
-        return self._out
 
 
 def _start(
     x: Tensor,
     send: Sequence[int],
     receive: Sequence[int],
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
+    layout: GridLayout,
     traffic: Traffic,
     what: str,
     out: Tensor | None = None,
@@ -89,17 +92,10 @@ def _start(
     x = x.contiguous()
     if out is None:
         out = x.new_empty(sum(receive), *x.shape[1:])
-    work = dist.all_to_all_single(out, x, list(receive), list(send), group=group, async_op=True)
+    arrival = layout.transport.start(x, send, receive, group, out)
     row_bytes = x.element_size() * x.shape[1:].numel()
-    traffic.sent[what] += (sum(send) - send[dist.get_rank(group)]) * row_bytes
-    return Arrival(work, out, x)
-
-
-def _all_to_all(
-    x: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, traffic: Traffic, what: str
-) -> Tensor:
-    """Rows of ``x`` grouped by destination -> rows grouped by source."""
-    return _start(x, send, receive, group, traffic, what).wait()
+    traffic.sent[what] += (sum(send) - send[0 if group is None else dist.get_rank(group)]) * row_bytes
+    return arrival
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ class ColumnRoute:
         own_blocks: the blocks ``[row, part]`` of this column, as their places in order 3.
     """
 
-    groups: ExpertGroups
+    layout: GridLayout
     traffic: Traffic
     send: list[int]
     receive: list[int]
@@ -136,11 +132,10 @@ class ColumnRoute:
     @classmethod
     def of(cls, sent: np.ndarray, received: np.ndarray, layout: GridLayout, traffic: Traffic) -> ColumnRoute:
         """The route of what is counted in ``sent [row, part]`` and ``received [row, column, part]``, both int64."""
-        assert layout.groups is not None
         gathered, worked_on = received.transpose(1, 0, 2), received.transpose(2, 0, 1)
         place, mine = np.arange(received.size), layout.column_shard
         return cls(
-            groups=layout.groups,
+            layout=layout,
             traffic=traffic,
             send=sent.sum(1).tolist(),
             receive=received[:, mine].sum(1).tolist(),
@@ -153,26 +148,26 @@ class ColumnRoute:
 
     def start_to_owners(self, value: Tensor, what: str) -> Arrival:
         """Send ``[sum(send)]`` from the home to the owners in its column."""
-        return _start(value, self.send, self.receive, self.groups.rows, self.traffic, what)
+        return _start(value, self.send, self.receive, self.layout.row_group, self.layout, self.traffic, what)
 
     def at_owners(self, received: Tensor, what: str) -> Tensor:
         """``[sum(passed_on)]`` in the order of work at all owners, from what arrived at each, ``[sum(receive)]``."""
-        gathered = _pass_on(received, self.passed_on, self.groups, self.traffic, what)
+        gathered = _pass_on(received, self.passed_on, self.layout, self.traffic, what)
         return _in_order(gathered, self.gathered, self.work_order)
 
     def start_to_homes(self, value: Tensor, what: str) -> Arrival:
         """Send ``[sum(passed_on)]``, the same at all owners, to the homes, each of which gets ``[sum(send)]``."""
         own = _in_order(value, self.worked_on, self.own_blocks)
-        return _start(own, self.receive, self.send, self.groups.rows, self.traffic, what)
+        return _start(own, self.receive, self.send, self.layout.row_group, self.layout, self.traffic, what)
 
 
-def _pass_on(value: Tensor, sizes: list[int], groups: ExpertGroups, traffic: Traffic, what: str) -> Tensor:
+def _pass_on(value: Tensor, sizes: list[int], layout: GridLayout, traffic: Traffic, what: str) -> Tensor:
     """The values of all owners of a row shard, ``sizes`` long, at each of them, column after column."""
     if len(sizes) == 1:
         return value
-    assert groups.columns is not None
     repeated = value.repeat(len(sizes), *([1] * (value.dim() - 1)))  # all that it has, to each of the others
-    return _all_to_all(repeated, [len(value)] * len(sizes), sizes, groups.columns, traffic, f"column {what}")
+    send = [len(value)] * len(sizes)
+    return _start(repeated, send, sizes, layout.column_group, layout, traffic, f"column {what}").wait()
 
 
 def _joined(tensors: list[Tensor], dim: int) -> Tensor:
@@ -189,26 +184,30 @@ def _in_order(value: Tensor, sizes: list[int], order: list[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Part:
+class Place:
+    """Where the tokens and picks of a part lie among those that an owner received."""
+
+    tokens: slice
+    picks: slice
+
+
+@dataclass(frozen=True)
+class Part(Place):
     """A contiguous part of the tokens at each home, which travels by itself.
 
     Attributes:
         home: the part's place among the tokens at home.
         token: ``[sum(send)]`` int64, the home row of each sent token; ascending within a row shard.
         send: ``[row shards]``, how many tokens of this home go to each row shard.
-        home_sizes: elements of x between this rank as a home and each owner, in the domain's order.
-        owner_sizes: elements of x between this rank as an owner and each home, in the domain's order.
-        tokens: the part's place among the received tokens.
-        picks: the part's place among the received picks.
+        home_messages: elements of the messages between this rank as a home and each owner, in the domain's order.
+        owner_messages: those between this rank as an owner and each home, likewise.
     """
 
     home: slice
     token: Tensor
     send: list[int]
-    home_sizes: list[int]
-    owner_sizes: list[int]
-    tokens: slice
-    picks: slice
+    home_messages: list[int]
+    owner_messages: list[int]
 
     @cached_property
     def at_home(self) -> Picks:
@@ -228,7 +227,6 @@ class ExchangePlan:
     """
 
     layout: GridLayout
-    groups: ExpertGroups
     traffic: Traffic
     parts: list[Part]
     route: ColumnRoute
@@ -239,7 +237,7 @@ class ExchangePlan:
         """:attr:`picks` as a tensor of their own, lest an order of theirs live as long as the plan."""
         return Picks(self.picks.offsets, self.picks.expert.view(-1))
 
-    def picks_of(self, part: Part) -> Picks:
+    def picks_of(self, part: Place) -> Picks:
         """The received picks of a part, its first token being number 0."""
         offsets = self.picks.offsets[part.tokens.start : part.tokens.stop + 1]
         return Picks(offsets - part.picks.start if part.picks.start else offsets, self.picks.expert[part.picks])
@@ -250,23 +248,31 @@ class ExchangePlan:
         Returns:
             ``[received tokens, columns]`` at the owner, where the rows of a part are once its arrival is waited for.
         """
-        width = len(self.layout.columns)
+        layout, wire, width = self.layout, self.layout.wire, len(self.layout.columns)
         received = x.new_empty(self.picks.tokens, width)
-        flat, arrivals = received.view(-1), []
+        slices = [wire.encode(x[:, layout.columns_of(shard)]) for shard in range(layout.column_shards)]
+        as_it_is = slices[0].dtype == x.dtype
+        messages = received if as_it_is else slices[0].new_empty(self.picks.tokens, wire.length(width))
+        arrivals = []
         for part in self.parts:
-            if self.layout.column_shards == 1:
-                sent = x[part.token]
+            if len(slices) == 1:
+                sent = slices[0][part.token].flatten()
             else:
-                slices = [x[:, self.layout.columns_of(shard)] for shard in range(self.layout.column_shards)]
                 sent = torch.cat([piece[rows].flatten() for rows in part.token.split(part.send) for piece in slices])
-            out = flat[part.tokens.start * width : part.tokens.stop * width]
-            sizes = part.home_sizes, part.owner_sizes
-            arrivals.append(_start(sent.flatten(), *sizes, self.groups.domain, self.traffic, what, out))
+            out = messages[part.tokens]
+            sizes = part.home_messages, part.owner_messages
+            arrival = _start(sent, *sizes, layout.domain_group, layout, self.traffic, what, out.view(-1))
+            if not as_it_is:
+                arrival.then(partial(_decode_into, wire, received[part.tokens], out))
+            arrivals.append(arrival)
         return received, arrivals
 
-    def start_rows_to_homes(self, y: Tensor, part: Part, what: str) -> Arrival:
-        """Send a part's ``[its received tokens, columns]`` from the owner to the homes."""
-        return _start(y.flatten(), part.owner_sizes, part.home_sizes, self.groups.domain, self.traffic, what)
+    def start_rows_to_homes(self, y: Tensor, number: int, what: str) -> Arrival:
+        """Send ``[its received tokens, columns]`` of a part, by its number, from the owner to the homes."""
+        layout, wire, part = self.layout, self.layout.wire, self.parts[number]
+        sent = wire.encode(y)
+        sizes = part.owner_messages, part.home_messages
+        return _start(sent.flatten(), *sizes, layout.domain_group, layout, self.traffic, what)
 
     def add_rows_at_home(self, arrivals: Iterable[Arrival], dtype: torch.dtype) -> Tensor:
         """The sum over row shards, in their order, of what the owners sent, ``[tokens, dim]``."""
@@ -277,13 +283,14 @@ class ExchangePlan:
             sums.append(_joined(of_columns, 1))
         return _joined(sums, 0)
 
-    def _columns(self, rows: Tensor, part: Part, shard: int) -> Tensor:
-        """``[sum(part.send), columns]`` of a column shard, out of all that came home for a part."""
-        width, shards = self.layout.widths[shard], self.layout.column_shards
+    def _columns(self, messages: Tensor, part: Part, shard: int) -> Tensor:
+        """``[sum(part.send), columns]`` of a column shard, out of all messages that came home for a part."""
+        wire, shards = self.layout.wire, self.layout.column_shards
+        length = wire.length(self.layout.widths[shard])
         if shards == 1:
-            return rows.view(-1, width)
-        pieces = rows.split(part.home_sizes)[shard::shards]
-        return torch.cat([piece.view(sent, width) for sent, piece in zip(part.send, pieces)])
+            return wire.decode(messages.view(-1, length))
+        pieces = messages.split(part.home_messages)[shard::shards]
+        return wire.decode(torch.cat([piece.view(sent, length) for sent, piece in zip(part.send, pieces)]))
 
     def start_picks_to_owners(self, value: Tensor) -> Arrival:
         """Send ``[sent picks]`` to the owners in this home's column."""
@@ -299,10 +306,14 @@ class ExchangePlan:
 
     def sum_columns(self, value: Tensor, what: str) -> Tensor:
         """The sum of ``value [picks]`` over the column shards, in place; ``what`` is counted, ``dots`` or ``ddots``."""
-        dist.all_reduce(value, group=self.groups.columns)
+        self.layout.transport.sum(value, self.layout.column_group)
         others = self.layout.column_shards - 1  # a ring sends each number on twice, but for a rank's own part
         self.traffic.sent[what] += 2 * others * value.nbytes // self.layout.column_shards
         return value
+
+
+def _decode_into(wire: Wire, rows: Tensor, messages: Tensor, _: Tensor) -> Tensor:
+    return rows.copy_(wire.decode(messages))
 
 
 @dataclass(frozen=True)
@@ -334,7 +345,8 @@ class MergedPicks:
 
         Args:
             gates: ``[tokens, picks]``, in the order of the indices.
-            sent: ``[sent picks]`` int64, kept places, each once, in the flattened ``[tokens * picks]``.
+            sent: ``[sent picks]`` int64, places in the flattened ``[tokens * picks]``, each once: all that are kept, or
+                all. What is given for the others has no meaning.
 
         Returns:
             ``[sent picks]``.
@@ -361,7 +373,9 @@ class _MergedGates(torch.autograd.Function):
         order, kept, sent = ctx.saved_tensors
         flat = kept.view(-1)
         number = flat.cumsum(0) - flat.to(torch.int64)  # of the expert among those of all tokens
-        of_expert = torch.empty_like(dsent).index_copy_(0, number[sent], dsent)
+        # that of a place that is not kept, if there is one, goes to where there is then no expert
+        number_sent = torch.where(flat[sent], number[sent], len(sent) - 1)
+        of_expert = torch.empty_like(dsent).index_copy_(0, number_sent, dsent)
         return (
             torch.empty_like(order, dtype=dsent.dtype).scatter_(1, order, of_expert[number].view_as(order)),
             None,
@@ -383,8 +397,6 @@ def plan_exchange(
     Returns:
         The plan, and ``sent: [sent picks]`` int64, the kept places of ``[tokens * picks]`` in sending order.
     """
-    groups = layout.groups
-    assert groups is not None
     tokens, of_token = picks.expert.shape
     starts, blocks = layout.first_rows(picks.expert.device), layout.row_shards * parts
     token = torch.arange(tokens, dtype=torch.int64, device=starts.device)
@@ -417,7 +429,6 @@ def plan_exchange(
     traffic.tokens_received += picks_of_token.numel()
     plan = ExchangePlan(
         layout=layout,
-        groups=groups,
         traffic=traffic,
         parts=_parts(token[begin], tokens, sizes, received, layout),
         route=pick_route,
@@ -437,12 +448,10 @@ def _exchange_counts(sent: Tensor, layout: GridLayout, traffic: Traffic) -> tupl
         ``sent``, and ``[row, column, part, 2]`` int64, what the home ``row, column`` sends to this row shard; both on
         the host.
     """
-    assert layout.groups is not None
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=layout.groups.rows)
+    received = layout.transport.counts(sent, layout.row_group)
     traffic.sent["counts"] += (len(sent) - 1) * sent[0].nbytes
     sizes = [len(sent)] * layout.column_shards
-    received = _pass_on(received, sizes, layout.groups, traffic, "counts").view(-1, *sent.shape).transpose(0, 1)
+    received = _pass_on(received, sizes, layout, traffic, "counts").view(-1, *sent.shape).transpose(0, 1)
     counts = on_host(torch.cat([sent[:, None], received], dim=1))
     return counts[:, 0], counts[:, 1:]
 
@@ -463,9 +472,9 @@ def _parts(token: Tensor, at_home: int, sent: np.ndarray, received: np.ndarray, 
     tokens = sent[..., _TOKENS]  # [row, part]
     by_part = np.arange(tokens.size).reshape(tokens.shape).T.flatten().tolist()
     token_of_part = _in_order(token, tokens.flatten().tolist(), by_part).split(tokens.sum(0).tolist())
-    widths = np.array(layout.widths)
-    home_sizes = tokens[:, None] * widths[:, None]  # [row, column, part], as are the owner's
-    owner_sizes = received[..., _TOKENS] * len(layout.columns)
+    lengths = np.array([layout.wire.length(width) for width in layout.widths])
+    home_messages = tokens[:, None] * lengths[:, None]  # [row, column, part], as are the owner's
+    owner_messages = received[..., _TOKENS] * layout.wire.length(len(layout.columns))
     sizes = received.sum((0, 1))  # [part, 2], as are ends and begins
     ends = sizes.cumsum(0)
     begins = ends - sizes
@@ -474,8 +483,8 @@ def _parts(token: Tensor, at_home: int, sent: np.ndarray, received: np.ndarray, 
             home=slice(at_home * part // tokens.shape[1], at_home * (part + 1) // tokens.shape[1]),
             token=token_of_part[part],
             send=tokens[:, part].tolist(),
-            home_sizes=home_sizes[..., part].flatten().tolist(),
-            owner_sizes=owner_sizes[..., part].flatten().tolist(),
+            home_messages=home_messages[..., part].flatten().tolist(),
+            owner_messages=owner_messages[..., part].flatten().tolist(),
             tokens=slice(int(begins[part, _TOKENS]), int(ends[part, _TOKENS])),
             picks=slice(int(begins[part, _PICKS]), int(ends[part, _PICKS])),
         )

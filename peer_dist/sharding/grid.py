@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peer_dist.sharding.transport import ALL_TO_ALL, ALONE, Transport
+from peer_dist.sharding.wire import AS_IT_IS, Wire
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -24,6 +27,8 @@ class ExpertGroups:
         domain: all of them; rank ``r * columns + c`` has row shard ``r`` and column shard ``c``.
         rows: those with this rank's column shard, in order of row shards.
         columns: those with this rank's row shard, in order of column shards; None if rows are whole.
+        wire: in what form rows travel between them.
+        transport: by what they travel.
 
     Raises:
         ValueError: the groups are not such a grid.
@@ -32,6 +37,8 @@ class ExpertGroups:
     domain: dist.ProcessGroup
     rows: dist.ProcessGroup
     columns: dist.ProcessGroup | None = None
+    wire: Wire = AS_IT_IS
+    transport: Transport = ALL_TO_ALL
     _meshes: dict[str, DeviceMesh] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -42,8 +49,8 @@ class ExpertGroups:
             raise ValueError(f"row shards {rows} and column shards {columns} are no grid of the ranks {ranks}")
 
     @classmethod
-    def over(cls, group: dist.ProcessGroup, columns: int = 1) -> ExpertGroups:
-        """A grid with ``columns`` column shards over the ranks of ``group``.
+    def over(cls, group: dist.ProcessGroup, columns: int = 1, wire: Wire = AS_IT_IS) -> ExpertGroups:
+        """A grid with ``columns`` column shards over the ranks of ``group``, and rows on the way in the form ``wire``.
 
         With more than one, every rank of the world must call it, with its own group: it makes new ones.
 
@@ -54,11 +61,11 @@ class ExpertGroups:
         if columns < 1 or len(ranks) % columns:
             raise ValueError(f"{columns} column shards do not divide a group of {len(ranks)} ranks")
         if columns == 1:
-            return cls(group, group)
+            return cls(group, group, wire=wire)
         place = ranks.index(dist.get_rank())
         first = place // columns * columns
         rows, row = _new_groups([ranks[place % columns :: columns], ranks[first : first + columns]])
-        return cls(group, rows, row)
+        return cls(group, rows, row, wire)
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | DeviceMesh | ExpertGroups) -> ExpertGroups:
@@ -197,6 +204,31 @@ class GridLayout:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GridLayout:
         return self
+
+    @property
+    def domain_group(self) -> dist.ProcessGroup | None:
+        """All owners; None for one process."""
+        return None if self.groups is None else self.groups.domain
+
+    @property
+    def row_group(self) -> dist.ProcessGroup | None:
+        """The owners with this rank's column shard; None for one process."""
+        return None if self.groups is None else self.groups.rows
+
+    @property
+    def column_group(self) -> dist.ProcessGroup | None:
+        """The owners with this rank's row shard; None if rows are whole."""
+        return None if self.groups is None else self.groups.columns
+
+    @property
+    def wire(self) -> Wire:
+        """In what form rows travel."""
+        return AS_IT_IS if self.groups is None else self.groups.wire
+
+    @property
+    def transport(self) -> Transport:
+        """By what they travel."""
+        return ALONE if self.groups is None else self.groups.transport
 
     @property
     def row_shards(self) -> int:

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import peer_dist.kernels as package
 from peer_dist import PEER
@@ -22,6 +24,8 @@ from peer_dist.layers import product_keys
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
 from peer_dist.optim import TableOptimizer, TableRule
 from peer_dist.sharding import ExpertGroups, GridLayout, exchange
+from peer_dist.sharding.transport import SymmetricMemory
+from peer_dist.sharding.wire import WIRES
 from tests.gpu.test_layers import LAYERS
 
 pytestmark = pytest.mark.gpu
@@ -86,10 +90,11 @@ def meta_layer(kind, options, **more):
     return kind(**{**sizes, **options, **more}, device=META, dtype=torch.bfloat16)
 
 
-def step(layer):
+def step(call, layer=None):
+    layer = call if layer is None else layer
     x = torch.empty(TOKENS, layer.dim, device=META, dtype=torch.bfloat16, requires_grad=True)
     with NoCopies(), Operators():
-        y = layer(x)
+        y = call(x)
         assert y.device == META
         assert y.dtype == x.dtype
         return torch.autograd.grad(y, [x, *layer.parameters()], torch.empty_like(y))
@@ -143,6 +148,60 @@ def test_an_exchange_asks_once_in_its_forward_pass(kind, options, chunks, launch
     layer = meta_layer(kind, options, group=ExpertGroups.over(dist.group.WORLD), **parts)
     step(layer)
     assert len(sent_evenly) == 1
+    assert "_runs_kernel" in launched
+
+
+def waits(asked, layer):
+    """How often the host waits in a step, and in a step of which the whole layer is recomputed."""
+    asked.clear()
+    step(layer)
+    once = len(asked)
+    asked.clear()
+    step(lambda x: checkpoint(layer, x, use_reentrant=False), layer)
+    return once, len(asked)
+
+
+@pytest.mark.parametrize(("kind", "options"), LAYERS[:2], ids=str)
+def test_recomputation_makes_the_plan_again(kind, options, launched, sent_evenly):
+    layer = meta_layer(kind, options, group=ExpertGroups.over(dist.group.WORLD))
+    assert waits(sent_evenly, layer) == (1, 2)
+
+
+@pytest.fixture
+def sizes_on_device(sent_evenly, monkeypatch):
+    """Symmetric memory, whose operator and buffers have no numbers; more than one row shard, so that rows travel."""
+    calls = []
+
+    def vdev(x, out, sizes, arrived, group_name):
+        assert {value.device for value in (x, out, sizes, arrived)} == {META}
+        calls.append((tuple(x.shape), tuple(out.shape)))
+
+    monkeypatch.setattr(symmetric_memory, "is_nvshmem_available", lambda: True)
+    monkeypatch.setattr(symmetric_memory, "set_backend", lambda name: None)
+    monkeypatch.setattr(symmetric_memory, "empty", torch.empty)
+    monkeypatch.setattr(torch.ops.symm_mem, "all_to_all_vdev", vdev, raising=False)
+    monkeypatch.setattr(dist, "all_to_all_single", lambda out, x, group: None)
+    return calls
+
+
+@pytest.mark.parametrize("wire", [None, "float8"])
+@pytest.mark.parametrize(("kind", "options"), LAYERS, ids=str)
+def test_symmetric_memory_never_asks(kind, options, wire, launched, sent_evenly, sizes_on_device):
+    """Neither forward nor backward nor recomputed, and shapes are the same whatever the picks: all that the capture of
+    a CUDA graph needs.
+    """
+    if options.get("sparse_grad"):
+        pytest.skip("the host asks for the number of touched rows")
+    world = dist.group.WORLD
+    groups = ExpertGroups(world, world, wire=WIRES[wire], transport=SymmetricMemory())
+    layer = meta_layer(kind, options, group=groups)
+    step(layer)
+    first = list(sizes_on_device)
+    assert len(first) == (7 if kind is PEER else 5)  # picks, gates, x, y, dy, dx, dgates; of values no x and no dx
+    sizes_on_device.clear()
+    step(layer)
+    assert sizes_on_device == first
+    assert waits(sent_evenly, layer) == (0, 0)
     assert "_runs_kernel" in launched
 
 

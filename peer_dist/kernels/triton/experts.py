@@ -185,12 +185,13 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
     live = place < picks
     row = tl.load(expert + place, mask=live, other=0).to(tl.int64)
     source = tl.load(token + place, mask=live, other=0).to(tl.int64)
+    there = live & (row >= 0)  # else it is no pick, and has no token
     part = tl.program_id(1)
     dot = tl.full([BLOCK_K], 0.0, ACC)
     for begin in range(0, WIDTH, BLOCK_D):
         col = begin + tl.arange(0, BLOCK_D)
         cols = part * WIDTH + col
-        mask = live[:, None] & ((col < WIDTH) & (cols < DIM))[None, :]
+        mask = there[:, None] & ((col < WIDTH) & (cols < DIM))[None, :]
         rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         values = tl.load(x + source[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         dot += tl.sum(rows.to(ACC) * values.to(ACC), 1)
@@ -330,7 +331,8 @@ def _pieces_kernel(  # type: ignore[no-untyped-def]
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = piece * size
     stop = start + size
-    if tl.load(expert + start) == tl.load(expert + stop - 1):
+    first = tl.load(expert + start)
+    if (first == tl.load(expert + stop - 1)) & (first >= 0):
         down, up = _sum_places(
             start, stop, order, token, dpre, hidden, x, dy, cols, stop, 0, DIM, BLOCK_D, BLOCK_K, ACC
         )
