@@ -135,15 +135,15 @@ def row_squares(grad: Tensor) -> Tensor:
 def backend(grad: Tensor, *tables: Tensor) -> Any:
     """What steps tables with such gradients: Triton on GPUs, the C library on CPUs, plain PyTorch otherwise."""
     if not all(table.is_contiguous() for table in tables):
-        return _Plain
+        return Plain
     if grad.is_cuda:
         from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
 
-        return triton.updates if triton.available(grad, *tables) else _Plain
-    return native if native.available(grad, *tables) and all(t.dtype == grad.dtype for t in tables) else _Plain
+        return triton.updates if triton.available(grad, *tables) else Plain
+    return native if native.available(grad, *tables) and all(t.dtype == grad.dtype for t in tables) else Plain
 
 
-class _Plain:
+class Plain:
     """The definition, in plain PyTorch, for any device and dtype. Nothing here leaves torch a choice of roundings."""
 
     @staticmethod
@@ -159,15 +159,12 @@ class _Plain:
     ) -> None:
         """See :func:`update_rows`."""
         weights = table if master is None else master
-        size = max(1, BLOCK // max(1, table.shape[1]))
-        for begin in range(0, len(grad), size):
-            block = slice(begin, min(begin + size, len(grad)))
+        for block in _blocks(grad):
             which: Any = block if rows is None else rows[block]
-            raw = grad[block].float()
-            g = raw * step.scale
+            g = grad[block].float() * step.scale
             rate: Tensor | None = None
             if "row_sq" in moments:
-                total = raw.square().sum(1) if squares is None else squares[block]
+                total = _squares(grad[block]) if squares is None else squares[block]
                 square = moments["row_sq"][which] * step.second + total * step.scale * step.mean * step.rest_second
                 moments["row_sq"][which] = square
                 rate = _rate(step, square)[:, None]
@@ -193,7 +190,18 @@ class _Plain:
     @staticmethod
     def row_squares(grad: Tensor) -> Tensor:
         """See :func:`row_squares`."""
-        return torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square()
+        sums = [_squares(grad[block]) for block in _blocks(grad)]
+        return torch.cat(sums) if sums else torch.zeros(len(grad), dtype=torch.float32, device=grad.device)
+
+
+def _blocks(grad: Tensor) -> list[slice]:
+    """Rows that are taken at a time."""
+    size = max(1, BLOCK // max(1, grad.shape[1]))
+    return [slice(begin, min(begin + size, len(grad))) for begin in range(0, len(grad), size)]
+
+
+def _squares(grad: Tensor) -> Tensor:
+    return grad.float().square().sum(1)
 
 
 def _rate(step: Step, square: Tensor) -> Tensor:
