@@ -67,7 +67,9 @@ def test_a_step_is_that_of_float64(kind, lazy):
         square = new["exp_avg_sq"] = step.second * old["exp_avg_sq"] + step.rest_second * g.square()
     if "exp_avg" in old:
         g = new["exp_avg"] = step.first * old["exp_avg"] + step.rest_first * g
-    new["table"] = step.decay * table.table.double()[which] - step.rate * g / ((square * step.unbiased).sqrt() + step.eps)
+    new["table"] = step.decay * table.table.double()[which] - step.rate * g / (
+        (square * step.unbiased).sqrt() + step.eps
+    )
     got = table.stepped(native)
     for name, value in new.items():
         torch.testing.assert_close(got[name][which].double(), value, rtol=4 * 2**-24, atol=4 * 2**-24)

@@ -74,4 +74,4 @@ def same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     """All NaN being one."""
     assert got.keys() == want.keys()
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0, equal_nan=True, msg=f"of {name}")
