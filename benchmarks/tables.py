@@ -5,6 +5,7 @@
 "passes" is how tables were stepped before: blocks of rows in some ten elementwise operations of torch's, and dense
 `adam` by torch's fused AdamW. Bytes an element are counted: those that each operation reads and writes. On a GPU, whose
 blocks of the passes fall out of its caches, they go through memory; on a CPU a block's temporaries stay in its cache.
+Gradients are not clipped, which would take the passes one pass more.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from peer_dist.kernels import row_gradient
 from peer_dist.kernels.rounding import random_bits, round_stochastically, stream_key
 from peer_dist.optim import TableOptimizer, TableRule
 
-LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.999), 1e-8, 0.01, 0.5
+LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 BLOCKS = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements
 
 
@@ -69,7 +70,7 @@ class Passes:
         """``values [touched, dim]`` are the gradients of ``rows``, or of all."""
         self.steps += 1
         if self.adamw is not None:
-            self.master.grad = values.float() * CLIP
+            self.master.grad = values.float()
             self.adamw.step()
             if self.master is not self.table:
                 self.table.copy_(self.master)
@@ -81,9 +82,9 @@ class Passes:
             mean = torch.empty(len(values), dtype=torch.float32, device=values.device)
             for block in blocks:
                 torch.linalg.vector_norm(values[block].float(), dim=1, out=mean[block])
-            mean.mul_(CLIP).square_().div_(self.case.dim)
+            mean.square_().div_(self.case.dim)
         for block in blocks:
-            self._step_block(block, rows, values[block].float().mul(CLIP), None if mean is None else mean[block])
+            self._step_block(block, rows, values[block].float(), None if mean is None else mean[block])
 
     def _step_block(self, block: slice, rows: Tensor | None, grad: Tensor, mean: Tensor | None) -> None:
         table, master, moments = self.table, self.master, self.moments
@@ -180,7 +181,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
 
         def step() -> None:
             table.grad = grad if rows is None else row_gradient(rows, grad, case.rows)
-            optimizer.step(CLIP)
+            optimizer.step(1.0)
 
         return table, step
 

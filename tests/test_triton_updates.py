@@ -100,8 +100,8 @@ def test_through_the_interpreter():
 # Ahead-of-time compilation: what the launcher would run, recorded and compiled for a GPU that need not be here.
 
 
-# Bytes that ptxas 13 spills to stay at 48, 64 and 80 registers a thread.
-STACK = {(256, 80): 8, (256, 90): 8, (256, 100): 8, (4096, 80): 8, (8192, 80): 8}
+# Bytes that ptxas 13 spills of one variant (lazy `adam` in float32), to stay at 48 registers a thread.
+STACK = {(256, 80): 8, (256, 90): 8, (256, 100): 8}
 
 
 def launched(columns, monkeypatch):

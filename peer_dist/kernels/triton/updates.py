@@ -21,7 +21,7 @@ TILE = 1024
 have 16 to 28 bytes an element in flight, over 100 KB; 3.35 TB/s over 132 multiprocessors at 1 us need 25."""
 
 MAX_BLOCK_D = 4096
-"""Columns that one program holds: 16 a thread, 8 warps."""
+"""Columns that one program holds: 8 a thread, 16 warps."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels. Pointers are to contiguous tensors. They are compiled without fused multiply-adds, and divide and take roots
@@ -202,5 +202,5 @@ def _blocks(dim: int) -> dict[str, int]:
     """Rows and columns of a program's tile, and its warps."""
     block_d = min(triton.next_power_of_2(dim), MAX_BLOCK_D)
     block_r = max(1, TILE // block_d)
-    warps = min(8, max(1, block_r * block_d // 256))
+    warps = min(16, max(1, block_r * block_d // 256))
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
