@@ -215,16 +215,16 @@ def main() -> None:
     """Measure every kind of optimizer, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", type=int, help="65,536 by default, 1,048,576 on a GPU")
+    parser.add_argument("--elements", type=int, help="of a table: 2**24 by default, 2**30 on a GPU")
     parser.add_argument("--dim", type=int, action="append", help="1024 and 256 by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    rows = options.rows or (1 << 20 if device.type == "cuda" else 1 << 16)
+    elements = options.elements or (1 << 30 if device.type == "cuda" else 1 << 24)
     found = []
     for dim, kind, weights in itertools.product(options.dim or (1024, 256), MOMENTS, ("float32", "master", "rounded")):
-        cases = [Case(kind, weights, lazy, rows, dim) for lazy in (False, True)]
+        cases = [Case(kind, weights, lazy, elements // dim, dim) for lazy in (False, True)]
         found += [measure(case, device, options.rounds) for case in cases]
         show(f"{kind}, {weights}, {dim} columns, on {device_name(device)}", found[-2:])
     write_json(options.json, {"device": device_name(device), "torch": torch.__version__, "rows": found})
