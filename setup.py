@@ -53,7 +53,7 @@ setup(
     package_data={
         "peer_dist": ["py.typed", "configs/*.yaml", "configs/*/*.yaml"],
         "peer_dist.data": ["*.txt"],
-        "peer_dist.kernels": ["*.c"],
+        "peer_dist.kernels": ["*.c", "*.h"],
         "peer_dist.planning": ["*.yaml"],
         "peer_dist.report": ["*.html"],
         "peer_dist.slurm": ["*.sbatch"],

@@ -96,7 +96,9 @@ def compiled(launch: Launch, capability: int) -> Any:
         else:
             long = isinstance(value, int) and not -(1 << 31) <= value < 1 << 31
             signature[parameter.name] = "i64" if long else SCALARS[type(value)]
-    options = {key: constexprs.pop(key) for key in ("num_stages", "maxnreg") if key in constexprs}
+    options = {
+        key: constexprs.pop(key) for key in ("num_stages", "maxnreg", "enable_fp_fusion") if key in constexprs
+    }
     if hasattr(compiler, "AttrsDescriptor"):  # up to Triton 3.2, of torch 2.6
         attributes = compiler.AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
     else:
@@ -105,7 +107,7 @@ def compiled(launch: Launch, capability: int) -> Any:
         signature = {name: signature[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs, attributes)
     target = compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, **options, **launching.OPTIONS})
+    return triton.compile(source, target=target, options=launching.OPTIONS | options | {"num_warps": num_warps})
 
 
 def resources(binary: Any, folder: Path) -> tuple[int, int]:

@@ -146,7 +146,8 @@ def test_all_files_ship(built: dict[str, Path]) -> None:
     wanted |= {f"peer_dist/{file.relative_to(tree)}" for file in (tree / "configs").rglob("*.yaml")}
     shipped = {name for name in zipfile.ZipFile(built["wheel"]).namelist() if ".dist-info/" not in name}
     assert shipped == wanted
-    assert {"peer_dist/py.typed", "peer_dist/configs/quickstart.yaml", "peer_dist/kernels/native.c"} <= wanted
+    sources = {f"peer_dist/kernels/{name}" for name in ("native.c", "updates.c", "rows.h")}
+    assert {"peer_dist/py.typed", "peer_dist/configs/quickstart.yaml", *sources} <= wanted
 
 
 def test_the_sdist_makes_the_same_wheel(built: dict[str, Path], tmp_path: Path) -> None:

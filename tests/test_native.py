@@ -19,9 +19,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peer_dist.kernels import Picks, allocation, native, reference, signatures
+from peer_dist.kernels.rounding import Rounding
+from peer_dist.kernels.updates import Step
 from tests.ranks import run_each
 
-SIZES = {"tokens": 5, "dim": 16, "picks": 12, "rows": 9, "queries": 3, "n": 20, "k": 4, "most": 9, "written": 9}
+SIZES = {
+    "tokens": 5,
+    "dim": 16,
+    "picks": 12,
+    "rows": 9,
+    "queries": 3,
+    "n": 20,
+    "k": 4,
+    "most": 9,
+    "written": 9,
+    "touched": 9,
+}
 PICKS = Picks(torch.tensor([0, 2, 2, 5, 5, 12]), torch.tensor([8, 0, 3, 3, 5, 0, 1, 2, 2, 7, 8, 8]))
 REFUSED = (TypeError, ValueError, IndexError)
 
@@ -36,7 +49,7 @@ def arguments(name):
     """What a function takes, for it to work."""
     touched, order, token, starts = native._group(PICKS, SIZES["rows"])
     sizes = SIZES | {"segments": len(touched)}
-    known = {"offsets": PICKS.offsets, "expert": PICKS.expert}
+    known = {"offsets": PICKS.offsets, "expert": PICKS.expert, "row": torch.arange(SIZES["rows"])}
     if name.startswith("table_grad"):
         known |= {"token": token, "order": order, "starts": starts, "rows": touched}
     given = {}
@@ -105,10 +118,16 @@ def wrong_tensors(right):
 WRONG_NUMBERS = (1.0, True, torch.tensor(1), "1", None, [1], -1, 1 << 63, 1 << 62)
 
 
-# What is as good as the right argument: one table may have any number of rows, and rows need not be told.
+# What is as good as the right argument: one table may have any number of rows, and rows need not be told, nor what an
+# optimizer may lack.
 AS_GOOD = {
     *((f"{name}_{row}", "table", "longer in 0") for name in ("dots", "mix") for row in ("f32", "bf16")),
     *((f"table_grad_{row}", "rows", "nothing") for row in ("f32", "bf16")),
+    *(
+        (f"update_{way}", part, "nothing")
+        for way in ("in_place", "master", "stochastic")
+        for part in ("row", "squares", "exp_avg", "exp_avg_sq", "row_sq")
+    ),
     ("wrong_picks", "rows", str(1 << 62)),
 }
 
@@ -143,6 +162,7 @@ def test_every_argument_of_every_function_is_checked(name):
         ("forward_f32", {"kind": 3}),
         ("backward_bf16", {"kind": 3}),
         ("table_grad_f32", {"stream": 2}),
+        ("update_master", {"touched": 10}),
     ],
 )
 def test_sizes_that_a_function_does_not_serve(name, numbers):
@@ -152,6 +172,8 @@ def test_sizes_that_a_function_does_not_serve(name, numbers):
         given |= {"touched": given["touched"][:8], "starts": given["starts"][:9]}
     if name == "top_pairs":
         given |= {key: given[key][:, :0].contiguous() for key in ("number", "score")}
+    if name == "update_master":
+        given |= {key: torch.cat([given[key], given[key][:1]]) for key in ("grad", "row", "squares")}
     with pytest.raises(ValueError, match="does not hold"):
         signatures.call(native.load_library(), name, **given)
 
@@ -173,6 +195,20 @@ WRONG_PICKS = {
     "row 2**62": (None, 1 << 62),
     "row -2**63": (None, -(1 << 63)),
 }
+
+
+@pytest.mark.parametrize("rows", [[-1, 3], [3, 9], [3, 3], [5, 4], [1 << 62, 4], [-(1 << 63), 4]])
+@pytest.mark.parametrize("rounding", [None, Rounding(7, 0, 0)])
+def test_rows_that_lead_out_of_the_table_are_not_stepped(rows, rounding):
+    """In one sentence, and nothing is written."""
+    table, moments = torch.ones(9, 16, dtype=torch.bfloat16), {"row_sq": torch.ones(9)}
+    master = torch.ones(9, 16) if rounding is None else None
+    step = Step.of("rowwise_adagrad", 0.1, (0.9, 0.99), 1e-8, 0.1, count=1, scale=1.0, dim=16)
+    with pytest.raises(IndexError, match="must ascend, each once, within the table's 9"):
+        native.update_rows(
+            step, torch.ones(2, 16).bfloat16(), table, moments, master, torch.tensor(rows), None, rounding
+        )
+    assert all(value is None or bool((value == 1).all()) for value in (table, master, moments["row_sq"]))
 
 
 @pytest.mark.parametrize("picks", WRONG_PICKS)
@@ -366,7 +402,7 @@ def use(changes, uid=None, most_bytes=None, seconds=None):
     """With other variables, in a process of its own: the library's path and what is said. Its sums must be right."""
     for name in (*native._LOCAL_RANKS, "CC", "XDG_CACHE_HOME"):
         os.environ.pop(name, None)
-    native._source()
+    native._sources()
     for name, value in changes.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     if uid is not None:

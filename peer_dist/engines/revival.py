@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from peer_dist.engines import Engine
+from peer_dist.kernels.rounding import stream_key
 from peer_dist.megatron import Parallel, peer_layers
-from peer_dist.optim.rounding import stream_key
 
 STARVED = 16
 """A sub-key with fewer picks than an even share divided by this is starved."""

@@ -9,33 +9,19 @@
 
 #ifndef ROW
 
+#include "rows.h"
+
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef __SSE__
-#include <immintrin.h>
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-typedef int64_t i64;
-typedef uint16_t bf16;
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias)); /* at any address */
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef bf16 u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
-
 enum { GELU, RELU, SILU };
 enum { MOST_TOP_K = 64, HELD = 512 }; /* of the product-key search */
 
-#define AHEAD 8      /* picks */
 #define BLOCK 64     /* picks whose dot products are taken before their rows are added up */
-#define MOST_LINES 32 /* of one row; the hardware follows long rows by itself */
 
 static const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-static inline i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 
 /* Work in parts of some thousands of picks: part p of a list of tokens (or segments) begins where this says. */
 static inline i64 parts_of(i64 picks) { return 1 + smaller(picks / 4096, 511); }
@@ -48,20 +34,6 @@ static inline i64 begin_of(i64 part, i64 parts, const i64 *offsets, i64 count) {
     else high = middle;
   }
   return low;
-}
-
-/* Into L2: L1 has too few misses in flight. */
-static inline void fetch(const void *row, i64 bytes) {
-  i64 lines = smaller((bytes + 63) / 64, MOST_LINES);
-  for (i64 i = 0; i < lines; i++) __builtin_prefetch((const char *)row + 64 * i, 0, 2);
-}
-
-static inline float total(v16 v) {
-  float each[16], sum = 0;
-  memcpy(each, &v, sizeof v);
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < 16; i++) sum += each[i];
-  return sum;
 }
 
 /* exp, to 2 units in the last place; what would overflow or underflow is clamped. Branchless, for vectors. */
@@ -111,46 +83,6 @@ static void derivative(i64 n, int kind, const float *pre, float *out) {
       out[i] = s * (1 + pre[i] * (1 - s));
     }
 }
-
-static inline v16 load_f32(const float *from) { return *(const v16 *)from; }
-static inline void store_f32(float *to, v16 v) { *(v16 *)to = v; }
-static inline float get_f32(float x) { return x; }
-static inline float put_f32(float x) { return x; }
-
-static inline v16 load_bf16(const bf16 *from) {
-  u32x16 wide = __builtin_convertvector(*(const u16x16 *)from, u32x16) << 16;
-  v16 out;
-  memcpy(&out, &wide, sizeof out);
-  return out;
-}
-static inline void store_bf16(bf16 *to, v16 v) { /* to the nearest, ties to even, as torch does */
-  u32x16 bits;
-  memcpy(&bits, &v, sizeof bits);
-  u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (u32x16)(v != v);
-  *(u16x16 *)to = __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), u16x16);
-}
-static inline float get_bf16(bf16 x) {
-  union { uint32_t bits; float value; } u = {(uint32_t)x << 16};
-  return u.value;
-}
-static inline bf16 put_bf16(float x) {
-  union { float value; uint32_t bits; } u = {x};
-  return x == x ? (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16 : 0x7fc0;
-}
-
-/* Past the caches, where a line is written whole: it need not be read first. */
-static inline void stream_f32(float *to, v16 v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(to, (__m512)v);
-#elif defined(__SSE__)
-  float lanes[16];
-  memcpy(lanes, &v, sizeof v);
-  for (int i = 0; i < 16; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(lanes + i));
-#else
-  store_f32(to, v);
-#endif
-}
-static inline void stream_bf16(bf16 *to, v16 v) { store_bf16(to, v); } /* half a line */
 
 /* Append those of s[0 .. 15] that are not below `least`, NaN being above all, and where they are. */
 static inline i64 collect(const float *s, int32_t at, float least, i64 held, float *value, int32_t *index) {
@@ -287,7 +219,6 @@ i64 group(i64 tokens, i64 rows, const i64 *offsets, const i64 *expert, uint64_t 
   return segments;
 }
 
-#define PASTE(a, b) a##b
 #define ROW float
 #define NAME(f) PASTE(f, _f32)
 #include "native.c"

@@ -1,4 +1,5 @@
-"""The expert products on CPU in C (native.c): float32 or bfloat16 tables, each picked row read once.
+"""The expert products and the tables' updates on CPU in C (native.c, updates.c): float32 or bfloat16 tables, each row
+read once.
 
 The C compiler of the machine builds it in about a second at first use; the library is cached per user. Without a
 compiler a library that was built ahead serves (:func:`build_ahead`: container images have one), or one that another
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch import Tensor
 from peer_dist.kernels import reference
 from peer_dist.kernels.allocation import gradient_memory
 from peer_dist.kernels.picks import Picks
+from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.signatures import call, declare
 from peer_dist.machine import cpu_features, private_folder
 
@@ -138,6 +140,42 @@ def sparse_table_grads(
     grads = [gradient_memory(touched.numel(), x.shape[1], dtype) for _, x in sums]
     _sum_segments(sums, picks, order, token, starts, None, touched.numel(), grads)
     return touched, grads
+
+
+def row_squares(grad: Tensor) -> Tensor:
+    """See :func:`peer_dist.kernels.updates.row_squares`."""
+    out = _floats(len(grad))
+    _call(_of("squares", grad.dtype), grad=grad, out=out)
+    return out
+
+
+def update_rows(
+    step: Sequence[float],
+    grad: Tensor,
+    table: Tensor,
+    moments: Mapping[str, Tensor],
+    master: Tensor | None,
+    rows: Tensor | None,
+    squares: Tensor | None,
+    rounding: Rounding | None,
+) -> None:
+    """See :func:`peer_dist.kernels.updates.update_rows`; the table and its gradient in one dtype."""
+    given = {
+        "numbers": torch.tensor(step, dtype=torch.float32, device="cpu"),
+        "grad": grad,
+        "row": rows,
+        "squares": squares,
+        **{part: moments.get(part) for part in ("exp_avg", "exp_avg_sq", "row_sq")},
+    }
+    if rounding is not None:
+        place = torch.tensor(rounding, dtype=torch.int64, device="cpu")
+        wrong = _call("update_stochastic", rows=len(table), place=place, table=table, **given)
+    elif master is not None:
+        wrong = _call("update_master", rows=len(table), weight=master, table=table, **given)
+    else:
+        wrong = _call("update_in_place", rows=len(table), weight=table, **given)
+    if wrong:
+        raise IndexError(f"rows of a sparse gradient must ascend, each once, within the table's {len(table)}")
 
 
 def _group(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -283,7 +321,7 @@ def _ahead() -> dict[Path, str]:
 
 
 def _ahead_names() -> dict[str, str]:
-    version, machine = hashlib.sha256(_source()).hexdigest()[:16], platform.machine()
+    version, machine = _digest(b"\0".join(_sources().values())), platform.machine()
     levels = _LEVELS if machine == "x86_64" else [""]
     return {level: f"expert_mix-{level or machine}-{version}" for level in levels}
 
@@ -318,7 +356,7 @@ def _cached_name(compiler: tuple[str, ...] | None) -> str:
     its own.
     """
     kind = cpu_features(), "" if sys.platform == "linux" else platform.node()
-    key = _digest(b"\0".join([_source(), *(part.encode() for part in (*FLAGS, *kind))]))
+    key = _digest(b"\0".join([*_sources().values(), *(part.encode() for part in (*FLAGS, *kind))]))
     return f"expert_mix-{key}-" + ("*" if compiler is None else _digest(" ".join(compiler).encode())[:8])
 
 
@@ -342,8 +380,10 @@ def _digest(data: bytes) -> str:
 
 
 @lru_cache(maxsize=1)
-def _source() -> bytes:
-    return resources.files("peer_dist.kernels").joinpath("native.c").read_bytes()
+def _sources() -> dict[str, bytes]:
+    """The files of the library by name: those that are compiled end in ``.c``."""
+    folder = resources.files("peer_dist.kernels")
+    return {name: folder.joinpath(name).read_bytes() for name in ("native.c", "updates.c", "rows.h")}
 
 
 def _compiler() -> tuple[str, ...] | None:
@@ -371,9 +411,10 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, name
             if time.time() - left.stat().st_mtime > 3600:
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix="building-", dir=folder, ignore_cleanup_errors=True) as place:
-        code, built = Path(place, "native.c"), Path(place, "native.so")
-        code.write_bytes(_source())
-        _compile(compiler, flags, code, built)
+        built = Path(place, "native.so")
+        for file, code in _sources().items():
+            Path(place, file).write_bytes(code)
+        _compile(compiler, flags, built)
         built.chmod(0o755)
         path = folder / f"{name}-{_digest(built.read_bytes())}.so"
         os.replace(built, path)
@@ -384,11 +425,14 @@ def _build(compiler: tuple[str, ...], flags: tuple[str, ...], folder: Path, name
     return library
 
 
-def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], code: Path, built: Path) -> None:
-    """Without OpenMP on one thread, say by Apple's compiler, and without the flag for this processor if need be."""
+def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], built: Path) -> None:
+    """Of the sources beside ``built``. Without OpenMP on one thread, say by Apple's compiler, and without the flag for
+    this processor if need be.
+    """
+    codes = [str(built.with_name(name)) for name in _sources() if name.endswith(".c")]
     portable = tuple(flag for flag in flags if flag != "-march=native")
     for attempt in ((*flags, "-fopenmp"), flags, (*portable, "-fopenmp"), portable):
-        failure = _run([*compiler, *attempt, str(code), "-o", str(built), "-lm"], code.parent)
+        failure = _run([*compiler, *attempt, *codes, "-o", str(built), "-lm"], built.parent)
         if failure is None:
             return
     raise OSError(f"{shlex.join(compiler)} failed: {failure}")

@@ -1,4 +1,4 @@
-"""What each function of native.c takes, and the check of all of it before a call: C believes what it is told."""
+"""What each function of the C library takes, and the check of all of it before a call: C believes what it is told."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ F32, BF16, I32, I64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
 
 
 class Signature:
-    """One function of native.c: its integers, then its tensors, each under the name that C has for it.
+    """One function of the C library: its integers, then its tensors, each under the name that C has for it.
 
     Args:
         integers: their names, in C's order.
         limits: what must hold between the sizes.
-        optional: the name of a tensor that may be None.
+        optional: the names of tensors that may be None.
         returns: whether the function returns an integer.
         tensors: in C's order, dtype and shape of each. A size that has no value when its bare name is met is what the
             tensor says; all others must be as they are here.
@@ -28,7 +28,7 @@ class Signature:
     def __init__(
         self, integers: str, *limits: str, optional: str = "", returns: bool = False, **tensors: tuple[Any, ...]
     ) -> None:
-        self.integers, self.optional, self.returns = integers.split(), optional, returns
+        self.integers, self.optional, self.returns = integers.split(), optional.split(), returns
         self.limits = [compile(limit, limit, "eval") for limit in limits]
         self.tensors = {
             name: (dtype, [(size, None if size.isidentifier() else compile(size, size, "eval")) for size in shape])
@@ -58,10 +58,33 @@ def _signatures(row: torch.dtype) -> dict[str, Signature]:
     }  # fmt: skip
 
 
+def _updates() -> dict[str, Signature]:
+    """Those of updates.c, whose tensors depend on what there is beside the gradient."""
+    given = {"row": (I64, "touched"), "squares": (F32, "touched")}
+    moments = {"exp_avg": (F32, "rows", "dim"), "exp_avg_sq": (F32, "rows", "dim"), "row_sq": (F32, "rows")}
+    numbers, optional = (F32, "10"), " ".join((*given, *moments))
+
+    def of(grad: torch.dtype, *, place: tuple[Any, ...] | None = None, **weights: tuple[Any, ...]) -> Signature:
+        places = {} if place is None else {"place": place}
+        return Signature(
+            "touched rows dim", "touched <= rows", optional=optional, returns=True, numbers=numbers, **places,
+            grad=(grad, "touched", "dim"), **given, **weights, **moments,
+        )  # fmt: skip
+
+    return {
+        "update_in_place": of(F32, weight=(F32, "rows", "dim")),
+        "update_master": of(BF16, weight=(F32, "rows", "dim"), table=(BF16, "rows", "dim")),
+        "update_stochastic": of(BF16, place=(I64, "3"), table=(BF16, "rows", "dim")),
+    }
+
+
 _PICKS: dict[str, Any] = {"offsets": (I64, "tokens + 1"), "expert": (I64, "picks")}
 # What table_grad takes of `group` is right in itself; how long x and out must be for it, the caller says by "tokens"
 # and "written".
 SIGNATURES = {
+    **_updates(),
+    "squares_f32": Signature("rows dim", grad=(F32, "rows", "dim"), out=(F32, "rows")),
+    "squares_bf16": Signature("rows dim", grad=(BF16, "rows", "dim"), out=(F32, "rows")),
     "top_pairs": Signature(
         "queries n k", "1 <= k <= min(n, 64)", "n < 2**31",
         first=(F32, "queries", "n"), second=(F32, "queries", "n"), number=(I64, "queries", "k"),
@@ -96,7 +119,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def call(library: ctypes.CDLL, name: str, **given: Any) -> int:
-    """Call a function of native.c with what it takes by name; Python's lock is let go of meanwhile.
+    """Call a function of the C library with what it takes by name; Python's lock is let go of meanwhile.
 
     Integers that are sizes of tensors need not be given.
 
@@ -129,7 +152,7 @@ def call(library: ctypes.CDLL, name: str, **given: Any) -> int:
 def _checked(name: str, key: str, value: Any, sizes: dict[str, int]) -> int | None:
     """The address of a tensor that is what the function takes; sizes that it is the first to tell are noted."""
     signature = SIGNATURES[name]
-    if value is None and key == signature.optional:
+    if value is None and key in signature.optional:
         return None
     dtype, shape = signature.tensors[key]
     if not isinstance(value, Tensor) or value.dtype is not dtype:

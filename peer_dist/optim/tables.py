@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,16 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from peer_dist.kernels import row_gradient, wide
+from peer_dist.kernels import row_gradient
+from peer_dist.kernels.rounding import Rounding, stream_key
+from peer_dist.kernels.updates import Step, row_squares, update_rows
 from peer_dist.optim.held_bytes import HeldBytes
-from peer_dist.optim.rounding import random_bits, round_stochastically, stream_key
 from peer_dist.optim.sparse import merge, sum_over_copies
 
 KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
-
-# Elements of a block of rows, which bound a step's temporaries: on a CPU they stay in its cache, and a GPU
-# gets enough to do for each launch.
-BLOCKS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class TableOptimizer:
 
     A float32 table is stepped in place. A table of lower precision has a float32 master beside it, of which it
     is the rounding; with ``rounding_seed`` there is none, and the new weights are rounded stochastically to bfloat16
-    (:mod:`peer_dist.optim.rounding`).
+    (:mod:`peer_dist.kernels.rounding`). :mod:`peer_dist.kernels.updates` has the formulas.
 
     Args:
         tables: name to parameter, ``[rows, columns]`` each.
@@ -71,6 +67,9 @@ class TableOptimizer:
         data_parallel_size: what gradients are averaged over.
         offsets: name to the row and column at which the shard begins in the whole table: with them the same bits
             round a place in every layout. (0, 0) by default.
+
+    Attributes:
+        steps: the number of updates so far; setting it goes on from there.
     """
 
     def __init__(
@@ -87,28 +86,12 @@ class TableOptimizer:
         self.tables = dict(tables)
         self._rule, self._lr, self._offsets = rule, rule.lr, offsets or {}
         self._dim, self._columns, self._copies, self._data_parallel_size = dim, columns, copies, data_parallel_size
-        self._steps = 0
+        self.steps = 0
         self._masters = {
-            name: table
-            if table.dtype == torch.float32 or rule.rounding_seed is not None
-            else table.detach().float().requires_grad_()
+            name: table if table.dtype == torch.float32 or rule.rounding_seed is not None else table.detach().float()
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
-        self._adamw: torch.optim.AdamW | None = None
-        if rule.kind == "adam" and not rule.lazy and rule.rounding_seed is None and self.tables:
-            # fused: one pass over weight, gradient and both moments
-            self._adamw = torch.optim.AdamW(
-                self._masters.values(),
-                lr=rule.lr,
-                betas=rule.betas,
-                eps=rule.eps,
-                weight_decay=rule.weight_decay,
-                fused=True,
-            )
-            for name, master in self._masters.items():
-                step = torch.zeros((), dtype=torch.float32, device=master.device)
-                self._adamw.state[master] = {"step": step, **self._moments[name]}
         if rule.lazy:
             for table in self.tables.values():
                 _merge_as_it_comes(table)
@@ -131,9 +114,6 @@ class TableOptimizer:
     def set_lr(self, lr: float) -> None:
         """Use this learning rate from the next step on."""
         self._lr = lr
-        if self._adamw is not None:
-            for group in self._adamw.param_groups:
-                group["lr"] = lr
 
     def _grad(self, table: Tensor) -> Tensor:
         """The table's gradient, merged if it is sparse; where there is none, a gradient that touches no row or is 0."""
@@ -146,10 +126,10 @@ class TableOptimizer:
 
     @torch.no_grad()
     def grad_norm(self, device: torch.device) -> Tensor:
-        """Reduce the gradients over the copies and average them; their norm over all shards of all ranks.
+        """Add up the gradients over the copies; the norm of their averages over all shards of all ranks.
 
         A collective call of the whole world, with tables or without. The norm, a float32 number on ``device``, is the
-        very same on every rank.
+        very same on every rank. The gradients stay sums, which :meth:`step` averages.
         """
         copies = 1 if self._copies is None else dist.get_world_size(self._copies)
         squares = torch.zeros((), dtype=torch.float32, device=device)
@@ -160,137 +140,56 @@ class TableOptimizer:
                 grad = sum_over_copies(grad, self._copies)
             elif copies > 1:
                 dist.all_reduce(grad, group=self._copies)
-            values = grad.values() if self.lazy else grad
-            if self._data_parallel_size > 1:
-                values.div_(self._data_parallel_size)
-            squares += torch.linalg.vector_norm(values, dtype=wide(values)).square()
+            squares += row_squares(grad.values() if self.lazy else grad).sum()
             table.grad = grad
         dist.all_reduce(squares)
-        return (squares / copies).sqrt()
+        return (squares / copies).sqrt() / self._data_parallel_size
 
     @torch.no_grad()
     def step(self, grad_scale: float) -> None:
-        """One update with the tables' gradients times ``grad_scale``; the gradients are freed."""
-        self._steps += 1
-        if self._adamw is not None:
-            self._step_adamw(self._adamw, grad_scale)
-            return
+        """One update with the averages of the tables' gradients times ``grad_scale``; the gradients are freed."""
+        self.steps += 1
+        rule = self._rule
+        step = Step.of(
+            rule.kind,
+            self._lr,
+            rule.betas,
+            rule.eps,
+            rule.weight_decay,
+            count=self.steps,
+            scale=grad_scale / self._data_parallel_size,
+            dim=self._dim,
+            lazy=rule.lazy,
+        )
         for name, table in self.tables.items():
-            grad = self._grad(table)
+            grad, moments, master = self._grad(table), self._moments[name], self._masters[name]
             table.grad = None
-            if self.lazy:
-                self._update(name, grad.indices()[0], grad.values(), grad_scale)
-            else:
-                self._update(name, None, grad, grad_scale)
+            rows, values = (grad.indices()[0], grad.values()) if self.lazy else (None, grad)
+            squares = None
+            if "row_sq" in moments and self._columns is not None and dist.get_world_size(self._columns) > 1:
+                squares = row_squares(values)
+                dist.all_reduce(squares, group=self._columns)
+            update_rows(
+                step,
+                values,
+                table,
+                moments,
+                master=None if master is table else master,
+                rows=rows,
+                squares=squares,
+                rounding=self._rounding(name),
+            )
 
-    def _step_adamw(self, adamw: torch.optim.AdamW, grad_scale: float) -> None:
-        # one table after the other, so that one gradient at a time is there in float32: AdamW leaves out the others
-        grads = {name: table.grad for name, table in self.tables.items()}
-        self.zero_grad()
-        for name, table in self.tables.items():
-            master, table.grad = self._masters[name], grads.pop(name)
-            grad = self._grad(table).float()
-            table.grad = None
-            master.grad = grad.mul_(grad_scale) if grad_scale != 1.0 else grad
-            del grad
-            adamw.step()
-            master.grad = None
-            if master is not table:
-                table.copy_(master)
-
-    def _update(self, name: str, rows: Tensor | None, values: Tensor, grad_scale: float) -> None:
-        """Step one table, a block of rows after the other.
-
-        Args:
-            rows: ``[touched]``, those that ``values`` are of; None: all.
-            values: ``[touched, columns]``, their gradients; written to.
-        """
-        table, master, moments = self.tables[name], self._masters[name], self._moments[name]
-        size = max(1, BLOCKS["cuda" if table.is_cuda else "cpu"] // table.shape[1])
-        blocks = [slice(first, min(first + size, len(values))) for first in range(0, len(values), size)]
-        mean = self._row_mean(values, blocks, grad_scale) if "row_sq" in moments else None
-        for block in blocks:
-            grad = values[block].float()
-            if grad_scale != 1.0:
-                grad.mul_(grad_scale)
-            if rows is None:  # views: float32 is stepped in place
-                weight, state = master[block].float(), {part: value[block] for part, value in moments.items()}
-            else:
-                touched = rows[block]
-                weight = master.index_select(0, touched).float()
-                state = {part: value.index_select(0, touched) for part, value in moments.items()}
-            self._apply(weight, grad, state, None if mean is None else mean[block])
-            if rows is not None:
-                for part, value in state.items():
-                    moments[part].index_copy_(0, touched, value)
-                if master.dtype == torch.float32:
-                    master.index_copy_(0, touched, weight)
-            if table.dtype == torch.float32:
-                continue
-            if self._rule.rounding_seed is None:
-                rounded = weight.to(table.dtype)
-            else:
-                if rows is None:
-                    touched = torch.arange(block.start, block.stop, dtype=torch.int64, device=table.device)
-                rounded = self._round(name, touched, weight)
-            if rows is None:
-                table[block] = rounded
-            else:
-                table.index_copy_(0, touched, rounded)
-
-    def _row_mean(self, values: Tensor, blocks: list[slice], grad_scale: float) -> Tensor:
-        """``[touched]``: the mean of the squared gradients over the columns of the whole table."""
-        mean = torch.empty(len(values), dtype=torch.float32, device=values.device)
-        for block in blocks:
-            torch.linalg.vector_norm(values[block].float(), dim=1, out=mean[block])
-        mean.mul_(grad_scale).square_()
-        if self._columns is not None and dist.get_world_size(self._columns) > 1:
-            dist.all_reduce(mean, group=self._columns)
-        return mean.div_(self._dim)
-
-    def _apply(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], mean: Tensor | None) -> None:
-        """Step some rows in place: ``[n, columns]`` float32, a number a row ``[n]``."""
-        if self._rule.weight_decay:
-            weight.mul_(1 - self._lr * self._rule.weight_decay)
-        if self._rule.kind == "rowwise_adagrad":
-            assert mean is not None
-            root = state["row_sq"].add_(mean).sqrt().add_(self._rule.eps)
-            weight.addcdiv_(grad, root[:, None], value=-self._lr)
-            return
-        first, second = self._rule.betas
-        moment = state["exp_avg"].lerp_(grad, 1 - first)
-        correction, eps = 1 - second**self._steps, self._rule.eps
-        if mean is None:
-            square = state["exp_avg_sq"].mul_(second).addcmul_(grad, grad, value=1 - second)
-            eps /= math.sqrt(correction) if self.lazy else 1.0
-        else:
-            square = state["row_sq"].lerp_(mean, 1 - second)[:, None]
-        root = (square / correction).sqrt_().add_(eps)
-        weight.addcdiv_(moment, root, value=-self._lr / (1 - first**self._steps))
-
-    def _round(self, name: str, rows: Tensor, weight: Tensor) -> Tensor:
-        """``weight [n, columns]`` of the shard's ``rows [n]`` in bfloat16."""
-        assert self._rule.rounding_seed is not None
-        row, column = self._offsets.get(name, (0, 0))
-        key = stream_key(self._rule.rounding_seed, name, self._steps)
-        return round_stochastically(weight, random_bits(key, rows + row, range(column, column + weight.shape[1])))
+    def _rounding(self, name: str) -> Rounding | None:
+        """How a table is rounded in this step, if it is at random."""
+        if self._rule.rounding_seed is None or self.tables[name].dtype == torch.float32:
+            return None
+        return Rounding(stream_key(self._rule.rounding_seed, name, self.steps), *self._offsets.get(name, (0, 0)))
 
     def zero_grad(self) -> None:
         """Free the tables' gradients."""
         for table in self.tables.values():
             table.grad = None
-
-    @property
-    def steps(self) -> int:
-        """The number of updates so far."""
-        return self._steps
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self._steps = value
-        if self._adamw is not None:
-            for state in self._adamw.state.values():
-                state["step"].fill_(float(value))
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(table name, part, tensor)`` of all that a checkpoint needs beside the tables.
@@ -303,10 +202,10 @@ class TableOptimizer:
                 yield name, part, value
             master = self._masters[name]
             if master is not table:
-                yield name, "master", master.detach()
+                yield name, "master", master
 
     def memory(self) -> HeldBytes:
-        """What this rank holds of the tables; the fused ``adam`` copies a gradient to float32 in a step besides."""
+        """What this rank holds of the tables, of which a step needs no more."""
         gradients = (table.grad for table in self.tables.values() if table.grad is not None)
         return HeldBytes.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
 

@@ -14,9 +14,8 @@ from peer_dist.kinds import KINDS, Kind, Tables
 from peer_dist.kinds.cost import FLOAT
 from peer_dist.megatron.cross_entropy import BLOCK
 from peer_dist.optim.held_bytes import BUCKET
-from peer_dist.optim.tables import BLOCKS
 from peer_dist.planning.layout import Layout, Place
-from peer_dist.planning.state import Block, State, dense_elements, dense_shapes, gradient_bytes, shards, state
+from peer_dist.planning.state import State, dense_elements, dense_shapes, gradient_bytes, shards, state
 from peer_dist.planning.traffic import routes
 
 LIVE = 1_000_000_000  # elements up to which ZeRO-3 leaves parameters that it has gathered in place (likewise)
@@ -104,8 +103,7 @@ def memory(
     if layout.config.zero.stage == 3 and layout.data > 1:
         gathered = min(LIVE, elements) * itemsize
     base = held.weights + held.optimizer + inputs + lasting
-    blocks = [block for owned in shards(layout, place).values() for block in owned]
-    step = _step(layout, blocks, elements, itemsize, device)
+    step = _step(layout, elements, itemsize)
     return PeakMemory(
         held.weights,
         held.gradients,
@@ -121,15 +119,10 @@ def memory(
     )
 
 
-def _step(layout: Layout, blocks: list[Block], elements: int, itemsize: int, device: str) -> float:
-    """Temporaries of the optimizers: ZeRO's partition of the gradients end to end; the tables' in float32."""
-    zero, table = layout.config.zero, layout.config.table_optimizer
-    dense = 0.0 if zero.stage == 0 or zero.offload else elements / layout.data * (itemsize + FLOAT)
-    wide = [block.size for block in blocks if (block.itemsize or itemsize) < FLOAT]
-    if table.name == "adam" and not table.lazy and not table.stochastic_rounding:
-        return max(dense, max(wide, default=0) * FLOAT)
-    largest = max((block.size for block in blocks), default=0)
-    return max(dense, 4 * FLOAT * min(largest, BLOCKS[device]))
+def _step(layout: Layout, elements: int, itemsize: int) -> float:
+    """Temporaries of the optimizers: ZeRO's partition of the gradients end to end. The tables' step has none."""
+    zero = layout.config.zero
+    return 0.0 if zero.stage == 0 or zero.offload else elements / layout.data * (itemsize + FLOAT)
 
 
 def _backward_timeline(

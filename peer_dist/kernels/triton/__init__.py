@@ -1,5 +1,6 @@
 """The kernels on GPUs, in Triton: a backend of :mod:`peer_dist.kernels`."""
 
+from peer_dist.kernels.triton import updates
 from peer_dist.kernels.triton.experts import (
     backward,
     dots,
@@ -23,4 +24,5 @@ __all__ = [
     "sparse_table_grads",
     "table_grad",
     "table_grads",
+    "updates",
 ]

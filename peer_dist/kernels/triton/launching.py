@@ -15,7 +15,7 @@ except ImportError:  # then available() is False and no kernel is called
     triton = tl = None
 
 OPTIONS = {"enable_fp_fusion": True}
-"""Compiler options of every kernel: fused multiply-adds, whatever Triton's default is."""
+"""Compiler options of every kernel that asks for no others: fused multiply-adds, whatever Triton's default is."""
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -23,8 +23,9 @@ BY_PICK = ("offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token
 """Parameters with a number for each pick. Those of a part of the tokens begin anywhere, and their alignment is of no
 use to a kernel: to compile it once more for each would stop some ranks in mid-training, and others not."""
 
-COUNTS = ("picks", "rows", "runs", "each", "size", "tokens")
-"""Parameters that are counts, which differ from step to step: no kernel is compiled for one of them."""
+COUNTS = ("picks", "rows", "runs", "each", "size", "tokens", "touched", "key", "first_row", "first_column")
+"""Parameters that are counts, which differ from step to step or from rank to rank: no kernel is compiled for one of
+them."""
 
 
 def jit(function: Any) -> Any:
@@ -69,7 +70,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | float | None, num
     if 0 in grid:
         return
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, num_warps=num_warps, **OPTIONS, **constants)
+        kernel[grid](*args, num_warps=num_warps, **(OPTIONS | constants))
 
 
 def accumulator(dtype: torch.dtype) -> Any:

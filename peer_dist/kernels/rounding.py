@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _DRAWS = 4  # of 16 bits, in a word of 64
+
+
+class Rounding(NamedTuple):
+    """How a shard is rounded in a step.
+
+    Attributes:
+        key: see :func:`stream_key`.
+        row: the first of the shard's rows, numbered in the whole table.
+        column: the first of its columns.
+    """
+
+    key: int
+    row: int
+    column: int
 
 
 def stream_key(seed: int, name: str, step: int) -> int:

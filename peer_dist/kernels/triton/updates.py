@@ -1,0 +1,206 @@
+"""The step of a table's optimizer on GPUs: the definition, and the bytes it moves, are in
+:mod:`peer_dist.kernels.updates`.
+
+A program owns some whole rows, so that a row's mean comes from the registers that its gradient is in anyway. Rows wider
+than :data:`MAX_BLOCK_D` are taken in pieces, and their gradients read again for it, out of the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from peer_dist.kernels.rounding import Rounding
+from peer_dist.kernels.triton import launching
+from peer_dist.kernels.triton.launching import jit, tl, triton
+
+TILE = 1024
+"""Elements of a program of few columns, 8 a thread: with 40 registers or so, 1024 threads or more of a multiprocessor
+have 16 to 28 bytes an element in flight, over 100 KB; 3.35 TB/s over 132 multiprocessors at 1 us need 25."""
+
+MAX_BLOCK_D = 4096
+"""Columns that one program holds: 8 a thread, 16 warps."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels. Pointers are to contiguous tensors. They are compiled without fused multiply-adds, and divide and take roots
+# rounded to the nearest, for the bits of the definition.
+
+
+@jit
+def _tile(source, row, cols, live, DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows and columns of a table, in float32; zeros outside."""
+    mask = live[:, None] & (cols < DIM)[None, :]
+    return tl.load(source + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _draws(key, row, column):  # type: ignore[no-untyped-def]
+    """16 random bits for each place, as in :mod:`peer_dist.kernels.rounding`."""
+    word = ((row.to(tl.uint64) << 32)[:, None] + (column // 4).to(tl.uint64)[None, :]) * 0x9E3779B97F4A7C15
+    word += key.to(tl.uint64)
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB
+    word = word ^ (word >> 31)
+    return (word >> (16 * (column % 4)).to(tl.uint64)[None, :]).to(tl.uint32) & 0xFFFF
+
+
+@jit
+def _bfloat16(value, draws):  # type: ignore[no-untyped-def]
+    """The bfloat16 that is the upper half of a float32, ``draws`` added to the lower one, which may carry; None: to the
+    nearest, ties to even.
+    """
+    bits = value.to(tl.uint32, bitcast=True)
+    added = 0x7FFF + ((bits >> 16) & 1) if draws is None else draws
+    upper = tl.where(value == value, (bits + added) >> 16, 0x7FC0)
+    return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@jit
+def _update_kernel(  # type: ignore[no-untyped-def]
+    grad,  # [touched, DIM]
+    rows,  # [touched], or None: all
+    squares,  # [touched], or None: taken here
+    weight,  # [rows, DIM]: float32, or bfloat16 to be rounded at random
+    table,  # [rows, DIM]: gets the rounding of float32 weights; None without
+    exp_avg,  # [rows, DIM], or None
+    exp_avg_sq,  # [rows, DIM], or None
+    row_sq,  # [rows], or None
+    touched,
+    scale,
+    decay,
+    first,
+    rest_first,
+    second,
+    rest_second,
+    unbiased,
+    eps,
+    rate,
+    mean,
+    key,  # of the random bits; where the table begins in the whole one
+    first_row,
+    first_column,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+):
+    """One program for BLOCK_R rows, in pieces of BLOCK_D columns."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = place < touched
+    row = place if rows is None else tl.load(rows + place, mask=live, other=0)
+    cols = tl.arange(0, BLOCK_D)
+    if BLOCK_D >= DIM:
+        raw = _tile(grad, place, cols, live, DIM)
+    if row_sq is not None:
+        if squares is not None:
+            total = tl.load(squares + place, mask=live, other=0.0)
+        elif BLOCK_D >= DIM:
+            total = tl.sum(raw * raw, 1)
+        else:
+            sums = tl.full([BLOCK_R, BLOCK_D], 0.0, tl.float32)
+            for begin in range(0, DIM, BLOCK_D):
+                piece = _tile(grad, place, begin + cols, live, DIM)
+                sums += piece * piece
+            total = tl.sum(sums, 1)
+        average = tl.load(row_sq + row, mask=live, other=0.0)
+        average = second * average + rest_second * (total * scale * mean)
+        tl.store(row_sq + row, average, mask=live)
+        change = tl.div_rn(rate + tl.zeros_like(average), tl.sqrt_rn(unbiased * average) + eps)[:, None]
+    for begin in range(0, DIM, BLOCK_D):
+        col = begin + cols
+        at = row[:, None] * DIM + col[None, :]
+        mask = live[:, None] & (col < DIM)[None, :]
+        g = scale * (raw if BLOCK_D >= DIM else _tile(grad, place, col, live, DIM))
+        old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+        moment = g
+        if exp_avg is not None:
+            moment = first * tl.load(exp_avg + at, mask=mask, other=0.0) + rest_first * g
+            tl.store(exp_avg + at, moment, mask=mask)
+        if exp_avg_sq is not None:
+            square = second * tl.load(exp_avg_sq + at, mask=mask, other=0.0) + rest_second * g * g
+            tl.store(exp_avg_sq + at, square, mask=mask)
+            change = tl.div_rn(rate + tl.zeros_like(square), tl.sqrt_rn(unbiased * square) + eps)
+        new = decay * old - change * moment
+        if AT_RANDOM:
+            draws = _draws(key, first_row + row, (first_column + col).to(tl.int32))
+            tl.store(weight + at, _bfloat16(new, draws), mask=mask)
+        else:
+            tl.store(weight + at, new, mask=mask)
+        if table is not None:
+            low = _bfloat16(new, None) if table.dtype.element_ty == tl.bfloat16 else new.to(table.dtype.element_ty)
+            tl.store(table + at, low, mask=mask)
+
+
+@jit
+def _squares_kernel(  # type: ignore[no-untyped-def]
+    grad,  # [touched, DIM]
+    out,  # [touched]
+    touched,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program for BLOCK_R rows, in pieces of BLOCK_D columns."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = place < touched
+    cols = tl.arange(0, BLOCK_D)
+    sums = tl.full([BLOCK_R, BLOCK_D], 0.0, tl.float32)
+    for begin in range(0, DIM, BLOCK_D):
+        piece = _tile(grad, place, begin + cols, live, DIM)
+        sums += piece * piece
+    tl.store(out + place, tl.sum(sums, 1), mask=live)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def update_rows(
+    step: Sequence[float],
+    grad: Tensor,
+    table: Tensor,
+    moments: Mapping[str, Tensor],
+    master: Tensor | None,
+    rows: Tensor | None,
+    squares: Tensor | None,
+    rounding: Rounding | None,
+) -> None:
+    """See :func:`peer_dist.kernels.updates.update_rows`."""
+    blocks = _blocks(grad.shape[1])
+    launching.launch(
+        _update_kernel,
+        (triton.cdiv(len(grad), blocks["BLOCK_R"]),),
+        grad,
+        rows,
+        squares,
+        table if master is None else master,
+        None if master is None else table,
+        moments.get("exp_avg"),
+        moments.get("exp_avg_sq"),
+        moments.get("row_sq"),
+        len(grad),
+        *map(float, step),
+        *(rounding or (0, 0, 0)),
+        DIM=grad.shape[1],
+        AT_RANDOM=rounding is not None,
+        enable_fp_fusion=False,
+        **blocks,
+    )
+
+
+def row_squares(grad: Tensor) -> Tensor:
+    """See :func:`peer_dist.kernels.updates.row_squares`."""
+    out = torch.empty(len(grad), dtype=torch.float32, device=grad.device)
+    blocks = _blocks(grad.shape[1])
+    grid = (triton.cdiv(len(grad), blocks["BLOCK_R"]),)
+    launching.launch(_squares_kernel, grid, grad, out, len(grad), DIM=grad.shape[1], **blocks)
+    return out
+
+
+def _blocks(dim: int) -> dict[str, int]:
+    """Rows and columns of a program's tile, and its warps."""
+    block_d = min(triton.next_power_of_2(dim), MAX_BLOCK_D)
+    block_r = max(1, TILE // block_d)
+    warps = min(16, max(1, block_r * block_d // 256))
+    return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}

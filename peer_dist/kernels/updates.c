@@ -1,0 +1,173 @@
+/* The step of a table's optimizer on CPU, each row read and written once: the definition is in updates.py.
+
+   Compiled into the library of native.c. Every operation is rounded to float32 by itself, none is fused with another, so
+   that the bits do not depend on vectors, on a row's length or on the machine, and are those of plain PyTorch. It is
+   memory that costs time here. A row's sum of squares has one order, that of `squares_of`. */
+
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include "rows.h"
+
+#include <math.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* `numbers`, in the order of Step in updates.py */
+enum { SCALE, DECAY, FIRST, REST_FIRST, SECOND, REST_SECOND, UNBIASED, EPS, RATE, MEAN };
+enum { IN_PLACE, MASTER, STOCHASTIC }; /* float32 weights; these and their rounding; bfloat16 rounded at random */
+enum { ADAM, ROWWISE_ADAM, ROWWISE_ADAGRAD };
+enum { PART = 1024, DRAWS = 4 }; /* columns that random bits are made for at a time, and columns that share a word */
+
+INLINE float squares_of(int wide, const void *row, i64 dim) {
+  const float *f32 = row;
+  const bf16 *low = row;
+  v16 sums[4] = {};
+  i64 i = 0;
+  for (; i + 64 <= dim; i += 64)
+    for (int k = 0; k < 4; k++) {
+      v16 g = wide ? load_f32(f32 + i + 16 * k) : load_bf16(low + i + 16 * k);
+      sums[k] += g * g;
+    }
+  for (; i < dim; i += 16) {
+    float rest[16] = {};
+    for (i64 k = 0; k < 16 && i + k < dim; k++) rest[k] = wide ? f32[i + k] : get_bf16(low[i + k]);
+    v16 g = load_f32(rest);
+    sums[0] += g * g;
+  }
+  v16 halves = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float each[16], sum = 0;
+  memcpy(each, &halves, sizeof each);
+  for (int k = 0; k < 16; k++) sum += each[k];
+  return sum;
+}
+
+/* out[r] = sum of the squares of row r */
+void squares_f32(i64 rows, i64 dim, const float *grad, float *out) {
+#pragma omp parallel for schedule(static)
+  for (i64 r = 0; r < rows; r++) out[r] = squares_of(1, grad + r * dim, dim);
+}
+void squares_bf16(i64 rows, i64 dim, const bf16 *grad, float *out) {
+#pragma omp parallel for schedule(static)
+  for (i64 r = 0; r < rows; r++) out[r] = squares_of(0, grad + r * dim, dim);
+}
+
+/* SplitMix64 of counters that follow one another: rounding.py. */
+static inline void draw(uint64_t key, uint64_t counter, i64 words, uint64_t *out) {
+#pragma omp simd
+  for (i64 i = 0; i < words; i++) {
+    uint64_t word = (counter + (uint64_t)i) * 0x9E3779B97F4A7C15 + key;
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9;
+    word = (word ^ word >> 27) * 0x94D049BB133111EB;
+    out[i] = word ^ word >> 31;
+  }
+}
+
+static inline bf16 put_at_random(float x, uint32_t draw) {
+  union { float value; uint32_t bits; } u = {x};
+  return x == x ? (u.bits + draw) >> 16 : 0x7fc0;
+}
+
+INLINE void step_row(int way, int kind, i64 dim, const float *number, const void *grad, float *restrict weight,
+                     bf16 *restrict table, float *restrict exp_avg, float *restrict exp_avg_sq, float factor,
+                     const bf16 *restrict draws) {
+  const float scale = number[SCALE], decay = number[DECAY], first = number[FIRST], rest_first = number[REST_FIRST];
+  const float second = number[SECOND], rest_second = number[REST_SECOND], unbiased = number[UNBIASED];
+  const float eps = number[EPS], rate = number[RATE];
+  const float *restrict f32 = grad;
+  const bf16 *restrict low = grad;
+#pragma omp simd
+  for (i64 i = 0; i < dim; i++) {
+    float g = scale * (way == IN_PLACE ? f32[i] : get_bf16(low[i])), change = factor;
+    if (kind == ADAM) {
+      float square = second * exp_avg_sq[i] + rest_second * g * g;
+      exp_avg_sq[i] = square;
+      change = rate / (sqrtf(unbiased * square) + eps);
+    }
+    if (kind != ROWWISE_ADAGRAD) g = exp_avg[i] = first * exp_avg[i] + rest_first * g;
+    float w = decay * (way == STOCHASTIC ? get_bf16(table[i]) : weight[i]) - change * g;
+    if (way != STOCHASTIC) weight[i] = w;
+    if (way != IN_PLACE) table[i] = way == MASTER ? put_bf16(w) : put_at_random(w, draws[i]);
+  }
+}
+
+/* Whether rows do not ascend, each once, or lead out of the table. */
+static i64 wrong_rows(i64 touched, i64 rows, const i64 *row) {
+  int wrong = touched > 0 && (row[0] < 0 || row[touched - 1] >= rows);
+  for (i64 t = 1; t < touched; t++) wrong |= row[t] <= row[t - 1];
+  return wrong;
+}
+
+static i64 update(int way, i64 touched, i64 rows, i64 dim, const float *number, const void *grad, const i64 *row,
+                  const float *squares, float *weight, bf16 *table, float *exp_avg, float *exp_avg_sq, float *row_sq,
+                  const i64 *place) {
+  if (row && wrong_rows(touched, rows, row)) return 1;
+  const int kind = !exp_avg ? ROWWISE_ADAGRAD : exp_avg_sq ? ADAM : ROWWISE_ADAM;
+#pragma omp parallel for schedule(static)
+  for (i64 t = 0; t < touched; t++) {
+    i64 r = row ? row[t] : t;
+    const char *g = (const char *)grad + t * dim * (way == IN_PLACE ? sizeof(float) : sizeof(bf16));
+    if (row && t + 1 < touched) {
+      i64 next = row[t + 1] * dim;
+      if (weight) fetch(weight + next, dim * sizeof(float));
+      if (table) fetch(table + next, dim * sizeof(bf16));
+      if (exp_avg) fetch(exp_avg + next, dim * sizeof(float));
+      if (exp_avg_sq) fetch(exp_avg_sq + next, dim * sizeof(float));
+    }
+    float factor = 0;
+    if (row_sq) {
+      float sum = squares ? squares[t] : squares_of(way == IN_PLACE, g, dim);
+      float mean = sum * number[SCALE] * number[MEAN];
+      float square = row_sq[r] = number[SECOND] * row_sq[r] + number[REST_SECOND] * mean;
+      factor = number[RATE] / (sqrtf(number[UNBIASED] * square) + number[EPS]);
+    }
+    for (i64 i = 0; i < dim; i += PART) {
+      i64 at = r * dim + i, count = smaller(PART, dim - i);
+      bf16 drawn[PART + 2 * DRAWS];
+      const bf16 *draws = drawn;
+      if (way == STOCHASTIC) {
+        uint64_t words[PART / DRAWS + 1];
+        i64 column = place[2] + i, begin = column / DRAWS, end = (column + count + DRAWS - 1) / DRAWS;
+        draw((uint64_t)place[0], ((uint64_t)(place[1] + r) << 32) + (uint64_t)begin, end - begin, words);
+        memcpy(drawn, words, (end - begin) * sizeof *words);
+        draws += column % DRAWS;
+      }
+      const char *from = g + i * (way == IN_PLACE ? sizeof(float) : sizeof(bf16));
+#define AT(tensor) (tensor ? tensor + at : 0)
+#define STEP(way, kind) \
+  case 3 * way + kind: \
+    step_row(way, kind, count, number, from, AT(weight), AT(table), AT(exp_avg), AT(exp_avg_sq), factor, draws); \
+    break;
+      switch (3 * way + kind) {
+        STEP(IN_PLACE, ADAM) STEP(IN_PLACE, ROWWISE_ADAM) STEP(IN_PLACE, ROWWISE_ADAGRAD)
+        STEP(MASTER, ADAM) STEP(MASTER, ROWWISE_ADAM) STEP(MASTER, ROWWISE_ADAGRAD)
+        STEP(STOCHASTIC, ADAM) STEP(STOCHASTIC, ROWWISE_ADAM) STEP(STOCHASTIC, ROWWISE_ADAGRAD)
+      }
+    }
+  }
+  return 0;
+}
+
+/* Step rows row[0 .. touched - 1], or all without `row`; if these are wrong, none, and return 1. Without `squares` a
+   row's sum of squares is taken here. */
+i64 update_in_place(i64 touched, i64 rows, i64 dim, const float *numbers, const float *grad, const i64 *row,
+                    const float *squares, float *weight, float *exp_avg, float *exp_avg_sq, float *row_sq) {
+  return update(IN_PLACE, touched, rows, dim, numbers, grad, row, squares, weight, 0, exp_avg, exp_avg_sq, row_sq, 0);
+}
+
+/* The same, and `table` gets the rounding of `weight`. */
+i64 update_master(i64 touched, i64 rows, i64 dim, const float *numbers, const bf16 *grad, const i64 *row,
+                  const float *squares, float *weight, bf16 *table, float *exp_avg, float *exp_avg_sq, float *row_sq) {
+  return update(MASTER, touched, rows, dim, numbers, grad, row, squares, weight, table, exp_avg, exp_avg_sq, row_sq, 0);
+}
+
+/* The same without float32 weights; `place`: the key of the random bits, and where the table begins in the whole one. */
+i64 update_stochastic(i64 touched, i64 rows, i64 dim, const float *numbers, const i64 *place, const bf16 *grad,
+                      const i64 *row, const float *squares, bf16 *table, float *exp_avg, float *exp_avg_sq,
+                      float *row_sq) {
+  return update(STOCHASTIC, touched, rows, dim, numbers, grad, row, squares, 0, table, exp_avg, exp_avg_sq, row_sq,
+                place);
+}
