@@ -24,7 +24,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 9) -> dict[str, float]:
+def seconds(
+    runs: dict[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int = 9,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each call. All take their turn in every round, so that a machine whose speed drifts (other
     tenants, clocks) treats them alike; a turn is one call that warms up and one that is timed, so that none pays for
     the memory that the one before gave back.
@@ -34,10 +39,10 @@ def seconds(runs: dict[str, Callable[[], Any]], device: torch.device, rounds: in
         for name, run in runs.items():
             run()
             synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             synchronize(device)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
