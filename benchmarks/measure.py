@@ -26,7 +26,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(
-    runs: dict[str, Callable[[], Any]], device: torch.device, rounds: int = 9, until: float = math.inf
+    runs: dict[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int = 9,
+    until: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each call. All take their turn in every round, so that a machine whose speed drifts (other
     tenants, clocks) treats them alike; a turn is one call that warms up and one that is timed, so that none pays for
@@ -34,6 +38,7 @@ def seconds(
 
     Args:
         until: no round but the first begins after this time of :func:`time.monotonic`.
+        clock: what counts the seconds, the processor's time say.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds):
@@ -42,10 +47,10 @@ def seconds(
         for name, run in runs.items():
             run()
             synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             run()
             synchronize(device)
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 

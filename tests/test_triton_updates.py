@@ -33,7 +33,7 @@ from tests.gpu_kernels import (  # noqa: E402
 
 
 @runs_kernels
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     case=st.sampled_from(CASES), rows=st.integers(0, 20), columns=st.sampled_from([1, 3, 5, 16, 100, 412, 1000, 1025]),
     seed=st.integers(0, 2**20),
