@@ -369,7 +369,8 @@ def search_backward(
     """See :func:`peer_dist.kernels.search_backward`.
 
     Sums are float32. In the sub-keys' gradient each of ``dscores`` counts as the sum of two bfloat16 numbers where
-    queries are bfloat16, off by at most ``2 ** -17`` of it; else products are of three TF32 ones, off by ``2 ** -20``.
+    queries are bfloat16, off by at most ``2 ** -17`` of it. Else a product is three of TF32, off by about ``2 ** -18``;
+    the interpreter multiplies float32 instead, so that no test here has seen this.
     It is a product with zeros: a query that is not finite leaves no gradient finite, whatever it picked.
     """
     if dscores.dtype != torch.float32 or torch.float64 in (query.dtype, keys.dtype):
