@@ -55,7 +55,7 @@ class Traffic:
     _later: list[tuple[Tensor, dict[str, int]]] = field(default_factory=list, repr=False)
 
     def add_later(self, number: Tensor, factors: dict[str, int]) -> None:
-        """Count ``number [] `` int64 on the device, times its factor, for each collective (or ``picks_received`` or
+        """Count ``number []`` int64 on the device, times its factor, for each collective (or ``picks_received`` or
         ``tokens_received``) that is named.
         """
         self._later.append((number, factors))
