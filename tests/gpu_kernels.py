@@ -96,9 +96,7 @@ def compiled(launch: Launch, capability: int) -> Any:
         else:
             long = isinstance(value, int) and not -(1 << 31) <= value < 1 << 31
             signature[parameter.name] = "i64" if long else SCALARS[type(value)]
-    options = {
-        key: constexprs.pop(key) for key in ("num_stages", "maxnreg", "enable_fp_fusion") if key in constexprs
-    }
+    options = {key: constexprs.pop(key) for key in ("num_stages", "maxnreg", "enable_fp_fusion") if key in constexprs}
     if hasattr(compiler, "AttrsDescriptor"):  # up to Triton 3.2, of torch 2.6
         attributes = compiler.AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
     else:
