@@ -79,7 +79,7 @@ def layer_step(sizes: Sizes, kind: str, lazy: bool) -> Counter:
     counter = Counter(lambda picks: sizes.hit(picks, sizes.rows))
     with (
         group_of(sizes.ranks),
-        patch.dict(getattr(product_keys, "CHUNK_TOKENS", {}), meta=8192),
+        patch.dict(product_keys.CHUNK_TOKENS, meta=8192),
         patch.object(exchange, "on_host", sizes_on_host(sizes, counter)),
     ):
         group = ExpertGroups.over(dist.group.WORLD) if sizes.ranks > 1 else None
@@ -153,8 +153,8 @@ def model_step(config_file: Path, vocabulary: int, micro_batch_size: int | None)
     counter = Counter(lambda picks: Sizes().hit(picks, rows[0]) if rows else picks, seen)
     with (
         group_of(1),
-        patch.dict(getattr(product_keys, "CHUNK_TOKENS", {}), meta=8192),
-        patch.object(attention, "_flash_takes", lambda *_: True, create=True),  # which asks for CUDA's own choice
+        patch.dict(product_keys.CHUNK_TOKENS, meta=8192),
+        patch.object(attention, "_flash_takes", lambda *_: True),  # which asks for CUDA's own choice
     ):
         parallel = join_groups(config, META)
         model = build_model(config, parallel, vocabulary, torch.bfloat16)
@@ -175,10 +175,7 @@ def model_step(config_file: Path, vocabulary: int, micro_batch_size: int | None)
                     losses = run_forward_backward(model, [make_micro_batch(sequences, 0, META)], 1 / tokens)
                 with span("optimizer"):
                     loss = losses.sum().double().view(1)  # is read before the update
-                    if hasattr(engine, "read"):
-                        engine.read(loss)
-                    else:
-                        loss.tolist()
+                    engine.read(loss)
                     engine.step(1e-3, 1e-3)
         parallel.destroy()
     return counter, tokens

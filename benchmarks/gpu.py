@@ -42,7 +42,7 @@ from rich.table import Table
 from torch import Tensor
 
 from peer_dist import PEER
-from peer_dist.kernels import Picks, backend, expert_mix, expert_table_grads
+from peer_dist.kernels import Picks, backend, expert_mix, expert_table_grads, sum_rows
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.machine import nvidia_driver
 from peer_dist.optim import TableOptimizer, TableRule
@@ -364,7 +364,7 @@ def attention(bench: Bench) -> None:
     ends = range(length // 4, length, length // 4)  # four documents a sequence
     sequences[:, list(ends)] = 0
     made = make_micro_batch(sequences, 0, bench.device)
-    (documents,) = (value for key, value in made.items() if key not in ("tokens", "labels", "loss_mask"))
+    documents = made["documents"]
     inputs = [bench.tensor(length, batch, heads, channels).requires_grad_() for _ in range(3)]
     dy = bench.tensor(length, batch, heads * channels)
     number = (sequences[:, :-1] == 0).cumsum(1).to(bench.device)
@@ -447,8 +447,6 @@ def combine(bench: Bench) -> None:
     token = torch.arange(sizes.tokens, dtype=torch.int64, device=bench.device)
     owner = torch.arange(owners, dtype=torch.int64, device=bench.device)
     picks = Picks.even(token[:, None] + owner * sizes.tokens)  # a row of each owner
-    ones = torch.ones(len(arrived), dtype=torch.float32, device=bench.device)
-    ops = backend(arrived, arrived)
 
     def added() -> Tensor:
         out = torch.zeros(sizes.tokens, sizes.dim, dtype=torch.float32, device=bench.device)
@@ -457,7 +455,7 @@ def combine(bench: Bench) -> None:
         return out.to(BF16)
 
     def mixed() -> Tensor:
-        return ops.mix(ones, arrived, picks).to(BF16)
+        return sum_rows(arrived, picks, BF16)
 
     agree([mixed()], [added()])
     taken = bench.measure({"mixed": mixed, "added": added})
