@@ -39,7 +39,9 @@ class Case:
         generator, shape = torch.Generator(device).manual_seed(0), (TOKENS, DIM // self.columns)
         pieces = SHARDS * self.columns
         dtype = getattr(torch, self.dtype)
-        return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(pieces)]
+        return [
+            torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(dtype) for _ in range(pieces)
+        ]
 
 
 def former(case: Case, token: Tensor, rows: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def plain_backward(dscores: Tensor, numbers: Tensor, query: Tensor, keys: Tensor
     """The gradients of queries and keys by sums over the picks of a chunk, which are sorted on a GPU."""
     n, half = keys.shape[-2:]
     dquery, dkeys = torch.empty_like(query), torch.zeros_like(keys, dtype=torch.float32)
-    for part in torch.arange(len(query)).split(CHUNK_TOKENS[query.device.type]):
+    for part in torch.arange(len(query), dtype=torch.int64, device="cpu").split(CHUNK_TOKENS[query.device.type]):
         chunk = slice(int(part[0]), int(part[-1]) + 1)
         rows = torch.stack([numbers[chunk] // n, numbers[chunk] % n + n], 2).flatten(0, 2)
         picks, dpicked = Picks.even(rows), dscores[chunk, :, None].expand(-1, -1, 2, -1).flatten()
@@ -58,8 +58,9 @@ def measure(options: argparse.Namespace, top_k: int, key_dim: int) -> dict[str, 
     """One size: milliseconds, ratios, memory and the share of the floor."""
     torch.manual_seed(0)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    query = torch.randn(options.tokens, options.heads, key_dim, device=device).to(dtype)
-    keys = (torch.randn(2, options.sub_keys, key_dim // 2, device=device) / key_dim**0.5).to(dtype)
+    query = torch.randn(options.tokens, options.heads, key_dim, dtype=torch.float32, device=device).to(dtype)
+    keys = torch.randn(2, options.sub_keys, key_dim // 2, dtype=torch.float32, device=device)
+    keys = (keys / key_dim**0.5).to(dtype)
     leaves = [query.requires_grad_(), keys.requires_grad_()]
     numbers, scores = retrieve(query, keys, top_k)
     dscores = torch.randn_like(scores)
@@ -78,7 +79,7 @@ def measure(options: argparse.Namespace, top_k: int, key_dim: int) -> dict[str, 
         "plain_backward_ms": lambda: plain_backward(dscores, numbers, *values),
     }
     copied, copy = large_copy(device)
-    square = torch.randn(4096 if device.type == "cuda" else 1024, 4096, device=device).to(dtype)
+    square = torch.randn(4096 if device.type == "cuda" else 1024, 4096, dtype=torch.float32, device=device).to(dtype)
     runs |= {"copy_ms": copy, "product_ms": lambda: square @ square.T}
     row: dict[str, Any] = {"top_k": top_k, "key_dim": key_dim}
     row |= {name: 1e3 * time for name, time in seconds(runs, device, options.rounds).items()}

@@ -265,7 +265,6 @@ def test_autocast(name, dtype):
 def test_autocast_of_other_kernels(kernels, dtype, monkeypatch):
     """Those in plain torch, of whose operations autocast knows some, are out of its sight too."""
     monkeypatch.setattr(native, "available", lambda *tensors: False)
-    monkeypatch.setattr(native, "searches", lambda *arguments: False)
     if not kernels:
         monkeypatch.setattr(mkl, "available", lambda *tensors: False)
     layer = LAYERS["memory, dense"]()  # without a linear map, whose bits autocast would take

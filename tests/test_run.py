@@ -109,10 +109,10 @@ def calls_of_steps(rank, world_size, tree):
     return counts, values["time/step"]
 
 
-def test_after_the_update_ranks_agree_once_and_nothing_is_left_out_of_the_time(small):
+def test_after_the_update_ranks_agree_on_nothing_and_nothing_is_left_out_of_the_time(small):
     small = with_keys(small, parallel={"expert": 2}, train={"steps": 3}, logging={"interval": 9})
     for counts, seconds in run_ranks(calls_of_steps, 2, small):
-        assert counts == [1, 1]
+        assert counts == [0, 0]
         assert seconds > 0.3
 
 
