@@ -132,3 +132,31 @@ def test_operands_that_were_written_to_are_refused():
     x.zero_()
     with pytest.raises(RuntimeError, match="was written to after the backward pass"):
         summed.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [40, 3, 200])
+def test_a_dense_gradient_grows_in_place(dim, dtype):
+    """Three passes: it stays where it is, with float32's very bits, and with one rounding less a pass in bfloat16."""
+    made = []
+    for grows in (False, True):
+        torch.manual_seed(0)
+        layer = PEER(dim, 64, heads=2, top_k=4, key_dim=8, query_norm="rms", dtype=dtype)
+        tables = {name: table.requires_grad_() for name, table in layer.tables().items()}
+        if grows:
+            TableOptimizer(tables, TableRule("adam", 0.1, (0.9, 0.9), 1e-8, 0.0), dim)
+        places = []
+        for seed in range(3):
+            x = torch.randn(9, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            before = {name: table.grad.clone() for name, table in tables.items() if seed}
+            layer(x).square().sum().backward()
+            places.append([table.grad.data_ptr() for table in tables.values()])
+            if grows and seed:
+                assert all(not before[name].equal(table.grad) for name, table in tables.items())
+        assert not grows or places[0] == places[1] == places[2]
+        made.append([table.grad for table in tables.values()])
+    for got, want in zip(made[1], made[0]):
+        assert not (got.equal(want) and dtype == torch.bfloat16)  # else it did not grow in place
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=0 if dtype == torch.float32 else float(want.abs().max()) * 2**-6
+        )

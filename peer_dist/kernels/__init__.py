@@ -14,7 +14,7 @@ from torch import Tensor
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.custom_ops import differentiable, differentiable_no_further, operator
-from peer_dist.kernels.pending import PendingSums, pending_sums
+from peer_dist.kernels.pending import PendingSums, gradient_that_grows, pending_sums
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -156,8 +156,8 @@ def expert_table_grads(
         sparse: coalesced sparse tensors of the picked rows instead of dense ones.
 
     Returns:
-        ``ddown`` and ``dup``, ``[rows, dim]`` in the tables' dtype; None where the sums are left on the tables
-        (:mod:`peer_dist.kernels.pending`).
+        ``ddown`` and ``dup``, ``[rows, dim]`` in the tables' dtype; None where the sums are left on the tables, or were
+        added to the gradients there are (:mod:`peer_dist.kernels.pending`).
     """
     ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], picks.offsets, picks.expert, [down, up], sparse)
     return ddown, dup
@@ -185,7 +185,7 @@ def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = Fa
 
 def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, sparse: bool = False) -> Tensor | None:
     """``sum of gate_i dy_t`` of each row of ``values``, of its shape and dtype; for a table of any size. None where
-    the sums are left on the table (:mod:`peer_dist.kernels.pending`).
+    the sums are left on the table, or were added to its gradient (:mod:`peer_dist.kernels.pending`).
 
     Args:
         gate: ``[picks]``.
@@ -407,6 +407,12 @@ def _grads_of_tables(
     """``sum of w_i x_t`` of each row of ``table [rows, dim]``, for each table; or nothing, but the sums on them."""
     rows, dtype = tables[0].shape[0], tables[0].dtype
     if not sparse:
+        growing = [grad for grad in map(gradient_that_grows, tables) if grad is not None]
+        if len(growing) == len(tables):
+            with span("experts"):
+                ops, sums = _backend_and_sums(weights, xs, dtype)
+                ops.table_grads(sums, Picks(offsets, expert), rows, dtype=dtype, out=growing)
+            return [None] * len(tables)
         grads: list[Tensor] = _table_grads(weights, xs, offsets, expert, rows, dtype)
         return grads
     places = [place for place in map(pending_sums, tables) if place is not None]

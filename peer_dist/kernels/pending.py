@@ -1,7 +1,9 @@
-"""Gradients of tables that are left as what they are the sums of, for an optimizer that takes the sums itself.
+"""Gradients of tables that autograd does not carry, because to write them out and read them again costs more than they.
 
-Who asks for them (:func:`ask_for_sums`) finds them on the table after a backward pass, and no gradient. Where nobody
-asks, or a table meets autograd as another tensor (compiled, or detached by a checkpoint), there is a gradient as ever.
+Who asks for the sums (:func:`ask_for_sums`) finds on the table, after a backward pass, what its sparse gradient is the
+sum of, and no gradient. Who lets a dense one grow (:func:`let_gradient_grow`) has the rows that were picked added to
+where they are, from the second backward pass on. Where nobody asks, or a table meets autograd as another tensor
+(compiled, or detached by a checkpoint), there is a gradient as ever.
 """
 
 from __future__ import annotations
@@ -112,3 +114,18 @@ def ask_for_sums(table: Tensor) -> None:
 def pending_sums(table: Tensor) -> list[PendingSums] | None:
     """What backward passes have left of a table, to be taken from this list; None where nobody asked for it."""
     return getattr(table, "pending_sums", None)
+
+
+def let_gradient_grow(table: Tensor) -> None:
+    """Let backward passes add to a table's dense gradient in place, once there is one, and hand none to autograd.
+
+    A pass would else write a gradient of the whole table and read it again, for the few rows that its tokens picked.
+    """
+    table.gradient_grows = True  # type: ignore[attr-defined]
+
+
+def gradient_that_grows(table: Tensor) -> Tensor | None:
+    """The gradient that a backward pass may add to; None where there is none yet, or nobody lets it grow."""
+    grad = table.grad if getattr(table, "gradient_grows", False) else None
+    fits = grad is not None and not grad.is_sparse and grad.dtype == table.dtype and grad.is_contiguous()
+    return grad if fits else None
