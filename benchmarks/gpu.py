@@ -286,7 +286,7 @@ def sorting(bench: Bench) -> None:
 
     def grads(x: Tensor, dy: Tensor, table: Tensor, sparse: bool) -> Any:
         fresh = Picks(picks.offsets, picks.expert.clone())  # not sorted yet
-        return expert_table_grads(*weights, x, dy, fresh, table, sparse)
+        return expert_table_grads(*weights, x, dy, fresh, table, table, sparse)
 
     taken = bench.measure(
         {

@@ -69,6 +69,8 @@ def make_engine(config: Config, model: nn.ModuleList, parallel: Parallel, dtype:
         copies=copies,
         data_parallel_size=data_parallel,
         offsets={name: shard.offset for name, shard in shards.items()},
+        one_pass=config.train.global_batch_size == config.train.micro_batch_size * data_parallel
+        and all(len(pool) == 1 for pool in config.pools),
     )
     experts = None
     if any(kind.experts(config) for kind in config.kinds):

@@ -141,7 +141,7 @@ class Engine(abc.ABC):
 
     def _shards_not_finite(self) -> list[str]:
         """Names of the shards whose gradients are not finite."""
-        grads = ((name, shard.grad) for optimizer in self.shard_optimizers for name, shard in optimizer.tables.items())
+        grads = (named for optimizer in self.shard_optimizers for named in optimizer.gradients())
         return names_not_finite(
             (name, grad._values() if grad is not None and grad.is_sparse else grad) for name, grad in grads
         )

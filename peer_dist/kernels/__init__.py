@@ -14,6 +14,7 @@ from torch import Tensor
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.custom_ops import differentiable, differentiable_no_further, operator
+from peer_dist.kernels.pending import PendingSums, gradient_that_grows, pending_sums
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -137,20 +138,28 @@ def expert_mix_backward(
 
 
 def expert_table_grads(
-    dpre: Tensor, hidden: Tensor, x: Tensor, dy: Tensor, picks: Picks, table: Tensor, sparse: bool = False
-) -> tuple[Tensor, Tensor]:
+    dpre: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    picks: Picks,
+    down: Tensor,
+    up: Tensor,
+    sparse: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of ``down`` and ``up``: ``sum of dpre_i x_t`` and ``sum of hidden_i dy_t`` of each row.
 
     Args:
         dpre, hidden: ``[picks]``.
         x, dy: ``[tokens, dim]``.
-        table: ``[rows, dim]``, either of the two, for its shape and dtype.
+        down, up: ``[rows, dim]``, of one dtype.
         sparse: coalesced sparse tensors of the picked rows instead of dense ones.
 
     Returns:
-        ``ddown`` and ``dup``, ``[rows, dim]`` in ``table``'s dtype.
+        ``ddown`` and ``dup``, ``[rows, dim]`` in the tables' dtype; None where the sums are left on the tables, or were
+        added to the gradients there are (:mod:`peer_dist.kernels.pending`).
     """
-    ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], picks.offsets, picks.expert, table, sparse)
+    ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], picks.offsets, picks.expert, [down, up], sparse)
     return ddown, dup
 
 
@@ -174,15 +183,16 @@ def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = Fa
     return _value_mix(gate, values, picks.offsets, picks.expert, sparse_grad)
 
 
-def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, sparse: bool = False) -> Tensor:
-    """``sum of gate_i dy_t`` of each row of ``values``, of its shape and dtype; for a table of any size.
+def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, sparse: bool = False) -> Tensor | None:
+    """``sum of gate_i dy_t`` of each row of ``values``, of its shape and dtype; for a table of any size. None where
+    the sums are left on the table, or were added to its gradient (:mod:`peer_dist.kernels.pending`).
 
     Args:
         gate: ``[picks]``.
         dy: ``[tokens, dim]``.
         sparse: a coalesced sparse tensor of the picked rows instead of a dense one.
     """
-    (grad,) = _grads_of_tables([gate], [dy], picks.offsets, picks.expert, values, sparse)
+    (grad,) = _grads_of_tables([gate], [dy], picks.offsets, picks.expert, [values], sparse)
     return grad
 
 
@@ -392,13 +402,26 @@ class _Halves:
 
 
 def _grads_of_tables(
-    weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, table: Tensor, sparse: bool
-) -> list[Tensor]:
-    """``sum of w_i x_t`` of each row of ``table [rows, dim]``, for each pair of a weight and an ``x``."""
-    rows, dtype = table.shape[0], table.dtype
+    weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, tables: list[Tensor], sparse: bool
+) -> Sequence[Tensor | None]:
+    """``sum of w_i x_t`` of each row of ``table [rows, dim]``, for each table; or nothing, but the sums on them."""
+    rows, dtype = tables[0].shape[0], tables[0].dtype
     if not sparse:
+        growing = [grad for grad in map(gradient_that_grows, tables) if grad is not None]
+        if len(growing) == len(tables):
+            with span("experts"):
+                ops, sums = _backend_and_sums(weights, xs, dtype)
+                ops.table_grads(sums, Picks(offsets, expert), rows, dtype=dtype, out=growing)
+            return [None] * len(tables)
         grads: list[Tensor] = _table_grads(weights, xs, offsets, expert, rows, dtype)
         return grads
+    places = [place for place in map(pending_sums, tables) if place is not None]
+    if len(places) == len(tables):
+        ops, sums = _backend_and_sums(weights, xs, dtype)
+        left = PendingSums(ops, sums, Picks(offsets, expert), tables)
+        for place in places:
+            place.append(left)
+        return [None] * len(tables)
     touched, *some = _sparse_table_grads(weights, xs, offsets, expert, rows, dtype)
     return [row_gradient(touched, grad, rows) for grad in some]
 
@@ -415,7 +438,7 @@ def _backward_of_experts(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, .
     dup: Tensor | None = None
     dx, dgate, dpre, hidden = _expert_mix_backward(dy, x, offsets, expert, pre, gate, down, up, ctx.activation)
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-        ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], offsets, expert, down, ctx.sparse_grad)
+        ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], offsets, expert, [down, up], ctx.sparse_grad)
     return dx, None, None, dgate, ddown, dup, None, None
 
 
@@ -430,7 +453,7 @@ def _backward_of_values(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dgate = _dots(dy, values, offsets, expert).to(gate.dtype)
     if ctx.needs_input_grad[1]:
-        (dvalues,) = _grads_of_tables([gate], [dy], offsets, expert, values, ctx.sparse_grad)
+        (dvalues,) = _grads_of_tables([gate], [dy], offsets, expert, [values], ctx.sparse_grad)
     return dgate, dvalues, None, None, None
 
 

@@ -370,8 +370,8 @@ void NAME(backward)(i64 tokens, i64 dim, i64 kind, const float *dy, const i64 *o
 }
 
 /* Gradients of a table's rows out of what `group` made: the sum of weight * x over the picks of segment s is written
-   to row rows[s], or to row s without `rows`. */
-void NAME(table_grad)(i64 segments, i64 dim, i64 stream, const float *weight, const float *x, const int32_t *token,
+   to row rows[s], or to row s without `rows`; or added to it, with `add`. */
+void NAME(table_grad)(i64 segments, i64 dim, i64 stream, i64 add, const float *weight, const float *x, const int32_t *token,
                       const int32_t *order, const i64 *starts, const i64 *rows, ROW *out) {
   i64 parts = parts_of(starts[segments]);
 #pragma omp parallel for schedule(dynamic)
@@ -390,6 +390,10 @@ void NAME(table_grad)(i64 segments, i64 dim, i64 stream, const float *weight, co
           a += w * load_f32(from), b += w * load_f32(from + 16);
           c += w * load_f32(from + 32), d += w * load_f32(from + 48);
         }
+        if (add) {
+          a = NAME(load)(to + i) + a, b = NAME(load)(to + i + 16) + b;
+          c = NAME(load)(to + i + 32) + c, d = NAME(load)(to + i + 48) + d;
+        }
         if (whole) {
           NAME(stream)(to + i, a), NAME(stream)(to + i + 16, b);
           NAME(stream)(to + i + 32, c), NAME(stream)(to + i + 48, d);
@@ -401,12 +405,13 @@ void NAME(table_grad)(i64 segments, i64 dim, i64 stream, const float *weight, co
       for (; i + 16 <= dim; i += 16) {
         v16 sum = {};
         for (i64 j = begin; j < end; j++) sum += weight[order[j]] * load_f32(x + token[j] * dim + i);
+        if (add) sum = NAME(load)(to + i) + sum;
         NAME(store)(to + i, sum);
       }
       for (; i < dim; i++) {
         float sum = 0;
         for (i64 j = begin; j < end; j++) sum += weight[order[j]] * x[token[j] * dim + i];
-        to[i] = NAME(put)(sum);
+        to[i] = NAME(put)(add ? NAME(get)(to[i]) + sum : sum);
       }
     }
   }

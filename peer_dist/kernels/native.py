@@ -124,11 +124,18 @@ def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     _over_picks("add_rows", picks, weight=_wide(weight), x=_wide(x), out=out)
 
 
-def table_grads(sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int, *, dtype: torch.dtype) -> list[Tensor]:
+def table_grads(
+    sums: Sequence[tuple[Tensor, Tensor]],
+    picks: Picks,
+    rows: int,
+    *,
+    dtype: torch.dtype,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.table_grads`."""
     touched, order, token, starts = _group(picks, rows)
-    grads = [gradient_memory(rows, x.shape[1], dtype).zero_() for _, x in sums]
-    _sum_segments(sums, picks, order, token, starts, touched, rows, grads)
+    grads = [gradient_memory(rows, x.shape[1], dtype).zero_() for _, x in sums] if out is None else list(out)
+    _sum_segments(sums, picks, order, token, starts, touched, rows, grads, add=out is not None)
     return grads
 
 
@@ -204,15 +211,17 @@ def _sum_segments(
     rows: Tensor | None,
     written: int,
     grads: list[Tensor],
+    add: bool = False,
 ) -> None:
-    """Write each picked row's gradients, to ``rows`` of the ``written`` ones or one after the other."""
+    """Write or ``add`` each picked row's gradients, to ``rows`` of the ``written`` ones or one after the other."""
     for (weight, x), out in zip(sums, grads):
         _call(
             _of("table_grad", out.dtype),
             tokens=picks.tokens,
             segments=starts.numel() - 1,
             written=written,
-            stream=int(out.nbytes > STREAM_BYTES),
+            stream=int(out.nbytes > STREAM_BYTES and not add),
+            add=int(add),
             weight=_wide(weight),
             x=_wide(x),
             token=token,

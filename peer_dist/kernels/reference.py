@@ -228,14 +228,22 @@ class Composed:
         return backward_by_halves(self, dy, picks, pre, gate, down, up, activation)
 
     def table_grads(
-        self, sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int, *, dtype: torch.dtype
+        self,
+        sums: Sequence[tuple[Tensor, Tensor]],
+        picks: Picks,
+        rows: int,
+        *,
+        dtype: torch.dtype,
+        out: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """Per pair of a weight ``[picks]`` and ``x: [tokens, dim]`` the gradient of :func:`mix`: ``sum of w_i x_t`` of
-        each row, ``[rows, dim]`` in ``dtype``, summed in at least float32.
+        each row, ``[rows, dim]`` in ``dtype``, summed in at least float32; ``out``: added to these instead.
         """
         grads = [torch.zeros(rows, x.shape[1], dtype=wide(weight, x), device=x.device) for weight, x in sums]
         for (weight, x), grad in zip(sums, grads):
             self.table_grad(weight, x, picks, grad)
+        if out is not None:
+            return [there.add_(grad) for there, grad in zip(out, grads)]
         return [grad.to(dtype) for grad in grads]
 
     def sparse_table_grads(

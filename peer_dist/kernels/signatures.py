@@ -51,9 +51,9 @@ def _signatures(row: torch.dtype) -> dict[str, Signature]:
             dx=vectors, dgate=per_pick, dpre=per_pick, hidden=per_pick,
         ),
         "table_grad": Signature(
-            "segments dim stream", "segments <= written", "stream <= 1", optional="rows", weight=per_pick, x=vectors,
-            token=(I32, "picks"), order=(I32, "picks"), starts=(I64, "segments + 1"), rows=(I64, "segments"),
-            out=(row, "written", "dim"),
+            "segments dim stream add", "segments <= written", "stream <= 1", "add <= 1", optional="rows",
+            weight=per_pick, x=vectors, token=(I32, "picks"), order=(I32, "picks"), starts=(I64, "segments + 1"),
+            rows=(I64, "segments"), out=(row, "written", "dim"),
         ),
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peer_dist.kernels import row_gradient
+from peer_dist.kernels.pending import PendingSums, ask_for_sums, let_gradient_grow, pending_sums
 from peer_dist.kernels.rounding import Rounding, stream_key
 from peer_dist.kernels.updates import Step, row_squares, update_rows
 from peer_dist.optim.held_bytes import HeldBytes
@@ -67,6 +68,9 @@ class TableOptimizer:
         data_parallel_size: what gradients are averaged over.
         offsets: name to the row and column at which the shard begins in the whole table: with them the same bits
             round a place in every layout. (0, 0) by default.
+        one_pass: a table meets one backward pass in a step. A lazy one then has its gradient summed where it is used,
+            in registers, if kernels for that serve it (:mod:`peer_dist.kernels.pending`), unless other ranks have
+            copies or columns of it.
 
     Attributes:
         steps: the number of updates so far; setting it goes on from there.
@@ -82,6 +86,7 @@ class TableOptimizer:
         copies: dist.ProcessGroup | None = None,
         data_parallel_size: int = 1,
         offsets: Mapping[str, tuple[int, int]] | None = None,
+        one_pass: bool = False,
     ) -> None:
         self.tables = dict(tables)
         self._rule, self._lr, self._offsets = rule, rule.lr, offsets or {}
@@ -92,9 +97,12 @@ class TableOptimizer:
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
-        if rule.lazy:
-            for table in self.tables.values():
-                _merge_as_it_comes(table)
+        alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
+        for table in self.tables.values():
+            if rule.lazy:
+                (ask_for_sums if one_pass and alone else _merge_as_it_comes)(table)
+            else:
+                let_gradient_grow(table)
 
     @property
     def lazy(self) -> bool:
@@ -117,12 +125,32 @@ class TableOptimizer:
 
     def _grad(self, table: Tensor) -> Tensor:
         """The table's gradient, merged if it is sparse; where there is none, a gradient that touches no row or is 0."""
+        self._sum_up(table)
         if table.grad is None:
             if self.lazy:
                 none = torch.empty(0, dtype=torch.int64, device=table.device)
                 return row_gradient(none, table.new_empty(0, table.shape[1]), len(table))
             return torch.zeros_like(table, requires_grad=False)
         return merge(table.grad) if self.lazy else table.grad
+
+    def _pending(self, table: Tensor) -> PendingSums | None:
+        """The sums of all of the table's gradient, if a step can take them in registers."""
+        pending = pending_sums(table) or []
+        return pending[0] if len(pending) == 1 and table.grad is None and pending[0].in_registers else None
+
+    @staticmethod
+    def _sum_up(table: Tensor) -> None:
+        """Make a gradient of what backward passes have left of it, as they would have done."""
+        pending = pending_sums(table)
+        while pending:
+            grad = row_gradient(*pending.pop(0).gradient(table), len(table))
+            table.grad = grad if table.grad is None else table.grad + grad
+
+    def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
+        """``(name, gradient)`` of each table, None without one. Summed up now, so only to find out what is in them."""
+        for name, table in self.tables.items():
+            self._sum_up(table)
+            yield name, table.grad
 
     @torch.no_grad()
     def grad_norm(self, device: torch.device) -> Tensor:
@@ -134,6 +162,10 @@ class TableOptimizer:
         copies = 1 if self._copies is None else dist.get_world_size(self._copies)
         squares = torch.zeros((), dtype=torch.float32, device=device)
         for table in self.tables.values():
+            pending = self._pending(table)
+            if pending is not None:
+                squares += pending.squares(table).sum()
+                continue
             grad = self._grad(table)
             if copies > 1 and self.lazy:
                 assert self._copies is not None
@@ -162,8 +194,14 @@ class TableOptimizer:
             lazy=rule.lazy,
         )
         for name, table in self.tables.items():
-            grad, moments, master = self._grad(table), self._moments[name], self._masters[name]
-            table.grad = None
+            moments, master = self._moments[name], None if self._masters[name] is table else self._masters[name]
+            pending = self._pending(table)
+            if pending is not None:
+                pending.update(step, table, moments, master=master, rounding=self._rounding(name))
+                _drop(table)
+                continue
+            grad = self._grad(table)
+            _drop(table)
             rows, values = (grad.indices()[0], grad.values()) if self.lazy else (None, grad)
             squares = None
             if "row_sq" in moments and self._columns is not None and dist.get_world_size(self._columns) > 1:
@@ -174,7 +212,7 @@ class TableOptimizer:
                 values,
                 table,
                 moments,
-                master=None if master is table else master,
+                master=master,
                 rows=rows,
                 squares=squares,
                 rounding=self._rounding(name),
@@ -189,7 +227,7 @@ class TableOptimizer:
     def zero_grad(self) -> None:
         """Free the tables' gradients."""
         for table in self.tables.values():
-            table.grad = None
+            _drop(table)
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(table name, part, tensor)`` of all that a checkpoint needs beside the tables.
@@ -206,8 +244,18 @@ class TableOptimizer:
 
     def memory(self) -> HeldBytes:
         """What this rank holds of the tables, of which a step needs no more."""
-        gradients = (table.grad for table in self.tables.values() if table.grad is not None)
+        tables = self.tables.values()
+        gradients = [table.grad for table in tables if table.grad is not None]
+        gradients += [part for table in tables for sums in pending_sums(table) or () for part in sums.tensors()]
         return HeldBytes.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
+
+
+def _drop(table: Tensor) -> None:
+    """Free a table's gradient, or what it is the sum of."""
+    table.grad = None
+    pending = pending_sums(table)
+    if pending is not None:
+        pending.clear()
 
 
 def _merge_as_it_comes(table: Tensor) -> None:

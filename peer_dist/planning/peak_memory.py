@@ -131,10 +131,10 @@ def _backward_timeline(
     """The moments of a stage's backward passes, from its last part to its first, and the end.
 
     A part's backward pass frees what its forward pass kept, and leaves gradients. From the second pass on all gradients
-    are there, and new ones stand beside them until they are added.
+    are there, and new ones stand beside them until they are added, but for those of dense tables, which grow in place.
     """
-    gradients = _new_gradients(layout, place, vocab_size, itemsize)
     growing = layout.passes == 1 and layout.config.zero.stage > 0
+    gradients = _new_gradients(layout, place, vocab_size, itemsize, growing)
     for parts in kept_parts(layout, place.stage, vocab_size, itemsize, device, hits):
         in_flight = layout.in_flight(place.stage)
         activations = in_flight * sum(kept.activations for _, kept in parts)
@@ -157,16 +157,22 @@ class _NewGradients:
     at_once: float = 0.0
 
 
-def _new_gradients(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> dict[str | int, _NewGradients]:
-    """By part: a layer's tables get their gradients together, every other parameter by itself."""
+def _new_gradients(
+    layout: Layout, place: Place, vocab_size: int, itemsize: int, made: bool
+) -> dict[str | int, _NewGradients]:
+    """By part: a layer's tables get their gradients together, every other parameter by itself. They are ``made`` in
+    this pass, or those of dense tables are there.
+    """
     shapes, owned = dense_shapes(layout, place.stage, vocab_size), shards(layout, place)
     gradients = {}
     for part in shapes.keys() | owned.keys():
         sizes = [math.prod(shape) * itemsize for shape in shapes.get(part, [])]
-        tables = sum(
-            gradient_bytes(layout, block, block.itemsize or itemsize, passes=1) for block in owned.get(part, [])
-        )
-        gradients[part] = _NewGradients(sum(sizes) + tables, max([tables, *sizes]))
+        new = [
+            (block, gradient_bytes(layout, block, block.itemsize or itemsize, passes=1))
+            for block in owned.get(part, [])
+        ]
+        beside = sum(size for block, size in new if made or layout.config.table_optimizer.lazy or not block.table_rows)
+        gradients[part] = _NewGradients(sum(sizes) + sum(size for _, size in new), max([beside, *sizes]))
     return gradients
 
 

@@ -313,7 +313,7 @@ class _Experts(torch.autograd.Function):
                 transit.picks = plan.start_picks_to_homes(dgate)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             picks = picks_of_parts[0] if len(plan.parts) == 1 else plan.all_picks()
-            ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, ctx.sparse_grad)
+            ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, up, ctx.sparse_grad)
         return (edge if goes_home else None), ddown, dup, None, None, None
 
 

@@ -42,6 +42,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -272,7 +274,7 @@ def _sum_places(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _sum_run(  # type: ignore[no-untyped-def]
+def sum_run(  # type: ignore[no-untyped-def]
     start,  # of the run
     stop,
     order,
@@ -281,7 +283,8 @@ def _sum_run(  # type: ignore[no-untyped-def]
     hidden,
     x,
     dy,
-    partial,  # [pieces, 2, DIM]: from _pieces_kernel, or None: there are too few picks for a piece
+    partial_down,  # [pieces, DIM]: from _pieces_kernel, or None: there are too few picks for a piece
+    partial_up,
     size,
     cols,
     DIM: tl.constexpr,
@@ -290,7 +293,7 @@ def _sum_run(  # type: ignore[no-untyped-def]
     ACC: tl.constexpr,
 ):
     """The sums of a run, ``[BLOCK_D]`` each: of the picks in no whole piece of it, and then of its pieces in order."""
-    if partial is None:
+    if partial_down is None:
         down, up = _sum_places(
             start, stop, order, token, dpre, hidden, x, dy, cols, stop, 0, DIM, BLOCK_D, BLOCK_K, ACC
         )
@@ -303,10 +306,10 @@ def _sum_run(  # type: ignore[no-untyped-def]
             start, stop, order, token, dpre, hidden, x, dy, cols, hole, skipped, DIM, BLOCK_D, BLOCK_K, ACC
         )
         for each in range(piece, last):
-            at = partial + each * (2 * DIM) + cols
-            down += tl.load(at, mask=cols < DIM, other=0.0)
+            at = each * DIM + cols
+            down += tl.load(partial_down + at, mask=cols < DIM, other=0.0)
             if hidden is not None:
-                up += tl.load(at + DIM, mask=cols < DIM, other=0.0)
+                up += tl.load(partial_up + at, mask=cols < DIM, other=0.0)
     return down, up
 
 
@@ -319,7 +322,8 @@ def _pieces_kernel(  # type: ignore[no-untyped-def]
     hidden,  # [picks], or None: there is one table only, and neither dy nor dup
     x,  # [tokens, DIM]
     dy,  # [tokens, DIM]
-    partial,  # [pieces, 2, DIM]
+    partial_down,  # [pieces, DIM]
+    partial_up,  # [pieces, DIM]
     size,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -336,10 +340,10 @@ def _pieces_kernel(  # type: ignore[no-untyped-def]
         down, up = _sum_places(
             start, stop, order, token, dpre, hidden, x, dy, cols, stop, 0, DIM, BLOCK_D, BLOCK_K, ACC
         )
-        at = partial + piece * (2 * DIM) + cols
-        tl.store(at, down, mask=cols < DIM)
+        at = piece * DIM + cols
+        tl.store(partial_down + at, down, mask=cols < DIM)
         if hidden is not None:
-            tl.store(at + DIM, up, mask=cols < DIM)
+            tl.store(partial_up + at, up, mask=cols < DIM)
 
 
 @jit
@@ -351,7 +355,8 @@ def _runs_kernel(  # type: ignore[no-untyped-def]
     x,
     dy,
     bounds,  # [runs + 1]: the places where the runs begin
-    partial,
+    partial_down,
+    partial_up,
     ddown,  # [runs, DIM]
     dup,  # [runs, DIM]
     runs,
@@ -371,9 +376,10 @@ def _runs_kernel(  # type: ignore[no-untyped-def]
         start = tl.load(bounds + run).to(tl.int64)
         stop = tl.load(bounds + run + 1).to(tl.int64)
         if stop > start or not ADD:  # an untouched row of a new gradient is still to be zeroed
-            down, up = _sum_run(
-                start, stop, order, token, dpre, hidden, x, dy, partial, size, cols, DIM, BLOCK_D, BLOCK_K, ACC
-            )
+            down, up = sum_run(
+                start, stop, order, token, dpre, hidden, x, dy, partial_down, partial_up, size, cols,
+                DIM, BLOCK_D, BLOCK_K, ACC,
+            )  # fmt: skip
             at = run * DIM + cols
             if ADD:
                 down += tl.load(ddown + at, mask=inside, other=0.0).to(ACC)
@@ -562,7 +568,7 @@ def table_grads(
     grads = _new_grads(sums, rows, dtype) if out is None else list(out)
     if any(grad.shape != shape for grad in grads):
         raise ValueError(f"out must be {list(shape)}, not {' and '.join(str(tuple(grad.shape)) for grad in grads)}")
-    _run_sums(_RunSums.of(sums, picks, bounds, grads), add=out is not None)
+    _run_sums(RunSums.of(sums, picks, bounds), grads, add=out is not None)
     return grads
 
 
@@ -573,7 +579,7 @@ def _new_grads(sums: Sequence[tuple[Tensor, Tensor]], rows: int, dtype: torch.dt
 
 def table_grad(weight: Tensor, x: Tensor, picks: Picks, out: Tensor) -> None:
     """``out_e += sum w_i x_t`` over the picks of row e: :func:`table_grads` of one table."""
-    _run_sums(_RunSums.of([(weight, x)], picks, _bounds(picks, out.shape[0]), [out]), add=True)
+    _run_sums(RunSums.of([(weight, x)], picks, _bounds(picks, out.shape[0])), [out], add=True)
 
 
 def _bounds(picks: Picks, rows: int) -> Tensor:
@@ -592,12 +598,17 @@ def sparse_table_grads(
     """
     touched, bounds = picks.segments
     grads = _new_grads(sums, touched.numel(), dtype)
-    _run_sums(_RunSums.of(sums, picks, bounds, grads), add=False)
+    _run_sums(RunSums.of(sums, picks, bounds), grads, add=False)
     return touched, grads
 
 
+def run_sums(sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, rows: int) -> RunSums:
+    """The sums that :func:`table_grads` would write, of all rows, for kernels that take them in registers."""
+    return RunSums.of(sums, picks, _bounds(picks, rows))
+
+
 @dataclass(frozen=True)
-class _RunSums:
+class RunSums:
     """The operands of the gradients of one table, or of two that the same picks read, run by run.
 
     A run is the picks of one row in the order by expert. Row ``i`` of each gradient is the sum over run ``i``. What is
@@ -605,40 +616,25 @@ class _RunSums:
 
     Attributes:
         picks: by expert.
-        dpre: ``[picks]``, weights of the first table's sum.
-        hidden: ``[picks]``, weights of the second table's sum.
-        x: ``[tokens, dim]``, summed for the first table.
-        dy: ``[tokens, dim]``, summed for the second table.
+        weights: ``[picks]`` of each table, what its sum is weighted by.
+        xs: ``[tokens, dim]`` of each table, what is summed.
         bounds: ``[runs + 1]`` int32, the places where runs begin.
-        ddown: ``[runs, dim]``, the first table's gradient.
-        dup: ``[runs, dim]``, the second table's gradient.
     """
 
     picks: ByExpert
-    dpre: Tensor
-    hidden: Tensor | None
-    x: Tensor
-    dy: Tensor | None
+    weights: tuple[Tensor, Tensor | None]
+    xs: tuple[Tensor, Tensor | None]
     bounds: Tensor
-    ddown: Tensor
-    dup: Tensor | None
 
     @classmethod
-    def of(
-        cls, sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, bounds: Tensor, grads: Sequence[Tensor]
-    ) -> _RunSums:
-        """The operands from what :func:`table_grads` takes, and the gradients to be written."""
-        dpre, x = sums[0]
-        hidden, dy = sums[1] if len(sums) == 2 else (None, None)
+    def of(cls, sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, bounds: Tensor) -> RunSums:
+        """The operands from what :func:`table_grads` takes."""
+        first, second = sums[0], sums[1] if len(sums) == 2 else None
         return cls(
-            picks=picks.by_expert,
-            dpre=dpre.contiguous(),
-            hidden=None if hidden is None else hidden.contiguous(),
-            x=_rows(x),
-            dy=None if dy is None else _rows(dy),
-            bounds=bounds,
-            ddown=grads[0],
-            dup=grads[1] if len(sums) == 2 else None,
+            picks.by_expert,
+            (first[0].contiguous(), None if second is None else second[0].contiguous()),
+            (_rows(first[1]), None if second is None else _rows(second[1])),
+            bounds,
         )
 
     @property
@@ -647,40 +643,65 @@ class _RunSums:
         return self.bounds.numel() - 1
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype to accumulate in."""
-        return wide(self.x, self.dpre) if self.dy is None else wide(self.x, self.dy, self.dpre)
+    def dim(self) -> int:
+        """Columns of a sum."""
+        return self.xs[0].shape[1]
 
-    def tile(self) -> dict[str, int]:
-        """Block sizes and warps. Columns go slice by slice where all of x and dy would not stay in L2."""
-        sources = [self.x] if self.dy is None else [self.x, self.dy]
+    @property
+    def slices(self) -> int:
+        """Slices of columns that programs take."""
+        return int(triton.cdiv(self.dim, self.constants["BLOCK_D"]))
+
+    @property
+    def size(self) -> int:
+        """Picks of a piece."""
+        return max(PIECE, int(triton.next_power_of_2(self.picks.pick.numel() // MAX_PIECES)))
+
+    @property
+    def each(self) -> int:
+        """Runs of a program."""
+        return max(1, min(RUNS, RUNS * self.runs // max(1, self.picks.pick.numel())))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Programs for all runs and all columns."""
+        return int(triton.cdiv(self.runs, self.each)), self.slices
+
+    @cached_property
+    def constants(self) -> dict[str, Any]:
+        """What kernels are compiled for. Columns go slice by slice where all of x and dy would not stay in L2.
+
+        Fused multiply-adds gain nothing here, and without them every kernel that takes a sum takes the same.
+        """
+        sources = [x for x in self.xs if x is not None]
         widest = max(sources, key=Tensor.element_size)
-        itemsize = widest.element_size()
-        width = min(MAX_GRAD_BLOCK_D, _resident(widest, len(sources) * len(widest)) or self.x.shape[1])
+        width = min(MAX_GRAD_BLOCK_D, _resident(widest, len(sources) * len(widest)) or self.dim)
         # of one table twice the rows at once: as many bytes as of two, and with fewer ptxas spills some registers
-        return _tile(width, itemsize, GRAD_TILE_BYTES * 2 // len(sources), columns=8)
+        tile = _tile(width, widest.element_size(), GRAD_TILE_BYTES * 2 // len(sources), columns=8)
+        dtype = wide(*sources, self.weights[0])
+        return {"DIM": self.dim, "ACC": accumulator(dtype), "enable_fp_fusion": False, **tile}
+
+    @cached_property
+    def partial(self) -> tuple[Tensor | None, Tensor | None]:
+        """The sums of whole pieces, ``[pieces, dim]`` of each table; None where there are too few picks for a piece.
+
+        An expert that very many tokens picked is summed piece by piece first. Pieces lie at multiples of their size,
+        so that nothing needs to be worked out of them: a program finds that its piece is of one expert, or ends.
+        """
+        pieces = self.picks.pick.numel() // self.size
+        if not pieces:
+            return None, None
+        dtype = wide(*(x for x in self.xs if x is not None), self.weights[0])
+        down = torch.empty(pieces, self.dim, dtype=dtype, device=self.xs[0].device)
+        up = None if self.xs[1] is None else torch.empty_like(down)
+        numbers = self.picks.pick, self.picks.token, self.picks.expert
+        args = *numbers, *self.weights, *self.xs, down, up, self.size
+        launching.launch(_pieces_kernel, (pieces, self.slices), *args, **self.constants)
+        return down, up
 
 
-def _run_sums(operands: _RunSums, add: bool) -> None:
-    """Write the gradients, or ``add`` to them.
-
-    An expert that very many tokens picked is summed piece by piece first. Pieces lie at multiples of their size, so
-    that nothing needs to be worked out of them: a program finds that its piece is of one expert, or ends.
-    """
-    ordered, x, runs = operands.picks, operands.x, operands.runs
-    numbers, weighted = (ordered.pick, ordered.token), (operands.dpre, operands.hidden, x, operands.dy)
-    count, dim = ordered.pick.numel(), x.shape[1]
-    tile = operands.tile()
-    slices = triton.cdiv(dim, tile["BLOCK_D"])
-    constants = {"DIM": dim, "ACC": accumulator(operands.dtype), **tile}
-    size = max(PIECE, triton.next_power_of_2(count // MAX_PIECES))
-    pieces, partial = count // size, None
-    if pieces:
-        partial = torch.empty(pieces, 2, dim, dtype=operands.dtype, device=x.device)
-        launching.launch(
-            _pieces_kernel, (pieces, slices), *numbers, ordered.expert, *weighted, partial, size, **constants
-        )
-    each = max(1, min(RUNS, RUNS * runs // max(1, count)))
-    grid = triton.cdiv(runs, each), slices
-    args = operands.bounds, partial, operands.ddown, operands.dup, runs, each, size
-    launching.launch(_runs_kernel, grid, *numbers, *weighted, *args, ADD=add, **constants)
+def _run_sums(sums: RunSums, grads: Sequence[Tensor], add: bool) -> None:
+    """Write the gradients, or ``add`` to them."""
+    operands = sums.picks.pick, sums.picks.token, *sums.weights, *sums.xs, sums.bounds, *sums.partial
+    args = *operands, grads[0], grads[1] if len(grads) == 2 else None, sums.runs, sums.each, sums.size
+    launching.launch(_runs_kernel, sums.grid, *args, ADD=add, **sums.constants)

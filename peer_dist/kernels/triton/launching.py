@@ -76,3 +76,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Tensor | float | None, num
 def accumulator(dtype: torch.dtype) -> Any:
     """Triton's dtype of sums that torch's ``dtype`` is wide enough for."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def element(dtype: torch.dtype) -> Any:
+    """Triton's name of torch's ``dtype``."""
+    return getattr(tl, str(dtype).removeprefix("torch."))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.triton import launching
+from peer_dist.kernels.triton.experts import RunSums, sum_run
 from peer_dist.kernels.triton.launching import jit, tl, triton
 
 TILE = 1024
@@ -37,13 +38,13 @@ def _tile(source, row, cols, live, DIM: tl.constexpr):  # type: ignore[no-untype
 
 @jit
 def _draws(key, row, column):  # type: ignore[no-untyped-def]
-    """16 random bits for each place, as in :mod:`peer_dist.kernels.rounding`."""
-    word = ((row.to(tl.uint64) << 32)[:, None] + (column // 4).to(tl.uint64)[None, :]) * 0x9E3779B97F4A7C15
+    """16 random bits for each place, as in :mod:`peer_dist.kernels.rounding`; rows and columns are broadcast."""
+    word = ((row.to(tl.uint64) << 32) + (column // 4).to(tl.uint64)) * 0x9E3779B97F4A7C15
     word += key.to(tl.uint64)
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB
     word = word ^ (word >> 31)
-    return (word >> (16 * (column % 4)).to(tl.uint64)[None, :]).to(tl.uint32) & 0xFFFF
+    return (word >> (16 * (column % 4)).to(tl.uint64)).to(tl.uint32) & 0xFFFF
 
 
 @jit
@@ -55,6 +56,61 @@ def _bfloat16(value, draws):  # type: ignore[no-untyped-def]
     added = 0x7FFF + ((bits >> 16) & 1) if draws is None else draws
     upper = tl.where(value == value, (bits + added) >> 16, 0x7FC0)
     return upper.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@jit
+def _change(square, unbiased, eps, rate):  # type: ignore[no-untyped-def]
+    """By what a moment is multiplied, for a second moment."""
+    return tl.div_rn(rate + tl.zeros_like(square), tl.sqrt_rn(unbiased * square) + eps)
+
+
+@jit
+def _step(  # type: ignore[no-untyped-def]
+    g,  # float32
+    row,  # of g's shape, or broadcast to it
+    col,
+    mask,
+    change,  # of a row; without meaning where there is exp_avg_sq
+    weight,
+    table,
+    exp_avg,
+    exp_avg_sq,
+    scale,
+    decay,
+    first,
+    rest_first,
+    second,
+    rest_second,
+    unbiased,
+    eps,
+    rate,
+    key,
+    first_row,
+    first_column,
+    DIM: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+):
+    """Step some elements of a table with their gradients; a kernel's own parameters are as in _update_kernel."""
+    at = row * DIM + col
+    g = scale * g
+    old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+    moment = g
+    if exp_avg is not None:
+        moment = first * tl.load(exp_avg + at, mask=mask, other=0.0) + rest_first * g
+        tl.store(exp_avg + at, moment, mask=mask)
+    if exp_avg_sq is not None:
+        square = second * tl.load(exp_avg_sq + at, mask=mask, other=0.0) + rest_second * g * g
+        tl.store(exp_avg_sq + at, square, mask=mask)
+        change = _change(square, unbiased, eps, rate)
+    new = decay * old - change * moment
+    if AT_RANDOM:
+        draws = _draws(key, first_row + row, (first_column + col).to(tl.int32))
+        tl.store(weight + at, _bfloat16(new, draws), mask=mask)
+    else:
+        tl.store(weight + at, new, mask=mask)
+    if table is not None:
+        low = _bfloat16(new, None) if table.dtype.element_ty == tl.bfloat16 else new.to(table.dtype.element_ty)
+        tl.store(table + at, low, mask=mask)
 
 
 @jit
@@ -91,6 +147,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     live = place < touched
     row = place if rows is None else tl.load(rows + place, mask=live, other=0)
     cols = tl.arange(0, BLOCK_D)
+    change = 0.0
     if BLOCK_D >= DIM:
         raw = _tile(grad, place, cols, live, DIM)
     if row_sq is not None:
@@ -107,30 +164,16 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         average = tl.load(row_sq + row, mask=live, other=0.0)
         average = second * average + rest_second * (total * scale * mean)
         tl.store(row_sq + row, average, mask=live)
-        change = tl.div_rn(rate + tl.zeros_like(average), tl.sqrt_rn(unbiased * average) + eps)[:, None]
+        change = _change(average, unbiased, eps, rate)[:, None]
     for begin in range(0, DIM, BLOCK_D):
         col = begin + cols
-        at = row[:, None] * DIM + col[None, :]
         mask = live[:, None] & (col < DIM)[None, :]
-        g = scale * (raw if BLOCK_D >= DIM else _tile(grad, place, col, live, DIM))
-        old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-        moment = g
-        if exp_avg is not None:
-            moment = first * tl.load(exp_avg + at, mask=mask, other=0.0) + rest_first * g
-            tl.store(exp_avg + at, moment, mask=mask)
-        if exp_avg_sq is not None:
-            square = second * tl.load(exp_avg_sq + at, mask=mask, other=0.0) + rest_second * g * g
-            tl.store(exp_avg_sq + at, square, mask=mask)
-            change = tl.div_rn(rate + tl.zeros_like(square), tl.sqrt_rn(unbiased * square) + eps)
-        new = decay * old - change * moment
-        if AT_RANDOM:
-            draws = _draws(key, first_row + row, (first_column + col).to(tl.int32))
-            tl.store(weight + at, _bfloat16(new, draws), mask=mask)
-        else:
-            tl.store(weight + at, new, mask=mask)
-        if table is not None:
-            low = _bfloat16(new, None) if table.dtype.element_ty == tl.bfloat16 else new.to(table.dtype.element_ty)
-            tl.store(table + at, low, mask=mask)
+        g = raw if BLOCK_D >= DIM else _tile(grad, place, col, live, DIM)
+        _step(
+            g, row[:, None], col[None, :], mask, change, weight, table, exp_avg, exp_avg_sq,
+            scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate,
+            key, first_row, first_column, DIM, AT_RANDOM,
+        )  # fmt: skip
 
 
 @jit
@@ -151,6 +194,109 @@ def _squares_kernel(  # type: ignore[no-untyped-def]
         piece = _tile(grad, place, begin + cols, live, DIM)
         sums += piece * piece
     tl.store(out + place, tl.sum(sums, 1), mask=live)
+
+
+@jit
+def _run_squares_kernel(  # type: ignore[no-untyped-def]
+    order,  # as in experts._runs_kernel, down to partial_up
+    token,
+    dpre,
+    hidden,
+    x,
+    dy,
+    bounds,
+    partial_down,
+    partial_up,
+    down_squares,  # [slices, runs]
+    up_squares,  # [slices, runs], or None
+    runs,
+    each,
+    size,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """One program for ``each`` runs, one after the other, and a slice of the columns."""
+    first = tl.program_id(0).to(tl.int64) * each
+    part = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    for run in range(first, tl.minimum(first + each, runs)):
+        start = tl.load(bounds + run).to(tl.int64)
+        stop = tl.load(bounds + run + 1).to(tl.int64)
+        down, up = sum_run(
+            start, stop, order, token, dpre, hidden, x, dy, partial_down, partial_up, size, cols,
+            DIM, BLOCK_D, BLOCK_K, ACC,
+        )  # fmt: skip
+        g = down.to(DTYPE).to(tl.float32)
+        tl.store(down_squares + part * runs + run, tl.sum(g * g, 0))
+        if hidden is not None:
+            g = up.to(DTYPE).to(tl.float32)
+            tl.store(up_squares + part * runs + run, tl.sum(g * g, 0))
+
+
+@jit
+def _update_runs_kernel(  # type: ignore[no-untyped-def]
+    order,  # as in experts._runs_kernel, of one table
+    token,
+    dpre,
+    x,
+    bounds,
+    partial_down,
+    squares,  # [runs], from then on as in _update_kernel; runs are rows of the table
+    weight,
+    table,
+    exp_avg,
+    exp_avg_sq,
+    row_sq,
+    new_row_sq,  # [runs]: row_sq itself, where there is one slice of the columns
+    runs,
+    each,
+    size,
+    scale,
+    decay,
+    first,
+    rest_first,
+    second,
+    rest_second,
+    unbiased,
+    eps,
+    rate,
+    mean,
+    key,
+    first_row,
+    first_column,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+):
+    """One program for ``each`` runs, one after the other, and a slice of the columns."""
+    begin = tl.program_id(0).to(tl.int64) * each
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    for run in range(begin, tl.minimum(begin + each, runs)):
+        start = tl.load(bounds + run).to(tl.int64)
+        stop = tl.load(bounds + run + 1).to(tl.int64)
+        if stop > start:
+            sums, _ = sum_run(
+                start, stop, order, token, dpre, None, x, None, partial_down, None, size, cols,
+                DIM, BLOCK_D, BLOCK_K, ACC,
+            )  # fmt: skip
+            g = sums.to(weight.dtype.element_ty if table is None else table.dtype.element_ty).to(tl.float32)
+            change = 0.0
+            if row_sq is not None:
+                row = run + tl.arange(0, 1)
+                average = second * tl.load(row_sq + row) + rest_second * (tl.load(squares + row) * scale * mean)
+                if tl.program_id(1) == 0:
+                    tl.store(new_row_sq + row, average)
+                change = _change(average, unbiased, eps, rate)
+            _step(
+                g, run, cols, cols < DIM, change, weight, table, exp_avg, exp_avg_sq,
+                scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate,
+                key, first_row, first_column, DIM, AT_RANDOM,
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +333,70 @@ def update_rows(
         enable_fp_fusion=False,
         **blocks,
     )
+
+
+def run_squares(sums: RunSums, dtype: torch.dtype) -> list[Tensor]:
+    """The sums of the squares of each row of the gradients that ``sums`` would be, written in ``dtype``.
+
+    Returns:
+        ``[rows]`` float32 of each table.
+    """
+    out: list[Tensor | None] = [
+        None if x is None else torch.empty(sums.slices, sums.runs, dtype=torch.float32, device=x.device)
+        for x in sums.xs
+    ]
+    operands = sums.picks.pick, sums.picks.token, *sums.weights, *sums.xs, sums.bounds, *sums.partial
+    args = *operands, *out, sums.runs, sums.each, sums.size
+    launching.launch(_run_squares_kernel, sums.grid, *args, DTYPE=launching.element(dtype), **sums.constants)
+    return [squares[0] if sums.slices == 1 else squares.sum(0) for squares in out if squares is not None]
+
+
+def update_runs(
+    step: Sequence[float],
+    sums: RunSums,
+    which: int,
+    squares: Tensor,
+    table: Tensor,
+    moments: Mapping[str, Tensor],
+    master: Tensor | None,
+    rounding: Rounding | None,
+) -> None:
+    """:func:`update_rows` of the rows with picks, by gradients that are nowhere in memory.
+
+    Args:
+        sums: of a whole table, or of two.
+        which: of the two; 0 or 1.
+        squares: ``[rows]``, from :func:`run_squares`.
+    """
+    row_sq = moments.get("row_sq")
+    # another slice of the columns may read what one has written
+    new_row_sq = row_sq if row_sq is None or sums.slices == 1 else row_sq.clone()
+    launching.launch(
+        _update_runs_kernel,
+        sums.grid,
+        sums.picks.pick,
+        sums.picks.token,
+        sums.weights[which],
+        sums.xs[which],
+        sums.bounds,
+        sums.partial[which],
+        None if row_sq is None else squares,
+        table if master is None else master,
+        None if master is None else table,
+        moments.get("exp_avg"),
+        moments.get("exp_avg_sq"),
+        row_sq,
+        new_row_sq,
+        sums.runs,
+        sums.each,
+        sums.size,
+        *map(float, step),
+        *(rounding or (0, 0, 0)),
+        AT_RANDOM=rounding is not None,
+        **sums.constants,
+    )
+    if row_sq is not None and new_row_sq is not None and new_row_sq is not row_sq:
+        row_sq.copy_(new_row_sq)
 
 
 def row_squares(grad: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""Gradients of tables that autograd does not carry, because to write them out and read them again costs more than they.
+
+Who asks for the sums (:func:`ask_for_sums`) finds on the table, after a backward pass, what its sparse gradient is the
+sum of, and no gradient. Who lets a dense one grow (:func:`let_gradient_grow`) has the rows that were picked added to
+where they are, from the second backward pass on. Where nobody asks, or a table meets autograd as another tensor
+(compiled, or detached by a checkpoint), there is a gradient as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peer_dist.kernels import updates
+from peer_dist.kernels.picks import Picks
+from peer_dist.kernels.rounding import Rounding
+
+
+class PendingSums:
+    """The gradients of one or two tables that the same picks read: of each row ``sum w_i x_t``, not taken yet.
+
+    Args:
+        backend: what makes gradients of them (:func:`peer_dist.kernels.backend`).
+        sums: of each table the weights ``[picks]`` and ``[tokens, dim]``.
+        picks: the rows that each token read.
+        tables: ``[rows, dim]``, of one dtype, which gradients are rounded to.
+    """
+
+    def __init__(
+        self, backend: Any, sums: Sequence[tuple[Tensor, Tensor]], picks: Picks, tables: Sequence[Tensor]
+    ) -> None:
+        self._backend, self._sums, self._picks, self._tables = backend, list(sums), picks, list(tables)
+        self._versions = [tensor._version for tensor in self.tensors()]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is kept for the sums."""
+        yield from (self._picks.offsets, self._picks.expert)
+        for weight, x in self._sums:
+            yield from (weight, x)
+
+    def _check(self) -> None:
+        if [tensor._version for tensor in self.tensors()] != self._versions:
+            raise RuntimeError("what a table's gradient is to be summed of was written to after the backward pass")
+
+    def _which(self, table: Tensor) -> int:
+        return next(number for number, each in enumerate(self._tables) if each is table)
+
+    @property
+    def in_registers(self) -> bool:
+        """Whether :meth:`squares` and :meth:`update` can be had: where Triton serves."""
+        return all(hasattr(updates.backend(x, table), "update_runs") for (_, x), table in zip(self._sums, self._tables))
+
+    @cached_property
+    def _runs(self) -> Any:
+        self._check()
+        return self._backend.run_sums(self._sums, self._picks, len(self._tables[0]))
+
+    @cached_property
+    def _squares(self) -> list[Tensor]:
+        squares: list[Tensor] = updates.backend(self._sums[0][1]).run_squares(self._runs, self._tables[0].dtype)
+        return squares
+
+    def squares(self, table: Tensor) -> Tensor:
+        """The sums of the squares of each row of a table's gradient, ``[rows]`` float32; 0 of rows without picks.
+
+        Asks nothing of the device.
+        """
+        return self._squares[self._which(table)]
+
+    def update(
+        self,
+        step: updates.Step,
+        table: Tensor,
+        moments: Mapping[str, Tensor],
+        *,
+        master: Tensor | None = None,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """:func:`~peer_dist.kernels.updates.update_rows` of the rows with picks, by the same sums. They are taken in
+        registers: there is no gradient in memory, and nothing is asked of the device.
+        """
+        which, squares = self._which(table), self.squares(table)
+        updates.backend(self._sums[which][1], table).update_runs(
+            step, self._runs, which, squares, table, moments, master, rounding
+        )
+        torch.autograd.graph.increment_version(table)
+
+    @cached_property
+    def _gradients(self) -> tuple[Tensor, list[Tensor]]:
+        self._check()
+        table = self._tables[0]
+        found: tuple[Tensor, list[Tensor]] = self._backend.sparse_table_grads(
+            self._sums, self._picks, len(table), dtype=table.dtype
+        )
+        return found
+
+    def gradient(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """A table's gradient, as other optimizers take it: its rows with picks, ``[touched]`` int64 ascending, and
+        their gradients ``[touched, dim]`` in the table's dtype. On a GPU it waits for their number.
+        """
+        rows, values = self._gradients
+        return rows, values[self._which(table)]
+
+
+def ask_for_sums(table: Tensor) -> None:
+    """Let backward passes leave the sums of a table's sparse gradient in :func:`pending_sums`."""
+    table.pending_sums = []  # type: ignore[attr-defined]
+
+
+def pending_sums(table: Tensor) -> list[PendingSums] | None:
+    """What backward passes have left of a table, to be taken from this list; None where nobody asked for it."""
+    return getattr(table, "pending_sums", None)
+
+
+def let_gradient_grow(table: Tensor) -> None:
+    """Let backward passes add to a table's dense gradient in place, once there is one, and hand none to autograd.
+
+    A pass would else write a gradient of the whole table and read it again, for the few rows that its tokens picked.
+    """
+    table.gradient_grows = True  # type: ignore[attr-defined]
+
+
+def gradient_that_grows(table: Tensor) -> Tensor | None:
+    """The gradient that a backward pass may add to; None where there is none yet, or nobody lets it grow."""
+    grad = table.grad if getattr(table, "gradient_grows", False) else None
+    fits = grad is not None and not grad.is_sparse and grad.dtype == table.dtype and grad.is_contiguous()
+    return grad if fits else None
