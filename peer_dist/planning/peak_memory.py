@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from peer_dist.kernels.dense import BLOCK
 from peer_dist.kinds import KINDS, Kind, Tables
 from peer_dist.kinds.cost import FLOAT
-from peer_dist.megatron.cross_entropy import BLOCK
 from peer_dist.optim.held_bytes import BUCKET
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.state import State, dense_elements, dense_shapes, gradient_bytes, shards, state
@@ -265,6 +265,6 @@ def _head(layout: Layout, vocab_size: int, itemsize: int, device: str) -> Kept:
     words = layout.tokens * vocab_size / layout.tensor
     return Kept(
         layout.split_tokens * _norm(layout.config.model.hidden_size, itemsize, device) + words * itemsize,
-        working=min(words, BLOCK[device]) * FLOAT
+        working=(min(words, BLOCK) if device == "cpu" else 0) * FLOAT
         + layout.split_tokens * layout.config.model.hidden_size * (itemsize + FLOAT),
     )
