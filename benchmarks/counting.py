@@ -212,9 +212,21 @@ def _update_kernel(given: dict[str, Any]) -> int:
     return once((given["grad"], given["rows"], given["squares"])) + round(share * (2 * kept + size(given["table"])))
 
 
+def _gradient_kernel(given: dict[str, Any]) -> int:
+    return once(given.values()) + size(given["logits"])  # logits become their gradient
+
+
 KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     kernel.__name__: kernel
-    for kernel in (_token_kernel, _dots_kernel, _mix_kernel, _runs_kernel, _pieces_kernel, _update_kernel)
+    for kernel in (
+        _token_kernel,
+        _dots_kernel,
+        _mix_kernel,
+        _runs_kernel,
+        _pieces_kernel,
+        _update_kernel,
+        _gradient_kernel,
+    )
 }
 
 

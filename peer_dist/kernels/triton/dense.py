@@ -110,23 +110,23 @@ def _heads_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _label_logs_kernel(  # type: ignore[no-untyped-def]
-    logits,  # [rows, words]
+    logits,  # [rows, DIM]
     labels,  # [rows]
     logs,  # [rows]
     kept,  # [2, rows]: the largest logit, and the logarithm of the sum of the others' shares of it
     rows,
-    words,
+    DIM: tl.constexpr,
     BLOCK_W: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """One program for a row."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_W)
-    start = logits + row * words
+    start = logits + row * DIM
     largest = tl.full([], float("-inf"), WIDE)
     sums = tl.full([BLOCK_W], 0.0, WIDE)
-    for begin in range(0, words, BLOCK_W):
-        x = tl.load(start + begin + col, mask=begin + col < words, other=float("-inf")).to(WIDE)
+    for begin in range(0, DIM, BLOCK_W):
+        x = tl.load(start + begin + col, mask=begin + col < DIM, other=float("-inf")).to(WIDE)
         higher = tl.maximum(largest, tl.max(x, 0))
         sums = sums * tl.exp(largest - higher) + tl.exp(x - higher)
         largest = higher
@@ -139,20 +139,20 @@ def _label_logs_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _gradient_kernel(  # type: ignore[no-untyped-def]
-    logits,  # [rows, words]
+    logits,  # [rows, DIM]
     labels,  # [rows]
     kept,  # [2, rows]
     factor,  # [rows]
     at_label,  # [rows]
     rows,
-    words,
+    DIM: tl.constexpr,
     BLOCK_W: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """One program for BLOCK_W words of a row."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    start, mask = logits + row * words, col < words
+    start, mask = logits + row * DIM, col < DIM
     x = tl.load(start + col, mask=mask, other=0.0).to(WIDE)
     share = tl.exp(x - tl.load(kept + row) - tl.load(kept + rows + row))
     less = tl.where(col == tl.load(labels + row), tl.load(at_label + row), 0.0)
@@ -259,7 +259,7 @@ def label_logs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logs,
         kept,
         rows,
-        words,
+        DIM=words,
         BLOCK_W=block,
         WIDE=accumulator(logits.dtype),
         num_warps=max(1, block // 512),
@@ -280,7 +280,7 @@ def logits_to_gradient(logits: Tensor, labels: Tensor, kept: Tensor, factor: Ten
         factor.contiguous(),
         at_label.contiguous(),
         rows,
-        words,
+        DIM=words,
         BLOCK_W=block,
         WIDE=accumulator(logits.dtype),
         num_warps=max(1, block // 512),
