@@ -214,11 +214,13 @@ def _norm(d: int, itemsize: int, device: str) -> float:
 def _layer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     config, model, tensor = layout.config, layout.config.model, layout.tensor
     d, split, tokens = model.hidden_size, layout.split_tokens, layout.tokens
-    # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations
-    attention = 7 * d / tensor * itemsize + model.num_attention_heads / tensor * FLOAT
-    attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size)
-    # between documents: values end to end for the flash kernel, or a mask
-    attention += itemsize * (d / tensor if device == "cuda" and itemsize < FLOAT else model.seq_length)
+    fused = device == "cuda"  # one kernel splits and rotates, and puts a sequence's tokens end to end
+    # queries, keys, values, the context twice; its logarithms; on a CPU also the three before rotation, and rotations
+    attention = (5 if fused else 7) * d / tensor * itemsize + model.num_attention_heads / tensor * FLOAT
+    if not fused:
+        attention += itemsize * (2 * d // model.num_attention_heads / config.train.micro_batch_size)
+    if not fused or itemsize == FLOAT:  # which no flash kernel takes: documents are a mask
+        attention += itemsize * model.seq_length
     dropped = 2 * d if model.dropout else 0
     both = split * (2 * _norm(d, itemsize, device) + dropped) + tokens * attention
     own = _feed_forward(layout, KINDS[kind], itemsize, hits)
