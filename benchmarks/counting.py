@@ -43,6 +43,9 @@ PLACES = (
     ("sort", r"/kernels/picks\.py|/kernels/triton/sort\.py", r""),
     ("sort", r"/kernels/triton/experts\.py", r"_bounds"),
     ("table gradients", r"/peer_dist/kernels/", r"_grads_of_tables|_?(sparse_)?table_grads?|_run_sums"),
+    ("rotation", r"/kernels/(triton/)?dense\.py", r"split_heads|join_heads"),
+    ("cross-entropy", r"/kernels/(triton/)?dense\.py", r"label_logs|logits_to_gradient"),
+    ("dense feed-forward", r"/kernels/(triton/)?dense\.py", r""),
     ("attention", r"/megatron/attention\.py", r""),
     ("documents", r"/megatron/|/measures/", r"segment_mask|make_micro_batch"),
     ("norms", r"/megatron/norm\.py", r""),
@@ -209,9 +212,21 @@ def _update_kernel(given: dict[str, Any]) -> int:
     return once((given["grad"], given["rows"], given["squares"])) + round(share * (2 * kept + size(given["table"])))
 
 
+def _gradient_kernel(given: dict[str, Any]) -> int:
+    return once(given.values()) + size(given["logits"])  # logits become their gradient
+
+
 KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     kernel.__name__: kernel
-    for kernel in (_token_kernel, _dots_kernel, _mix_kernel, _runs_kernel, _pieces_kernel, _update_kernel)
+    for kernel in (
+        _token_kernel,
+        _dots_kernel,
+        _mix_kernel,
+        _runs_kernel,
+        _pieces_kernel,
+        _update_kernel,
+        _gradient_kernel,
+    )
 }
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from peer_dist.kernels import dense
 from peer_dist.megatron import Parallel
-from peer_dist.megatron.cross_entropy import BLOCK, cross_entropy
+from peer_dist.megatron.cross_entropy import cross_entropy
 from tests.ranks import run_ranks
 
 WORDS = 24
@@ -24,7 +25,7 @@ def split(rank: int, world_size: int, cases: list[tuple]) -> list[tuple[torch.Te
     """Losses and gradients of this rank's words, and whether the gradient lies where the logits were."""
     found = []
     for rows, *arguments in cases:
-        BLOCK["cpu"] = rows * WORDS // world_size
+        dense.BLOCK = rows * WORDS // world_size
         logits, labels, weights = case(*arguments)
         own = logits.chunk(world_size, -1)[rank].clone().requires_grad_()
         product = own * 1

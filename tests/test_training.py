@@ -18,6 +18,7 @@ import torch.distributed as dist
 import yaml
 
 from peer_dist.config import parse_config
+from peer_dist.data.documents import DataError
 from peer_dist.measures.metrics import read_metrics
 from peer_dist.ranks.exit_codes import DONE
 from peer_dist.ranks.signals import StopRequest
@@ -551,7 +552,9 @@ def test_ranks_left_over_replicate_the_tables(small):
 
 
 def masks_alive(rank, world_size, tree):
-    """Micro-batches made in a step and in a validation, and how many masks there were at most when one was made."""
+    """Micro-batches made in a step and in a validation; how many masks there were when one was made, at most in the
+    step and in all.
+    """
     from peer_dist.measures import held_out
 
     make, masks, most, made = held_out.make_micro_batch, [], 0, 0
@@ -566,9 +569,9 @@ def masks_alive(rank, world_size, tree):
     held_out.make_micro_batch = counted
     trainer = make_trainer(tree)
     trainer.step()
-    passes = made
+    passes, in_step = made, most
     trainer.validate()
-    return passes, made - passes, most
+    return passes, made - passes, in_step, most
 
 
 @pytest.mark.parametrize(
@@ -576,10 +579,45 @@ def masks_alive(rank, world_size, tree):
     [(1, {}, 0), (2, {"pipeline": 2}, 0), (2, {"pipeline": 2, "virtual_pipeline": 2}, 1)],
 )
 def test_micro_batches_are_there_one_at_a_time(small, world_size, parallel, most):
-    """But for those that a stage's second chunk has yet to see."""
+    """But for those that a stage's second chunk has yet to see, and the next step's first, which is there already."""
     small = with_keys(small, parallel=parallel, model={"num_layers": 4, "mlp": ["dense", "peer", "peer", "dense"]})
     small = with_keys(small, train={"global_batch_size": 16}, evaluation={"batches": 2})
-    assert run_ranks(masks_alive, world_size, small) == [(8, 16, most)] * world_size
+    assert run_ranks(masks_alive, world_size, small) == [(9, 16, most, most + 1)] * world_size
+
+
+@pytest.mark.parametrize("fails", [0, 2])
+def test_a_batch_that_cannot_be_read_stops_its_own_step(small, parallel, fails):
+    """Though it is asked for a step before: in vain once, it is read when its turn comes."""
+    trainer = make_trainer(with_keys(small, train={"steps": 4}))
+    read, asked = trainer.data.train.batch, []
+
+    def unreadable(positions):
+        if positions.start == trainer.config.train.global_batch_size:
+            asked.append(trainer.steps_done)
+            if len(asked) <= max(fails, 1):
+                raise DataError("the file is gone")
+        return read(positions)
+
+    trainer.data.train.batch = unreadable
+    trainer.step()
+    assert trainer.steps_done == 1
+    if fails:
+        with pytest.raises(DataError, match="the file is gone"):
+            trainer.step()
+    else:
+        trainer.step()
+    assert asked == [0, 1]
+
+
+def test_batches_read_ahead_are_those_of_a_resumed_run(small, parallel):
+    """None is read for a step after the last."""
+    trainer = make_trainer(with_keys(small, train={"steps": 3}))
+    make, made = trainer._micro_batches, []
+    trainer._micro_batches = lambda step: made.append(step) or make(step)
+    for _ in range(3):
+        trainer.step()
+    assert made == [0, 1, 2]
+    assert not trainer._ahead
 
 
 def reads(rank, world_size, tree):

@@ -45,9 +45,9 @@ class DenseKind(Kind[Any]):
         yield d, hidden // tensor
 
     def kept(self, config: Config, itemsize: int) -> tuple[float, float]:
-        """SwiGLU keeps both halves, the second once more, the activation and the product; GELU input and output."""
+        """SwiGLU keeps both halves and the product; GELU input and output."""
         hidden, swiglu = config.model.ffn_hidden_size * itemsize, config.model.ffn_activation == "swiglu"
-        return (5 if swiglu else 2) * hidden, (4 if swiglu else 2) * hidden
+        return (3 if swiglu else 2) * hidden, (4 if swiglu else 2) * hidden
 
     def check(self, config: Config) -> None:
         """Refuse the largest hidden units of a layer that tensor ranks divide."""

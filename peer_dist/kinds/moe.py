@@ -69,7 +69,7 @@ class MoEKind(CoarseKind[MoESection]):
 
     def expert_activations(self, config: Config) -> int:
         """As in a dense layer, and once more weighted."""
-        return 6 if config.model.ffn_activation == "swiglu" else 3
+        return 4 if config.model.ffn_activation == "swiglu" else 3
 
     def size(self, config: Config) -> dict[str, int]:
         """The values of :attr:`sizes`; experts without a width of their own are as wide as a dense layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -74,12 +75,24 @@ class MicroBatches:
         self, stream: Stream, positions: Sequence[range], eod: int, device: torch.device, end: int | None = None
     ) -> None:
         self._stream, self._positions, self._eod, self._device, self._end = stream, positions, eod, device, end
+        self._first: MicroBatch | None = None
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        return map(self._make, self._positions)
+        return map(self._take, self._positions)
+
+    def make_first(self) -> None:
+        """Make the first micro-batch now, while the device is busy with what was queued before; later ones are made
+        while it computes the earlier ones anyway. What cannot be made is left to its turn, where its error belongs.
+        """
+        with suppress(Exception):
+            self._first = self._make(self._positions[0])
+
+    def _take(self, positions: range) -> MicroBatch:
+        first, self._first = self._first, None
+        return self._make(positions) if first is None else first
 
     def _make(self, positions: range) -> MicroBatch:
         micro_batch = make_micro_batch(self._stream.batch(positions), self._eod, self._device)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK = {"cpu": 2**18, "cuda": 2**24}
-"""Logits that are in float32 at once: few enough for a CPU's caches; on a GPU 64 MiB, for few kernels."""
+from peer_dist.kernels.dense import label_logs, logits_to_gradient
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -34,11 +32,11 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
         words = logits.shape[-1]
-        rows, wide = logits.view(-1, words), torch.promote_types(logits.dtype, torch.float32)
+        rows = logits.view(-1, words)
         own = labels.view(-1, 1) - group.rank() * words
         here = (own >= 0) & (own < words)
         own = own.masked_fill(~here, 0)  # a word of this rank, whose logit also tells the sum of all
-        logs = torch.cat([rows[block].log_softmax(-1, dtype=wide).gather(1, own[block]) for block in _blocks(rows)])
+        logs, kept = label_logs(rows, own)
         shift = None
         if group.size() > 1:
             sums = rows.gather(1, own) - logs
@@ -49,23 +47,13 @@ class _CrossEntropy(torch.autograd.Function):
             shift = largest + total.log() - sums
             logs = (logs - shift).masked_fill(~here, 0)
             dist.all_reduce(logs, group=group)
-        ctx.save_for_backward(logits, own, here, shift)
+        ctx.save_for_backward(logits, own, here, shift, kept)
         return -logs.view_as(labels)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        logits, own, here, shift = ctx.saved_tensors
+        logits, own, here, shift, kept = ctx.saved_tensors
         result, scale = logits.detach(), gradients[0].reshape(-1, 1)
-        rows, factor = result.view(-1, logits.shape[-1]), scale if shift is None else scale * (-shift).exp()
-        for block in _blocks(rows):
-            shares = rows[block].softmax(-1, dtype=scale.dtype)
-            at_label = shares.gather(1, own[block]) * factor[block] - scale[block] * here[block]
-            torch.mul(shares, factor[block], out=rows[block])
-            rows[block].scatter_(1, own[block], at_label.to(rows.dtype))
+        factor = scale if shift is None else scale * (-shift).exp()
+        logits_to_gradient(result.view(-1, logits.shape[-1]), own, kept, factor, scale * here)
         return result, None, None
-
-
-def _blocks(rows: Tensor) -> Iterator[slice]:
-    """Stretches of rows ``[rows, words]`` that are in float32 at once."""
-    size = max(1, BLOCK["cpu" if rows.device.type == "cpu" else "cuda"] // rows.shape[1])
-    return (slice(begin, begin + size) for begin in range(0, len(rows), size))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from peer_dist import kinds
 from peer_dist.config.schema import ModelConfig
+from peer_dist.kernels.dense import swiglu
 from peer_dist.layers.peer import PEER, activation_second_moment
 from peer_dist.layers.product_key_memory import ProductKeyMemory
 from peer_dist.layers.recurrence import RouterState
@@ -206,7 +207,8 @@ def dense_spec(context: BuildContext) -> ModuleSpec:
     """The spec of a dense feed-forward."""
     top_k = context.config.model.ffn_top_k
     second = ModuleSpec(module=TopKRowParallelLinear, params={"top_k": top_k}) if top_k else RowParallelLinear
-    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=second))
+    activation = swiglu if context.config.model.ffn_activation == "swiglu" else None  # None: the config's
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(ColumnParallelLinear, activation, second))
 
 
 def sparse_spec(module: type[SparseMLP], context: BuildContext, number: int, **arguments: Any) -> ModuleSpec:

@@ -12,7 +12,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -39,6 +39,7 @@ from .gradients import finalize_gradients
 from .moe import CoarseMoE
 from .norm import RMSNorm
 from .parallel import Parallel
+from .rotation import RotatedAttention
 
 
 class _Layer(TransformerLayer):
@@ -94,6 +95,7 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
         ffn_hidden_size=model.ffn_hidden_size,
         gated_linear_unit=model.ffn_activation == "swiglu",
         activation_func=F.silu if model.ffn_activation == "swiglu" else F.gelu,
+        use_te_activation_func=model.ffn_activation == "swiglu",  # takes both halves, as ours in the layers' specs
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         add_bias_linear=False,
@@ -137,7 +139,7 @@ def _layer_spec(context: BuildContext, number: int) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotatedAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,

@@ -20,6 +20,7 @@ from megatron.core.utils import init_method_normal
 from torch import Tensor, nn
 
 from peer_dist import kinds
+from peer_dist.kernels.dense import swiglu
 from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.layers.router import CosineLogits, LinearLogits, Router, Rule
 from peer_dist.sharding import Shard, Traffic, release
@@ -43,7 +44,8 @@ class CoarseMoE(MoELayer):
     router: Router
 
     def __init__(self, config: TransformerConfig, router: Router, seed: int) -> None:
-        linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        activation = swiglu if config.gated_linear_unit else None  # None: the config's
+        linear = MLPSubmodules(ColumnParallelLinear, activation, RowParallelLinear)
         super().__init__(
             config,
             MoESubmodules(

@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from peer_dist.kernels.dense import BLOCK
 from peer_dist.kinds import KINDS, Kind, Tables
 from peer_dist.kinds.cost import FLOAT
-from peer_dist.megatron.cross_entropy import BLOCK
 from peer_dist.optim.held_bytes import BUCKET
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.state import State, dense_elements, dense_shapes, gradient_bytes, shards, state
@@ -220,11 +220,13 @@ def _norm(d: int, itemsize: int, device: str) -> float:
 def _layer(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> Kept:
     config, model, tensor = layout.config, layout.config.model, layout.tensor
     d, split, tokens = model.hidden_size, layout.split_tokens, layout.tokens
-    # queries, keys, the three of them before rotation, the context twice; its logarithms; rotations
-    attention = 7 * d / tensor * itemsize + model.num_attention_heads / tensor * FLOAT
-    attention += itemsize * (4 * d // model.num_attention_heads / config.train.micro_batch_size)
-    # between documents: values end to end for the flash kernel, or a mask
-    attention += itemsize * (d / tensor if device == "cuda" and itemsize < FLOAT else model.seq_length)
+    fused = device == "cuda"  # one kernel splits and rotates, and puts a sequence's tokens end to end
+    # queries, keys, values, the context twice; its logarithms; on a CPU also the three before rotation, and rotations
+    attention = (5 if fused else 7) * d / tensor * itemsize + model.num_attention_heads / tensor * FLOAT
+    if not fused:
+        attention += itemsize * (2 * d // model.num_attention_heads / config.train.micro_batch_size)
+    if not fused or itemsize == FLOAT:  # which no flash kernel takes: documents are a mask
+        attention += itemsize * model.seq_length
     dropped = 2 * d if model.dropout else 0
     both = split * (2 * _norm(d, itemsize, device) + dropped) + tokens * attention
     own = _feed_forward(layout, KINDS[kind], itemsize, hits)
@@ -271,6 +273,6 @@ def _head(layout: Layout, vocab_size: int, itemsize: int, device: str) -> Kept:
     words = layout.tokens * vocab_size / layout.tensor
     return Kept(
         layout.split_tokens * _norm(layout.config.model.hidden_size, itemsize, device) + words * itemsize,
-        working=min(words, BLOCK[device]) * FLOAT
+        working=(min(words, BLOCK) if device == "cpu" else 0) * FLOAT
         + layout.split_tokens * layout.config.model.hidden_size * (itemsize + FLOAT),
     )

@@ -144,6 +144,7 @@ class Trainer:
         self.flags: Callable[[], Sequence[bool]] = tuple  # no flags
         self.flagged: list[bool] = []
         self.guard = Guard(config.guard)
+        self._ahead: dict[int, MicroBatches] = {}  # of the step to come
 
         console = messages(quiet=self.parallel.rank != 0)
         resumed = self.store.newest(config.checkpoint.fall_back, console.print)
@@ -210,7 +211,7 @@ class Trainer:
         begin = time.perf_counter()
         config, parallel, step = self.config, self.parallel, self.steps_done
         parallel.seed_step(config.train.seed, step)
-        micro_batches = self._micro_batches(step)
+        micro_batches = self._ahead.pop(step, None) or self._micro_batches(step)
         factor = learning_rate_factor(
             step, config.optimizer.warmup_steps, config.optimizer.decay_steps, config.optimizer.min_lr_ratio
         )
@@ -227,6 +228,9 @@ class Trainer:
             # engines average gradients over data-parallel ranks: with their number in the scale it is the mean loss's
             losses = run_forward_backward(self.model, micro_batches, parallel.data_parallel_size / tokens)
             memory = HeldBytes.sum(self.engine.memory().values()) if logged else None
+        if step + 1 < config.train.steps:  # before the host waits for the device, which has all of the passes to do
+            self._ahead = {step + 1: self._micro_batches(step + 1)}
+            self._ahead[step + 1].make_first()
         numbers = self._numbers(losses)
         with span("optimizer"):
             total, *traffic = self.engine.read(numbers)

@@ -1,6 +1,6 @@
 """The kernels on GPUs, in Triton: a backend of :mod:`peer_dist.kernels`."""
 
-from peer_dist.kernels.triton import updates
+from peer_dist.kernels.triton import dense, updates
 from peer_dist.kernels.triton.experts import (
     backward,
     dots,
@@ -17,6 +17,7 @@ from peer_dist.kernels.triton.retrieval import search, search_backward
 __all__ = [
     "available",
     "backward",
+    "dense",
     "dots",
     "forward",
     "mix",

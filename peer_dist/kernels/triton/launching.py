@@ -23,7 +23,10 @@ BY_PICK = ("offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token
 """Parameters with a number for each pick. Those of a part of the tokens begin anywhere, and their alignment is of no
 use to a kernel: to compile it once more for each would stop some ranks in mid-training, and others not."""
 
-COUNTS = ("picks", "rows", "runs", "each", "size", "tokens", "touched", "key", "first_row", "first_column")
+COUNTS = (
+    "picks", "rows", "runs", "each", "size", "tokens", "touched", "length", "batch", "key", "first_row",
+    "first_column",
+)  # fmt: skip
 """Parameters that are counts, which differ from step to step or from rank to rank: no kernel is compiled for one of
 them."""
 
