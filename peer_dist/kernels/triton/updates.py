@@ -62,7 +62,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     grad,  # [touched, DIM]
     rows,  # [touched], or None: all
     squares,  # [touched], or None: taken here
-    weight,  # [rows, DIM]: float32, or bfloat16 to be rounded at random
+    weights,  # [rows, DIM]: float32, or bfloat16 to be rounded at random
     table,  # [rows, DIM]: gets the rounding of float32 weights; None without
     exp_avg,  # [rows, DIM], or None
     exp_avg_sq,  # [rows, DIM], or None
@@ -113,7 +113,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         at = row[:, None] * DIM + col[None, :]
         mask = live[:, None] & (col < DIM)[None, :]
         g = scale * (raw if BLOCK_D >= DIM else _tile(grad, place, col, live, DIM))
-        old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
+        old = tl.load(weights + at, mask=mask, other=0.0).to(tl.float32)
         moment = g
         if exp_avg is not None:
             moment = first * tl.load(exp_avg + at, mask=mask, other=0.0) + rest_first * g
@@ -125,9 +125,9 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         new = decay * old - change * moment
         if AT_RANDOM:
             draws = _draws(key, first_row + row, (first_column + col).to(tl.int32))
-            tl.store(weight + at, _bfloat16(new, draws), mask=mask)
+            tl.store(weights + at, _bfloat16(new, draws), mask=mask)
         else:
-            tl.store(weight + at, new, mask=mask)
+            tl.store(weights + at, new, mask=mask)
         if table is not None:
             low = _bfloat16(new, None) if table.dtype.element_ty == tl.bfloat16 else new.to(table.dtype.element_ty)
             tl.store(table + at, low, mask=mask)
