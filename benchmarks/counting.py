@@ -207,8 +207,8 @@ def _pieces_kernel(given: dict[str, Any]) -> int:
 
 def _update_kernel(given: dict[str, Any]) -> int:
     rows = given["grad"].shape[0]  # all, or those that were picked
-    share = rows / given["weight"].shape[0]
-    kept = once(given[name] for name in ("weight", "exp_avg", "exp_avg_sq", "row_sq"))
+    share = rows / given["weights"].shape[0]
+    kept = once(given[name] for name in ("weights", "exp_avg", "exp_avg_sq", "row_sq"))
     return once((given["grad"], given["rows"], given["squares"])) + round(share * (2 * kept + size(given["table"])))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from peer_dist.kernels import Picks, expert_mix, picks
+from peer_dist.kernels import Picks, custom_ops, expert_mix, picks, value_table_grad
 from peer_dist.kernels.picks import ByExpert
 from tests.gpu.device import DEVICE
 
@@ -94,6 +94,12 @@ def sorts(monkeypatch):
     return made
 
 
+@pytest.fixture
+def in_operators(monkeypatch):
+    """Picks are sorted as by operators that Python code calls."""
+    monkeypatch.setattr(custom_ops.caller, "python", True)
+
+
 def leaves(tokens=4):
     shapes = (tokens, 6), (2 * tokens,), (ROWS, 6), (ROWS, 6)
     return [torch.randn(shape, dtype=torch.float64, device="cpu", requires_grad=True) for shape in shapes]
@@ -115,7 +121,7 @@ def test_a_pass_sorts_once(way, sorts):
 
 
 @pytest.mark.parametrize("way", ["eager", "recomputed"])
-def test_an_order_made_in_the_forward_pass_is_found_in_the_backward_pass(way, sorts):
+def test_an_order_made_in_the_forward_pass_is_found_in_the_backward_pass(way, sorts, in_operators):
     made = []
 
     def ordered(x, gate, down, up, numbers):
@@ -140,7 +146,7 @@ def test_an_order_made_in_the_forward_pass_is_found_in_the_backward_pass(way, so
     assert sorts == [8] * (1 if way == "eager" else 2)  # in each forward pass
 
 
-def test_what_is_known_is_of_these_very_picks(sorts):
+def test_what_is_known_is_of_these_very_picks(sorts, in_operators):
     made = picks_of([2, 2], [3, 1, 2, 1])
     assert made.by_expert is made.by_expert
     assert Picks(made.offsets, made.expert).by_expert is made.by_expert
@@ -155,6 +161,34 @@ def test_what_is_known_is_of_these_very_picks(sorts):
         check(made)
         made.expert[0] = 0
         check(Picks(made.offsets, made.expert))
+
+
+def twice(weight, x, first, second, offsets, values):
+    """The second call's picks are written after the first one's are of no more use."""
+    one = value_table_grad(weight, x, Picks(offsets, (first * 3 + 1) % ROWS), values)
+    expert = (second * 5 + 2 + one.sum().isnan().long()) % ROWS
+    return one, value_table_grad(weight, x, Picks(offsets, expert), values)
+
+
+def test_a_compiled_graph_may_write_picks_into_the_memory_of_others():
+    """As inductor does: past the tensor's count of versions."""
+    x, weight, values, _ = leaves()
+    made = picks_of([2] * 4, [3, 1, 2, 1, 8, 0, 0, 5])
+    for rows in (made.expert.clone(), made.expert.flip(0)):
+        made.expert.numpy()[:] = rows
+        with torch.no_grad():
+            (grad,) = torch.ops.peer_dist.table_grads([weight], [x], made.offsets, made.expert, ROWS, x.dtype)
+            wanted = value_table_grad(weight, x, Picks(made.offsets, rows.clone()), values.new_empty(ROWS, 6))
+        assert grad.equal(wanted)
+
+
+@pytest.mark.slow
+def test_a_graph_that_inductor_compiled_has_the_gradients_of_its_picks():
+    x, weight, _, values = (leaf.detach() for leaf in leaves())
+    offsets, first, second = torch.arange(5) * 2, *torch.randint(ROWS, (2, 8))
+    given = weight, x, first, second, offsets, values
+    for got, want in zip(torch.compile(twice, fullgraph=True)(*given), twice(*given)):
+        torch.testing.assert_close(got, want)
 
 
 def test_more_than_can_be_numbered():

@@ -134,6 +134,9 @@ def check_compilation(columns, capability, monkeypatch, folder):
         assert set(row_offsets) <= {"64"}, "offsets of rows must be 64 bits wide"
         if columns % 8 == 0:
             assert re.search(r"ld\.global\S*\.v4\.[bfu]32", binary.asm["ptx"]), "loads are not 16 bytes wide"
+        elements = (p for p, arg in zip(kernel.params, args) if isinstance(arg, torch.Tensor) and arg.dim() == 2)
+        narrow = [p.name for p in elements if p.do_not_specialize or p.do_not_specialize_on_alignment]
+        assert not narrow, f"{narrow} are taken for numbers by pick, whose loads cannot be 16 bytes wide"
         if kernel is updates._update_kernel:
             assert "fma.rn.f32" not in binary.asm["ptx"], "operations are fused"
             assert "div.full" not in binary.asm["ptx"], "divisions are not rounded to the nearest"

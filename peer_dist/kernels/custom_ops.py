@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -20,6 +21,16 @@ from peer_dist.tracing import untraced
 _library = torch.library.Library("peer_dist", "DEF")
 functions: dict[str, Callable[..., Any]] = {}
 """What the operators run, by name, for whoever wants them run where torch runs their fakes."""
+
+
+class _Caller(threading.local):
+    python = False
+
+
+caller = _Caller()
+"""Who called the operator that this thread runs: ``python`` unless it was a compiled graph. Tensors of such a graph are
+memory that its kernels write anew, past any count of versions, so that nothing found of one holds for the next call."""
+
 _flops: dict[str, Callable[..., int]] = {}  # of operators that torch's counter does not know yet
 
 
@@ -51,10 +62,15 @@ def operator(
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            if not torch.compiler.is_compiling():
-                _tell_flops()
-                _refuse_tangents(args)
-            return op(*args)
+            if torch.compiler.is_compiling():
+                return op(*args)
+            _tell_flops()
+            _refuse_tangents(args)
+            before, caller.python = caller.python, True
+            try:
+                return op(*args)
+            finally:
+                caller.python = before
 
         return call
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from peer_dist.kernels.custom_ops import caller
+
 MOST = (1 << 31) - 1
 """The most picks that are sorted in one call; their numbers, and those of rows, are int32."""
 
@@ -88,19 +90,21 @@ class Picks:
         counts = F.pad(self.offsets, (0, 1), value=self.expert.numel()).diff().to(torch.int32)  # and those of no token
         return torch.repeat_interleave(counts, output_size=self.expert.numel())
 
-    @property
+    @cached_property
     def by_expert(self) -> ByExpert:
-        """These picks by expert, sorted once for all who ask while :attr:`expert`, the tensor itself, lives.
+        """These picks by expert. What operators sort is found again by others of the same :attr:`expert`, the tensor
+        itself, while it lives.
 
         So the backward pass finds the order that the forward pass made, if it made one, in the tensor that autograd
-        kept, also where both are compiled; and what autograd lets go of takes the order along.
+        kept; and what autograd lets go of takes the order along. The operators of a compiled graph sort for themselves.
         """
+        if not caller.python or self.expert.is_inference():  # nobody counts the changes of these
+            return ByExpert.of(self)
         made = _known.get(self.expert)
-        version = None if self.expert.is_inference() else self.expert._version  # as it was sorted, if that can be told
-        if made is None or made[0] != version or made[1] is not self.offsets:
-            made = version, self.offsets, ByExpert.of(self)
-            if version is not None:
-                _known[self.expert] = made
+        # what is captured for a CUDA graph was not computed yet, and its replays take no order from outside
+        state = self.expert._version, self.expert.is_cuda and torch.cuda.is_current_stream_capturing()
+        if made is None or made[0] != state or made[1] is not self.offsets:
+            made = _known[self.expert] = state, self.offsets, ByExpert.of(self)
         order: ByExpert = made[2]
         return order
 

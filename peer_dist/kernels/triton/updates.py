@@ -118,7 +118,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     grad,  # [touched, DIM]
     rows,  # [touched], or None: all
     squares,  # [touched], or None: taken here
-    weight,  # [rows, DIM]: float32, or bfloat16 to be rounded at random
+    weights,  # [rows, DIM]: float32, or bfloat16 to be rounded at random
     table,  # [rows, DIM]: gets the rounding of float32 weights; None without
     exp_avg,  # [rows, DIM], or None
     exp_avg_sq,  # [rows, DIM], or None
@@ -170,7 +170,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         mask = live[:, None] & (col < DIM)[None, :]
         g = raw if BLOCK_D >= DIM else _tile(grad, place, col, live, DIM)
         _step(
-            g, row[:, None], col[None, :], mask, change, weight, table, exp_avg, exp_avg_sq,
+            g, row[:, None], col[None, :], mask, change, weights, table, exp_avg, exp_avg_sq,
             scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate,
             key, first_row, first_column, DIM, AT_RANDOM,
         )  # fmt: skip
@@ -245,7 +245,7 @@ def _update_runs_kernel(  # type: ignore[no-untyped-def]
     bounds,
     partial_down,
     squares,  # [runs], from then on as in _update_kernel; runs are rows of the table
-    weight,
+    weights,
     table,
     exp_avg,
     exp_avg_sq,
@@ -284,7 +284,7 @@ def _update_runs_kernel(  # type: ignore[no-untyped-def]
                 start, stop, order, token, dpre, None, x, None, partial_down, None, size, cols,
                 DIM, BLOCK_D, BLOCK_K, ACC,
             )  # fmt: skip
-            g = sums.to(weight.dtype.element_ty if table is None else table.dtype.element_ty).to(tl.float32)
+            g = sums.to(weights.dtype.element_ty if table is None else table.dtype.element_ty).to(tl.float32)
             change = 0.0
             if row_sq is not None:
                 row = run + tl.arange(0, 1)
@@ -293,7 +293,7 @@ def _update_runs_kernel(  # type: ignore[no-untyped-def]
                     tl.store(new_row_sq + row, average)
                 change = _change(average, unbiased, eps, rate)
             _step(
-                g, run, cols, cols < DIM, change, weight, table, exp_avg, exp_avg_sq,
+                g, run, cols, cols < DIM, change, weights, table, exp_avg, exp_avg_sq,
                 scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate,
                 key, first_row, first_column, DIM, AT_RANDOM,
             )  # fmt: skip
