@@ -206,11 +206,12 @@ def test_through_the_interpreter(which):
     [
         ({"parallel": {"expert_tensor": 2}}, "parallel.expert_tensor must be 1"),
         ({"parallel": {"expert": 3}}, "parallel.expert must be a power of two"),
+        ({"parallel": {"pipeline": 2}}, "parallel.pipeline must be 1"),
         ({"peer": {"dispatch_chunks": 2}, "model": {"mlp": "peer"}}, "peer.dispatch_chunks must be 1"),
         ({"table_optimizer": {"lazy": True}}, "table_optimizer.lazy must be false"),
     ],
 )
-def test_what_needs_sizes_on_the_host_is_refused(keys, words):
+def test_what_sizes_on_the_device_cannot_serve_is_refused(keys, words):
     keys = {**keys, "parallel": {"transport": "symmetric_memory", **keys.get("parallel", {})}}
     with pytest.raises(ConfigError, match=words):
         parse_config({"data": {"prefix": "text"}, **keys}, "run.yaml")
