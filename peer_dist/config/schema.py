@@ -456,10 +456,8 @@ class Config(_Layers):
     def _check_sizes_on_device(self) -> None:
         """Refuse what needs sizes on the host, and ranks that do not all make the same calls."""
         chunks = max((tables.chunks for kind in self.kinds if (tables := kind.tables(self))), default=1)
-        rows = self.parallel.expert
         for name, wanted, fits, value in (
             ("parallel.expert_tensor", "1", self.parallel.expert_tensor == 1, self.parallel.expert_tensor),
-            ("parallel.expert", "a power of two", rows == "auto" or not rows & (rows - 1), rows),
             # buffers are made by all ranks of the world together, while one stage waits for another
             ("parallel.pipeline", "1", self.parallel.pipeline == 1, self.parallel.pipeline),
             ("peer.dispatch_chunks", "1", chunks == 1, chunks),
