@@ -37,17 +37,20 @@ class _CrossEntropy(torch.autograd.Function):
         rows, wide = logits.view(-1, words), torch.promote_types(logits.dtype, torch.float32)
         own = labels.view(-1, 1) - group.rank() * words
         here = (own >= 0) & (own < words)
-        own = own.masked_fill(~here, 0)  # a word of this rank, whose logit also tells the sum of all
-        logs = torch.cat([rows[block].log_softmax(-1, dtype=wide).gather(1, own[block]) for block in _blocks(rows)])
+        own = own.masked_fill(~here, 0)
+        alone = group.size() == 1
+        # the likeliest word, whose logit is finite where one is, tells the sum of all
+        asked = own if alone else torch.cat([own, rows.argmax(-1, keepdim=True)], 1)
+        logs = torch.cat([rows[block].log_softmax(-1, dtype=wide).gather(1, asked[block]) for block in _blocks(rows)])
         shift = None
-        if group.size() > 1:
-            sums = rows.gather(1, own) - logs
+        if not alone:
+            sums = rows.gather(1, asked[:, 1:]) - logs[:, 1:]
             largest = sums.clone()
             dist.all_reduce(largest, dist.ReduceOp.MAX, group)
             total = (sums - largest).exp()
             dist.all_reduce(total, group=group)
             shift = largest + total.log() - sums
-            logs = (logs - shift).masked_fill(~here, 0)
+            logs = (logs[:, :1] - shift).masked_fill(~here, 0)
             dist.all_reduce(logs, group=group)
         ctx.save_for_backward(logits, own, here, shift)
         return -logs.view_as(labels)
@@ -68,4 +71,4 @@ class _CrossEntropy(torch.autograd.Function):
 def _blocks(rows: Tensor) -> Iterator[slice]:
     """Stretches of rows ``[rows, words]`` that are in float32 at once."""
     size = max(1, BLOCK["cpu" if rows.device.type == "cpu" else "cuda"] // rows.shape[1])
-    return (slice(begin, begin + size) for begin in range(0, len(rows), size))
+    return (slice(begin, begin + size) for begin in range(0, max(1, len(rows)), size))
