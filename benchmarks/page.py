@@ -8,6 +8,7 @@ of times. Without it the page says that nothing has been measured.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -131,6 +132,7 @@ def generated() -> dict[Path, str]:
 
 def main() -> None:
     """Write the pages."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for page, text in generated().items():
         page.write_text(text, encoding="utf-8")
 

@@ -175,6 +175,15 @@ def test_a_run_of_512_ranks():
     assert made[0].shapes["0.embedding.word_embeddings.weight"] == (8000, 2048)
 
 
+def test_a_rank_whose_transport_this_machine_lacks(small):
+    """It is built all the same: nothing travels."""
+    made = [
+        construct(parse_config(small | {"parallel": {"expert": 2, "transport": transport}}, "test"), 2, 0, 2)
+        for transport in ("all_to_all", "symmetric_memory")
+    ]
+    assert made[0] == made[1]
+
+
 def test_what_has_no_place_in_the_world_is_refused(small):
     with pytest.raises(ConfigError, match="does not divide the 4 rank"):
         construct(parse_config(small | {"parallel": {"expert": 3}}, "test"), 4, 0, 0)

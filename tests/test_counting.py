@@ -221,3 +221,11 @@ def test_pages_show_what_was_counted_and_measured(monkeypatch, tmp_path, small_r
     monkeypatch.setattr(page, "FILES", tmp_path)
     assert f"| rows of 8 owners summed at home | {found['rows'][0]['ms']:.3f} |" in page.times()
     assert "| gradient norm | 9 → 9 | 4.29 → 4.29 | 0 → 0 | 4.29 | 1.28 → 1.28 | 1.28 |" in page.counts("PEER,")
+
+
+def test_asking_what_writes_the_pages_writes_none(monkeypatch, capsys):
+    monkeypatch.setattr(page, "generated", lambda: pytest.fail("pages were made"))
+    monkeypatch.setattr(sys, "argv", ["page.py", "--help"])
+    with pytest.raises(SystemExit):
+        page.main()
+    assert "Puts counts and figures" in capsys.readouterr().out

@@ -63,6 +63,30 @@ def test_losses_and_gradients_are_the_formula(ranks: int) -> None:
         assert all(rank[number][2] for rank in found), "a second tensor of all logits"
 
 
+def excluded(rank: int, world_size: int, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Losses and gradients of this rank's words; also those of no tokens."""
+    own = logits.chunk(world_size, -1)[rank].clone().requires_grad_()
+    losses = cross_entropy(own * 1, labels, dist.group.WORLD)
+    losses.sum().backward()
+    cross_entropy(own[:0] * 1, labels[:0], dist.group.WORLD).sum().backward()
+    return losses.detach(), own.grad
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_words_may_be_excluded(ranks: int) -> None:
+    """By logits of minus infinity, the first word of a rank's among them; a label that is has an infinite loss."""
+    logits, labels = torch.randn(6, WORDS, dtype=torch.float64), torch.tensor([1, 5, 11, 13, 20, 23])
+    logits[:, 0] = logits[:4, WORDS // 2] = logits[5, 23] = -torch.inf
+    wanted = logits.clone().requires_grad_()
+    losses = F.cross_entropy(wanted, labels, reduction="none")
+    losses.sum().backward()
+    assert losses.isinf().tolist() == [False] * 5 + [True]
+    found = run_ranks(excluded, ranks, logits, labels)
+    for got, _ in found:
+        torch.testing.assert_close(got, losses.detach())
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in found], -1), wanted.grad)
+
+
 def test_a_second_backward_pass_is_refused(parallel: Parallel) -> None:
     """The logits are no more."""
     logits = torch.randn(3, WORDS, requires_grad=True) * 1

@@ -16,10 +16,10 @@ import torch.distributed._symmetric_memory as symmetric_memory
 import torch.nn.functional as F
 
 from peer_dist import PEER, ProductKeyMemory
-from peer_dist.config import ConfigError, parse_config
+from peer_dist.config import ConfigError, check_world, parse_config
 from peer_dist.engines.building import join_groups
 from peer_dist.kernels import Picks
-from peer_dist.sharding import ExpertGroups, GridLayout, dispatch
+from peer_dist.sharding import ExpertGroups, GridLayout, Traffic, dispatch
 from peer_dist.sharding.transport import ALL_TO_ALL, Alone, SymmetricMemory
 from peer_dist.sharding.wire import WIRES
 from tests.ranks import run_ranks
@@ -205,15 +205,27 @@ def test_through_the_interpreter(which):
     ("keys", "words"),
     [
         ({"parallel": {"expert_tensor": 2}}, "parallel.expert_tensor must be 1"),
-        ({"parallel": {"expert": 3}}, "parallel.expert must be a power of two"),
+        ({"parallel": {"expert": 3}, "model": {"mlp": "peer"}}, "parallel.expert: 3 row shards are no power of two"),
+        ({"parallel": {"expert": "auto"}, "model": {"mlp": "peer"}}, "parallel.expert: 3 row shards are no power"),
+        ({"parallel": {"pipeline": 2}}, "parallel.pipeline must be 1"),
         ({"peer": {"dispatch_chunks": 2}, "model": {"mlp": "peer"}}, "peer.dispatch_chunks must be 1"),
         ({"table_optimizer": {"lazy": True}}, "table_optimizer.lazy must be false"),
     ],
 )
-def test_what_needs_sizes_on_the_host_is_refused(keys, words):
+def test_what_sizes_on_the_device_cannot_serve_is_refused(keys, words):
     keys = {**keys, "parallel": {"transport": "symmetric_memory", **keys.get("parallel", {})}}
     with pytest.raises(ConfigError, match=words):
-        parse_config({"data": {"prefix": "text"}, **keys}, "run.yaml")
+        check_world(parse_config({"data": {"prefix": "text"}, **keys}, "run.yaml"), 3)
+
+
+def test_numbers_that_nobody_asks_for_do_not_pile_up():
+    traffic = Traffic()
+    for number in range(1000):
+        traffic.add_later(torch.tensor(number), {"x": 3})
+        traffic.add_later(torch.tensor(1), {"tokens_received": 1})
+    assert sum(map(len, traffic._later.values())) < 200
+    assert (traffic.bytes_sent, traffic.tokens_received) == (3 * sum(range(1000)), 1000)
+    assert (traffic.bytes_sent, traffic.tokens_received) == (3 * sum(range(1000)), 1000), "once"
 
 
 def test_machines_without_it_are_told_so():

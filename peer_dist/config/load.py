@@ -121,6 +121,11 @@ def check_world(config: Config, world_size: int) -> None:
                 f"parallel.{' x '.join(sizes)}: {' x '.join(map(str, sizes.values()))} does not divide the "
                 f"{world_size} rank(s) that were started; start a multiple of {product} ranks or lower it"
             )
+    if parallel.transport == "symmetric_memory" and rows & (rows - 1):
+        raise ConfigError(
+            f"parallel.expert: {rows} row shards are no power of two, which parallel.transport symmetric_memory needs; "
+            "or set the transport to all_to_all"
+        )
     for kind in config.kinds:
         tables, experts = kind.tables(config), kind.experts(config)
         if tables and rows > tables.rows:

@@ -454,19 +454,19 @@ class Config(_Layers):
         return self
 
     def _check_sizes_on_device(self) -> None:
-        """Refuse what needs sizes on the host."""
+        """Refuse what needs sizes on the host, and ranks that do not all make the same calls."""
         chunks = max((tables.chunks for kind in self.kinds if (tables := kind.tables(self))), default=1)
-        rows = self.parallel.expert
         for name, wanted, fits, value in (
             ("parallel.expert_tensor", "1", self.parallel.expert_tensor == 1, self.parallel.expert_tensor),
-            ("parallel.expert", "a power of two", rows == "auto" or not rows & (rows - 1), rows),
+            # buffers are made by all ranks of the world together, while one stage waits for another
+            ("parallel.pipeline", "1", self.parallel.pipeline == 1, self.parallel.pipeline),
             ("peer.dispatch_chunks", "1", chunks == 1, chunks),
             ("table_optimizer.lazy", "false", not self.table_optimizer.lazy, "true"),
         ):
             if not fits:
                 raise ValueError(
-                    f"{name} must be {wanted} with parallel.transport symmetric_memory (got {value}), which keeps "
-                    "sizes on the GPU; or set the transport to all_to_all"
+                    f"{name} must be {wanted} with parallel.transport symmetric_memory (got {value}); or set the "
+                    "transport to all_to_all"
                 )
 
     def _check_products(self) -> None:

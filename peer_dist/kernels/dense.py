@@ -159,4 +159,4 @@ class Plain:
 def _blocks(logits: Tensor) -> Iterator[slice]:
     """Stretches of rows that are in float32 at once."""
     size = max(1, BLOCK // logits.shape[1])
-    return (slice(begin, begin + size) for begin in range(0, len(logits), size))
+    return (slice(begin, begin + size) for begin in range(0, max(1, len(logits)), size))

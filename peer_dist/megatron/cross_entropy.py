@@ -35,17 +35,22 @@ class _CrossEntropy(torch.autograd.Function):
         rows = logits.view(-1, words)
         own = labels.view(-1, 1) - group.rank() * words
         here = (own >= 0) & (own < words)
-        own = own.masked_fill(~here, 0)  # a word of this rank, whose logit also tells the sum of all
-        logs, kept = label_logs(rows, own)
+        own = own.masked_fill(~here, 0)
         shift = None
-        if group.size() > 1:
-            sums = rows.gather(1, own) - logs
+        if group.size() == 1:
+            logs, kept = label_logs(rows, own)
+        else:
+            # the likeliest word, whose logit is finite where one is, tells the sum of all
+            likeliest = rows.argmax(-1, keepdim=True)
+            logs, kept = label_logs(rows, likeliest)
+            sums = rows.gather(1, likeliest) - logs
             largest = sums.clone()
             dist.all_reduce(largest, dist.ReduceOp.MAX, group)
             total = (sums - largest).exp()
             dist.all_reduce(total, group=group)
-            shift = largest + total.log() - sums
-            logs = (logs - shift).masked_fill(~here, 0)
+            all_words = largest + total.log()
+            shift = all_words - sums
+            logs = (rows.gather(1, own) - all_words).masked_fill(~here, 0)
             dist.all_reduce(logs, group=group)
         ctx.save_for_backward(logits, own, here, shift, kept)
         return -logs.view_as(labels)

@@ -205,7 +205,9 @@ def build_rank(
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     dist.all_gather_object = _same_everywhere  # type: ignore[assignment]
-    parallel = join_groups(config, _META)
+    # nothing travels here, and a transport may need machines that are not here
+    local = config.parallel.model_copy(update={"transport": "all_to_all"})
+    parallel = join_groups(config.model_copy(update={"parallel": local}), _META)
     dtype = dtype_of(config, device)
     model = build_model(config, parallel, vocab_size, dtype)
     shards = {name: shard.parameter for name, shard in shards_of(model).items()}

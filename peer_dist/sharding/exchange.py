@@ -31,6 +31,7 @@ from peer_dist.sharding.transport import Arrival
 from peer_dist.sharding.wire import Wire
 
 _TOKENS, _PICKS = 0, 1  # places on the last axis of counts
+_MANY = 64  # numbers of a kind on the device, which are then made one
 
 
 @dataclass
@@ -52,20 +53,24 @@ class Traffic:
     picks_received: int = 0
     tokens: int = 0
     tokens_received: int = 0
-    _later: list[tuple[Tensor, dict[str, int]]] = field(default_factory=list, repr=False)
+    _later: dict[tuple[tuple[str, int], ...], list[Tensor]] = field(default_factory=dict, repr=False)
 
     def add_later(self, number: Tensor, factors: dict[str, int]) -> None:
         """Count ``number []`` int64 on the device, times its factor, for each collective (or ``picks_received`` or
         ``tokens_received``) that is named.
         """
-        self._later.append((number, factors))
+        numbers = self._later.setdefault(tuple(factors.items()), [])
+        numbers.append(number)
+        if len(numbers) == _MANY:  # nobody may ever ask
+            numbers[:] = [torch.stack(numbers).sum()]
 
     @property
     def bytes_sent(self) -> int:
         """Bytes sent to other ranks, by all collectives."""
-        later, self._later = self._later, []
+        later, self._later = self._later, {}
         if later:
-            for number, (_, factors) in zip(torch.stack([number for number, _ in later]).tolist(), later):
+            numbers = torch.stack([torch.stack(numbers).sum() for numbers in later.values()]).tolist()
+            for number, factors in zip(numbers, map(dict, later)):
                 self.picks_received += number * factors.pop("picks_received", 0)
                 self.tokens_received += number * factors.pop("tokens_received", 0)
                 self.sent.update({what: number * factor for what, factor in factors.items()})

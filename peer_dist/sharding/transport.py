@@ -130,8 +130,9 @@ class SymmetricMemory(Transport):
     other's buffers, and sizes stay on the device. Nobody has run it on GPUs yet.
 
     Rows are copied into a buffer that the other ranks can read, and from one that was read into: two copies more than
-    the collectives need. Everything runs on the current stream. Buffers are made at the first call of a size, all ranks
-    together, and kept; so every rank must have as many tokens.
+    the collectives need. Everything runs on the current stream. Buffers are made at the first call of a size and kept.
+    NVSHMEM makes them in all ranks of the world together, not of the group alone: so every rank must have as many
+    tokens, and none may wait for another outside of these calls, as stages of a pipeline do.
 
     The operator reads from the other ranks after a barrier at its beginning and has none at its end. What it reads may
     be written again once the next one has begun everywhere: two sets of buffers of a size take turns.
