@@ -585,39 +585,38 @@ def test_micro_batches_are_there_one_at_a_time(small, world_size, parallel, most
     assert run_ranks(masks_alive, world_size, small) == [(9, 16, most, most + 1)] * world_size
 
 
-@pytest.mark.parametrize("fails", [0, 2])
-def test_a_batch_that_cannot_be_read_stops_its_own_step(small, parallel, fails):
-    """Though it is asked for a step before: in vain once, it is read when its turn comes."""
-    trainer = make_trainer(with_keys(small, train={"steps": 4}))
-    read, asked = trainer.data.train.batch, []
+def asked_for(rank, world_size, tree, fails):
+    """After how many steps the second step's first batch was asked for, and its error, the first ``fails`` times."""
+    trainer = make_trainer(tree)
+    read, asked, error = trainer.data.train.batch, [], None
 
     def unreadable(positions):
         if positions.start == trainer.config.train.global_batch_size:
             asked.append(trainer.steps_done)
-            if len(asked) <= max(fails, 1):
+            if len(asked) <= fails:
                 raise DataError("the file is gone")
         return read(positions)
 
     trainer.data.train.batch = unreadable
-    trainer.step()
-    assert trainer.steps_done == 1
-    if fails:
-        with pytest.raises(DataError, match="the file is gone"):
+    try:
+        for _ in range(trainer.config.train.steps):
             trainer.step()
-    else:
-        trainer.step()
-    assert asked == [0, 1]
+    except DataError as raised:
+        error = str(raised)
+    return asked, trainer.steps_done, error
 
 
-def test_batches_read_ahead_are_those_of_a_resumed_run(small, parallel):
-    """None is read for a step after the last."""
-    trainer = make_trainer(with_keys(small, train={"steps": 3}))
-    make, made = trainer._micro_batches, []
-    trainer._micro_batches = lambda step: made.append(step) or make(step)
-    for _ in range(3):
-        trainer.step()
-    assert made == [0, 1, 2]
-    assert not trainer._ahead
+@pytest.mark.parametrize(
+    ("steps", "fails", "result"),
+    [
+        (2, 0, ([0], 2, None)),
+        (2, 1, ([0, 1], 2, None)),
+        (2, 2, ([0, 1], 1, "the file is gone")),
+        (1, 2, ([], 1, None)),
+    ],
+)
+def test_a_batch_is_read_ahead_and_its_error_raised_in_its_own_step(small, steps, fails, result):
+    assert run_ranks(asked_for, 1, with_keys(small, train={"steps": steps}), fails) == [result]
 
 
 def reads(rank, world_size, tree):
