@@ -209,9 +209,23 @@ def _update_kernel(given: dict[str, Any]) -> int:
     return once((given["grad"], given["rows"], given["squares"])) + round(share * (2 * kept + size(given["table"])))
 
 
+def _run_squares_kernel(given: dict[str, Any]) -> int:
+    return _but(given, "partial_down", "partial_up")
+
+
+def _update_runs_kernel(given: dict[str, Any]) -> int:
+    share = -math.expm1(-given["order"].numel() / given["weight"].shape[0])  # of the rows, picked at all if uniformly
+    kept = once(given[name] for name in ("weight", "exp_avg", "exp_avg_sq", "row_sq"))
+    numbers = once(given[name] for name in ("order", "token", "dpre", "x", "bounds"))
+    return numbers + round(share * (size(given["squares"]) + 2 * kept + size(given["table"])))
+
+
 KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     kernel.__name__: kernel
-    for kernel in (_token_kernel, _dots_kernel, _mix_kernel, _runs_kernel, _pieces_kernel, _update_kernel)
+    for kernel in (
+        _token_kernel, _dots_kernel, _mix_kernel, _runs_kernel, _pieces_kernel, _update_kernel, _run_squares_kernel,
+        _update_runs_kernel,
+    )  # fmt: skip
 }
 
 

@@ -74,8 +74,8 @@ def sizes_on_host(sizes: Sizes, counter: Counter) -> Callable[[Tensor], np.ndarr
     return counts
 
 
-def layer_step(sizes: Sizes, kind: str, lazy: bool) -> Counter:
-    """One step of a layer's tables: forward, backward, gradient norm, update."""
+def layer_step(sizes: Sizes, kind: str, lazy: bool, one_pass: bool = False) -> Counter:
+    """One step of a layer's tables: forward, backward, gradient norm, update; with one pass in a step, or several."""
     counter = Counter(lambda picks: sizes.hit(picks, sizes.rows))
     with (
         group_of(sizes.ranks),
@@ -91,7 +91,9 @@ def layer_step(sizes: Sizes, kind: str, lazy: bool) -> Counter:
         tables = {"down": layer.down, "up": layer.up}
         x = torch.empty(sizes.tokens, sizes.dim, device=META, dtype=torch.bfloat16, requires_grad=True)
         with counter:
-            optimizer = TableOptimizer(tables, rule, sizes.dim, data_parallel_size=sizes.ranks)
+            optimizer = TableOptimizer(
+                tables, rule, sizes.dim, data_parallel_size=sizes.ranks, one_pass=one_pass
+            )
             for _ in range(2):  # the first step makes what is made once
                 counter.parts.clear()
                 layer.zero_grad()
