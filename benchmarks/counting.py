@@ -223,7 +223,13 @@ def _update_runs_kernel(given: dict[str, Any]) -> int:
 KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     kernel.__name__: kernel
     for kernel in (
-        _token_kernel, _dots_kernel, _mix_kernel, _runs_kernel, _pieces_kernel, _update_kernel, _run_squares_kernel,
+        _token_kernel,
+        _dots_kernel,
+        _mix_kernel,
+        _runs_kernel,
+        _pieces_kernel,
+        _update_kernel,
+        _run_squares_kernel,
         _update_runs_kernel,
     )  # fmt: skip
 }
