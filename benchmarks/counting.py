@@ -231,7 +231,7 @@ KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
         _update_kernel,
         _run_squares_kernel,
         _update_runs_kernel,
-    )  # fmt: skip
+    )
 }
 
 

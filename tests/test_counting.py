@@ -135,16 +135,15 @@ def test_a_step_is_counted_to_its_end(ranks, lazy, waits):
 
 
 def test_sums_in_the_step_move_no_gradients_and_wait_for_nothing():
-    before, after = (counts.layer_step(SMALL, "rowwise_adam", True, one_pass).parts for one_pass in (False, True))
-    ends = [
-        (name, way) for name, way in before if name in ("sort", "table gradients", "gradient norm", "update of tables")
-    ]
-    saved = sum(before[key].bytes for key in ends) - sum(after[key].bytes for key in ends if key in after)
-    gradients = 2 * SMALL.hit(SMALL.picks, SMALL.rows) * SMALL.dim * SMALL.item
-    operands = 2 * SMALL.tokens * SMALL.dim * SMALL.item + 4 * SMALL.picks * 4
-    assert 3 * gradients - 2 * operands < saved < 3 * gradients
+    """The gradients are neither written nor read twice; what they are sums of is read once more."""
+    sizes = counts.Sizes(**{**vars(SMALL), "dim": 1024})
+    before, after = (counts.layer_step(sizes, "rowwise_adam", True, one_pass).parts for one_pass in (False, True))
+    saved = sum(part.bytes for part in before.values()) - sum(part.bytes for part in after.values())
+    gradients = 2 * sizes.hit(sizes.picks, sizes.rows) * sizes.dim * sizes.item
+    operands = 2 * sizes.tokens * sizes.dim * sizes.item
+    assert saved == pytest.approx(3 * gradients - operands, rel=0.05)
     assert total(after.values()).waits == 0
-    for key, floor in counts.floors(SMALL, "rowwise_adam", True, True).items():
+    for key, floor in counts.floors(sizes, "rowwise_adam", True, True).items():
         if key[0] in ("gradient norm", "update of tables"):
             assert floor <= 1.02 * after[key].bytes, key
 
