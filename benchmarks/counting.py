@@ -216,6 +216,17 @@ def _gradient_kernel(given: dict[str, Any]) -> int:
     return once(given.values()) + size(given["logits"])  # logits become their gradient
 
 
+def _run_squares_kernel(given: dict[str, Any]) -> int:
+    return _but(given, "partial_down", "partial_up")
+
+
+def _update_runs_kernel(given: dict[str, Any]) -> int:
+    share = -math.expm1(-given["order"].numel() / given["weights"].shape[0])  # of the rows, picked at all if uniformly
+    kept = once(given[name] for name in ("weights", "exp_avg", "exp_avg_sq", "row_sq"))
+    numbers = once(given[name] for name in ("order", "token", "dpre", "x", "bounds"))
+    return numbers + round(share * (size(given["squares"]) + 2 * kept + size(given["table"])))
+
+
 KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
     kernel.__name__: kernel
     for kernel in (
@@ -226,6 +237,8 @@ KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
         _pieces_kernel,
         _update_kernel,
         _gradient_kernel,
+        _run_squares_kernel,
+        _update_runs_kernel,
     )
 }
 

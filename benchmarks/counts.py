@@ -74,8 +74,8 @@ def sizes_on_host(sizes: Sizes, counter: Counter) -> Callable[[Tensor], np.ndarr
     return counts
 
 
-def layer_step(sizes: Sizes, kind: str, lazy: bool) -> Counter:
-    """One step of a layer's tables: forward, backward, gradient norm, update."""
+def layer_step(sizes: Sizes, kind: str, lazy: bool, one_pass: bool = False) -> Counter:
+    """One step of a layer's tables: forward, backward, gradient norm, update; with one pass in a step, or several."""
     counter = Counter(lambda picks: sizes.hit(picks, sizes.rows))
     with (
         group_of(sizes.ranks),
@@ -91,7 +91,7 @@ def layer_step(sizes: Sizes, kind: str, lazy: bool) -> Counter:
         tables = {"down": layer.down, "up": layer.up}
         x = torch.empty(sizes.tokens, sizes.dim, device=META, dtype=torch.bfloat16, requires_grad=True)
         with counter:
-            optimizer = TableOptimizer(tables, rule, sizes.dim, data_parallel_size=sizes.ranks)
+            optimizer = TableOptimizer(tables, rule, sizes.dim, data_parallel_size=sizes.ranks, one_pass=one_pass)
             for _ in range(2):  # the first step makes what is made once
                 counter.parts.clear()
                 layer.zero_grad()
@@ -254,13 +254,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cases: dict[str, list[dict[str, Any]]] = {}
-    for ranks, lazy in ((1, False), (1, True), (options.ranks, False)):
+    for ranks, lazy, one_pass in ((1, False, True), (1, True, False), (1, True, True), (options.ranks, False, True)):
         sizes = Sizes(options.tokens, options.dim, options.experts, ranks=ranks)
-        counter = layer_step(sizes, options.optimizer, lazy)
+        counter = layer_step(sizes, options.optimizer, lazy, one_pass)
         spread = f", one of {ranks} ranks" if ranks > 1 else ""
         title = f"PEER, {sizes.tokens} tokens, d={sizes.dim}, N={sizes.experts}, bfloat16, {options.optimizer}"
-        title += f" with float32 masters, {'sparse' if lazy else 'dense'} gradients{spread}"
-        cases[title] = rows_of(counter.parts, floors(sizes, options.optimizer, lazy))
+        gradients = ("sums for" if one_pass else "sparse") if lazy else "dense"
+        title += f" with float32 masters, {gradients} gradients{spread}"
+        cases[title] = rows_of(counter.parts, floors(sizes, options.optimizer, lazy, one_pass))
     sizes, rows = Sizes(options.tokens, options.dim, options.experts), []
     for kind, lazy, stochastic in itertools.product(KINDS, (False, True), (False, True)):
         name = f"{kind}, {'lazy' if lazy else 'dense'}, {'stochastic rounding' if stochastic else 'float32 masters'}"

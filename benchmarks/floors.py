@@ -46,8 +46,10 @@ def update_floor(sizes: Sizes, kind: str, lazy: bool, stochastic: bool = False) 
     return numbers * (sizes.item + moments + (2 * sizes.item if stochastic else 8 + sizes.item))
 
 
-def floors(sizes: Sizes, kind: str, lazy: bool) -> dict[tuple[str, str], int]:
-    """Bytes that each part must move at least, by part and pass."""
+def floors(sizes: Sizes, kind: str, lazy: bool, one_pass: bool = False) -> dict[tuple[str, str], int]:
+    """Bytes that each part must move at least, by part and pass; with ``one_pass`` lazy tables have no gradients in
+    memory, and what they are sums of is read for the norm and for the update.
+    """
     d, item, picks = sizes.dim, sizes.item, sizes.picks
     x, queries = sizes.tokens * d * item, sizes.tokens * sizes.heads * sizes.key_dim * item
     weight, keys = sizes.heads * sizes.key_dim * d * item, math.isqrt(sizes.experts) * sizes.key_dim * item
@@ -69,6 +71,10 @@ def floors(sizes: Sizes, kind: str, lazy: bool) -> dict[tuple[str, str], int]:
         ("gradient norm", "forward"): grads,
         ("update of tables", "forward"): update_floor(sizes, kind, lazy),
     }
+    if lazy and one_pass:
+        sort, operands = counted.pop(("sort", "backward")), counted.pop(("table gradients", "backward")) - grads
+        counted["gradient norm", "forward"] = sort + operands + 2 * sizes.rows * 4  # a number for each row
+        counted["update of tables", "forward"] += operands - grads
     if sizes.ranks > 1:
         # rows are gathered, sent and received; sums at home read what arrived and write tokens
         counted["dispatch", "forward"] = counted["dispatch", "backward"] = x + 3 * received + 3 * picks * 4

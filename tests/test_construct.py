@@ -102,7 +102,7 @@ def real(rank, world_size, tree):
         run_forward_backward(trainer.model, list(trainer._micro_batches(0)), 1.0)
         memory = engine.memory()
         grads = [each.main_grad if tree["zero"]["stage"] == 0 else each.grad for each in dense.values()]
-        grads += [each.grad for each in shards.values() if not each.grad.is_sparse]
+        grads += [each.grad for each in shards.values() if each.grad is not None and not each.grad.is_sparse]
         if tree["zero"]["stage"] == 3:
             grads.append(engine._zero.grad_partitions_flat_buffer)
         sizes = sizes_of(grads)

@@ -134,6 +134,20 @@ def test_a_step_is_counted_to_its_end(ranks, lazy, waits):
     assert counts.markdown(rows).count("\n") == len(rows) + 1
 
 
+def test_sums_in_the_step_move_no_gradients_and_wait_for_nothing():
+    """The gradients are neither written nor read twice; what they are sums of is read once more."""
+    sizes = counts.Sizes(**{**vars(SMALL), "dim": 1024})
+    before, after = (counts.layer_step(sizes, "rowwise_adam", True, one_pass).parts for one_pass in (False, True))
+    saved = sum(part.bytes for part in before.values()) - sum(part.bytes for part in after.values())
+    gradients = 2 * sizes.hit(sizes.picks, sizes.rows) * sizes.dim * sizes.item
+    operands = 2 * sizes.tokens * sizes.dim * sizes.item
+    assert saved == pytest.approx(3 * gradients - operands, rel=0.05)
+    assert total(after.values()).waits == 0
+    for key, floor in counts.floors(sizes, "rowwise_adam", True, True).items():
+        if key[0] in ("gradient norm", "update of tables"):
+            assert floor <= 1.02 * after[key].bytes, key
+
+
 def test_the_update_alone_is_that_of_the_step():
     alone = counts.table_update(SMALL, "rowwise_adam", False, False)
     assert alone == counts.layer_step(SMALL, "rowwise_adam", False).parts["update of tables", "forward"]

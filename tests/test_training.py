@@ -279,6 +279,37 @@ def test_lazy_training_in_any_layout(small, kind):
     assert max(abs(a - b) for a, b in zip(dense_losses, want_losses)) > 1e-3, "the case must leave rows untouched"
 
 
+def by_sums(rank, world_size, tree, gradients):
+    """Losses, norms and what becomes of the tables, whose optimizer may be given ``gradients`` instead of sums."""
+    from peer_dist.kernels.pending import pending_sums
+    from peer_dist.optim import tables
+
+    if gradients:
+        tables.ask_for_sums = tables._merge_as_it_comes
+    trainer = make_trainer(tree)
+    values = [trainer.step() for _ in range(4)]
+    optimizer = trainer.engine.tables
+    asked = [pending_sums(table) for table in optimizer.tables.values()]
+    assert asked == [None if gradients else []] * 4
+    parts = [*optimizer.tables.values(), *(part for *_, part in optimizer.state())]
+    return [(v["train/loss"], v["optimizer/grad_norm"]) for v in values], [part.tolist() for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "settings"),
+    [
+        (1, {"train": {"recompute_layers": 1}, "zero": {"stage": 0}}),
+        (2, {"parallel": {"expert": 2}, "peer": {"dispatch_chunks": 2}, "zero": {"stage": 1}}),
+    ],
+    ids=["one rank, recomputed", "two ranks, parts"],
+)
+def test_tables_step_by_sums_as_by_gradients(small, world_size, settings):
+    """Where a step has one pass, in the same bits."""
+    small["table_optimizer"].update(lazy=True)
+    small = with_keys(with_keys(small, **settings), train={"micro_batch_size": 8 // world_size})
+    assert run_ranks(by_sums, world_size, small, False) == run_ranks(by_sums, world_size, small, True)
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_stochastically_rounded_tables_train_and_resume_bit_for_bit(small, tmp_path, lazy):
     """bf16 tables without masters; a checkpoint of masters is another run's."""

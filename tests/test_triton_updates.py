@@ -6,19 +6,24 @@ from __future__ import annotations
 
 import itertools
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peer_dist import PEER
+from peer_dist import kernels as package
+from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.updates import Plain, Step
-from tests.updates import CASES, KINDS, Table, same_bits
+from peer_dist.optim import TableOptimizer, TableRule
+from tests.updates import CASES, KINDS, SUM_ULPS, Table, same_bits
 
 triton = pytest.importorskip("triton")
 
-from peer_dist.kernels.triton import launching, updates  # noqa: E402
+from peer_dist.kernels.triton import experts, launching, updates  # noqa: E402
 from tests.gpu_kernels import (  # noqa: E402
     DEVICE,
     INTERPRETED,
@@ -70,6 +75,111 @@ def test_masters_of_other_tables(dtype):
     torch.testing.assert_close(got["table"], want["table"], rtol=2e-3 if INTERPRETED else 0, atol=0)
 
 
+LAZY = [(kind, way) for kind, way, lazy in CASES if lazy]
+
+
+class Sums:
+    """A table to be stepped, and two gradients of it as sums over picks of all rows but the last, one of which has most
+    picks.
+    """
+
+    def __init__(self, kind, way, rows=8, tokens=24, columns=20, odd=None):
+        self.table = Table(kind, way, False, rows, columns)
+        generator = torch.Generator().manual_seed(1)
+        expert = torch.randint(0, rows - 1, (tokens, 2), generator=generator)
+        expert[:, 0] = 3
+        dtype = self.table.table.dtype
+        self.sums = [
+            (torch.randn(2 * tokens, generator=generator).to(DEVICE),
+             torch.randn(tokens, columns, generator=generator).to(DEVICE, dtype))
+            for _ in range(2)
+        ]  # fmt: skip
+        if odd is not None:
+            self.sums[0][0][-1] = odd
+        self.picks, self.rows, self.dtype = Picks.even(expert.to(DEVICE)), rows, dtype
+
+    def check(self):
+        """The bits of the two steps, given the sums over the columns, and nearly these sums."""
+        table = self.table
+        table.rows, grads = experts.sparse_table_grads(self.sums, self.picks, self.rows, dtype=self.dtype)
+        sums = experts.run_sums(self.sums, self.picks, self.rows)
+        every = updates.run_squares(sums, self.dtype)
+        for which, (grad, squares) in enumerate(zip(grads, every)):
+            given = squares[table.rows]
+            torch.testing.assert_close(given, updates.row_squares(grad), rtol=SUM_ULPS * 2**-24, atol=0, equal_nan=True)
+            assert not squares.index_fill(0, table.rows, 0.0).any()
+            table.grad = grad
+            want = table.stepped(updates, DEVICE, given)
+            got = table.stepped(InRegisters(sums, which, squares), DEVICE)
+            same_bits(got, want)
+            same_bits(table.stepped(InRegisters(sums, which, squares), DEVICE), got)
+            assert not got["table"].equal(table.table)
+            assert got["table"][-1].equal(table.table[-1])
+
+
+class InRegisters:
+    """Steps by sums instead of gradients."""
+
+    def __init__(self, *operands):
+        self.operands = operands
+
+    def update_rows(self, step, grad, table, moments, master, rows, squares, rounding):
+        updates.update_runs(step, *self.operands, table, moments, master, rounding)
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", LAZY, ids=str)
+def test_sums_in_registers_step_as_gradients_do(case, monkeypatch):
+    monkeypatch.setattr(experts, "PIECE", 8)
+    Sums(*case).check()
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_slices_of_columns(kind, monkeypatch):
+    monkeypatch.setattr(experts, "MAX_GRAD_BLOCK_D", 16)
+    Sums(kind, "rounded", columns=33).check()
+    Sums(kind, "float32", columns=1, tokens=4, odd=float("inf")).check()
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", ["adam", "rowwise_adam"])
+def test_a_layer_without_gradients_steps_as_with_them(kind, monkeypatch):
+    """In one step after the other; with empty batches, with one that is dropped, and with two passes in one step."""
+    for name, kernels in (("backend", package.triton), ("updates.backend", updates)):
+        monkeypatch.setattr(f"peer_dist.kernels.{name}", lambda *tensors, kernels=kernels: kernels)
+    found = []
+    with group_of_one():
+        for one_pass in (False, True):
+            torch.manual_seed(0)
+            layer = PEER(8, 16, heads=1, top_k=2, key_dim=8, query_norm="rms", sparse_grad=True, device=DEVICE)
+            tables = {name: table.requires_grad_() for name, table in layer.tables().items()}
+            rule = TableRule(kind, 0.02, (0.8, 0.9), 1e-4, 0.1, lazy=True)
+            optimizer, norms = TableOptimizer(tables, rule, 8, one_pass=one_pass), []
+            for seeds, bad in [([1], 1), ([2], float("nan")), ([3], 1), ([4, 5], 1), ([6], 1)]:
+                for seed in seeds:
+                    x = torch.randn(seed - 1, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+                    (layer(x).square().sum() * bad).backward()
+                norms.append(optimizer.grad_norm(x.device))
+                assert all(not one_pass or len(seeds) == 2 or table.grad is None for table in tables.values())
+                optimizer.step(0.5) if norms[-1].isfinite() else optimizer.zero_grad()
+            found.append([*norms, *tables.values(), *(value for *_, value in optimizer.state())])
+    assert optimizer.steps == 4
+    for got, want in zip(*found):
+        # a row's mean adds in another order
+        torch.testing.assert_close(got, want, rtol=1e-5 if kind == "rowwise_adam" or want.dim() == 0 else 0, atol=0,
+                                   equal_nan=True)  # fmt: skip
+
+
+@contextmanager
+def group_of_one():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @runs_kernels
 def test_offsets_beyond_two_to_the_31():
     """Memory that is hardly touched, of 4 GB; a dense step would touch all of it."""
@@ -115,6 +225,51 @@ def launched(columns, monkeypatch):
             updates.row_squares(table.grad)
 
     return launches(call, monkeypatch)
+
+
+@compiles
+def test_steps_by_sums_compile_without_spills(monkeypatch, tmp_path):
+    check_steps_by_sums([case for case in LAZY if case[0] == "rowwise_adam"], 1024, 90, monkeypatch, tmp_path)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("columns", "capability"),
+    itertools.product([64, 100, 256, 412, 512, 1024, 1280, 2048, 8192], [80, 90, 100]),
+    ids=str,
+)
+def test_steps_by_sums_compile_at_any_number_of_columns(columns, capability, monkeypatch, tmp_path):
+    check_steps_by_sums(LAZY, columns, capability, monkeypatch, tmp_path)
+
+
+def check_steps_by_sums(cases, columns, capability, monkeypatch, folder):
+    needs_assembler(capability)
+
+    def call():
+        for case in cases:
+            made = Sums(*case, tokens=300, columns=columns)
+            for count in (1, 2):
+                sums = experts.run_sums(made.sums[:count], made.picks, made.rows)
+                updates.run_squares(sums, made.dtype)
+                made.table.stepped(InRegisters(sums, 0, torch.zeros(made.rows)))
+                experts.table_grads(made.sums[:count], made.picks, made.rows, dtype=made.dtype)
+
+    found = launches(call, monkeypatch)
+    assert {kernel.__name__ for kernel, *_ in found} == {
+        "_pieces_kernel", "_runs_kernel", "_run_squares_kernel", "_update_runs_kernel"
+    }  # fmt: skip
+    for launch in found:
+        binary = compiled(launch, capability)
+        registers, stack = resources(binary, folder)
+        name = f"sm_{capability} {launch[2]} warps {registers} registers {launch[0].__name__} {launch[3]}"
+        print(name, stack)
+        assert stack <= (16 if capability == 100 else 0), f"{name} spills: {stack} bytes of stack"
+        assert registers <= 128, name
+        assert "fma.rn.f32" not in binary.asm["ptx"], f"{name}: sums and steps must have the same bits everywhere"
+        if launch[0] is updates._update_runs_kernel:
+            assert "div.full" not in binary.asm["ptx"], "divisions are not rounded to the nearest"
+            assert "sqrt.approx" not in binary.asm["ptx"], "roots are not rounded to the nearest"
 
 
 def check_compilation(columns, capability, monkeypatch, folder):

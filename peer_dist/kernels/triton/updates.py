@@ -229,10 +229,11 @@ def _run_squares_kernel(  # type: ignore[no-untyped-def]
             start, stop, order, token, dpre, hidden, x, dy, partial_down, partial_up, size, cols,
             DIM, BLOCK_D, BLOCK_K, ACC,
         )  # fmt: skip
-        g = down.to(DTYPE).to(tl.float32)
+        inside = cols < DIM  # beyond it a weight that is not finite makes NaN of zeros
+        g = tl.where(inside, down.to(DTYPE).to(tl.float32), 0.0)
         tl.store(down_squares + part * runs + run, tl.sum(g * g, 0))
         if hidden is not None:
-            g = up.to(DTYPE).to(tl.float32)
+            g = tl.where(inside, up.to(DTYPE).to(tl.float32), 0.0)
             tl.store(up_squares + part * runs + run, tl.sum(g * g, 0))
 
 
