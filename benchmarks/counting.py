@@ -396,6 +396,7 @@ def _as_on_cuda(counter: Counter) -> Iterator[None]:
         is_cuda = property(lambda tensor: tensor.device == META or base.is_cuda.__get__(tensor))
         stack.enter_context(patch.object(torch.Tensor, "is_cuda", is_cuda))
         stack.enter_context(patch.object(torch.Tensor, "data_ptr", place))
+        stack.enter_context(patch.object(torch.cuda, "is_current_stream_capturing", lambda: False))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
         stack.enter_context(patch.object(F, "rms_norm", norm))
         for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (torch.Tensor, "new_tensor")):
