@@ -107,7 +107,10 @@ def touched(layout: Layout, block: Block, passes: int | None = None) -> float:
 
 
 def gradient_bytes(layout: Layout, block: Block, itemsize: int, passes: int | None = None) -> float:
-    """Bytes of a shard's gradient after so many passes (None: a step's); lazy tables hold touched rows only."""
+    """Bytes of a shard's gradient after so many passes (None: a step's); lazy tables hold touched rows only.
+
+    Where a GPU keeps the operands of their sums instead, it is the most that could be there.
+    """
     if block.table_rows and layout.config.table_optimizer.lazy:
         return touched(layout, block, passes) * block.rows * (block.columns * itemsize + 8)
     return block.size * itemsize
