@@ -136,7 +136,8 @@ class Plain:
             first, second = x.chunk(2, -1)
             return x * cos + torch.cat((-second, first), -1) * sin
 
-        query, key, value = mixed.unflatten(-1, (groups, -1, channels)).tensor_split((-2, -1), 3)
+        heads = mixed.unflatten(-1, (groups, -1, channels))
+        query, key, value = heads.split((heads.shape[3] - 2, 1, 1), 3)
         return rotated(query.flatten(2, 3)), rotated(key.squeeze(3)), value.squeeze(3)
 
     @staticmethod
