@@ -162,3 +162,30 @@ def test_a_dense_gradient_grows_in_place(dim, dtype):
         torch.testing.assert_close(
             got, want, rtol=0, atol=0 if dtype == torch.float32 else float(want.abs().max()) * 2**-6
         )
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_whoever_asks_for_a_gradient_gets_it(lazy):
+    """autograd.grad, backward of other inputs, and hooks: with a gradient there already that could grow."""
+    torch.manual_seed(0)
+    layer = PEER(20, 81, heads=2, top_k=3, key_dim=8, query_norm="rms", sparse_grad=lazy, seed=0)
+    x = torch.randn(5, 20)
+    loss = lambda: layer(x).square().mean()  # noqa: E731
+    want = torch.autograd.grad(loss(), [layer.down, layer.up])
+    TableOptimizer(layer.tables(), TableRule("adam", 0.1, (0.9, 0.9), 1e-8, 0.0, lazy=lazy), 20, one_pass=True)
+    if not lazy:
+        loss().backward()
+    before = None if lazy else layer.down.grad.clone()
+    for got, gradient in zip(torch.autograd.grad(loss(), [layer.down, layer.up]), want):
+        torch.testing.assert_close(got.to_dense(), gradient.to_dense())
+    loss().backward(inputs=[layer.query.weight])
+    assert (layer.down.grad is None) if lazy else layer.down.grad.equal(before)
+    assert not pending_sums(layer.down)
+    seen = []
+    with_hooks = [table.register_hook(seen.append) for table in (layer.down, layer.up)]
+    loss().backward()
+    assert [gradient.is_sparse for gradient in seen] == [lazy, lazy]
+    for hook in with_hooks:
+        hook.remove()
+    loss().backward()
+    assert len(pending_sums(layer.down) or ()) == int(lazy)

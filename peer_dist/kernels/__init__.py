@@ -14,7 +14,7 @@ from torch import Tensor
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.custom_ops import differentiable, differentiable_no_further, operator
-from peer_dist.kernels.pending import PendingSums, gradient_that_grows, pending_sums
+from peer_dist.kernels.pending import PendingSums, gradient_that_grows, place_for_sums
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -415,7 +415,7 @@ def _grads_of_tables(
             return [None] * len(tables)
         grads: list[Tensor] = _table_grads(weights, xs, offsets, expert, rows, dtype)
         return grads
-    places = [place for place in map(pending_sums, tables) if place is not None]
+    places = [place for place in map(place_for_sums, tables) if place is not None]
     if len(places) == len(tables):
         ops, sums = _backend_and_sums(weights, xs, dtype)
         left = PendingSums(ops, sums, Picks(offsets, expert), tables)

@@ -2,8 +2,9 @@
 
 Who asks for the sums (:func:`ask_for_sums`) finds on the table, after a backward pass, what its sparse gradient is the
 sum of, and no gradient. Who lets a dense one grow (:func:`let_gradient_grow`) has the rows that were picked added to
-where they are, from the second backward pass on. Where nobody asks, or a table meets autograd as another tensor
-(compiled, or detached by a checkpoint), there is a gradient as ever.
+where they are, from the second backward pass on. Where nobody asks, where hooks or
+``torch.autograd.grad`` wait for it, or where a table meets autograd as another tensor (compiled, or detached by a
+checkpoint), there is a gradient as ever.
 """
 
 from __future__ import annotations
@@ -116,6 +117,12 @@ def pending_sums(table: Tensor) -> list[PendingSums] | None:
     return getattr(table, "pending_sums", None)
 
 
+def place_for_sums(table: Tensor) -> list[PendingSums] | None:
+    """Where the backward pass that is under way may leave sums; None where it owes a gradient."""
+    places = pending_sums(table)
+    return places if places is not None and _only_adds_up(table) else None
+
+
 def let_gradient_grow(table: Tensor) -> None:
     """Let backward passes add to a table's dense gradient in place, once there is one, and hand none to autograd.
 
@@ -125,7 +132,20 @@ def let_gradient_grow(table: Tensor) -> None:
 
 
 def gradient_that_grows(table: Tensor) -> Tensor | None:
-    """The gradient that a backward pass may add to; None where there is none yet, or nobody lets it grow."""
+    """The gradient that the backward pass under way may add to; None where there is none yet, or it owes one."""
     grad = table.grad if getattr(table, "gradient_grows", False) else None
     fits = grad is not None and not grad.is_sparse and grad.dtype == table.dtype and grad.is_contiguous()
-    return grad if fits else None
+    return grad if fits and _only_adds_up(table) else None
+
+
+def _only_adds_up(table: Tensor) -> bool:
+    """Whether all that the backward pass under way does with a table's gradient is to add it up: no hook sees it, and
+    it is not what ``torch.autograd.grad`` was asked for.
+    """
+    if table._backward_hooks or getattr(table, "_post_accumulate_grad_hooks", None):
+        return False
+    try:
+        added: bool = torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(table).node)
+    except RuntimeError:  # what it says in torch.autograd.grad, for which it does not serve
+        return False
+    return added
