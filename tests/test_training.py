@@ -279,18 +279,41 @@ def test_lazy_training_in_any_layout(small, kind):
     assert max(abs(a - b) for a, b in zip(dense_losses, want_losses)) > 1e-3, "the case must leave rows untouched"
 
 
+def gradients_made(rank, world_size, tree):
+    """How many gradients of whole tables two steps make, and the losses."""
+    from peer_dist import kernels
+
+    made, make = [], kernels._table_grads
+    kernels._table_grads = lambda *of: made.append(1) or make(*of)
+    trainer = make_trainer(tree)
+    return len(made), [trainer.step()["train/loss"] for _ in range(2)], len(made)
+
+
+@pytest.mark.parametrize("settings", [{"zero": {"stage": 0}}, {"zero": {"stage": 1}, "train": {"recompute_layers": 1}}])
+def test_a_step_makes_one_gradient_of_a_table(small, settings):
+    """However many passes it has: the later ones add to the first one's."""
+    tree = with_keys(small, **settings)
+    tree["train"] = {**tree["train"], "micro_batch_size": 2}
+    ((before, _, after),) = run_ranks(gradients_made, 1, tree)
+    assert (before, after) == (0, 4)  # of two layers' pairs in two steps
+
+
 def by_sums(rank, world_size, tree, gradients):
     """Losses, norms and what becomes of the tables, whose optimizer may be given ``gradients`` instead of sums."""
-    from peer_dist.kernels.pending import pending_sums
+    from peer_dist import kernels
+    from peer_dist.kernels.pending import PendingSums, pending_sums
     from peer_dist.optim import tables
 
     if gradients:
         tables.ask_for_sums = tables._merge_as_it_comes
+    left = []
+    kernels.PendingSums = lambda *of: left.append(of) or PendingSums(*of)
     trainer = make_trainer(tree)
     values = [trainer.step() for _ in range(4)]
     optimizer = trainer.engine.tables
     asked = [pending_sums(table) for table in optimizer.tables.values()]
     assert asked == [None if gradients else []] * 4
+    assert len(left) == (0 if gradients else 8)  # of two layers in four steps
     parts = [*optimizer.tables.values(), *(part for *_, part in optimizer.state())]
     return [(v["train/loss"], v["optimizer/grad_norm"]) for v in values], [part.tolist() for part in parts]
 
