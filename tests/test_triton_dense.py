@@ -159,6 +159,20 @@ def test_cross_entropy(dtype, words, scale, shift, monkeypatch):
 
 
 @runs_kernels
+def test_excluded_words(monkeypatch):
+    """By logits of minus infinity: blocks of nothing else first, in between and last, and a label that is."""
+    monkeypatch.setattr(kernels, "WORDS", 64)
+    logits = drawn(4, 200, scale=2).float()
+    logits[0, :64] = logits[1, 64:130] = logits[2, 128:] = logits[3, 5] = -torch.inf
+    labels = torch.tensor([100, 3, 60, 5], device=DEVICE)[:, None]
+    wanted, ones = logits.log_softmax(-1), torch.ones(4, 1, device=DEVICE)
+    logs, kept = kernels.label_logs(logits, labels)
+    torch.testing.assert_close(logs, wanted.gather(1, labels))
+    kernels.logits_to_gradient(logits, labels, kept, ones, 0 * ones)
+    torch.testing.assert_close(logits, wanted.exp())
+
+
+@runs_kernels
 def test_a_model_with_kernels_is_the_model_without(parallel, monkeypatch):
     """Losses and gradients of a transformer with documents and grouped queries, in float32."""
     config, batch, found = make_config(num_query_groups=1), make_batch(), []

@@ -123,7 +123,7 @@ def _label_logs_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK_W)
     start = logits + row * DIM
-    largest = tl.full([], float("-inf"), WIDE)
+    largest = tl.full([], -3.4e38, WIDE)  # finite: all of the first words may be excluded by -inf
     sums = tl.full([BLOCK_W], 0.0, WIDE)
     for begin in range(0, DIM, BLOCK_W):
         x = tl.load(start + begin + col, mask=begin + col < DIM, other=float("-inf")).to(WIDE)
