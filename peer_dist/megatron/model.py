@@ -50,9 +50,20 @@ class _Layer(TransformerLayer):
     is none.
     """
 
-    def __init__(self, *args: Any, seed: int, state_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        *args: Any,
+        seed: int,
+        state_size: int,
+        **kwargs: Any,
+    ) -> None:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset CUDA's too
-        super().__init__(*args, **kwargs)
+        if getattr(submodules.mlp.submodules, "activation_func", None) is not None:
+            config = copy.copy(config)
+            config.use_te_activation_func = True  # the spec's, whoever's it is: it takes both halves of a gated unit
+        super().__init__(config, submodules, *args, **kwargs)
         self.state_size = state_size
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
@@ -95,7 +106,6 @@ def _transformer_config(config: Config, parallel: Parallel, dtype: torch.dtype) 
         ffn_hidden_size=model.ffn_hidden_size,
         gated_linear_unit=model.ffn_activation == "swiglu",
         activation_func=F.silu if model.ffn_activation == "swiglu" else F.gelu,
-        use_te_activation_func=model.ffn_activation == "swiglu",  # takes both halves, as ours in the layers' specs
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         add_bias_linear=False,

@@ -127,6 +127,7 @@ def _experts_config(
         moe_router_pre_softmax=True,  # or it would refuse a top_k of 1: the router is ours
         moe_router_load_balancing_type="none",
         moe_router_dtype="fp32",
+        use_te_activation_func=changes.get("gated_linear_unit", config.gated_linear_unit),  # ours, of both halves
         perform_initialization=False,
         gradient_accumulation_fusion=False,  # Megatron's buffers have no gradients of experts
         **changes,
