@@ -21,6 +21,7 @@ from typing import Any
 from peer_dist.mistake import Mistake
 
 PATIENCE = 20  # seconds that a reader may take
+LEAST = 10  # inputs of a reader, however busy the machine is
 # What a value of a text is replaced by: all of JSON, and of YAML where it is not JSON.
 NASTY = (
     *("null", "true", "false", "0", "-1", "1", "3.5", "1e400", "-1e400", "NaN", "Infinity", "-Infinity", "1e-320"),
@@ -205,7 +206,7 @@ def _watched(reader: Reader, folder: Path, seconds: float, seed: int, keep: Path
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
     reader.read(folder)  # sound files are taken
     end = time.monotonic() + seconds
-    while time.monotonic() < end or not tally.tried:
+    while time.monotonic() < end or tally.tried < LEAST:
         path = draw.choice(files)
         data = damaged(before[path], draw, reader.text)
         if data == before[path]:
