@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -242,3 +244,14 @@ def test_layers_refuse_it_too(options):
             torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3), OnDevice(49, DIM), layer.traffic,
             layer.sparse_grad, layer.dispatch_chunks,
         )  # fmt: skip
+
+
+@compiles
+def test_the_layer_needs_no_symmetric_memory():
+    """A torch without the module, which is torch's own: the layer is there, and the transport is not."""
+    code = (
+        "import sys; sys.modules['torch.distributed._symmetric_memory'] = None\n"
+        "from peer_dist import PEER; from peer_dist.sharding.transport import SymmetricMemory\n"
+        "print(PEER.__name__, SymmetricMemory.available())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "PEER False\n"

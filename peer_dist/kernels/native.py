@@ -189,9 +189,7 @@ def _group(picks: Picks, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows picked at all ``[touched]``, and in the order by row each pick's number and its token, ``[picks]``
     int32, and where those of each row begin, ``[touched + 1]``.
     """
-    count = picks.expert.numel()
-    if count >= 1 << 31:
-        raise ValueError(f"{count} picks in one call are more than 2**31 - 1; take the tokens in parts")
+    count = picks.count()
     most = min(count, rows)
     order, token = torch.empty(2, count, dtype=torch.int32, device="cpu")
     touched, starts, pairs = (

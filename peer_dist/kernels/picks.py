@@ -41,9 +41,7 @@ class ByExpert:
         Raises:
             ValueError: there are more than 2**31 - 1 picks.
         """
-        count = picks.expert.numel()
-        if count > MOST:
-            raise ValueError(f"{count} picks in one call are more than 2**31 - 1; take the tokens in parts")
+        picks.count()  # refuses too many
         expert, pick = torch.sort(picks.expert.to(torch.int32), stable=True)
         return cls(expert, pick.to(torch.int32), picks.token.index_select(0, pick))
 
@@ -78,6 +76,17 @@ class Picks:
         ascending, row = torch.sort(token.to(torch.int32), stable=True)
         numbers = torch.arange(tokens + 1, dtype=torch.int32, device=token.device)
         return cls(torch.searchsorted(ascending, numbers), row)
+
+    def count(self) -> int:
+        """The number of picks, which are to be numbered by int32.
+
+        Raises:
+            ValueError: there are more than 2**31 - 1.
+        """
+        count = self.expert.numel()
+        if count > MOST:
+            raise ValueError(f"{count} picks in one call are more than 2**31 - 1; take the tokens in parts")
+        return count
 
     @property
     def tokens(self) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 
@@ -152,14 +151,18 @@ class SymmetricMemory(Transport):
             raise RuntimeError(
                 "symmetric memory needs GPUs and an installation of torch with NVSHMEM; use all_to_all as the transport"
             )
-        symmetric_memory.set_backend("NVSHMEM")
+        self._memory = _torch_memory()
+        self._memory.set_backend("NVSHMEM")
         self._buffers: dict[Any, list[tuple[Tensor, ...]]] = {}
 
     @staticmethod
     def available() -> bool:
         """Whether this torch has what it needs, and finds it on this machine."""
-        asked = getattr(symmetric_memory, "is_nvshmem_available", None)  # not in every version
-        return asked is not None and asked()
+        try:
+            asked = getattr(_torch_memory(), "is_nvshmem_available", None)
+        except ImportError:
+            asked = None
+        return asked is not None and asked()  # neither is in every version
 
     def start(self, x: Tensor, send: Any, receive: Any, group: dist.ProcessGroup | None, out: Tensor) -> Arrival:
         """Written when the current stream has done what it was given until now."""
@@ -193,15 +196,22 @@ class SymmetricMemory(Transport):
         if key not in self._buffers:
             self._buffers[key] = [
                 (
-                    *(symmetric_memory.empty(size, dtype=torch.uint8, device=device) for size in sizes),
-                    symmetric_memory.empty(ranks, dtype=torch.int64, device=device),
-                    symmetric_memory.empty(2, ranks, dtype=torch.int64, device=device),
+                    *(self._memory.empty(size, dtype=torch.uint8, device=device) for size in sizes),
+                    self._memory.empty(ranks, dtype=torch.int64, device=device),
+                    self._memory.empty(2, ranks, dtype=torch.int64, device=device),
                 )
                 for _ in range(2)
             ]
         pair = self._buffers[key]
         pair.reverse()
         return pair[0]
+
+
+def _torch_memory() -> Any:
+    """Torch's symmetric memory: late, because the module is torch's own, and the layer is imported without it."""
+    import torch.distributed._symmetric_memory
+
+    return torch.distributed._symmetric_memory
 
 
 def _bytes_of(rows: Tensor, row_bytes: int) -> Tensor:
