@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from peer_dist.kernels import mkl, native, reference
 from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.custom_ops import differentiable, differentiable_no_further, operator
-from peer_dist.kernels.pending import PendingSums, gradient_that_grows, place_for_sums
+from peer_dist.kernels.eight_bit import EightBit, gradient_dtype
+from peer_dist.kernels.far import is_held, near
+from peer_dist.kernels.pending import PendingSums, gradient_that_grows, pending_sums, place_for_sums
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -41,11 +44,17 @@ __all__ = [
     "wide",
 ]
 
+Table = Tensor | EightBit
+"""What backends read rows of: near, and in floating-point numbers or eight bits."""
+
 _MKL, _REFERENCE = Composed(mkl), Composed(reference)
 
 
-def backend(x: Tensor, *tables: Tensor) -> Any:
+def backend(x: Tensor, *read: Table) -> Any:
     """The module, or the composed ops, that compute the mix for these tensors' devices and dtypes."""
+    tables = [table for table in read if isinstance(table, Tensor)]
+    if len(tables) < len(read):
+        return _REFERENCE
     if x.is_cuda:
         from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
 
@@ -80,7 +89,10 @@ def expert_mix(
     Returns:
         ``[tokens, dim]`` in ``x``'s dtype. Differentiable (once) in ``x``, ``gate``, ``down`` and ``up``.
     """
-    return _expert_mix(x, picks.offsets, picks.expert, gate, down, up, activation, sparse_grad)[0]
+    if is_held(down):
+        held: Tensor = _HeldMix.apply(x, gate, picks, down, up, activation)
+        return held
+    return _expert_mix(x, picks.offsets, picks.expert, gate, down, up, activation, sparse_grad, None, None)[0]
 
 
 def expert_mix_forward(
@@ -103,7 +115,9 @@ def expert_mix_forward(
         ``y [tokens, dim]`` in ``x``'s dtype and the pre-activations ``x_t . down_e``, ``[picks]``, in at least float32.
     """
     if sum_columns is None:
-        return _expert_mix(x, picks.offsets, picks.expert, gate, down, up, activation, False)
+        here = near(picks, down, up)
+        offsets, expert = here.picks.offsets, here.picks.expert
+        return _expert_mix(x, offsets, expert, gate, *here.tables, activation, False, *here.scales)
     y, pre = reference.by_halves(_Halves, x, picks, gate, down, up, activation, sum_columns)
     return y.to(x.dtype), pre
 
@@ -130,7 +144,9 @@ def expert_mix_backward(
         gated activation), ``[picks]`` in ``pre``'s dtype, for :func:`expert_table_grads`.
     """
     if sum_columns is None:
-        return _expert_mix_backward(dy, x, picks.offsets, picks.expert, pre, gate, down, up, activation)
+        here = near(picks, down, up)
+        offsets, expert = here.picks.offsets, here.picks.expert
+        return _expert_mix_backward(dy, x, offsets, expert, pre, gate, *here.tables, activation, *here.scales)
     dx, dgate, dpre, hidden = reference.backward_by_halves(
         _Halves, dy, picks, pre, gate, down, up, activation, sum_columns
     )
@@ -165,7 +181,8 @@ def expert_table_grads(
 
 def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]``, at least float32."""
-    return _dots(x, table, picks.offsets, picks.expert)
+    here = near(picks, table)
+    return _dots(x, *here.tables, here.picks.offsets, here.picks.expert, *here.scales)
 
 
 def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = False) -> Tensor:
@@ -180,7 +197,10 @@ def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = Fa
     Returns:
         ``[tokens, dim]`` in at least float32.
     """
-    return _value_mix(gate, values, picks.offsets, picks.expert, sparse_grad)
+    if is_held(values):
+        held: Tensor = _HeldValues.apply(gate, picks, values)
+        return held
+    return _value_mix(gate, values, picks.offsets, picks.expert, sparse_grad, None)
 
 
 def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, sparse: bool = False) -> Tensor | None:
@@ -265,14 +285,18 @@ def search_backward(
 # The operators. Their FLOPs are those of the products over picks.
 
 
+def _read(table: Tensor, scales: Tensor | None) -> Table:
+    return table if scales is None else EightBit(table, scales)
+
+
 def _empty(like: Tensor, shape: Sequence[Any], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 @operator(
     "expert_mix(Tensor x, Tensor offsets, Tensor expert, Tensor gate, Tensor down, Tensor up, str activation, "
-    "bool sparse_grad) -> (Tensor, Tensor)",
-    fake=lambda x, offsets, expert, gate, down, up, activation, sparse_grad: (
+    "bool sparse_grad, Tensor? down_scales=None, Tensor? up_scales=None) -> (Tensor, Tensor)",
+    fake=lambda x, offsets, expert, gate, down, up, activation, sparse_grad, *_: (
         _empty(x, x.shape, x.dtype),
         _empty(x, expert.shape, wide(x, gate, down, up)),
     ),
@@ -287,16 +311,19 @@ def _expert_mix(
     up: Tensor,
     activation: str,
     sparse_grad: bool,
+    down_scales: Tensor | None = None,
+    up_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     with span("experts"):
-        y, pre = backend(x, down, up).forward(x.contiguous(), Picks(offsets, expert), gate, down, up, activation)
+        tables = _read(down, down_scales), _read(up, up_scales)
+        y, pre = backend(x, *tables).forward(x.contiguous(), Picks(offsets, expert), gate, *tables, activation)
         return y.to(x.dtype), pre.to(wide(x, gate, down, up))
 
 
 @operator(
     "expert_mix_backward(Tensor dy, Tensor x, Tensor offsets, Tensor expert, Tensor pre, Tensor gate, Tensor down, "
-    "Tensor up, str activation) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda dy, x, offsets, expert, pre, gate, down, up, activation: (
+    "Tensor up, str activation, Tensor? down_scales=None, Tensor? up_scales=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda dy, x, offsets, expert, pre, gate, down, up, activation, *_: (
         _empty(x, x.shape, x.dtype),
         _empty(x, expert.shape, gate.dtype),
         _empty(x, expert.shape, pre.dtype),
@@ -314,35 +341,42 @@ def _expert_mix_backward(
     down: Tensor,
     up: Tensor,
     activation: str,
+    down_scales: Tensor | None = None,
+    up_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with span("experts"):
-        picks = Picks(offsets, expert)
-        dx, dgate, dpre, hidden = backend(x, down, up).backward(
-            dy.contiguous(), x.contiguous(), picks, pre, gate, down, up, activation
+        picks, tables = Picks(offsets, expert), (_read(down, down_scales), _read(up, up_scales))
+        dx, dgate, dpre, hidden = backend(x, *tables).backward(
+            dy.contiguous(), x.contiguous(), picks, pre, gate, *tables, activation
         )
         return dx.to(x.dtype), dgate.to(gate.dtype), dpre.to(pre.dtype), hidden.to(pre.dtype)
 
 
 @operator(
-    "value_mix(Tensor gate, Tensor values, Tensor offsets, Tensor expert, bool sparse_grad) -> Tensor",
-    fake=lambda gate, values, offsets, expert, sparse_grad: _empty(
+    "value_mix(Tensor gate, Tensor values, Tensor offsets, Tensor expert, bool sparse_grad, Tensor? scales=None) "
+    "-> Tensor",
+    fake=lambda gate, values, offsets, expert, sparse_grad, *_: _empty(
         values, (offsets.shape[0] - 1, values.shape[1]), wide(gate, values)
     ),
     flops=lambda gate, values, offsets, expert, *_, **__: 2 * expert[0] * values[1],
 )
-def _value_mix(gate: Tensor, values: Tensor, offsets: Tensor, expert: Tensor, sparse_grad: bool) -> Tensor:
+def _value_mix(
+    gate: Tensor, values: Tensor, offsets: Tensor, expert: Tensor, sparse_grad: bool, scales: Tensor | None = None
+) -> Tensor:
     with span("experts"):
-        return backend(gate, values).mix(gate, values, Picks(offsets, expert)).to(wide(gate, values))
+        table = _read(values, scales)
+        return backend(gate, table).mix(gate, table, Picks(offsets, expert)).to(wide(gate, values))
 
 
 @operator(
-    "dots(Tensor x, Tensor table, Tensor offsets, Tensor expert) -> Tensor",
-    fake=lambda x, table, offsets, expert: _empty(x, expert.shape, wide(x, table)),
-    flops=lambda x, table, offsets, expert, **_: 2 * expert[0] * table[1],
+    "dots(Tensor x, Tensor table, Tensor offsets, Tensor expert, Tensor? scales=None) -> Tensor",
+    fake=lambda x, table, offsets, expert, *_: _empty(x, expert.shape, wide(x, table)),
+    flops=lambda x, table, offsets, expert, *_, **__: 2 * expert[0] * table[1],
 )
-def _dots(x: Tensor, table: Tensor, offsets: Tensor, expert: Tensor) -> Tensor:
+def _dots(x: Tensor, table: Tensor, offsets: Tensor, expert: Tensor, scales: Tensor | None = None) -> Tensor:
     with span("experts"):
-        return backend(x, table).dots(x.contiguous(), table, Picks(offsets, expert)).to(wide(x, table))
+        read = _read(table, scales)
+        return backend(x, read).dots(x.contiguous(), read, Picks(offsets, expert)).to(wide(x, table))
 
 
 def _backend_and_sums(
@@ -405,8 +439,9 @@ def _grads_of_tables(
     weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, tables: list[Tensor], sparse: bool
 ) -> Sequence[Tensor | None]:
     """``sum of w_i x_t`` of each row of ``table [rows, dim]``, for each table; or nothing, but the sums on them."""
-    rows, dtype = tables[0].shape[0], tables[0].dtype
-    if not sparse:
+    rows, dtype = tables[0].shape[0], gradient_dtype(tables[0])
+    held = is_held(tables[0])
+    if not sparse and not held:
         growing = [grad for grad in map(gradient_that_grows, tables) if grad is not None]
         if len(growing) == len(tables):
             with span("experts"):
@@ -415,19 +450,23 @@ def _grads_of_tables(
             return [None] * len(tables)
         grads: list[Tensor] = _table_grads(weights, xs, offsets, expert, rows, dtype)
         return grads
-    places = [place for place in map(place_for_sums, tables) if place is not None]
+    found = map(pending_sums if held else place_for_sums, tables)  # autograd carries no gradient of held ones
+    places = [place for place in found if place is not None]
     if len(places) == len(tables):
         ops, sums = _backend_and_sums(weights, xs, dtype)
         left = PendingSums(ops, sums, Picks(offsets, expert), tables)
         for place in places:
             place.append(left)
         return [None] * len(tables)
+    if not any(table.requires_grad for table in tables):
+        return [None] * len(tables)
     touched, *some = _sparse_table_grads(weights, xs, offsets, expert, rows, dtype)
-    return [row_gradient(touched, grad, rows) for grad in some]
+    touched = touched.to(tables[0].device)  # where a far table is
+    return [row_gradient(touched, grad.to(touched.device), rows) for grad in some]
 
 
 def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.activation, ctx.sparse_grad = inputs
+    *tensors, ctx.activation, ctx.sparse_grad, _, _ = inputs  # held tables have a gradient of their own
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -436,14 +475,16 @@ def _backward_of_experts(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, .
     x, offsets, expert, gate, down, up, pre = ctx.saved_tensors
     ddown: Tensor | None = None
     dup: Tensor | None = None
-    dx, dgate, dpre, hidden = _expert_mix_backward(dy, x, offsets, expert, pre, gate, down, up, ctx.activation)
+    dx, dgate, dpre, hidden = _expert_mix_backward(
+        dy, x, offsets, expert, pre, gate, down, up, ctx.activation, None, None
+    )
     if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
         ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], offsets, expert, [down, up], ctx.sparse_grad)
-    return dx, None, None, dgate, ddown, dup, None, None
+    return dx, None, None, dgate, ddown, dup, None, None, None, None
 
 
 def _keep_values(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.sparse_grad = inputs
+    *tensors, ctx.sparse_grad, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -451,11 +492,52 @@ def _backward_of_values(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate, values, offsets, expert = ctx.saved_tensors
     dgate = dvalues = None
     if ctx.needs_input_grad[0]:
-        dgate = _dots(dy, values, offsets, expert).to(gate.dtype)
+        dgate = _dots(dy, values, offsets, expert, None).to(gate.dtype)
     if ctx.needs_input_grad[1]:
         (dvalues,) = _grads_of_tables([gate], [dy], offsets, expert, [values], ctx.sparse_grad)
-    return dgate, dvalues, None, None, None
+    return dgate, dvalues, None, None, None, None
 
 
 differentiable("expert_mix", _keep_experts, _backward_of_experts)
 differentiable("value_mix", _keep_values, _backward_of_values)
+
+
+class _HeldMix(torch.autograd.Function):
+    """:func:`expert_mix` of held tables, whose rows are asked for in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, picks: Picks, down: Tensor, up: Tensor, activation: str) -> Tensor:
+        y, pre = expert_mix_forward(x, picks, gate, down, up, activation)
+        ctx.activation, ctx.tables = activation, (down, up)
+        ctx.save_for_backward(x, gate, pre, picks.offsets, picks.expert)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, pre, offsets, expert = ctx.saved_tensors
+        picks = Picks(offsets, expert)
+        down, up = ctx.tables
+        dx, dgate, dpre, hidden = expert_mix_backward(dy, x, picks, pre, gate, down, up, ctx.activation)
+        ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, up, sparse=True)
+        return dx, dgate, None, ddown, dup, None
+
+
+class _HeldValues(torch.autograd.Function):
+    """:func:`value_mix` of a held table."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, picks: Picks, values: Tensor) -> Tensor:
+        here = near(picks, values)
+        ctx.values = values
+        ctx.save_for_backward(gate, picks.offsets, picks.expert)
+        y: Tensor = _value_mix(gate, *here.tables, here.picks.offsets, here.picks.expert, False, *here.scales)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, offsets, expert = ctx.saved_tensors
+        picks = Picks(offsets, expert)
+        dgate = dots(dy, ctx.values, picks).to(gate.dtype)
+        return dgate, None, value_table_grad(gate, dy, picks, ctx.values, sparse=True)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from peer_dist.kernels import updates
+from peer_dist.kernels.eight_bit import gradient_dtype
+from peer_dist.kernels.far import is_held
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.rounding import Rounding
 
@@ -52,8 +54,10 @@ class PendingSums:
 
     @property
     def in_registers(self) -> bool:
-        """Whether :meth:`squares` and :meth:`update` can be had: where Triton serves."""
-        return all(hasattr(updates.backend(x, table), "update_runs") for (_, x), table in zip(self._sums, self._tables))
+        """Whether :meth:`squares` and :meth:`update` can be had: where Triton serves, of tables that are not held."""
+        return not is_held(self._tables[0]) and all(
+            hasattr(updates.backend(x, table), "update_runs") for (_, x), table in zip(self._sums, self._tables)
+        )
 
     @cached_property
     def _runs(self) -> Any:
@@ -95,13 +99,14 @@ class PendingSums:
         self._check()
         table = self._tables[0]
         found: tuple[Tensor, list[Tensor]] = self._backend.sparse_table_grads(
-            self._sums, self._picks, len(table), dtype=table.dtype
+            self._sums, self._picks, len(table), dtype=gradient_dtype(table)
         )
         return found
 
     def gradient(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """A table's gradient, as other optimizers take it: its rows with picks, ``[touched]`` int64 ascending, and
-        their gradients ``[touched, dim]`` in the table's dtype. On a GPU it waits for their number.
+        their gradients ``[touched, dim]`` in :func:`~peer_dist.kernels.eight_bit.gradient_dtype`. On a GPU it waits for
+        their number.
         """
         rows, values = self._gradients
         return rows, values[self._which(table)]

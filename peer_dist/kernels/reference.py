@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peer_dist.kernels.eight_bit import EightBit, dequantised
 from peer_dist.kernels.picks import Picks
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -29,12 +30,24 @@ _SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # the gradient of th
 CHUNK_ELEMENTS = 1 << 22  # gathered table elements at a time: 16 MB in float32
 
 
-def wide(*tensors: Tensor) -> torch.dtype:
+def wide(*tensors: Tensor | EightBit) -> torch.dtype:
     """The dtype to accumulate in: at least float32."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if not isinstance(tensor, EightBit):
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def _width(table: Tensor | EightBit) -> int:
+    return (table.codes if isinstance(table, EightBit) else table).shape[1]
+
+
+def _rows(table: Tensor | EightBit, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a table, ``[picks, dim]`` in ``dtype``."""
+    if isinstance(table, EightBit):
+        return dequantised(table.codes[numbers], table.scales[numbers]).to(dtype)
+    return table[numbers].to(dtype)
 
 
 def _chunks(picks: Picks, dim: int) -> Iterator[slice]:
@@ -43,22 +56,22 @@ def _chunks(picks: Picks, dim: int) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
+def dots(x: Tensor, table: Tensor | EightBit, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]``, at least float32."""
     out = torch.empty(picks.expert.numel(), dtype=wide(x, table), device=x.device)
-    for part in _chunks(picks, table.shape[1]):
-        rows, tokens = table[picks.expert[part]], x[picks.token[part]]
-        out[part] = (rows.to(out.dtype) * tokens.to(out.dtype)).sum(-1)
+    for part in _chunks(picks, _width(table)):
+        rows, tokens = _rows(table, picks.expert[part], out.dtype), x[picks.token[part]]
+        out[part] = (rows * tokens.to(out.dtype)).sum(-1)
     return out
 
 
-def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
+def mix(weight: Tensor, table: Tensor | EightBit, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
     """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``, summed in at least float32
     and given so unless ``dtype`` says otherwise.
     """
-    out = torch.zeros(picks.tokens, table.shape[1], dtype=wide(weight, table), device=table.device)
-    for part in _chunks(picks, table.shape[1]):
-        rows = table[picks.expert[part]].to(out.dtype)
+    out = torch.zeros(picks.tokens, _width(table), dtype=wide(weight, table), device=weight.device)
+    for part in _chunks(picks, _width(table)):
+        rows = _rows(table, picks.expert[part], out.dtype)
         out.index_add_(0, picks.token[part], rows * weight[part, None].to(out.dtype))
     return out.to(dtype or out.dtype)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peer_dist.kernels import row_gradient
+from peer_dist.kernels.far import is_held
 from peer_dist.kernels.pending import PendingSums, ask_for_sums, let_gradient_grow, pending_sums
 from peer_dist.kernels.rounding import Rounding, stream_key
 from peer_dist.kernels.updates import Step, row_squares, update_rows
@@ -99,7 +100,9 @@ class TableOptimizer:
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
         alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
         for table in self.tables.values():
-            if rule.lazy:
+            if rule.lazy and is_held(table):
+                ask_for_sums(table)
+            elif rule.lazy:
                 (ask_for_sums if one_pass and alone else _merge_as_it_comes)(table)
             else:
                 let_gradient_grow(table)
