@@ -40,6 +40,14 @@ def plan(
         float | None,
         number(1, MOST_RANKS, "Row shards that a token hits, as measured. Default: that of uniform picks."),
     ] = None,
+    zipf: Annotated[
+        float | None,
+        number(0, 10, "Exponent of the picks' Zipf law, for rows that a cache holds. Default: 0, uniform picks."),
+    ] = None,
+    hit_rate: Annotated[
+        float | None,
+        number(0, 1, "Share of a pass's distinct rows in the cache, as measured. Default: what --zipf gives."),
+    ] = None,
     vocab_size: VocabSize = None,
     file: Annotated[
         Path | None, typer.Option("--write", help="File for the config with the best layout.", show_default=False)
@@ -60,6 +68,7 @@ def plan(
     """What a run needs, before anything is rented: memory, bytes sent, time, cost. Exit code 1: it does not fit."""
     from peer_dist.config import ConfigError, load_config, write_config
     from peer_dist.planning.hardware import load_hardware
+    from peer_dist.planning.hit_rate import Skew
     from peer_dist.planning.plan import plan as run
     from peer_dist.planning.plan import unchecked
     from peer_dist.planning.search import SHOWN, advice, search_table
@@ -71,9 +80,10 @@ def plan(
     if construct is not None:
         from peer_dist.planning.construct import built, construct_chosen
 
-        if search or file or tokens or price or hits:
+        if search or file or tokens or price or hits or zipf is not None or hit_rate is not None:
             raise ConfigError(
-                "--construct: only builds the config's layout; leave out --search, --write, --tokens, --price, --hits"
+                "--construct: only builds the config's layout; leave out --search, --write, --tokens, --price, --hits, "
+                "--zipf, --hit-rate"
             )
         ranks = construct_chosen(settings, construct, gpus or per_node, per_node, vocab_size, hardware.device)
         if as_json:
@@ -82,8 +92,10 @@ def plan(
             for table in built(ranks):
                 results(WIDTH).print(table)
         return
-    budget = None if tokens is None else round(tokens)
-    arguments = (settings, gpus or per_node, per_node, hardware, vocab_size, hits, budget, price)
+    if search and hit_rate is not None:
+        raise ConfigError("--hit-rate: was measured with one size of cache, and --search tries others; give --zipf")
+    budget, skew = None if tokens is None else round(tokens), Skew(zipf or 0.0, hit_rate)
+    arguments = (settings, gpus or per_node, per_node, hardware, vocab_size, hits, budget, price, skew)
     plans = find(unchecked(*arguments)) if search else [run(*arguments)]
     best = plans[0]
     if as_json:

@@ -47,15 +47,21 @@ class Tables:
         tokens_travel: whether a token goes to the owners of the rows it picks (experts), or only its picks do, and
             weighted sums of rows come home (values).
         chunks: parts in which tokens travel, so that exchange and work overlap.
+        memory: where their rows and the states of their optimizer lie.
+        cache_bytes: of a rank's memory near the kernels for rows that lie elsewhere, over all its tables.
+        resident_bytes: that a rank keeps in memory of rows on disk, beside the cache.
     """
 
     names: tuple[str, ...]
     rows: int
     heads: int
     top_k: int
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float8_e4m3", "int8"]
     tokens_travel: bool
     chunks: int = 1
+    memory: Literal["device", "host", "disk"] = "device"
+    cache_bytes: int = 0
+    resident_bytes: int = 0
 
     @property
     def picks(self) -> int:
@@ -65,7 +71,22 @@ class Tables:
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return {"float32": FLOAT, "bfloat16": 2}[self.dtype]
+        return {"float32": FLOAT, "bfloat16": 2}.get(self.dtype, 1)
+
+    @property
+    def gradient_itemsize(self) -> int:
+        """Bytes of an element of their gradients, which are bfloat16 where the tables have eight bits."""
+        return max(2, self.itemsize)
+
+    @property
+    def scale_size(self) -> int:
+        """Bytes of a row's scale; 0 where rows have none."""
+        return FLOAT if self.itemsize == 1 else 0
+
+    @property
+    def far(self) -> bool:
+        """Whether rows lie in other memory than the kernels'."""
+        return self.memory != "device"
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,15 @@ class PEERSection(Section):
         description="steps after which sub-keys that were hardly picked become near copies of well-used ones, so "
         "that their experts are picked; 0: never",
     )
-    table_dtype: Literal["float32", "bfloat16"] = Field(
+    table_dtype: Literal["float32", "bfloat16", "float8_e4m3", "int8"] = Field(
         "float32",
         description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them, unless "
         "table_optimizer.stochastic_rounding",
     )
+    table_memory: Literal["device", "host", "disk"] = Field("device", description="where the tables lie")
+    table_cache_gb: float = Field(1.0, ge=0, description="GB per rank of rows near the kernels, over all pools")
+    table_folder: str = Field("", description="scratch files")
+    table_resident_gb: float = Field(1.0, ge=0, description="GB of them in memory")
 
     _square = field_validator("num_experts")(square)
     _even = field_validator("key_dim")(even)
@@ -73,7 +77,9 @@ class PEERKind(ProductKeyKind[PEERSection]):
     sizes = ("num_experts", "heads", "top_k", "key_dim")
     routed = True
     begins_at_zero = True
-    resumable = frozenset({"dispatch_chunks"})  # when things travel, not what is computed
+    resumable = frozenset(
+        {"dispatch_chunks", "table_memory", "table_cache_gb", "table_folder", "table_resident_gb"}
+    )  # when things travel, not what is computed
     module = "peer"
     table_names = ("down", "up")
     rows_key = "num_experts"
@@ -119,8 +125,17 @@ class PEERKind(ProductKeyKind[PEERSection]):
         return kept, working
 
     def tables(self, config: Config) -> Tables:
-        """The experts' down and up tables, to whose owners tokens travel in ``dispatch_chunks`` parts."""
-        return replace(super().tables(config), chunks=self.keys(config).dispatch_chunks)
+        """The experts' down and up tables, to whose owners tokens travel in ``dispatch_chunks`` parts, and where these
+        keep them.
+        """
+        keys = self.keys(config)
+        return replace(
+            super().tables(config),
+            chunks=keys.dispatch_chunks,
+            memory=keys.table_memory,
+            cache_bytes=round(keys.table_cache_gb * 1e9),
+            resident_bytes=round(keys.table_resident_gb * 1e9),
+        )
 
     def layers_per_pool(self, config: Config) -> int:
         """The section's ``layers_per_pool``."""

@@ -37,6 +37,9 @@ class Achievable(Section):
     node_link: Share = 1.0
     network: Share = 1.0
     memory: Share = 1.0
+    bus: Share = 1.0
+    host: Share = 1.0
+    disk: Share = 1.0
 
 
 class Hardware(Section):
@@ -51,6 +54,13 @@ class Hardware(Section):
         node_link_latency_s, network_latency_s: of a collective.
         layer_overhead_s: of a layer's forward and backward pass, beyond what its work takes.
         step_overhead_s: of an optimizer step, likewise.
+        bus_bytes_per_s: of copies between a GPU and pinned host memory.
+        bus_gather_bytes_per_s: of rows that a GPU's kernels read from there at random.
+        host_memory_bytes: of a GPU's share of its node's memory.
+        host_bytes_per_s: of rows that a rank's share of the processors reads and writes there.
+        disk_bytes: of a rank's share of the scratch disk.
+        disk_bytes_per_s: of large reads and writes.
+        disk_reads_per_s, disk_writes_per_s: rows at random.
         gpus_per_node: devices (ranks) of a node.
         price_per_hour: of a device.
     """
@@ -68,6 +78,14 @@ class Hardware(Section):
     network_latency_s: Seconds = 0.0
     layer_overhead_s: Seconds = 0.0
     step_overhead_s: Seconds = 0.0
+    bus_bytes_per_s: Figure | None = None
+    bus_gather_bytes_per_s: Figure | None = None
+    host_memory_bytes: Figure | None = None
+    host_bytes_per_s: Figure | None = None
+    disk_bytes: Figure | None = None
+    disk_bytes_per_s: Figure | None = None
+    disk_reads_per_s: Figure | None = None
+    disk_writes_per_s: Figure | None = None
     gpus_per_node: Ranks
     price_per_hour: Price | None = None
     achievable: Achievable = Field(default_factory=Achievable)

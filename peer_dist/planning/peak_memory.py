@@ -14,8 +14,10 @@ from peer_dist.kernels.dense import BLOCK
 from peer_dist.kinds import KINDS, Kind, Tables
 from peer_dist.kinds.cost import FLOAT
 from peer_dist.optim.held_bytes import BUCKET
+from peer_dist.planning.hit_rate import EVEN, Skew
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.state import State, dense_elements, dense_shapes, gradient_bytes, shards, state
+from peer_dist.planning.tiers import far_pools
 from peer_dist.planning.traffic import routes
 
 LIVE = 1_000_000_000  # elements up to which ZeRO-3 leaves parameters that it has gathered in place (likewise)
@@ -34,6 +36,11 @@ class PeakMemory:
         peak: at the worst moment; less than the sum, because not all are there at once.
         passes_peak: until the last backward pass has ended, without the reduction and the step.
         host: of ZeRO's offload, in host memory.
+        cache, staged: of rows near the kernels whose tables lie elsewhere: hot ones with their states, and those that
+            passes under way have picked.
+        tables_host: in host memory, of tables that lie there with their states, or of what is kept there of those on
+            disk; on a CPU rank it is part of the peak.
+        tables_disk: of scratch files.
     """
 
     weights: int
@@ -47,6 +54,10 @@ class PeakMemory:
     peak: float
     passes_peak: float
     host: int
+    cache: int
+    staged: float
+    tables_host: float
+    tables_disk: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,13 @@ class _Moment:
 
 
 def memory(
-    layout: Layout, place: Place, vocab_size: int, itemsize: int, device: str, hits: float | None = None
+    layout: Layout,
+    place: Place,
+    vocab_size: int,
+    itemsize: int,
+    device: str,
+    hits: float | None = None,
+    skew: Skew = EVEN,
 ) -> PeakMemory:
     """The most bytes that one rank holds at once, and what they are made of.
 
@@ -87,6 +104,7 @@ def memory(
         itemsize: bytes of an activation and of a dense parameter.
         device: ``cuda`` or ``cpu``.
         hits: row shards that a token hits; None: those of uniform picks.
+        skew: of picks.
     """
     held = state(layout, place, vocab_size, itemsize)
     inputs = layout.in_flight(place.stage) * layout.tokens * 20  # ids, labels and weights: of the passes in flight
@@ -102,7 +120,15 @@ def memory(
     gathered = 0
     if layout.config.zero.stage == 3 and layout.data > 1:
         gathered = min(LIVE, elements) * itemsize
-    base = held.weights + held.optimizer + inputs + lasting
+    pools = far_pools(layout, place)
+    cache = sum(pool.cache_bytes for pool in pools)
+    staged = sum(pool.staged_bytes(layout, place.stage, skew) for pool in pools)
+    on_disk = sum(pool.bytes for pool in pools if pool.tables.memory == "disk")
+    in_memory = float(sum(pool.bytes for pool in pools) - on_disk)
+    in_memory += min(on_disk, max((pool.tables.resident_bytes for pool in pools), default=0))
+    if device == "cuda":  # gradients are copied there
+        in_memory += held.far_gradients
+    base = held.weights + held.optimizer + inputs + lasting + cache + staged + (in_memory if device == "cpu" else 0)
     step = _step(layout, elements, itemsize)
     return PeakMemory(
         held.weights,
@@ -116,6 +142,10 @@ def memory(
         base + max(worst.total + gathered, held.gradients + max(reduction - lasting, step)),
         base - lasting + worst.total + gathered,
         held.host,
+        cache,
+        staged,
+        in_memory,
+        on_disk,
     )
 
 
@@ -168,7 +198,7 @@ def _new_gradients(
     for part in shapes.keys() | owned.keys():
         sizes = [math.prod(shape) * itemsize for shape in shapes.get(part, [])]
         new = [
-            (block, gradient_bytes(layout, block, block.itemsize or itemsize, passes=1))
+            (block, gradient_bytes(layout, block, block.gradient_itemsize or itemsize, passes=1))
             for block in owned.get(part, [])
         ]
         beside = sum(size for block, size in new if made or layout.config.table_optimizer.lazy or not block.table_rows)

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from rich.table import Table
 
-from peer_dist.config import Config, ConfigError, check_world
+from peer_dist.config import Config, ConfigError, check_world, parse_config
+from peer_dist.kinds import Kind
 from peer_dist.kinds.cost import SHARDED_PARTS, Cost
 from peer_dist.planning.counts import Counts, count
 from peer_dist.planning.hardware import Hardware
+from peer_dist.planning.hit_rate import EVEN, Skew
 from peer_dist.planning.layout import Layout, Place, check_vocabulary
 from peer_dist.planning.peak_memory import PeakMemory, memory
+from peer_dist.planning.tiers import far_pools
 from peer_dist.planning.timing import StepTime, Work, work
 from peer_dist.planning.traffic import Wire, step_traffic
 from peer_dist.units import short
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one memory, ``device``, ``host`` or ``disk``, that a rank takes, and those that it may."""
+
+    memory: str
+    taken: float
+    there: float
+
+    @property
+    def met(self) -> bool:
+        """Whether there are enough."""
+        return self.taken <= self.there
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,7 @@ class Plan:
         vocab_size: rows of the embedding, padding included.
         counts: of the model, the same in all layouts.
         hits: mean number of distinct row shards that a token hits; None: that of uniform picks.
+        skew: of picks, by which rows that lie elsewhere are in the cache.
         tokens: to train on.
         price_per_hour: of a device; None if it is not known.
     """
@@ -40,6 +59,7 @@ class Plan:
     hits: float | None
     tokens: int
     price_per_hour: float | None
+    skew: Skew = EVEN
 
     @property
     def itemsize(self) -> int:
@@ -58,7 +78,7 @@ class Plan:
             kinds = [[(kinds_of[n], n in firsts) for n in chunk] for chunk in self.layout.layers(stage)]
             stages.setdefault((str(kinds), stage == 0, stage == self.layout.pipeline - 1), stage)
         places = [Place(stage) for stage in stages.values()]
-        arguments = self.vocab_size, self.itemsize, self.hardware.device, self.hits
+        arguments = self.vocab_size, self.itemsize, self.hardware.device, self.hits, self.skew
         return {place: memory(self.layout, place, *arguments) for place in places}
 
     @cached_property
@@ -79,10 +99,8 @@ class Plan:
     @cached_property
     def work(self) -> Work:
         """Work of the stage that the others wait for."""
-        works = (
-            work(self.layout, p.stage, held, self.counts, self.vocab_size, self.itemsize, self.hardware, self.hits)
-            for p, held in self._held.items()
-        )
+        arguments = self.counts, self.vocab_size, self.itemsize, self.hardware, self.hits, self.skew
+        works = (work(self.layout, p.stage, held, *arguments) for p, held in self._held.items())
         return max(works, key=lambda stage: stage.times.total)
 
     @property
@@ -90,10 +108,60 @@ class Plan:
         """Seconds of a step, of the stage that the others wait for."""
         return self.work.times
 
+    @cached_property
+    def needs(self) -> list[Need]:
+        """Of each memory the most that a rank needs: the ``device``'s, and of ``host`` and ``disk`` where it uses them
+        and the hardware has figures. Ranks of a node share its host memory and its disk; stages need different parts,
+        and the largest stands for all.
+        """
+        held, hardware = self._held.values(), self.hardware
+        needs = [Need("device", self.memory.peak, hardware.memory)]
+        host = max(each.host + each.tables_host for each in held) if hardware.device == "cuda" else 0
+        for name, taken, there in (
+            ("host", host, hardware.host_memory_bytes),
+            ("disk", max(each.tables_disk for each in held), hardware.disk_bytes),
+        ):
+            if taken and there:
+                needs.append(Need(name, taken, there * hardware.achievable.memory))
+        return needs
+
     @property
     def fits(self) -> bool:
-        """Whether the rank that needs the most memory has it."""
-        return self.memory.peak <= self.hardware.memory
+        """Whether the ranks that need most of each memory have it."""
+        return all(need.met for need in self.needs)
+
+    @property
+    def far(self) -> Kind | None:
+        """The kind of layers whose tables lie in host memory or on disk; None where none do."""
+        config = self.layout.config
+        for kind in config.kinds:
+            tables = kind.tables(config)
+            if tables is not None and tables.far:
+                return kind
+        return None
+
+    def with_cache(self, gigabytes: float) -> Plan:
+        """The same plan with so large a cache for rows of far tables."""
+        if self.far is None:
+            return self
+        tree = self.layout.config.model_dump(mode="json", exclude_defaults=True)
+        name = self.far.section_name
+        tree[name] = {**tree.get(name, {}), "table_cache_gb": gigabytes}
+        return replace(self, layout=replace(self.layout, config=parse_config(tree, "plan")))
+
+    @cached_property
+    def recommended_cache(self) -> float:
+        """GB of the largest cache that fits the device beside the rest, or that all rows fit; 0 where nothing does.
+
+        The more the cache has, the fewer rows are staged, so that what one size leaves free is safe for the next one.
+        """
+        size = 0.0
+        for _ in range(3):
+            cached = self.with_cache(size)
+            free = self.hardware.memory - (cached.memory.peak - cached.memory.cache)
+            everything = sum(pool.bytes for pool in far_pools(self.layout, cached.place))
+            size = min(max(0.0, math.floor(10 * free / 1e9) / 10), math.ceil(10 * everything / 1e9) / 10)
+        return size
 
     @property
     def tokens_per_step(self) -> int:
@@ -157,6 +225,8 @@ class Plan:
             },
             "flops_per_token": {"forward": whole.flops, "training": self.counts.train_flops_per_token},
             "memory": {**asdict(self.memory), "available": self.hardware.memory, "fits": self.fits},
+            "memories": {need.memory: {"taken": need.taken, "available": need.there} for need in self.needs},
+            "far_tables": self._far_values(),
             "rank": asdict(self.place),
             "sent_per_step": {name: {"node": wire.node, "network": wire.network} for name, wire in self.wires.items()},
             "seconds": {**asdict(self.times), "step": self.times.total},
@@ -170,6 +240,56 @@ class Plan:
             "days": self.days,
             "cost": self.cost,
         }
+
+    @property
+    def far_bytes_per_token(self) -> tuple[float, float]:
+        """Bytes of far tables that are read and written for a token of the global batch, by all ranks of a stage."""
+        far, ranks = self.work.far, self.layout.stage_ranks
+        if far is None:
+            return 0.0, 0.0
+        return far.read * ranks / self.tokens_per_step, far.written * ranks / self.tokens_per_step
+
+    def _far_values(self) -> dict[str, Any] | None:
+        """Of tables that lie elsewhere; None where none do."""
+        far, kind = self.work.far, self.far
+        if far is None or kind is None:
+            return None
+        read, written = self.far_bytes_per_token
+        return {
+            "memory": kind.tables(self.layout.config).memory,  # type: ignore[union-attr]
+            "hit_rate": far.hit_rate,
+            "read_bytes_per_token": read,
+            "written_bytes_per_token": written,
+            "fetch_seconds": {"direct": far.fetch.direct, "copied": far.fetch.copied},
+            "step_seconds": far.step_s,
+            "recommended_cache_gb": self.recommended_cache,
+        }
+
+    def _far_table(self) -> list[Table]:
+        """For a terminal, where tables lie elsewhere."""
+        values = self._far_values()
+        if values is None or self.far is None:
+            return []
+        held, where = self.memory, values["memory"]
+        on_gpu, fetch = self.hardware.device == "cuda", self.work.far.fetch  # type: ignore[union-attr]
+        there = {need.memory: f"{need.taken / 1e9:.2f} of {need.there / 1e9:.2f} GB" for need in self.needs}
+        cache = f"{held.cache / 1e9:.2f} GB hold {values['hit_rate']:.1%} of the distinct rows of a pass"
+        link = "the bus" if on_gpu else "host memory"
+        way = ""
+        if where == "host" and on_gpu:
+            way = f"; kernels that read it {1e3 * fetch.direct:.1f}, gathered and copied {1e3 * fetch.copied:.1f}"
+        step = f"{1e3 * self.work.far.step_s:.1f}, of which {1e3 * self.times.far_step:.1f} are waited for"  # type: ignore[union-attr]
+        free = f"{self.far.key('table_cache_gb')}={values['recommended_cache_gb']:g} fits beside the rest"
+        rows = [
+            ("in host memory", there.get("host", f"{(held.tables_host + held.host) / 1e9:.2f} GB")),
+            *([("on disk", there.get("disk", f"{held.tables_disk / 1e9:.2f} GB"))] if held.tables_disk else []),
+            ("cache", f"{cache}; {free}"),
+            ("staged", f"{held.staged / 1e9:.2f} GB"),
+            ("bytes per token", "{:,.0f} read, {:,.0f} written".format(*self.far_bytes_per_token)),
+            ("rows come near, ms", f"{1e3 * fetch.seconds:.1f} over {'disk' if where == 'disk' else link}{way}"),
+            ("their step, ms", step),
+        ]
+        return [_table(f"tables in {'scratch files' if where == 'disk' else 'host memory'}", *rows)]
 
     def tables(self) -> list[Table]:
         """For a terminal."""
@@ -192,8 +312,9 @@ class Plan:
         used = _table(
             f"memory of a rank, GB (stage {self.place.stage})",
             *((part, f"{getattr(held, part) / 1e9:.2f}") for part in parts),
+            *([("rows near, cached and staged", f"{(held.cache + held.staged) / 1e9:.2f}")] if self.far else []),
             ("peak", f"{held.peak / 1e9:.2f} of {self.hardware.memory / 1e9:.2f}"),
-            *([("in host memory", f"{held.host / 1e9:.2f}")] if held.host else []),
+            *([("in host memory", f"{held.host / 1e9:.2f}")] if held.host and not self.far else []),
         )
         sent = _table(
             "a rank sends a step, GB",
@@ -222,7 +343,7 @@ class Plan:
             ("share of memory bandwidth", f"{self.hbm_share:.1%}"),
             ("time", f"{self.days:.2f} days{cost}"),
         )
-        return [overview, used, sent, spent, result]
+        return [overview, used, *self._far_table(), sent, spent, result]
 
 
 def plan(
@@ -234,6 +355,7 @@ def plan(
     hits: float | None = None,
     tokens: int | None = None,
     price_per_hour: float | None = None,
+    skew: Skew = EVEN,
 ) -> Plan:
     """The config's own layout on ``world_size`` devices.
 
@@ -242,6 +364,7 @@ def plan(
         hits: mean number of distinct row shards that a token hits; None: that of uniform picks.
         tokens: to train on; None: those of the config's steps.
         price_per_hour: of a device; None: the hardware's.
+        skew: of picks.
 
     Raises:
         ConfigError: the layout does not divide the world, or has not so many row shards to be hit.
@@ -251,7 +374,7 @@ def plan(
     rows = config.parallel.expert_rows(world_size)
     if hits is not None and hits > rows:
         raise ConfigError(f"--hits {hits:g}: the tables have {rows} row shard(s), of which a token hits 1 to {rows}")
-    return unchecked(config, world_size, gpus_per_node, hardware, vocab_size, hits, tokens, price_per_hour)
+    return unchecked(config, world_size, gpus_per_node, hardware, vocab_size, hits, tokens, price_per_hour, skew)
 
 
 def unchecked(
@@ -263,6 +386,7 @@ def unchecked(
     hits: float | None = None,
     tokens: int | None = None,
     price_per_hour: float | None = None,
+    skew: Skew = EVEN,
 ) -> Plan:
     """:func:`plan` of a layout that need not divide the world: to search others from."""
     train = config.train
@@ -274,6 +398,7 @@ def unchecked(
         hits,
         train.steps * train.global_batch_size * config.model.seq_length if tokens is None else tokens,
         hardware.price_per_hour if price_per_hour is None else price_per_hour,
+        skew,
     )
 
 

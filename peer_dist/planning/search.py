@@ -11,10 +11,13 @@ from rich.table import Table
 from peer_dist.config import ConfigError, check_world, parse_config
 from peer_dist.config.load import divisors
 from peer_dist.planning.layout import Layout
-from peer_dist.planning.plan import Plan
+from peer_dist.planning.plan import Need, Plan
 
 SHOWN = 12
 """Layouts of a search that are shown."""
+
+MEMORIES = ("device", "host", "disk")
+"""Where tables may lie, the fastest first."""
 
 Changes = dict[str, dict[str, Any]]
 
@@ -25,7 +28,9 @@ def search(own: Plan) -> list[Plan]:
     Tried are tensor ranks inside a node (with sequence parallelism), pipeline stages, grids of the tables whose columns
     stay inside a node, ZeRO 0, 1 and 3 (2 saves nothing over 1 here: gradients are whole until the passes are over),
     recomputation of none and of all layers, and of the micro-batches that are powers of two those that fit: all of them
-    in a pipeline, which they fill, else the largest. The global batch is the config's.
+    in a pipeline, which they fill, else the largest. The global batch is the config's. Tables stay where the config has
+    them; if nothing fits and their optimizer is lazy, host memory and then disks are tried. A cache of rows takes what
+    is left of the device.
 
     Args:
         own: from :func:`peer_dist.planning.plan.unchecked`; it is one of them where its layout divides the world.
@@ -33,6 +38,22 @@ def search(own: Plan) -> list[Plan]:
     Raises:
         ConfigError: there is no layout that does.
     """
+    plans = _layouts(own)
+    for memory in _further(own):
+        if any(plan.fits for plan in plans):
+            break
+        moved = _changed(own, memory)
+        plans += [] if moved is None else _layouts(moved)
+    if not plans:
+        raise ConfigError(
+            f"--search: no layout of this model divides {own.layout.world_size} device(s) and train.global_batch_size "
+            f"({own.layout.config.train.global_batch_size}); take another number of either"
+        )
+    return sorted(plans, key=lambda plan: (not plan.fits, plan.times.total if plan.fits else plan.memory.peak))
+
+
+def _layouts(own: Plan) -> list[Plan]:
+    """All layouts of a plan's config, whose tables stay where they are."""
     mine = _changed(own, {})
     plans = [] if mine is None else [mine]
     for parallel in _parallel(own.layout):
@@ -41,12 +62,28 @@ def search(own: Plan) -> list[Plan]:
             for recomputed in (0, layers):
                 changes = {"parallel": parallel, "zero": {"stage": stage}, "train": {"recompute_layers": recomputed}}
                 plans += _batches(own, changes)
-    if not plans:
-        raise ConfigError(
-            f"--search: no layout of this model divides {own.layout.world_size} device(s) and train.global_batch_size "
-            f"({own.layout.config.train.global_batch_size}); take another number of either"
-        )
-    return sorted(plans, key=lambda plan: (not plan.fits, plan.times.total if plan.fits else plan.memory.peak))
+    return plans
+
+
+def _further(own: Plan) -> Iterator[Changes]:
+    """Memories beyond the one in which a config has its tables, the nearest first. A table optimizer that is not lazy
+    has none: it would train another model.
+    """
+    config = own.layout.config
+    for kind in config.kinds:
+        tables = kind.tables(config)
+        if (
+            tables is not None
+            and "table_memory" in type(kind.keys(config)).model_fields
+            and config.table_optimizer.lazy
+        ):
+            for memory in MEMORIES[MEMORIES.index(tables.memory) + 1 :]:
+                yield {kind.section_name: {"table_memory": memory}}
+
+
+def _cached(plan: Plan | None) -> Plan | None:
+    """The plan with the largest cache that fits."""
+    return plan if plan is None or plan.far is None else plan.with_cache(plan.recommended_cache)
 
 
 def _parallel(layout: Layout) -> Iterator[dict[str, Any]]:
@@ -80,7 +117,7 @@ def _batches(own: Plan, changes: Changes) -> list[Plan]:
     plan: Plan | None = None
     for size in reversed(_powers(batch // data)) if batch >= data else []:
         changes["train"]["micro_batch_size"] = size
-        plan = _changed(own, changes) or plan
+        plan = _cached(_changed(own, changes)) or plan
         if plan is not None and plan.fits:
             fitting.append(plan)
             if parallel["pipeline"] == 1:
@@ -103,14 +140,19 @@ def _changed(own: Plan, changes: Changes) -> Plan | None:
 
 def advice(own: Plan) -> str:
     """What to change in a plan that does not fit: the single keys that suffice, or else what takes most."""
-    config, layout = own.layout.config, own.layout
-    memory = own.memory
-    held = f"the rank that needs most takes {memory.peak / 1e9:.1f} GB of {own.hardware.memory / 1e9:.1f}"
+    config, layout, memory = own.layout.config, own.layout, own.memory
+    held = " and ".join(_held(need) for need in own.needs if not need.met)
     enough = []
-    for section, key, value in _remedies(layout):
-        plan = _changed(own, {section: {key: value}})
+    for changes in _remedies(layout):
+        plan = _changed(own, changes)
+        if plan is not None and not plan.fits:
+            plan = _cached(plan)
         if plan is not None and plan.fits:
-            enough.append(f"{section}.{key}={value} ({plan.memory.peak / 1e9:.1f} GB)")
+            keys = [
+                f"{section}.{key}={_word(value)}" for section, keys in changes.items() for key, value in keys.items()
+            ]
+            size = f"{plan.memory.peak / 1e9:.1f} GB"
+            enough.append(f"{' with '.join(keys)} ({size})")
     if enough:
         return f"does not fit: {held}; enough is one of {', '.join(enough)}"
     parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries")
@@ -122,17 +164,41 @@ def advice(own: Plan) -> str:
     )
 
 
-def _remedies(layout: Layout) -> Iterator[tuple[str, str, Any]]:
+def _held(need: Need) -> str:
+    """What is taken of a memory that does not suffice."""
+    where = {"device": "", "host": " of host memory", "disk": " of scratch files"}[need.memory]
+    return f"the rank that needs most{where} takes {need.taken / 1e9:.1f} GB of {need.there / 1e9:.1f}"
+
+
+def _word(value: Any) -> str:
+    """A value as the command line takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _remedies(layout: Layout) -> Iterator[Changes]:
+    """Changes of one key each, with the keys that it asks for. Those that train another model come last."""
     config = layout.config
     for rows in divisors(layout.stage_ranks // layout.columns):
         if rows > layout.rows:
-            yield "parallel", "expert", rows
-    yield "table_optimizer", "name", "rowwise_adagrad"
+            yield {"parallel": {"expert": rows}}
+    yield {"table_optimizer": {"name": "rowwise_adagrad"}}
     for stage in range(config.zero.stage + 1, 4):
-        yield "zero", "stage", stage
-    yield "train", "recompute_layers", config.model.num_layers // (layout.pipeline * layout.virtual)
+        yield {"zero": {"stage": stage}}
+    yield {"train": {"recompute_layers": config.model.num_layers // (layout.pipeline * layout.virtual)}}
     for size in reversed(_powers(config.train.micro_batch_size - 1)) if config.train.micro_batch_size > 1 else []:
-        yield "train", "micro_batch_size", size
+        yield {"train": {"micro_batch_size": size}}
+    table = config.table_optimizer
+    for kind in config.kinds:
+        tables = kind.tables(config)
+        if tables is None or "table_memory" not in type(kind.keys(config)).model_fields:
+            continue
+        lazy: dict[str, Any] = {} if table.lazy else {"lazy": True}
+        for memory in MEMORIES[MEMORIES.index(tables.memory) + 1 :]:
+            yield {kind.section_name: {"table_memory": memory}} | ({"table_optimizer": lazy} if lazy else {})
+        if tables.itemsize > 1:
+            rounded = lazy | ({} if table.stochastic_rounding else {"stochastic_rounding": True})
+            changes: Changes = {kind.section_name: {"table_dtype": "int8"}}
+            yield changes | ({"table_optimizer": rounded} if rounded else {})
 
 
 def _powers(largest: int) -> list[int]:

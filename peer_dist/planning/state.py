@@ -7,7 +7,7 @@ steps, buffers such as BatchNorm's statistics, and rotary positions are left out
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peer_dist.config import Config
 from peer_dist.config.schema import ParallelConfig
@@ -32,6 +32,12 @@ class Block:
     """Rows of the whole table; 0 for a coarse expert."""
     picks: int = 0
     """Picks of one token in all layers that share the table."""
+    scale_size: int = 0
+    """Bytes of a row's scale."""
+    gradient_itemsize: int = 0
+    """Bytes of an element of a table's gradient."""
+    far: bool = False
+    """Whether a table's rows lie in other memory than the kernels'."""
 
     @property
     def size(self) -> int:
@@ -41,12 +47,22 @@ class Block:
 
 @dataclass(frozen=True)
 class State:
-    """Bytes of one rank; ``host`` is what ZeRO's offload keeps in host memory of the optimizer's."""
+    """Bytes of one rank.
+
+    Attributes:
+        weights, gradients, optimizer: near the kernels, but for what is cached of far tables.
+        host: what ZeRO's offload keeps in host memory of the optimizer's.
+        far_weights, far_optimizer: of tables that lie far from the kernels.
+        far_gradients: of theirs; part of ``gradients``.
+    """
 
     weights: int
     gradients: float
     optimizer: int
     host: int = 0
+    far_weights: int = 0
+    far_optimizer: int = 0
+    far_gradients: float = 0.0
 
 
 def dense_shapes(layout: Layout, stage: int, vocab_size: int) -> dict[str | int, list[Shape]]:
@@ -80,15 +96,17 @@ def shards(layout: Layout, place: Place) -> dict[str | int, list[Block]]:
     """Layer (from 0) to the blocks that a rank owns of it."""
     config, d = layout.config, layout.config.model.hidden_size
     pools = {pool[0]: len(pool) for pool in config.pools}
-    columns = _part(d, place.column, layout.columns)
+    columns = part_of(d, place.column, layout.columns)
     blocks: dict[str | int, list[Block]] = {}
     kinds = config.model.mlp_kinds
     for layer in (layer for chunk in layout.layers(place.stage) for layer in chunk):
         kind = KINDS[kinds[layer]]
         tables, experts = kind.tables(config), kind.experts(config)
         if tables and layer in pools:
-            rows = _part(tables.rows, place.row, layout.rows)
-            block = Block(rows, columns, tables.itemsize, tables.rows, tables.picks * pools[layer])
+            rows = part_of(tables.rows, place.row, layout.rows)
+            picks = tables.picks * pools[layer]
+            held = (tables.scale_size, tables.gradient_itemsize, tables.far)
+            block = Block(rows, columns, tables.itemsize, tables.rows, picks, *held)
             blocks[layer] = [block] * len(tables.names)
         if experts:
             own = experts.number // layout.rows
@@ -96,7 +114,8 @@ def shards(layout: Layout, place: Place) -> dict[str | int, list[Block]]:
     return blocks
 
 
-def _part(size: int, shard: int, shards: int) -> int:
+def part_of(size: int, shard: int, shards: int) -> int:
+    """Of so many rows or columns, those of a shard."""
     return first_of(size, shard + 1, shards) - first_of(size, shard, shards)
 
 
@@ -131,6 +150,9 @@ def state(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> State
         dense.gradients + owned.gradients,
         dense.optimizer + owned.optimizer,
         dense.host,
+        owned.far_weights,
+        owned.far_optimizer,
+        owned.far_gradients,
     )
 
 
@@ -138,7 +160,7 @@ def checkpoint_bytes(config: Config, vocab_size: int, itemsize: int) -> int:
     """Bytes of the tensors in a checkpoint of a run, which do not depend on its layout.
 
     They are the weights, the moments of all optimizers, and float32 masters: of the dense part always, of tables and
-    experts where those are of another dtype.
+    experts where those are of another dtype. Tables of eight bits are saved as bfloat16 numbers.
 
     Args:
         vocab_size: rows of the embedding, padding included.
@@ -147,8 +169,10 @@ def checkpoint_bytes(config: Config, vocab_size: int, itemsize: int) -> int:
     alone = config.model_copy(update={"parallel": ParallelConfig()})
     layout, place = Layout(alone, 1, 1), Place()
     blocks = [block for owned in shards(layout, place).values() for block in owned]
-    owned = _shard_state(layout, blocks, itemsize)
-    return dense_elements(layout, 0, vocab_size) * (itemsize + 3 * FLOAT) + owned.weights + owned.optimizer
+    saved = [replace(block, itemsize=block.itemsize and max(2, block.itemsize), scale_size=0) for block in blocks]
+    owned = _shard_state(layout, saved, itemsize)
+    tables = owned.weights + owned.optimizer + owned.far_weights + owned.far_optimizer
+    return dense_elements(layout, 0, vocab_size) * (itemsize + 3 * FLOAT) + tables
 
 
 def _dense_state(layout: Layout, shapes: list[Shape], itemsize: int) -> State:
@@ -173,12 +197,13 @@ def _dense_state(layout: Layout, shapes: list[Shape], itemsize: int) -> State:
 def _shard_state(layout: Layout, blocks: list[Block], itemsize: int) -> State:
     """Tables by their own optimizer; coarse experts by Adam, in the dtype of the dense part."""
     table = layout.config.table_optimizer
-    weights, gradients, optimizer = 0, 0.0, 0
+    weights, optimizer = [0, 0], [0, 0]  # near and far
+    gradients = [0.0, 0.0]
     for block in blocks:
         kind, element = (table.name, block.itemsize) if block.table_rows else ("adam", itemsize)
         master = element < FLOAT and not (block.table_rows and table.stochastic_rounding)
         moments = {"adam": 2 * block.size, "rowwise_adam": block.size + block.rows, "rowwise_adagrad": block.rows}
-        weights += block.size * element
-        gradients += gradient_bytes(layout, block, element)
-        optimizer += (moments[kind] + master * block.size) * FLOAT
-    return State(weights, gradients, optimizer)
+        weights[block.far] += block.size * element + block.rows * block.scale_size
+        gradients[block.far] += gradient_bytes(layout, block, block.gradient_itemsize or itemsize)
+        optimizer[block.far] += (moments[kind] + master * block.size) * FLOAT
+    return State(weights[0], sum(gradients), optimizer[0], 0, weights[1], optimizer[1], gradients[1])

@@ -11,6 +11,9 @@
 - Accumulation: from the second pass on, gradients are read twice and written once.
 - Optimizer: each byte of its states read and written once, of gradients read twice (norm and update), of weights
   written.
+- Far tables (:mod:`peer_dist.planning.tiers`): each forward pass waits for the rows that the cache has not. Their step
+  goes on behind the next forward pass, up to the layer that needs it; on CPU ranks it takes the cores that the pass
+  needs, and only a disk's part is hidden.
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from peer_dist.kinds import KINDS
 from peer_dist.kinds.cost import FLOAT, SHARDED_PARTS, total
 from peer_dist.planning.counts import Counts
 from peer_dist.planning.hardware import Hardware
+from peer_dist.planning.hit_rate import EVEN, Skew
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.peak_memory import PeakMemory, moved_activations
 from peer_dist.planning.state import Block, shards, touched
+from peer_dist.planning.tiers import Fetch, exposed, far_pools, fetched, stepped
 from peer_dist.planning.traffic import exchange, routes, step_traffic
 
 
@@ -44,6 +49,8 @@ class StepTime:
         tables: gradients of expert shards between their copies.
         accumulation: the gradients of the passes after the first, added to those there are.
         optimizer: updates.
+        far_rows: rows of far tables, until they are near.
+        far_step: of their updates, what the next forward pass does not hide.
         overhead: fixed costs per layer and step.
     """
 
@@ -58,6 +65,8 @@ class StepTime:
     tables: float
     accumulation: float
     optimizer: float
+    far_rows: float
+    far_step: float
     overhead: float
 
     @property
@@ -82,6 +91,7 @@ class Work:
         hbm_s: seconds of reading and writing expert rows.
         hbm_bytes: of activations, expert rows, gradients that are added and the optimizer.
         activation_bytes: those of activations alone.
+        far: what tables cost that lie elsewhere; None where none does.
     """
 
     times: StepTime
@@ -89,6 +99,25 @@ class Work:
     hbm_s: float
     hbm_bytes: float
     activation_bytes: float
+    far: Far | None = None
+
+
+@dataclass(frozen=True)
+class Far:
+    """What a step of a rank's far tables costs.
+
+    Attributes:
+        hit_rate: share of a pass's distinct rows that the cache has.
+        fetch: seconds in which rows come near, both ways of it.
+        step_s: seconds of their updates, what is hidden included.
+        read, written: bytes that leave the far memory, and that go there.
+    """
+
+    hit_rate: float
+    fetch: Fetch
+    step_s: float
+    read: float
+    written: float
 
 
 def work(
@@ -100,6 +129,7 @@ def work(
     itemsize: int,
     hardware: Hardware,
     hits: float | None = None,
+    skew: Skew = EVEN,
 ) -> Work:
     """The work of one rank of a stage; arguments as in :func:`peer_dist.planning.peak_memory.memory`."""
     place, passes = Place(stage), layout.passes
@@ -112,7 +142,8 @@ def work(
     tensor = sent["tensor"] + sent["statistics"]
     overhead = sum(map(len, layout.layers(stage))) * passes * hardware.layer_overhead_s
     all_passes = passes * (one.matmul + activations + one.experts + one.exposed) + tensor + overhead
-    added, updated = 3 * (passes - 1) * memory.gradients, optimizer_bytes(layout, place, memory)
+    added, updated = 3 * (passes - 1) * memory.gradients, optimizer_bytes(layout, place, memory, skew)
+    far, far_step = _far(layout, place, hardware, skew, one.matmul / 3 + 2 / 5 * activations)
     times = StepTime(
         matmul=passes * one.matmul,
         activations=passes * activations,
@@ -125,6 +156,8 @@ def work(
         tables=sent["tables"],
         accumulation=added / stream,
         optimizer=updated / stream,
+        far_rows=far.fetch.seconds if far else 0.0,
+        far_step=far_step,
         overhead=overhead + hardware.step_overhead_s,
     )
     return Work(
@@ -133,7 +166,33 @@ def work(
         hbm_s=passes * one.row_bytes / _gather_rate(hardware),
         hbm_bytes=passes * (one.row_bytes + moved) + added + updated,
         activation_bytes=passes * moved,
+        far=far,
     )
+
+
+def _far(layout: Layout, place: Place, hardware: Hardware, skew: Skew, forward: float) -> tuple[Far | None, float]:
+    """What far tables cost a rank, and how long its next forward pass, of ``forward`` seconds, waits for their step."""
+    pools = far_pools(layout, place)
+    if not pools:
+        return None, 0.0
+    order = [layer for chunk in layout.layers(place.stage) for layer in chunk]
+    again = {layer for chunk in layout.layers(place.stage) for layer in chunk[: layout.config.train.recompute_layers]}
+    fetch, steps = Fetch(0.0, 0.0), []
+    picked, missed, read, written, step_s = 0.0, 0.0, 0.0, 0.0, 0.0
+    for pool in pools:
+        rows = pool.in_pass(layout, skew)
+        times = layout.passes * sum(2 if layer in again else 1 for layer in pool.layers)
+        fetch += fetched(pool, rows.missed, hardware) * times
+        step = stepped(pool, pool.in_step(layout, skew).missed, hardware)
+        before = forward * order.index(pool.layers[0]) / len(order)
+        steps.append((step.seconds, before))
+        picked, missed = picked + times * rows.rows, missed + times * rows.missed
+        step_s += step.seconds
+        read += times * rows.missed * pool.row_bytes + step.read
+        written += step.written
+    hidden = hardware.device == "cuda" or pools[0].tables.memory == "disk"
+    waited = exposed(steps) if hidden else step_s
+    return Far(1 - missed / picked if picked else 1.0, fetch, step_s, read, written), waited
 
 
 @dataclass
@@ -203,7 +262,8 @@ def row_bytes(layout: Layout, kind: str, itemsize: int, device: str, hits: float
     distinct = -math.expm1(-picks / own) * own
     read = (picks if device == "cpu" else distinct) * row
     passing = routes(layout, tables, hits).pairs * config.model.hidden_size * itemsize
-    written = (distinct if config.table_optimizer.lazy else distinct + own) * row
+    gradient = row * tables.gradient_itemsize / tables.itemsize
+    written = (distinct if config.table_optimizer.lazy else distinct + own) * gradient
     return read + 2 * passing, read * (2 if device == "cpu" else 1) + written + 3 * passing
 
 
@@ -213,13 +273,18 @@ def _hidden(layout: Layout, kind: str, sent: float, busy: float) -> float:
     return min(sent, busy) * (1 - 1 / (tables.chunks if tables else 1))
 
 
-def optimizer_bytes(layout: Layout, place: Place, memory: PeakMemory) -> float:
-    """Read and written by a step; the dense part's weights are counted with the tables'."""
+def optimizer_bytes(layout: Layout, place: Place, memory: PeakMemory, skew: Skew = EVEN) -> float:
+    """Read and written by a step near the kernels; the dense part's weights are counted with the tables'. Of far
+    tables it is what the cache has.
+    """
     everything = 2 * (memory.optimizer + memory.host) + 2 * memory.gradients + memory.weights
+    for pool in far_pools(layout, place):
+        rows = pool.in_step(layout, skew)
+        everything += (rows.rows - rows.missed) * (pool.row_bytes + 2 * pool.state_bytes)
     if not layout.config.table_optimizer.lazy:
         return everything
     blocks = [block for owned in shards(layout, place).values() for block in owned if block.table_rows]
-    return everything - sum(_untouched(layout, block) for block in blocks)
+    return everything - sum(_untouched(layout, block) for block in blocks if not block.far)
 
 
 def _untouched(layout: Layout, block: Block) -> float:
