@@ -38,9 +38,18 @@ def distinct(rows: int, picks: float, cached: int = 0, exponent: float = 0.0) ->
     """The distinct rows among ``picks`` picks of ``rows`` rows, of which the ``cached`` hottest are in a cache."""
     share, members = _ranks(rows, exponent)
     touched = -np.expm1(-picks * share) * members
-    ends = np.cumsum(members)
-    outside = np.clip((ends - cached) / members, 0.0, 1.0)  # of a group that the cache has in part
-    return Distinct(float(touched.sum()), float((touched * outside).sum()))
+    return Distinct(float(touched.sum()), float((touched * _outside(members, cached)).sum()))
+
+
+def share_of_picks(rows: int, cached: int, exponent: float) -> float:
+    """The share of all picks that are of the ``cached`` hottest rows."""
+    share, members = _ranks(rows, exponent)
+    return float((share * members * (1 - _outside(members, cached))).sum())
+
+
+def _outside(members: np.ndarray, cached: int) -> np.ndarray:
+    """The share of each group of rows that is not among the ``cached`` first ones."""
+    return np.clip((np.cumsum(members) - cached) / members, 0.0, 1.0)
 
 
 @functools.lru_cache(64)
