@@ -140,7 +140,9 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         panel.set_xscale("log", base=2)
         panel.minorticks_off()
         panel.set_xticks([row["size"] for row in rows], [f"1/{part}" if part > 1 else "1" for part in PARTS])
-        panel.set(xlabel="cache, part of the rows", title=f"of {'distinct rows of a pass' if of == 'distinct' else 'picks'}")
+        panel.set(
+            xlabel="cache, part of the rows", title=f"of {'distinct rows of a pass' if of == 'distinct' else 'picks'}"
+        )
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("in the cache, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

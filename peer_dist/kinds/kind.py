@@ -47,7 +47,7 @@ class Tables:
         tokens_travel: whether a token goes to the owners of the rows it picks (experts), or only its picks do, and
             weighted sums of rows come home (values).
         chunks: parts in which tokens travel, so that exchange and work overlap.
-        memory: where their rows and the states of their optimizer lie.
+        memory: in which their rows and the states of their optimizer lie.
         cache_bytes: of a rank's memory near the kernels for rows that lie elsewhere, over all its tables.
         resident_bytes: that a rank keeps in memory of rows on disk, beside the cache.
     """
@@ -71,22 +71,32 @@ class Tables:
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return {"float32": FLOAT, "bfloat16": 2}.get(self.dtype, 1)
+        return {"float32": FLOAT, "bfloat16": 2, "float8_e4m3": 1, "int8": 1}[self.dtype]
 
     @property
-    def gradient_itemsize(self) -> int:
-        """Bytes of an element of their gradients, which are bfloat16 where the tables have eight bits."""
-        return max(2, self.itemsize)
-
-    @property
-    def scale_size(self) -> int:
-        """Bytes of a row's scale; 0 where rows have none."""
-        return FLOAT if self.itemsize == 1 else 0
+    def eight_bit(self) -> bool:
+        """Whether an element has eight bits, and a row a scale."""
+        return self.itemsize == 1
 
     @property
     def far(self) -> bool:
         """Whether rows lie in other memory than the kernels'."""
         return self.memory != "device"
+
+    @property
+    def held(self) -> bool:
+        """Whether they are more than tensors of numbers on the device: far, or with scales."""
+        return self.eight_bit or self.far
+
+    @property
+    def scale_size(self) -> int:
+        """Bytes of a row's scale; 0 where rows have none."""
+        return FLOAT if self.eight_bit else 0
+
+    @property
+    def gradient_itemsize(self) -> int:
+        """Bytes of an element of their gradients, which are bfloat16 where the tables have eight bits."""
+        return max(2, self.itemsize)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,20 @@ from pydantic import Field, field_validator, model_validator
 
 from peer_dist.kinds.cost import Cost, Parts, Shape, matrix
 from peer_dist.kinds.kind import Tables
-from peer_dist.kinds.product_keys import ProductKeyKind, check_picks, even, norm_shapes, square, vector_norm
+from peer_dist.kinds.product_keys import (
+    PLACEMENT,
+    ProductKeyKind,
+    TableCache,
+    TableDtype,
+    TableFolder,
+    TableMemory,
+    TableResident,
+    check_picks,
+    even,
+    norm_shapes,
+    square,
+    vector_norm,
+)
 from peer_dist.kinds.routing import projector_shapes, router_cost
 from peer_dist.kinds.section import LARGEST, Heads, Rows, Section
 
@@ -50,15 +63,15 @@ class PEERSection(Section):
         description="steps after which sub-keys that were hardly picked become near copies of well-used ones, so "
         "that their experts are picked; 0: never",
     )
-    table_dtype: Literal["float32", "bfloat16", "float8_e4m3", "int8"] = Field(
+    table_dtype: TableDtype = Field(
         "float32",
         description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them, unless "
-        "table_optimizer.stochastic_rounding",
+        "table_optimizer.stochastic_rounding; float8_e4m3 and int8 have a scale a row, and need that",
     )
-    table_memory: Literal["device", "host", "disk"] = Field("device", description="where the tables lie")
-    table_cache_gb: float = Field(1.0, ge=0, description="GB per rank of rows near the kernels, over all pools")
-    table_folder: str = Field("", description="scratch files")
-    table_resident_gb: float = Field(1.0, ge=0, description="GB of them in memory")
+    table_memory: TableMemory = "device"
+    table_cache_gb: TableCache = 1.0
+    table_folder: TableFolder = ""
+    table_resident_gb: TableResident = 1.0
 
     _square = field_validator("num_experts")(square)
     _even = field_validator("key_dim")(even)
@@ -77,9 +90,7 @@ class PEERKind(ProductKeyKind[PEERSection]):
     sizes = ("num_experts", "heads", "top_k", "key_dim")
     routed = True
     begins_at_zero = True
-    resumable = frozenset(
-        {"dispatch_chunks", "table_memory", "table_cache_gb", "table_folder", "table_resident_gb"}
-    )  # when things travel, not what is computed
+    resumable = PLACEMENT | {"dispatch_chunks"}  # when things travel, not what is computed
     module = "peer"
     table_names = ("down", "up")
     rows_key = "num_experts"
@@ -125,17 +136,8 @@ class PEERKind(ProductKeyKind[PEERSection]):
         return kept, working
 
     def tables(self, config: Config) -> Tables:
-        """The experts' down and up tables, to whose owners tokens travel in ``dispatch_chunks`` parts, and where these
-        keep them.
-        """
-        keys = self.keys(config)
-        return replace(
-            super().tables(config),
-            chunks=keys.dispatch_chunks,
-            memory=keys.table_memory,
-            cache_bytes=round(keys.table_cache_gb * 1e9),
-            resident_bytes=round(keys.table_resident_gb * 1e9),
-        )
+        """The experts' down and up tables, to whose owners tokens travel in ``dispatch_chunks`` parts."""
+        return replace(super().tables(config), chunks=self.keys(config).dispatch_chunks)
 
     def layers_per_pool(self, config: Config) -> int:
         """The section's ``layers_per_pool``."""

@@ -131,23 +131,18 @@ class Plan:
         return all(need.met for need in self.needs)
 
     @property
-    def far(self) -> Kind | None:
-        """The kind of layers whose tables lie in host memory or on disk; None where none do."""
+    def far(self) -> list[Kind]:
+        """The kinds of layers whose tables lie in host memory or on disk."""
         config = self.layout.config
-        for kind in config.kinds:
-            tables = kind.tables(config)
-            if tables is not None and tables.far:
-                return kind
-        return None
+        return [kind for kind in config.kinds if (tables := kind.tables(config)) is not None and tables.far]
 
     def with_cache(self, gigabytes: float) -> Plan:
-        """The same plan with so large a cache for rows of far tables."""
-        if self.far is None:
-            return self
+        """The same plan with so large a cache for rows of far tables, of each kind as much."""
         tree = self.layout.config.model_dump(mode="json", exclude_defaults=True)
-        name = self.far.section_name
-        tree[name] = {**tree.get(name, {}), "table_cache_gb": gigabytes}
-        return replace(self, layout=replace(self.layout, config=parse_config(tree, "plan")))
+        for kind in self.far:
+            share = {"table_cache_gb": gigabytes / len(self.far)}
+            tree[kind.section_name] = {**tree.get(kind.section_name, {}), **share}
+        return replace(self, layout=replace(self.layout, config=parse_config(tree, "plan"))) if self.far else self
 
     @cached_property
     def recommended_cache(self) -> float:
@@ -249,14 +244,19 @@ class Plan:
             return 0.0, 0.0
         return far.read * ranks / self.tokens_per_step, far.written * ranks / self.tokens_per_step
 
+    @cached_property
+    def far_memories(self) -> list[str]:
+        """Where tables lie that are not on the device: ``host``, ``disk``."""
+        return sorted({pool.tables.memory for place in self._held for pool in far_pools(self.layout, place)})[::-1]
+
     def _far_values(self) -> dict[str, Any] | None:
         """Of tables that lie elsewhere; None where none do."""
-        far, kind = self.work.far, self.far
-        if far is None or kind is None:
+        far = self.work.far
+        if far is None:
             return None
         read, written = self.far_bytes_per_token
         return {
-            "memory": kind.tables(self.layout.config).memory,  # type: ignore[union-attr]
+            "memories": self.far_memories,
             "hit_rate": far.hit_rate,
             "read_bytes_per_token": read,
             "written_bytes_per_token": written,
@@ -267,29 +267,28 @@ class Plan:
 
     def _far_table(self) -> list[Table]:
         """For a terminal, where tables lie elsewhere."""
-        values = self._far_values()
-        if values is None or self.far is None:
+        far, held = self.work.far, self.memory
+        if far is None:
             return []
-        held, where = self.memory, values["memory"]
-        on_gpu, fetch = self.hardware.device == "cuda", self.work.far.fetch  # type: ignore[union-attr]
-        there = {need.memory: f"{need.taken / 1e9:.2f} of {need.there / 1e9:.2f} GB" for need in self.needs}
-        cache = f"{held.cache / 1e9:.2f} GB hold {values['hit_rate']:.1%} of the distinct rows of a pass"
-        link = "the bus" if on_gpu else "host memory"
-        way = ""
-        if where == "host" and on_gpu:
-            way = f"; kernels that read it {1e3 * fetch.direct:.1f}, gathered and copied {1e3 * fetch.copied:.1f}"
-        step = f"{1e3 * self.work.far.step_s:.1f}, of which {1e3 * self.times.far_step:.1f} are waited for"  # type: ignore[union-attr]
-        free = f"{self.far.key('table_cache_gb')}={values['recommended_cache_gb']:g} fits beside the rest"
-        rows = [
-            ("in host memory", there.get("host", f"{(held.tables_host + held.host) / 1e9:.2f} GB")),
-            *([("on disk", there.get("disk", f"{held.tables_disk / 1e9:.2f} GB"))] if held.tables_disk else []),
-            ("cache", f"{cache}; {free}"),
-            ("staged", f"{held.staged / 1e9:.2f} GB"),
-            ("bytes per token", "{:,.0f} read, {:,.0f} written".format(*self.far_bytes_per_token)),
-            ("rows come near, ms", f"{1e3 * fetch.seconds:.1f} over {'disk' if where == 'disk' else link}{way}"),
-            ("their step, ms", step),
+        taken = {need.memory: f"{need.taken / 1e9:.2f} of {need.there / 1e9:.2f} GB" for need in self.needs}
+        keys = (f"{kind.key('table_cache_gb')}={self.recommended_cache / len(self.far):g}" for kind in self.far)
+        near = f"{1e3 * far.fetch.seconds:.1f}"
+        if far.fetch.direct != far.fetch.copied:
+            ways = f"read by kernels {1e3 * far.fetch.direct:.1f}, gathered by the host {1e3 * far.fetch.copied:.1f}"
+            near += f" ({ways})"
+        on_disk = taken.get("disk", f"{held.tables_disk / 1e9:.2f} GB")
+        return [
+            _table(
+                f"tables in {' and '.join({'host': 'host memory', 'disk': 'scratch files'}[m] for m in self.far_memories)}",
+                ("host memory", taken.get("host", f"{(held.tables_host + held.host) / 1e9:.2f} GB, of the peak")),
+                *([("scratch files", on_disk)] if held.tables_disk else []),
+                ("cache", f"{held.cache / 1e9:.2f} GB; {' and '.join(keys)} fits beside the rest"),
+                ("distinct rows of a pass in it", f"{far.hit_rate:.1%}"),
+                ("bytes per token", "{:,.0f} read, {:,.0f} written".format(*self.far_bytes_per_token)),
+                ("rows come near, ms a step", near),
+                ("their update, ms", f"{1e3 * far.step_s:.1f}; waited for: {1e3 * self.times.far_step:.1f}"),
+            )
         ]
-        return [_table(f"tables in {'scratch files' if where == 'disk' else 'host memory'}", *rows)]
 
     def tables(self) -> list[Table]:
         """For a terminal."""

@@ -190,7 +190,7 @@ def _remedies(layout: Layout) -> Iterator[Changes]:
     table = config.table_optimizer
     for kind in config.kinds:
         tables = kind.tables(config)
-        if tables is None or "table_memory" not in type(kind.keys(config)).model_fields:
+        if tables is None:
             continue
         lazy: dict[str, Any] = {} if table.lazy else {"lazy": True}
         for memory in MEMORIES[MEMORIES.index(tables.memory) + 1 :]:

@@ -8,8 +8,9 @@ element a row (scales, row-wise moments), which stay in the memory of a process 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peer_dist.config import ConfigError
 from peer_dist.kinds import KINDS, Tables
@@ -94,23 +95,23 @@ def _moments(optimizer: str) -> tuple[int, int]:
 
 
 def far_pools(layout: Layout, place: Place) -> list[Pool]:
-    """A rank's far tables, in the order of their first layers; the cache is shared out evenly."""
+    """A rank's far tables, in the order of their first layers; pools of one kind share its cache evenly."""
     config, kinds = layout.config, layout.config.model.mlp_kinds
     own = {layer for chunk in layout.layers(place.stage) for layer in chunk}
-    found = []
-    for layers in config.pools:
-        tables = KINDS[kinds[layers[0]]].tables(config)
-        if tables is not None and tables.far and layers[0] in own:
-            found.append((tables, layers))
+    here = [layers for layers in config.pools if layers[0] in own]
+    number = Counter(kinds[layers[0]] for layers in here)
     pools = []
-    for tables, layers in found:
+    for layers in here:
+        tables = KINDS[kinds[layers[0]]].tables(config)
+        if tables is None or not tables.far:
+            continue
         rows = part_of(tables.rows, place.row, layout.rows)
         columns = part_of(config.model.hidden_size, place.column, layout.columns)
         table = config.table_optimizer
         masters = 1 < tables.itemsize < FLOAT and not table.stochastic_rounding
         pool = Pool(tables, layers, rows, columns, 0, table.name, masters)
-        cached = min(rows, tables.cache_bytes // len(found) // (pool.row_bytes + pool.state_bytes))
-        pools.append(Pool(tables, layers, rows, columns, cached, table.name, masters))
+        share = tables.cache_bytes // number[kinds[layers[0]]]
+        pools.append(replace(pool, cached=min(rows, share // (pool.row_bytes + pool.state_bytes))))
     return pools
 
 
