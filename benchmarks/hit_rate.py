@@ -56,9 +56,9 @@ def record(steps: int, recorded: int, overrides: list[str]) -> tuple[int, list[P
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         from peer_dist.training import Trainer
 
-        own = ["parallel.expert=1", "evaluation.interval=0", f"checkpoint.dir={folder}/checkpoints"]
+        own = ["parallel.expert=1", f"checkpoint.dir={folder}/checkpoints"]
         own += [f"data.prefix={folder}/text", f"logging.dir={folder}/logs", f"train.steps={steps}"]
-        prepare([], Path(folder, "text"))
+        prepare(None, Path(folder, "text"))
         trainer = Trainer(load_config(CONFIG, [*own, *overrides]))
         layer = min(trainer.layers)
         passes: list[Pass] = []

@@ -247,7 +247,7 @@ class Plan:
     @cached_property
     def far_memories(self) -> list[str]:
         """Where tables lie that are not on the device: ``host``, ``disk``."""
-        return sorted({pool.tables.memory for place in self._held for pool in far_pools(self.layout, place)})[::-1]
+        return sorted({str(pool.tables.memory) for place in self._held for pool in far_pools(self.layout, place)})[::-1]
 
     def _far_values(self) -> dict[str, Any] | None:
         """Of tables that lie elsewhere; None where none do."""
@@ -276,11 +276,12 @@ class Plan:
         if far.fetch.direct != far.fetch.copied:
             ways = f"read by kernels {1e3 * far.fetch.direct:.1f}, gathered by the host {1e3 * far.fetch.copied:.1f}"
             near += f" ({ways})"
+        names = {"host": "host memory", "disk": "scratch files"}
         on_disk = taken.get("disk", f"{held.tables_disk / 1e9:.2f} GB")
         return [
             _table(
-                f"tables in {' and '.join({'host': 'host memory', 'disk': 'scratch files'}[m] for m in self.far_memories)}",
-                ("host memory", taken.get("host", f"{(held.tables_host + held.host) / 1e9:.2f} GB, of the peak")),
+                f"tables in {' and '.join(names[memory] for memory in self.far_memories)}",
+                ("host memory", taken.get("host", f"{(held.tables_host + held.host) / 1e9:.2f} GB")),
                 *([("scratch files", on_disk)] if held.tables_disk else []),
                 ("cache", f"{held.cache / 1e9:.2f} GB; {' and '.join(keys)} fits beside the rest"),
                 ("distinct rows of a pass in it", f"{far.hit_rate:.1%}"),
