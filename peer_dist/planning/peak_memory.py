@@ -106,11 +106,10 @@ def memory(
         hits: row shards that a token hits; None: those of uniform picks.
         skew: of picks.
     """
-    held = state(layout, place, vocab_size, itemsize)
+    held = state(layout, place, vocab_size, itemsize, skew)
     inputs = layout.in_flight(place.stage) * layout.tokens * 20  # ids, labels and weights: of the passes in flight
-    worst = max(
-        _backward_timeline(layout, place, vocab_size, itemsize, device, hits, held), key=lambda moment: moment.total
-    )
+    timeline = _backward_timeline(layout, place, vocab_size, itemsize, device, hits, held, skew)
+    worst = max(timeline, key=lambda moment: moment.total)
     elements = dense_elements(layout, place.stage, vocab_size)
     reduction, lasting = 0, 0
     if layout.config.zero.stage:
@@ -123,7 +122,7 @@ def memory(
     pools = far_pools(layout, place)
     cache = sum(pool.cache_bytes for pool in pools)
     staged = sum(pool.staged_bytes(layout, place.stage, skew) for pool in pools)
-    on_disk = sum(pool.bytes for pool in pools if pool.tables.memory == "disk")
+    on_disk = sum(pool.disk_bytes for pool in pools)
     in_memory = float(sum(pool.bytes for pool in pools) - on_disk)
     in_memory += min(on_disk, max((pool.tables.resident_bytes for pool in pools), default=0))
     if device == "cuda":  # gradients are copied there
@@ -156,7 +155,14 @@ def _step(layout: Layout, elements: int, itemsize: int) -> float:
 
 
 def _backward_timeline(
-    layout: Layout, place: Place, vocab_size: int, itemsize: int, device: str, hits: float | None, held: State
+    layout: Layout,
+    place: Place,
+    vocab_size: int,
+    itemsize: int,
+    device: str,
+    hits: float | None,
+    held: State,
+    skew: Skew,
 ) -> Iterator[_Moment]:
     """The moments of a stage's backward passes, from its last part to its first, and the end.
 
@@ -164,7 +170,7 @@ def _backward_timeline(
     are there, and new ones stand beside them until they are added, but for those of dense tables, which grow in place.
     """
     growing = layout.passes == 1 and layout.config.zero.stage > 0
-    gradients = _new_gradients(layout, place, vocab_size, itemsize, growing)
+    gradients = _new_gradients(layout, place, vocab_size, itemsize, growing, skew)
     for parts in kept_parts(layout, place.stage, vocab_size, itemsize, device, hits):
         in_flight = layout.in_flight(place.stage)
         activations = in_flight * sum(kept.activations for _, kept in parts)
@@ -188,7 +194,7 @@ class _NewGradients:
 
 
 def _new_gradients(
-    layout: Layout, place: Place, vocab_size: int, itemsize: int, made: bool
+    layout: Layout, place: Place, vocab_size: int, itemsize: int, made: bool, skew: Skew
 ) -> dict[str | int, _NewGradients]:
     """By part: a layer's tables get their gradients together, every other parameter by itself. They are ``made`` in
     this pass, or those of dense tables are there.
@@ -198,7 +204,7 @@ def _new_gradients(
     for part in shapes.keys() | owned.keys():
         sizes = [math.prod(shape) * itemsize for shape in shapes.get(part, [])]
         new = [
-            (block, gradient_bytes(layout, block, block.gradient_itemsize or itemsize, passes=1))
+            (block, gradient_bytes(layout, block, block.gradient_itemsize or itemsize, 1, skew))
             for block in owned.get(part, [])
         ]
         beside = sum(size for block, size in new if made or layout.config.table_optimizer.lazy or not block.table_rows)

@@ -146,15 +146,14 @@ class Plan:
 
     @cached_property
     def recommended_cache(self) -> float:
-        """GB of the largest cache that fits the device beside the rest, or that all rows fit; 0 where nothing does.
-
-        The more the cache has, the fewer rows are staged, so that what one size leaves free is safe for the next one.
-        """
+        """GB of the largest cache that fits the device beside the rest, or that has all rows; 0 where nothing fits."""
         size = 0.0
-        for _ in range(3):
+        for _ in range(4):  # the more the cache has, the fewer rows are staged: what a size leaves free is safe
             cached = self.with_cache(size)
-            free = self.hardware.memory - (cached.memory.peak - cached.memory.cache)
-            everything = sum(pool.bytes for pool in far_pools(self.layout, cached.place))
+            pools = far_pools(cached.layout, cached.place)
+            kept = sum(pool.cached * pool.cached_bytes for pool in pools)
+            free = self.hardware.memory - (cached.memory.peak - kept)
+            everything = sum(pool.rows * pool.cached_bytes for pool in pools)
             size = min(max(0.0, math.floor(10 * free / 1e9) / 10), math.ceil(10 * everything / 1e9) / 10)
         return size
 

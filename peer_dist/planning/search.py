@@ -212,12 +212,16 @@ def search_table(plans: Sequence[Plan]) -> Table:
     kinds = {_inside(plan) for plan in shown}
     shown += [plan for plan in plans[SHOWN:] if _inside(plan) not in kinds][:1]
     table = Table(title=f"{len(plans)} layouts tried", title_justify="left", box=None)
+    far = any(plan.far for plan in shown)
+    if far:
+        table.add_column("tables", no_wrap=True)
     for name in ("TP x PP x DP", "experts", "copies", "one copy lies", "ZeRO", "micro-batch", "recomputed", "GB",
                  "in node GB", "between GB", "wire ms", "HBM ms", "step ms", "bound", "tokens/s"):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for plan in shown:
         layout, config = plan.layout, plan.layout.config
         table.add_row(
+            *([" and ".join(plan.far_memories) or "device"] if far else []),
             f"{layout.tensor} x {layout.pipeline} x {layout.data}",
             f"{layout.rows} x {layout.columns}",
             str(layout.copies),

@@ -14,6 +14,7 @@ from peer_dist.config.schema import ParallelConfig
 from peer_dist.kinds import KINDS
 from peer_dist.kinds.cost import FLOAT, Shape
 from peer_dist.kinds.routing import core_shapes
+from peer_dist.planning.hit_rate import EVEN, Skew, distinct
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.sharding.grid import first_of
 
@@ -119,32 +120,33 @@ def part_of(size: int, shard: int, shards: int) -> int:
     return first_of(size, shard + 1, shards) - first_of(size, shard, shards)
 
 
-def touched(layout: Layout, block: Block, passes: int | None = None) -> float:
+def touched(layout: Layout, block: Block, passes: int | None = None, skew: Skew = EVEN) -> float:
     """The share of a table's rows that a copy's tokens are expected to pick in so many passes; None: in a step."""
     tokens = (passes or layout.passes) * layout.own_tokens * layout.rows * layout.columns
-    return -math.expm1(-tokens * block.picks / block.table_rows)
+    return distinct(block.table_rows, tokens * block.picks, exponent=skew.exponent).rows / block.table_rows
 
 
-def gradient_bytes(layout: Layout, block: Block, itemsize: int, passes: int | None = None) -> float:
+def gradient_bytes(layout: Layout, block: Block, itemsize: int, passes: int | None = None, skew: Skew = EVEN) -> float:
     """Bytes of a shard's gradient after so many passes (None: a step's); lazy tables hold touched rows only.
 
     Where a GPU keeps the operands of their sums instead, it is the most that could be there.
     """
     if block.table_rows and layout.config.table_optimizer.lazy:
-        return touched(layout, block, passes) * block.rows * (block.columns * itemsize + 8)
+        return touched(layout, block, passes, skew) * block.rows * (block.columns * itemsize + 8)
     return block.size * itemsize
 
 
-def state(layout: Layout, place: Place, vocab_size: int, itemsize: int) -> State:
+def state(layout: Layout, place: Place, vocab_size: int, itemsize: int, skew: Skew = EVEN) -> State:
     """Bytes of weights, gradients and optimizer states on one rank.
 
     Args:
         vocab_size: rows of the embedding, padding included.
         itemsize: bytes of a dense parameter, 4 or 2.
+        skew: of picks, by which lazy tables have gradients.
     """
     shapes = [shape for part in dense_shapes(layout, place.stage, vocab_size).values() for shape in part]
     blocks = [block for owned in shards(layout, place).values() for block in owned]
-    dense, owned = _dense_state(layout, shapes, itemsize), _shard_state(layout, blocks, itemsize)
+    dense, owned = _dense_state(layout, shapes, itemsize), _shard_state(layout, blocks, itemsize, skew)
     return State(
         dense.weights + owned.weights,
         dense.gradients + owned.gradients,
@@ -194,7 +196,7 @@ def _dense_state(layout: Layout, shapes: list[Shape], itemsize: int) -> State:
     return State(weights, gradients, *((0, optimizer) if zero.offload else (optimizer, 0)))
 
 
-def _shard_state(layout: Layout, blocks: list[Block], itemsize: int) -> State:
+def _shard_state(layout: Layout, blocks: list[Block], itemsize: int, skew: Skew = EVEN) -> State:
     """Tables by their own optimizer; coarse experts by Adam, in the dtype of the dense part."""
     table = layout.config.table_optimizer
     weights, optimizer = [0, 0], [0, 0]  # near and far
@@ -204,6 +206,6 @@ def _shard_state(layout: Layout, blocks: list[Block], itemsize: int) -> State:
         master = element < FLOAT and not (block.table_rows and table.stochastic_rounding)
         moments = {"adam": 2 * block.size, "rowwise_adam": block.size + block.rows, "rowwise_adagrad": block.rows}
         weights[block.far] += block.size * element + block.rows * block.scale_size
-        gradients[block.far] += gradient_bytes(layout, block, block.gradient_itemsize or itemsize)
+        gradients[block.far] += gradient_bytes(layout, block, block.gradient_itemsize or itemsize, skew=skew)
         optimizer[block.far] += (moments[kind] + master * block.size) * FLOAT
     return State(weights[0], sum(gradients), optimizer[0], 0, weights[1], optimizer[1], gradients[1])

@@ -2,8 +2,8 @@
 
 Near the kernels there are a cache of hot rows with the states of their optimizer, and an arena of the rows that passes
 under way have picked and the cache has not: fetched in the forward pass, found again in the backward pass. The step of
-an optimizer happens where a row is. What the model leaves out: rows that enter and leave the cache, and numbers of one
-element a row (scales, row-wise moments), which stay in the memory of a process whose tables are on disk.
+an optimizer happens where a row is. Numbers that a row has one of (scales, row-wise moments) are in host memory where
+tables are on a disk. The model leaves out the rows that enter and leave the cache.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.state import part_of
 
 _ROW_NUMBER = 8  # bytes, of a gradient's row
+_OF_ROW, _OF_PLACE = 8, 9  # bytes that the cache keeps of each row of a table, and of each row that it holds
+_ROOM = 1.25  # of the buffer of staged rows, over what there was at the most
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,29 @@ class Pool:
         return len(self.tables.names) * (self.columns * self.tables.gradient_itemsize + _ROW_NUMBER)
 
     @property
+    def cached_bytes(self) -> int:
+        """Bytes of a row with its states, as the cache has it."""
+        return self.row_bytes + self.state_bytes
+
+    @property
     def bytes(self) -> int:
         """Bytes of all rows and their states."""
-        return self.rows * (self.row_bytes + self.state_bytes)
+        return self.rows * self.cached_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Those of them that are on a disk."""
+        if self.tables.memory != "disk":
+            return 0
+        ones = FLOAT * _moments(self.optimizer)[1] + self.tables.scale_size
+        return self.bytes - self.rows * len(self.tables.names) * ones
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache: rows are in it with their states."""
-        return self.cached * (self.row_bytes + self.state_bytes)
+        """Bytes of the cache: rows are in it with their states, beside where each row of the table is and its count."""
+        return self.cached * (self.row_bytes + self.state_bytes + _OF_PLACE) + (
+            self.rows * _OF_ROW if self.cached else 0
+        )
 
     def runs(self, rows: float) -> float:
         """Requests for so many rows of a table, drawn evenly: neighbours are read and written together."""
@@ -82,11 +99,12 @@ class Pool:
 
     def staged_bytes(self, layout: Layout, stage: int, skew: Skew) -> float:
         """Bytes of the arena: the rows that passes in flight have picked and the cache has not."""
-        size = self.in_pass(layout, skew).missed * self.row_bytes
+        missed = self.in_pass(layout, skew).missed
         chunks = [chunk[layout.config.train.recompute_layers :] for chunk in layout.layers(stage)]
         kept = sum(layer in chunk for chunk in chunks for layer in self.layers)
         # a layer that is recomputed keeps nothing, but while its backward pass runs
-        return size * max(1, kept * layout.in_flight(stage) / layout.virtual)
+        rows = missed * max(1, kept * layout.in_flight(stage) / layout.virtual)
+        return max(min(_ROOM * rows, self.rows), rows) * self.row_bytes
 
 
 def _moments(optimizer: str) -> tuple[int, int]:
@@ -111,7 +129,7 @@ def far_pools(layout: Layout, place: Place) -> list[Pool]:
         masters = 1 < tables.itemsize < FLOAT and not table.stochastic_rounding
         pool = Pool(tables, layers, rows, columns, 0, table.name, masters)
         share = tables.cache_bytes // number[kinds[layers[0]]]
-        pools.append(replace(pool, cached=min(rows, share // (pool.row_bytes + pool.state_bytes))))
+        pools.append(replace(pool, cached=min(rows, share // pool.cached_bytes)))
     return pools
 
 
@@ -164,25 +182,23 @@ class FarStep:
 
     Attributes:
         seconds: of it, nothing hidden.
-        read, written: bytes that leave the far memory for it, and bytes that go there: gradients to host memory, rows
-            and states to a disk.
+        size: bytes of rows and states that are read there for it, and as many are written.
     """
 
     seconds: float
-    read: float
-    written: float
+    size: float
 
 
 def stepped(pool: Pool, rows: float, hardware: Hardware) -> FarStep:
     """How so many of its rows are updated, on average."""
-    gradients, size = rows * pool.gradient_bytes, rows * (pool.row_bytes + pool.state_bytes)
+    gradients, size = rows * pool.gradient_bytes, rows * pool.cached_bytes
     over = gradients / _rate(hardware, "bus") if hardware.device == "cuda" else 0.0
     computed = (2 * size + gradients) / _rate(hardware, "host")
     if pool.tables.memory == "host":
-        return FarStep(over + computed, 0.0, gradients if hardware.device == "cuda" else 0.0)
+        return FarStep(over + computed, size)
     requests = pool.runs(rows) * len(pool.tables.names) * (1 + _moments(pool.optimizer)[0] + pool.masters)
     disk = _disk_seconds(hardware, "read", requests, size) + _disk_seconds(hardware, "write", requests, size)
-    return FarStep(over + computed + disk, size, size)
+    return FarStep(over + computed + disk, size)
 
 
 def exposed(steps: Sequence[tuple[float, float]]) -> float:

@@ -25,7 +25,7 @@ from peer_dist.kinds import KINDS
 from peer_dist.kinds.cost import FLOAT, SHARDED_PARTS, total
 from peer_dist.planning.counts import Counts
 from peer_dist.planning.hardware import Hardware
-from peer_dist.planning.hit_rate import EVEN, Skew
+from peer_dist.planning.hit_rate import EVEN, Skew, distinct
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.peak_memory import PeakMemory, moved_activations
 from peer_dist.planning.state import Block, shards, touched
@@ -110,7 +110,7 @@ class Far:
         hit_rate: share of a pass's distinct rows that the cache has.
         fetch: seconds in which rows come near, both ways of it.
         step_s: seconds of their updates, what is hidden included.
-        read, written: bytes that leave the far memory, and that go there.
+        read, written: bytes of rows and states where they lie, for passes and updates.
     """
 
     hit_rate: float
@@ -133,7 +133,7 @@ def work(
 ) -> Work:
     """The work of one rank of a stage; arguments as in :func:`peer_dist.planning.peak_memory.memory`."""
     place, passes = Place(stage), layout.passes
-    one = _pass(layout, stage, counts, itemsize, hardware, hits)
+    one = _pass(layout, stage, counts, itemsize, hardware, hits, skew)
     traffic = step_traffic(layout, place, vocab_size, itemsize, hits)
     sent = {name: wire.seconds(hardware) for name, wire in traffic.items()}
     stream = hardware.hbm_bytes_per_s * hardware.achievable.hbm
@@ -188,8 +188,8 @@ def _far(layout: Layout, place: Place, hardware: Hardware, skew: Skew, forward: 
         steps.append((step.seconds, before))
         picked, missed = picked + times * rows.rows, missed + times * rows.missed
         step_s += step.seconds
-        read += times * rows.missed * pool.row_bytes + step.read
-        written += step.written
+        read += times * rows.missed * pool.row_bytes + step.size
+        written += step.size
     hidden = hardware.device == "cuda" or pools[0].tables.memory == "disk"
     waited = exposed(steps) if hidden else step_s
     return Far(1 - missed / picked if picked else 1.0, fetch, step_s, read, written), waited
@@ -210,13 +210,21 @@ class _Pass:
     row_bytes: float = 0.0
 
 
-def _pass(layout: Layout, stage: int, counts: Counts, itemsize: int, hardware: Hardware, hits: float | None) -> _Pass:
+def _pass(
+    layout: Layout,
+    stage: int,
+    counts: Counts,
+    itemsize: int,
+    hardware: Hardware,
+    hits: float | None,
+    skew: Skew,
+) -> _Pass:
     rate, gather = hardware.flops(itemsize) * hardware.achievable.flops, _gather_rate(hardware)
     one = _Pass()
     for (kind, forwards), number in layout.kinds(stage).items():
         products, picked = _flops(layout, kind, counts)
         one.matmul += number * (forwards + 2) * products / rate
-        forward, backward = row_bytes(layout, kind, itemsize, hardware.device, hits)
+        forward, backward = row_bytes(layout, kind, itemsize, hardware.device, hits, skew)
         there, back = (wire.seconds(hardware) for wire in exchange(layout, kind, itemsize, hits))
         for times, size, flops, sent in ((forwards, forward, picked, there), (1, backward, 2 * picked, back)):
             busy = max(size / gather, flops / rate)
@@ -245,7 +253,9 @@ def _flops(layout: Layout, kind: str, counts: Counts) -> tuple[float, float]:
     return tokens * products, tokens * picked
 
 
-def row_bytes(layout: Layout, kind: str, itemsize: int, device: str, hits: float | None) -> tuple[float, float]:
+def row_bytes(
+    layout: Layout, kind: str, itemsize: int, device: str, hits: float | None, skew: Skew
+) -> tuple[float, float]:
     """Bytes that a rank's experts or values read and write in one pass, forward and backward.
 
     Forward, the picked rows of each table, the tokens that came and what leaves; backward the same, and the rows'
@@ -259,11 +269,11 @@ def row_bytes(layout: Layout, kind: str, itemsize: int, device: str, hits: float
     row = config.model.hidden_size / layout.columns * len(tables.names) * tables.itemsize
     picks = layout.own_tokens * tables.picks * layout.rows * layout.columns / layout.rows
     own = tables.rows / layout.rows
-    distinct = -math.expm1(-picks / own) * own
-    read = (picks if device == "cpu" else distinct) * row
+    touched_rows = distinct(math.ceil(own), picks, exponent=skew.exponent).rows
+    read = (picks if device == "cpu" else touched_rows) * row
     passing = routes(layout, tables, hits).pairs * config.model.hidden_size * itemsize
     gradient = row * tables.gradient_itemsize / tables.itemsize
-    written = (distinct if config.table_optimizer.lazy else distinct + own) * gradient
+    written = (touched_rows if config.table_optimizer.lazy else touched_rows + own) * gradient
     return read + 2 * passing, read * (2 if device == "cpu" else 1) + written + 3 * passing
 
 
@@ -284,13 +294,13 @@ def optimizer_bytes(layout: Layout, place: Place, memory: PeakMemory, skew: Skew
     if not layout.config.table_optimizer.lazy:
         return everything
     blocks = [block for owned in shards(layout, place).values() for block in owned if block.table_rows]
-    return everything - sum(_untouched(layout, block) for block in blocks if not block.far)
+    return everything - sum(_untouched(layout, block, skew) for block in blocks if not block.far)
 
 
-def _untouched(layout: Layout, block: Block) -> float:
+def _untouched(layout: Layout, block: Block, skew: Skew) -> float:
     """Bytes of a table's weights and states that a lazy step leaves alone."""
     table = layout.config.table_optimizer
     numbers = {"adam": 2.0, "rowwise_adam": 1.0, "rowwise_adagrad": 0.0}[table.name]
     master = block.itemsize < FLOAT and not table.stochastic_rounding
-    share = 1 - touched(layout, block)
+    share = 1 - touched(layout, block, skew=skew)
     return share * block.size * (block.itemsize + 2 * FLOAT * (numbers + master))
