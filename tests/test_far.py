@@ -1,18 +1,12 @@
 """Tables whose rows lie in other memory, against ordinary ones: bit for bit, whatever is kept near."""
 
-import copy
-import pickle
-import threading
-
 import pytest
 import torch
 import torch.utils.checkpoint
 
 from peer_dist.kernels import Picks, expert_mix, value_mix
 from peer_dist.kernels.eight_bit import let_scales, quantised
-from peer_dist.kernels.far import FarRows, Hot, Place, near
-from peer_dist.kernels.far import rows as far_rows
-from peer_dist.kernels.far.ranges import Ranges
+from peer_dist.kernels.far import FarRows, Place
 from peer_dist.optim import TableOptimizer, TableRule
 
 CPU = torch.device("cpu")
