@@ -4,6 +4,7 @@ read and written a block of rows at a time.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def place_of(memory: str, device: torch.device, cache_gb: float, folder: str, re
         raise ValueError(f"table_cache_gb and table_resident_gb must be at least 0, not {cache_gb} and {resident_gb}")
     if memory == "device":
         return None
-    return Place(memory, device, int(cache_gb * 1e9), Path(folder) if folder else None, int(resident_gb * 1e9))
+    where = Path(folder or tempfile.gettempdir())
+    return Place(memory, device, int(cache_gb * 1e9), where, int(resident_gb * 1e9))
 
 
 def code_dtype(dtype: torch.dtype) -> torch.dtype:
