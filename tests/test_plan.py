@@ -16,10 +16,12 @@ from peer_dist.config import ConfigError, load_config, parse_config
 from peer_dist.megatron import Parallel, build_model, pack_documents, token_losses
 from peer_dist.planning.counts import count
 from peer_dist.planning.hardware import load_hardware
+from peer_dist.planning.hit_rate import Skew, distinct, share_of_picks
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.peak_memory import kept_parts
 from peer_dist.planning.plan import plan
 from peer_dist.planning.state import checkpoint_bytes, dense_shapes, shards, state
+from peer_dist.planning.tiers import exposed, far_pools
 from peer_dist.planning.traffic import exchange
 from peer_dist.sharding.cost import Routes, bytes_of, exchange_bytes
 from tests.layouts import BATCH, IMPROVED, LAZY, RECURRENT, RMS, SHARED, SIGMA, UNTIED, base_config
@@ -304,3 +306,197 @@ def test_the_command_builds_a_rank(tmp_path, capsys) -> None:
     assert made["rank"] == 3
     for part in ("weights", "gradients", "optimizer"):
         assert planned[part] == sum(memory[part] for memory in made["memory"].values()) > 0
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.7, 1.0, 1.6])
+@pytest.mark.parametrize(("rows", "picks"), [(1, 3), (700, 40), (700, 5000), (60_000, 20_000)])
+def test_a_cache_has_the_rows_that_a_simulation_finds_in_it(rows: int, picks: int, exponent: float) -> None:
+    """Of distinct rows and of picks, for caches of none, some and all rows."""
+    law = torch.arange(1, rows + 1, dtype=torch.float64, device="cpu").pow(-exponent)
+    torch.manual_seed(rows + picks)
+    drawn = [torch.multinomial(law, picks, replacement=True) for _ in range(max(3, 30_000 // picks))]
+    touched = [torch.unique(one) for one in drawn]
+    for cached in {0, 1, rows // 50, rows // 3, rows}:
+        expected = distinct(rows, picks, cached, exponent)
+        for found, planned in (
+            (sum(len(one) for one in touched), expected.rows),
+            (sum(int((one >= cached).sum()) for one in touched), expected.missed),
+            (sum(int((one < cached).sum()) for one in drawn), picks * share_of_picks(rows, cached, exponent)),
+        ):
+            assert planned == pytest.approx(found / len(drawn), rel=0.02, abs=5 * (planned / len(drawn)) ** 0.5 + 0.01)
+    assert distinct(rows, 0).hit_rate == 1
+    assert Skew(exponent, 0.25).distinct(rows, picks, 0).hit_rate == pytest.approx(0.25)
+
+
+FAR = {
+    **LAZY,
+    "peer": {"query_norm": "rms", "table_memory": "host", "table_cache_gb": 1e-5},
+    "table_optimizer": {"name": "rowwise_adam", "lazy": True},
+}
+
+
+def held_far(rank: int, world_size: int, tree: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Of each pool of a rank after some steps what it has, and what is planned: bytes, bytes on disk, rows and bytes of
+    the cache; and the most rows that were staged.
+    """
+    from peer_dist.kernels import disk
+    from peer_dist.kernels.far import far_rows_of
+    from peer_dist.training import Trainer
+
+    trainer = Trainer(parse_config(tree, "test"))
+    for _ in range(3):
+        trainer.step()
+    layout = Layout(trainer.config, world_size, 8)
+    place, found = layout.place(rank), []
+    pools = dict.fromkeys(
+        far_rows_of(table) for each in trainer.engine.shard_optimizers for table in each.tables.values()
+    )
+    for pool, planned in zip(pools, far_pools(layout, place), strict=True):
+        tensors = [tensor for parts in pool._far for tensor in parts.values()]
+        on_disk = sum(tensor.nbytes for tensor in tensors if disk.is_mapped(tensor))
+        cache = [tensor[: pool._hot.capacity] for parts in pool._buffer.tables for tensor in parts.values()]
+        cache += [tensor for parts in pool._states or () for tensor in parts.values()]
+        kept = sum(tensor.nbytes for tensor in [*cache, *pool._hot.tensors(), pool._dirty])
+        staged = pool._peak * planned.row_bytes
+        held = [sum(tensor.nbytes for tensor in tensors), on_disk, pool._hot.capacity, kept]
+        uniform = planned.staged_bytes(layout, place.stage, Skew())
+        found.append((held, [planned.bytes, planned.disk_bytes, planned.cached, planned.cache_bytes], staged, uniform))
+    return found
+
+
+ROUND = {"lazy": True, "stochastic_rounding": True}
+TIERS = {
+    "host, columns, moments": ({"expert_tensor": 2}, FAR),
+    "disk, rows, masters": (
+        {"expert": 2},
+        {**FAR, **BF16, "peer": {**FAR["peer"], "table_memory": "disk", "table_dtype": "bfloat16"}},
+    ),
+    "disk, eight bits": (
+        {},
+        {**FAR, "peer": {**FAR["peer"], "table_memory": "disk", "table_dtype": "int8"},
+         "table_optimizer": {"name": "rowwise_adagrad", **ROUND}},
+    ),
+    "host, all rows cached, Adam": (
+        {}, {**FAR, "peer": {**FAR["peer"], "table_cache_gb": 1.0}, "table_optimizer": {"name": "adam", "lazy": True}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TIERS)
+def test_far_tables_are_as_large_as_planned(case: str, text: Path, tmp_path: Path) -> None:
+    """In the memory where they lie, on a disk and in the cache, byte for byte; staged rows are no more than planned."""
+    grid, settings = TIERS[case]
+    tree = Case(2, grid, 1, settings=settings).config(base_config(text, tmp_path))
+    if tree["peer"]["table_memory"] == "disk":
+        tree["peer"]["table_folder"] = str(tmp_path)
+    for pools in run_ranks(held_far, 2, tree):
+        assert pools
+        for held, planned, staged, most in pools:
+            assert held == planned
+            assert staged <= most
+
+
+def test_tables_elsewhere_take_from_other_memory() -> None:
+    """And from more of the time; a larger cache gives some back."""
+    h100 = load_hardware("h100")
+    own = {
+        **SIZES, "table_optimizer.lazy": True, "table_optimizer.name": "rowwise_adagrad",
+        "train.global_batch_size": 64, "peer.num_experts": 2048**2,
+    }  # fmt: skip
+
+    def of(changes: dict[str, Any], hardware: Any = h100, **options: Any) -> Any:
+        return plan(make({**own, **changes}), 8, 8, hardware, 32768, **options)
+
+    near = of({})
+    host = of({"peer.table_memory": "host"})
+    disk = of({"peer.table_memory": "disk"})
+    assert not near.fits
+    assert host.fits
+    assert disk.fits
+    tables = 2 * 2 * 2048**2 * (6 * 1280 + 4)  # bfloat16, with masters
+    assert near.memory.weights + near.memory.optimizer - host.memory.weights - host.memory.optimizer == tables
+    assert tables < host.memory.tables_host < tables + host.memory.gradients  # the tables' part of these goes there
+    assert disk.memory.tables_disk == 2 * 2 * 2048**2 * 6 * 1280
+    assert [need.memory for need in disk.needs] == ["device", "host", "disk"]
+    assert near.times.far_rows == near.times.far_step == 0 < host.times.far_rows < disk.times.far_rows
+    assert 0 < host.times.far_step < disk.times.far_step
+    assert host.work.far.fetch.way == "direct"
+    slow = h100.model_copy(update={"bus_gather_bytes_per_s": 1e9})
+    assert of({"peer.table_memory": "host"}, slow).work.far.fetch.way == "copied"
+
+    assert near.recommended_cache == 0
+    best = host.with_cache(host.recommended_cache)
+    assert best.fits
+    assert not host.with_cache(host.recommended_cache + 0.3).fits
+    assert best.work.far.hit_rate > host.work.far.hit_rate
+    assert best.times.total < host.times.total
+    skewed = of({"peer.table_memory": "host"}, skew=Skew(1.1))
+    assert skewed.work.far.hit_rate > host.work.far.hit_rate
+    assert skewed.memory.gradients < host.memory.gradients
+    measured = of({"peer.table_memory": "host"}, skew=Skew(0.0, 0.9))
+    assert measured.work.far.hit_rate == pytest.approx(0.9)
+    assert measured.times.far_rows < host.times.far_rows / 5
+
+    eight = of({"peer.table_dtype": "int8", "table_optimizer.stochastic_rounding": True})
+    assert eight.memory.weights < near.memory.weights / 3
+    assert eight.memory.gradients < near.memory.gradients
+
+    with pytest.raises(ConfigError, match=r"h100 has no disk_reads_per_s, .* doctor --calibrate"):
+        of({"peer.table_memory": "disk"}, h100.model_copy(update={"disk_reads_per_s": None})).times  # noqa: B018
+    small = of({"peer.table_memory": "host"}, h100.model_copy(update={"host_memory_bytes": 1e9}))
+    assert small.needs[0].met
+    assert not small.fits
+
+
+@pytest.mark.parametrize(
+    ("steps", "waited"),
+    [([], 0), ([(3.0, 4.0)], 0), ([(3.0, 1.0)], 2), ([(1.0, 1.0), (1.0, 3.0), (5.0, 4.0)], 3), ([(4, 1), (0, 9)], 3)],
+)
+def test_a_step_in_the_background_is_waited_for_where_its_rows_are_needed(steps: Any, waited: float) -> None:
+    assert exposed(steps) == waited
+
+
+def test_an_eight_bit_checkpoint_holds_two_bytes_a_number() -> None:
+    rounded = {"table_optimizer.lazy": True, "table_optimizer.stochastic_rounding": True}
+    sizes = {
+        dtype: checkpoint_bytes(make({**SIZES, **rounded, "peer.table_dtype": dtype}), 128, 2)
+        for dtype in ("bfloat16", "int8", "float8_e4m3")
+    }
+    assert sizes["int8"] == sizes["float8_e4m3"] == sizes["bfloat16"]
+
+
+def test_the_command_moves_tables_that_do_not_fit(tmp_path, capsys) -> None:
+    """With the keys that this takes; the search does it by itself where no other model is trained by that."""
+    path, best = tmp_path / "run.yaml", tmp_path / "best.yaml"
+    tree = make({**SIZES, "peer.num_experts": 1536**2, "train.global_batch_size": 8}).model_dump(
+        mode="json", exclude_defaults=True
+    )
+    path.write_text(yaml.safe_dump(tree))
+    options = ["plan", "-c", str(path), "--gpus", "1", "--vocab-size", "32768"]
+    assert app(options, standalone_mode=False) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    for memory in ("host", "disk"):
+        assert f"peer.table_memory={memory} with table_optimizer.lazy=true (" in told
+    assert (
+        "table_dtype" not in told  # which would not be enough
+    )
+    assert app([*options, "peer.num_experts=1000000"], standalone_mode=False) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        "peer.table_dtype=int8 with table_optimizer.lazy=true with table_optimizer.stochastic_rounding=true (" in told
+    )
+    assert app([*options, "--search"], standalone_mode=False) == 1  # a lazy optimizer would train another model
+    capsys.readouterr()
+    lazy = ["table_optimizer.lazy=true"]
+    assert not app([*options, *lazy, "--search", "--zipf", "1", "--json", "--write", str(best)], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)[0]
+    assert found["far_tables"]["memories"] == ["host"]
+    written = load_config(best)
+    assert written.peer.table_memory == "host"
+    assert written.peer.table_cache_gb == found["far_tables"]["recommended_cache_gb"] > 1
+    assert not app(["plan", "-c", str(best), *options[3:], "--zipf", "1"], standalone_mode=False)
+    shown = capsys.readouterr().out
+    for words in ("tables in host memory", "fits beside the rest", "bytes per token", "read by kernels"):
+        assert words in shown
+    with pytest.raises(ConfigError, match="--hit-rate: was measured with one size of cache"):
+        app([*options, "--search", "--hit-rate", "0.5"], standalone_mode=False)

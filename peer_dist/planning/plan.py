@@ -148,7 +148,7 @@ class Plan:
     def recommended_cache(self) -> float:
         """GB of the largest cache that fits the device beside the rest, or that has all rows; 0 where nothing fits."""
         size = 0.0
-        for _ in range(4):  # the more the cache has, the fewer rows are staged: what a size leaves free is safe
+        for _ in range(2):  # a first size, and what is left beside what the cache remembers of it
             cached = self.with_cache(size)
             pools = far_pools(cached.layout, cached.place)
             kept = sum(pool.cached * pool.cached_bytes for pool in pools)

@@ -1,9 +1,9 @@
 """Tables whose rows lie in host memory or on disk: what they take in each memory, and what bringing rows near costs.
 
-Near the kernels there are a cache of hot rows with the states of their optimizer, and an arena of the rows that passes
-under way have picked and the cache has not: fetched in the forward pass, found again in the backward pass. The step of
-an optimizer happens where a row is. Numbers that a row has one of (scales, row-wise moments) are in host memory where
-tables are on a disk. The model leaves out the rows that enter and leave the cache.
+Near the kernels there are a cache of hot rows with the states of their optimizer, and an arena of the other rows that
+passes under way have picked: fetched in the forward pass, found again in the backward pass. The step of an optimizer
+happens where a row is. Numbers that a row has one of (scales, row-wise moments) are in host memory where tables are on
+a disk. The model leaves out the rows that enter and leave the cache.
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ class Pool:
         return skew.distinct(self.rows, times * layout.own_tokens * self.tables.picks * layout.columns, self.cached)
 
     def staged_bytes(self, layout: Layout, stage: int, skew: Skew) -> float:
-        """Bytes of the arena: the rows that passes in flight have picked and the cache has not."""
-        missed = self.in_pass(layout, skew).missed
+        """Bytes of the arena: the rows that passes in flight have picked. The first passes find the cache empty."""
+        picked = self.in_pass(layout, skew).rows
         chunks = [chunk[layout.config.train.recompute_layers :] for chunk in layout.layers(stage)]
         kept = sum(layer in chunk for chunk in chunks for layer in self.layers)
         # a layer that is recomputed keeps nothing, but while its backward pass runs
-        rows = missed * max(1, kept * layout.in_flight(stage) / layout.virtual)
+        rows = picked * max(1, kept * layout.in_flight(stage) / layout.virtual)
         return max(min(_ROOM * rows, self.rows), rows) * self.row_bytes
 
 
