@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peer_dist.kernels.eight_bit import LARGEST, EightBit
+
 try:
     import triton
     import triton.language as tl
@@ -50,14 +52,16 @@ def _nothing() -> None:
 INTERPRETED = triton is not None and not isinstance(_nothing, triton.JITFunction)
 
 
-def available(*tensors: Tensor) -> bool:
+def available(*tensors: Tensor | EightBit) -> bool:
     """Whether these kernels can serve these tensors: on CUDA, or anywhere under Triton's interpreter; and with columns,
     which the last shards of few columns over many ranks may lack.
     """
     if triton is None:
         return False
+    elements = [(tensor.codes, LARGEST) if isinstance(tensor, EightBit) else (tensor, DTYPES) for tensor in tensors]
     return all(
-        (INTERPRETED or tensor.is_cuda) and tensor.dtype in DTYPES and 0 not in tensor.shape[1:] for tensor in tensors
+        (INTERPRETED or tensor.is_cuda) and tensor.dtype in dtypes and 0 not in tensor.shape[1:]
+        for tensor, dtypes in elements
     )
 
 
