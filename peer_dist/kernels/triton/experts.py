@@ -121,7 +121,7 @@ def numbers(codes, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
     """A table's elements as they are summed, in ACC: as they are, or of eight bits without their row's scale.
 
     float8_e4m3fn has the sign, exponent and fraction of float16 with fewer bits, so that its bits in these places are
-    2**-8 of it, numbers below 2**-6 included, on GPUs that do not know the format too; :func:`unit` makes up for it.
+    2**-8 of it, numbers below 2**-6 included, on GPUs that do not know the format too; :func:`scaled` makes up for it.
     """
     if codes.dtype == tl.uint8:
         bits = ((codes.to(tl.uint16) << 8).to(tl.int16, bitcast=True) >> 1) & -0x4001
@@ -131,10 +131,11 @@ def numbers(codes, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def unit(table, scales, row, live, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What :func:`numbers` of these rows are to be multiplied by, in ACC."""
-    scale = tl.load(scales + row, mask=live, other=0.0).to(ACC)
-    return scale * 256.0 if table.dtype.element_ty == tl.uint8 else scale
+def scaled(value, table, scales, row, live, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A number for each row, times what :func:`numbers` of the rows are still to be multiplied by."""
+    if table.dtype.element_ty == tl.uint8:
+        value *= 256.0
+    return value * tl.load(scales + row, mask=live, other=0.0).to(ACC)
 
 
 @jit
@@ -178,7 +179,7 @@ def _token_kernel(  # type: ignore[no-untyped-def]
         g = tl.load(gate + pick, mask=live, other=0.0).to(ACC)
         dot = tl.sum(numbers(first, ACC) * x_row[None, :], 1)
         if first_scales is not None:
-            dot *= unit(first_table, first_scales, row, live, ACC)
+            dot = scaled(dot, first_table, first_scales, row, live, ACC)
         if BACKWARD:
             a = tl.load(pre + pick, mask=live, other=0.0)
             act = _activation(a, KIND)
@@ -190,7 +191,7 @@ def _token_kernel(  # type: ignore[no-untyped-def]
             tl.store(pre + pick, dot, mask=live)
             factor = _activation(dot, KIND) * g
         if second_scales is not None:
-            factor *= unit(second_table, second_scales, row, live, ACC)
+            factor = scaled(factor, second_table, second_scales, row, live, ACC)
         acc += tl.sum(numbers(second, ACC) * factor[:, None], 0)
     tl.store(out + token * DIM + cols, acc, mask=inside)
 
@@ -227,7 +228,7 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
         values = tl.load(x + source[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         dot += tl.sum(numbers(rows, ACC) * values.to(ACC), 1)
     if scales is not None:
-        dot *= unit(table, scales, row, there, ACC)
+        dot = scaled(dot, table, scales, row, there, ACC)
     pick = place if order is None else tl.load(order + place, mask=live, other=0)
     tl.store(out + part.to(tl.int64) * picks + pick, dot, mask=live)
 
@@ -260,7 +261,7 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
         rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         w = tl.load(weight + pick, mask=live, other=0.0).to(ACC)
         if scales is not None:
-            w *= unit(table, scales, row, live, ACC)
+            w = scaled(w, table, scales, row, live, ACC)
         acc += tl.sum(numbers(rows, ACC) * w[:, None], 0)
     tl.store(out + token * DIM + cols, acc, mask=inside, eviction_policy="evict_first")
 
