@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peer_dist.kernels import row_gradient
+from peer_dist.kernels.eight_bit import gradient_dtype, is_eight_bit, scales_of
 from peer_dist.kernels.far import is_held
 from peer_dist.kernels.pending import PendingSums, ask_for_sums, let_gradient_grow, pending_sums
 from peer_dist.kernels.rounding import Rounding, stream_key
@@ -57,7 +58,8 @@ class TableOptimizer:
 
     A float32 table is stepped in place. A table of lower precision has a float32 master beside it, of which it
     is the rounding; with ``rounding_seed`` there is none, and the new weights are rounded stochastically to bfloat16
-    (:mod:`peer_dist.kernels.rounding`). :mod:`peer_dist.kernels.updates` has the formulas.
+    (:mod:`peer_dist.kernels.rounding`), or to eight bits under a new scale of their row
+    (:mod:`peer_dist.kernels.eight_bit`). :mod:`peer_dist.kernels.updates` has the formulas.
 
     Args:
         tables: name to parameter, ``[rows, columns]`` each.
@@ -72,6 +74,9 @@ class TableOptimizer:
         one_pass: a table meets one backward pass in a step. A lazy one then has its gradient summed where it is used,
             in registers, if kernels for that serve it (:mod:`peer_dist.kernels.pending`), unless other ranks have
             copies or columns of it.
+
+    Raises:
+        ValueError: a table of eight bits, and a rule that is not lazy or has no ``rounding_seed``.
 
     Attributes:
         steps: the number of updates so far; setting it goes on from there.
@@ -90,11 +95,19 @@ class TableOptimizer:
         one_pass: bool = False,
     ) -> None:
         self.tables = dict(tables)
+        for name, table in self.tables.items():
+            if is_eight_bit(table) and (not rule.lazy or rule.rounding_seed is None):
+                raise ValueError(
+                    f"{name}: a table of eight bits needs a lazy optimizer that rounds stochastically: "
+                    "set table_optimizer.lazy and table_optimizer.stochastic_rounding to true"
+                )
         self._rule, self._lr, self._offsets = rule, rule.lr, offsets or {}
         self._dim, self._columns, self._copies, self._data_parallel_size = dim, columns, copies, data_parallel_size
         self.steps = 0
         self._masters = {
-            name: table if table.dtype == torch.float32 or rule.rounding_seed is not None else table.detach().float()
+            name: table
+            if table.dtype == torch.float32 or rule.rounding_seed is not None or is_eight_bit(table)
+            else table.detach().float()
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
@@ -129,17 +142,18 @@ class TableOptimizer:
     def _grad(self, table: Tensor) -> Tensor:
         """The table's gradient, merged if it is sparse; where there is none, a gradient that touches no row or is 0."""
         self._sum_up(table)
-        if table.grad is None:
+        grad = _gradient(table)
+        if grad is None:
             if self.lazy:
                 none = torch.empty(0, dtype=torch.int64, device=table.device)
-                return row_gradient(none, table.new_empty(0, table.shape[1]), len(table))
+                return row_gradient(none, table.new_empty(0, table.shape[1], dtype=gradient_dtype(table)), len(table))
             return torch.zeros_like(table, requires_grad=False)
-        return merge(table.grad) if self.lazy else table.grad
+        return merge(grad) if self.lazy else grad
 
     def _pending(self, table: Tensor) -> PendingSums | None:
         """The sums of all of the table's gradient, if a step can take them in registers."""
         pending = pending_sums(table) or []
-        return pending[0] if len(pending) == 1 and table.grad is None and pending[0].in_registers else None
+        return pending[0] if len(pending) == 1 and _gradient(table) is None and pending[0].in_registers else None
 
     @staticmethod
     def _sum_up(table: Tensor) -> None:
@@ -147,13 +161,14 @@ class TableOptimizer:
         pending = pending_sums(table)
         while pending:
             grad = row_gradient(*pending.pop(0).gradient(table), len(table))
-            table.grad = grad if table.grad is None else table.grad + grad
+            before = _gradient(table)
+            _let_gradient(table, grad if before is None else before + grad)
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         """``(name, gradient)`` of each table, None without one. Summed up now, so only to find out what is in them."""
         for name, table in self.tables.items():
             self._sum_up(table)
-            yield name, table.grad
+            yield name, _gradient(table)
 
     @torch.no_grad()
     def grad_norm(self, device: torch.device) -> Tensor:
@@ -176,7 +191,7 @@ class TableOptimizer:
             elif copies > 1:
                 dist.all_reduce(grad, group=self._copies)
             squares += row_squares(grad.values() if self.lazy else grad).sum()
-            table.grad = grad
+            _let_gradient(table, grad)
         dist.all_reduce(squares)
         return (squares / copies).sqrt() / self._data_parallel_size
 
@@ -219,6 +234,7 @@ class TableOptimizer:
                 rows=rows,
                 squares=squares,
                 rounding=self._rounding(name),
+                scales=scales_of(table),
             )
 
     def _rounding(self, name: str) -> Rounding | None:
@@ -248,14 +264,28 @@ class TableOptimizer:
     def memory(self) -> HeldBytes:
         """What this rank holds of the tables, of which a step needs no more."""
         tables = self.tables.values()
-        gradients = [table.grad for table in tables if table.grad is not None]
+        gradients = [grad for grad in map(_gradient, tables) if grad is not None]
         gradients += [part for table in tables for sums in pending_sums(table) or () for part in sums.tensors()]
         return HeldBytes.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
 
 
+def _gradient(table: Tensor) -> Tensor | None:
+    """What has been summed up of a table's gradient."""
+    grad: Tensor | None = getattr(table, "summed_gradient", None) if is_eight_bit(table) else table.grad
+    return grad
+
+
+def _let_gradient(table: Tensor, grad: Tensor | None) -> None:
+    """Keep a gradient until the step. Torch lets no tensor of integers have one."""
+    if is_eight_bit(table):
+        table.summed_gradient = grad  # type: ignore[attr-defined]
+    else:
+        table.grad = grad
+
+
 def _drop(table: Tensor) -> None:
     """Free a table's gradient, or what it is the sum of."""
-    table.grad = None
+    _let_gradient(table, None)
     pending = pending_sums(table)
     if pending is not None:
         pending.clear()
