@@ -270,7 +270,7 @@ def test_the_halves_alone(way, monkeypatch):
 def test_every_code_of_eight_bits_is_read_exactly(codes):
     """But for e4m3's NaN, which no row that was rounded has."""
     every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(codes)[:, None]
-    scales = torch.ldexp(torch.ones(256), torch.arange(256) % 221 - 100)
+    scales = torch.ldexp(torch.ones(256), torch.arange(256) % 219 - 100)
     finite = dequantised(every, scales).isfinite()[:, 0]
     table = EightBit(every[finite].to(DEVICE), scales[finite].to(DEVICE))
     picks = Picks.even(torch.arange(len(table.codes), device=DEVICE)[:, None])
