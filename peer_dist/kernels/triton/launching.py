@@ -21,9 +21,12 @@ OPTIONS = {"enable_fp_fusion": True}
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
-BY_PICK = ("offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token", "order", "weight")
-"""Parameters with a number for each pick. Those of a part of the tokens begin anywhere, and their alignment is of no
-use to a kernel: to compile it once more for each would stop some ranks in mid-training, and others not."""
+BY_PICK = (
+    "offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token", "order", "weight", "slots", "called",
+)  # fmt: skip
+"""Parameters with a number for each pick, or for each row touched. Those of a part of the tokens begin anywhere, and
+their alignment is of no use to a kernel: to compile it once more for each would stop some ranks in mid-training, and
+others not."""
 
 COUNTS = (
     "picks", "rows", "runs", "each", "size", "tokens", "touched", "length", "batch", "key", "first_row",

@@ -8,6 +8,7 @@ than :data:`MAX_BLOCK_D` are taken in pieces, and their gradients read again for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -495,12 +496,12 @@ def update_rows(
     given = moments.get("exp_avg"), moments.get("exp_avg_sq"), moments.get("row_sq"), len(grad), *map(float, step)
     constants = {"DIM": grad.shape[1], "enable_fp_fusion": False, **blocks}
     grid = (triton.cdiv(len(grad), blocks["BLOCK_R"]),)
-    if scales is not None:
-        assert rounding is not None  # update_rows asks for it
-        kernel, held = _update_eight_bit_kernel, (table, scales)
-    else:
-        kernel, held = _update_kernel, (table, None) if master is None else (master, table)
+    kernel: Any = _update_kernel
+    held: tuple[Tensor, Tensor | None] = (table, None) if master is None else (master, table)
+    if scales is None:
         constants["AT_RANDOM"] = rounding is not None
+    else:
+        kernel, held = _update_eight_bit_kernel, (table, scales)
     launching.launch(kernel, grid, grad, rows, called, squares, *held, *given, *(rounding or (0, 0, 0)), **constants)
 
 
