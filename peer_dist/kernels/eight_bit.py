@@ -79,8 +79,7 @@ def quantised(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) ->
     half = torch.ldexp(torch.ones_like(most), exponent - 1)
     scales = torch.where((half * largest >= most) & (exponent > _LEAST_EXPONENT), half, 2 * half)
     finite = most.isfinite()
-    scales = torch.where(finite, scales, math.nan)
-    scaled = torch.where(finite[:, None], values, 0.0) / scales[:, None]
+    scaled = torch.where(finite[:, None], values / scales[:, None], 0.0)
     magnitude = scaled.abs()
     if dtype == torch.int8:
         steps = torch.ones_like(magnitude)
@@ -89,4 +88,5 @@ def quantised(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) ->
     places = magnitude / steps
     places = places.round() if bits is None else (places + bits * 2.0**-16).floor()
     codes = (places * steps).copysign(scaled)
-    return EightBit(codes.to(torch.int8) if dtype == torch.int8 else codes.to(torch.float8_e4m3fn).view(dtype), scales)
+    codes = codes.to(torch.int8) if dtype == torch.int8 else codes.to(torch.float8_e4m3fn).view(dtype)
+    return EightBit(codes, torch.where(finite, scales, math.nan))
