@@ -86,7 +86,7 @@ def quantised(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) ->
     else:  # three bits after the leading one; below 2**-6 as many as there
         steps = torch.ldexp(torch.ones_like(magnitude), torch.frexp(magnitude).exponent.clamp_(min=-5) - 4)
     places = magnitude / steps
-    places = places.round() if bits is None else (places + bits * 2.0**-16).floor()
+    places = places.round() if bits is None else (places + bits.float() * 2.0**-16).floor()
     codes = (places * steps).copysign(scaled)
     codes = codes.to(torch.int8) if dtype == torch.int8 else codes.to(torch.float8_e4m3fn).view(dtype)
     return EightBit(codes, torch.where(finite, scales, math.nan))
