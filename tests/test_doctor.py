@@ -389,7 +389,7 @@ def test_names_of_many_ranks():
 
 def _calibrated(rank, world_size, path, hosts):
     calibration.socket.gethostname = lambda: hosts[rank]
-    calibration.SIZES["cpu"] = calibration.Sizes((64, 128), 1 << 16, 32**2, 64, 64, torch.float32)
+    calibration.SIZES["cpu"] = calibration.Sizes((64, 128), 1 << 16, 32**2, 64, 64, torch.float32, scratch=1 << 22)
     return calibration.calibrate(
         World(rank, world_size, rank, world_size), Path(path), 60.0, turns=2 if world_size == 1 else 1
     ).json()
@@ -407,7 +407,12 @@ def test_calibration_writes_the_rates_of_these_machines(hosts, tmp_path):
     assert entry["device"] == "cpu"
     assert entry["gpus_per_node"] == max(1, hosts.count("a"))
     assert 1e8 < entry["memory_bytes"] < 1e13
-    rates = [entry[f"{key}_bytes_per_s"] for key in ("hbm", "gather", "node_link", "network", "activation")]
+    keys = ("hbm", "gather", "node_link", "network", "activation", "host", "disk")
+    rates = [entry[f"{key}_bytes_per_s"] for key in keys]
+    assert 10 < entry["disk_writes_per_s"] < 1e8
+    assert 10 < entry["disk_reads_per_s"] < 1e8
+    assert 1e6 < entry["disk_bytes"] < 1e15
+    assert entry["bus_bytes_per_s"] is None  # there is none
     assert all(1e4 < rate < 1e13 for rate in [*rates, *entry["flops_per_s"].values()]), entry
     assert list(entry["flops_per_s"]) == ["float32", "bfloat16"]
     # either may be 0: one small time is taken from another, and other programs disturb both

@@ -438,8 +438,8 @@ def test_tables_elsewhere_take_from_other_memory() -> None:
     assert measured.times.far_rows < host.times.far_rows / 5
 
     eight = of({"peer.table_dtype": "int8", "table_optimizer.stochastic_rounding": True})
-    assert eight.memory.weights < near.memory.weights / 3
-    assert eight.memory.gradients < near.memory.gradients
+    assert eight.memory.weights < near.memory.weights / 1.9
+    assert eight.memory.optimizer < near.memory.optimizer / 100  # no masters
 
     with pytest.raises(ConfigError, match=r"h100 has no disk_reads_per_s, .* doctor --calibrate"):
         of({"peer.table_memory": "disk"}, h100.model_copy(update={"disk_reads_per_s": None})).times  # noqa: B018

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import socket
 import statistics
 from collections import Counter
@@ -22,9 +23,12 @@ import torch.distributed as dist
 from peer_dist.config import Config, ConfigError
 from peer_dist.config.load import unwritable
 from peer_dist.kernels import Picks, expert_mix
+from peer_dist.kernels.allocation import host_zeros
+from peer_dist.kernels.disk import check_folder, default_folder, disk_rates
 from peer_dist.kinds import DENSE, PEER
 from peer_dist.kinds.section import LONGEST_NAME
 from peer_dist.machine import cpu_name, free_memory, nearest_existing
+from peer_dist.mistake import Mistake
 from peer_dist.planning.hardware import Hardware, load_hardware
 from peer_dist.planning.plan import plan
 from peer_dist.planning.rates import copy_seconds, fastest, product_seconds
@@ -37,6 +41,7 @@ from peer_dist.units import sized
 _MESSAGE = 16 << 20  # bytes of a rank's message to all others, by which bandwidth is measured
 _ROUNDS = 8  # measurements of a call that all ranks make together
 _LAYERS = (2, 8)  # layers of the models whose difference gives a layer's overhead
+_ROW = 4096  # bytes of the rows by which a disk is measured
 _WORDS = 128  # size of their vocabulary
 
 
@@ -51,6 +56,7 @@ class Sizes:
         tokens, picks: number of tokens, and of experts that each of them picks.
         width, length: the hidden size and the sequence length of the dense layers that are timed for the work between
             matrix products.
+        scratch: bytes of the file by which a disk is measured.
     """
 
     widths: tuple[int, ...]
@@ -62,6 +68,7 @@ class Sizes:
     picks: int = 128
     width: int = 256
     length: int = 256
+    scratch: int = 1 << 30
 
 
 SIZES = {
@@ -87,7 +94,7 @@ class _Rates:
     def add(self, check: str, values: dict[int, Any]) -> dict[int, Any]:
         """Add a turn's values of a check, by rank; return the best ones of all turns."""
         self.best[check] = _better(
-            self.best.get(check, values), values, max if check in ("products", "memory") else min
+            self.best.get(check, values), values, min if check in ("links", "overheads") else max
         )
         return self.best[check]
 
@@ -111,6 +118,7 @@ def calibrate(world: World, path: Path, seconds: float = 30.0, turns: int = 3) -
         Check("device", _device, functools.partial(_judge_device, rates), "see whether nvidia-smi answers there"),
         Check("matrix products", _products, functools.partial(_judge_products, rates), "see what else runs there"),
         Check("memory", _memory, functools.partial(_judge_memory, rates), "see what else runs there"),
+        Check("tables elsewhere", _elsewhere, functools.partial(_judge_elsewhere, rates), "see what else runs there"),
         Check(
             "links",
             _links,
@@ -151,7 +159,9 @@ def write_hardware(path: Path, values: Mapping[str, Any], guessed: Mapping[str, 
         "name", "device", "memory_bytes", "hbm_bytes_per_s", "flops_per_s", "gather_bytes_per_s",
         "activation_bytes_per_s",
         "node_link_bytes_per_s", "node_link_latency_s", "network_bytes_per_s", "network_latency_s",
-        "layer_overhead_s", "step_overhead_s", "gpus_per_node", "price_per_hour",
+        "layer_overhead_s", "step_overhead_s",
+        "bus_bytes_per_s", "bus_gather_bytes_per_s", "host_memory_bytes", "host_bytes_per_s",
+        "disk_bytes", "disk_bytes_per_s", "disk_reads_per_s", "disk_writes_per_s", "gpus_per_node", "price_per_hour",
     )  # fmt: skip
     entry = {key: values.get(key) for key in keys}
     name = re.sub(r"[^a-z0-9]+", "-", str(entry["name"]).lower()).strip("-")
@@ -235,6 +245,68 @@ def _judge_memory(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[F
     rates.values |= {"hbm_bytes_per_s": _rounded(copy_rate), "gather_bytes_per_s": _rounded(gather_rate)}
     text = f"a copy moves {copy_rate / 1e9:.3g} GB/s, experts are gathered at {gather_rate / 1e9:.3g} GB/s"
     return [Finding("memory", "ok", text)]
+
+
+def _elsewhere(here: Here) -> dict[str, float]:
+    """What tables in host memory or on a disk need to know: bytes a second of rows that the host reads and writes, of
+    copies over a GPU's bus and rows that its kernels read over it, and of the disk with the scratch files, where there
+    is one.
+    """
+    sizes = SIZES[here.device.type]
+    on_gpu = here.device.type == "cuda"
+    table = host_zeros((sizes.experts, sizes.dim), sizes.dtype, pinned=on_gpu)
+    generator = torch.Generator("cpu").manual_seed(here.rank)
+    count = sizes.experts // 4
+    rows = torch.randperm(sizes.experts, generator=generator, dtype=torch.int64, device="cpu")[:count].sort().values
+    buffer = torch.empty(count, sizes.dim, dtype=sizes.dtype, device="cpu", pin_memory=on_gpu)
+
+    def to_and_fro() -> None:
+        torch.index_select(table, 0, rows, out=buffer)
+        table.index_copy_(0, rows, buffer)
+
+    moved = buffer.nbytes
+    found = {"host": 4 * moved / fastest(here, to_and_fro), "memory": float(free_memory())}
+    if on_gpu:  # written, not run
+        from peer_dist.kernels.triton.rows import gather_rows
+
+        near, picked = torch.empty_like(buffer, device=here.device), rows.to(here.device)
+        found["there"] = moved / fastest(here, lambda: near.copy_(buffer, non_blocking=True))
+        found["back"] = moved / fastest(here, lambda: buffer.copy_(near, non_blocking=True))
+        found["gathered"] = moved / fastest(here, lambda: gather_rows(table, picked, near))
+    folder = default_folder()
+    try:
+        check_folder(folder, 2 * sizes.scratch * here.world_size)
+        disk = disk_rates(folder, _ROW, sizes.scratch)
+    except (Mistake, OSError):  # as where temporary files are in memory
+        return found
+    found |= {"disk": min(disk.read, disk.written), "rows read": disk.rows_read, "rows written": disk.rows_written}
+    return found | {"room": float(shutil.disk_usage(folder).free)}
+
+
+def _judge_elsewhere(rates: _Rates, values: dict[int, Any], ranks: Ranks) -> list[Finding]:
+    """Add the rates of the slowest rank, and each rank's share of its node's memory and disk."""
+    values = rates.add("elsewhere", values)
+    least = {name: min(value.get(name, 0.0) for value in values.values()) for name in values[min(values)]}
+    shared = max(Counter(ranks.hosts.values()).values())
+    rates.values["host_bytes_per_s"] = _rounded(least["host"])
+    text = f"the host moves rows at {least['host'] / 1e9:.3g} GB/s"
+    if ranks.backend == "nccl":
+        bus, gathered = min(least["there"], least["back"]), least["gathered"]
+        rates.values |= {"bus_bytes_per_s": _rounded(bus), "bus_gather_bytes_per_s": _rounded(gathered)}
+        rates.values["host_memory_bytes"] = int(least["memory"]) // shared
+        text += f"; the bus copies {bus / 1e9:.3g} GB/s, and kernels read rows over it at {gathered / 1e9:.3g} GB/s"
+    if not least.get("disk"):
+        advice = "set TMPDIR to a folder on a local disk with some room, if tables are to lie there"
+        return [Finding("tables elsewhere", "warn", f"{text}; no disk was measured", advice)]
+    rates.values |= {
+        "disk_bytes": int(least["room"]) // shared,
+        "disk_bytes_per_s": _rounded(least["disk"]),
+        "disk_reads_per_s": _rounded(least["rows read"] / _ROW),
+        "disk_writes_per_s": _rounded(least["rows written"] / _ROW),
+    }
+    each = f"{least['rows read'] / _ROW:,.0f} rows of {_ROW} bytes read, {least['rows written'] / _ROW:,.0f} written"
+    text += f"; a disk moves {least['disk'] / 1e9:.3g} GB/s, and in a second {each}"
+    return [Finding("tables elsewhere", "ok", text)]
 
 
 def _links(here: Here) -> dict[str, dict[str, dict[str, float]]]:
