@@ -79,7 +79,8 @@ class TableOptimizer:
             copies or columns of it.
 
     Raises:
-        ValueError: a table of eight bits, and a rule that is not lazy or has no ``rounding_seed``.
+        ValueError: a far table, and a rule that is not lazy; or a table of eight bits, and one that is not lazy or has
+            no ``rounding_seed``.
 
     Attributes:
         steps: the number of updates so far; setting it goes on from there.
@@ -104,6 +105,8 @@ class TableOptimizer:
                     f"{name}: a table of eight bits needs a lazy optimizer that rounds stochastically: "
                     "set table_optimizer.lazy and table_optimizer.stochastic_rounding to true"
                 )
+            if far_rows_of(table) is not None and not rule.lazy:
+                raise ValueError(f"{name}: a far table needs a lazy optimizer: set table_optimizer.lazy to true")
         self._rule, self._lr, self._offsets = rule, rule.lr, offsets or {}
         self._dim, self._columns, self._copies, self._data_parallel_size = dim, columns, copies, data_parallel_size
         self.steps = 0
@@ -114,12 +117,7 @@ class TableOptimizer:
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
-        self._pools: dict[FarRows, list[str]] = {}
-        for name, table in self.tables.items():
-            pool = far_rows_of(table)
-            if pool is not None:
-                self._pools.setdefault(pool, []).append(name)
-                pool.keep(table, self._states(name))
+        self._pools()
         alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
         for table in self.tables.values():
             if rule.lazy and is_held(table):
@@ -232,7 +230,7 @@ class TableOptimizer:
                 continue
             rows, values, squares = self._take(name)
             _step_rows(step, self._rounding(name), self._parts(name), values, rows, None, squares)
-        for pool, names in self._pools.items():
+        for pool, names in self._pools().items():
             steps = []
             for name in names:
                 rows, values, squares = self._take(name)
@@ -278,9 +276,19 @@ class TableOptimizer:
         Raises:
             BaseException: what the last step of far rows failed with.
         """
-        for pool in self._pools:
+        for pool in self._pools():
             pool.flush()
         return ((name, part, value) for name in self.tables for part, value in self._states(name).items())
+
+    def _pools(self) -> dict[FarRows, list[str]]:
+        """The names of far tables by what holds their rows, which knows what is kept beside them from now on."""
+        pools: dict[FarRows, list[str]] = {}
+        for name, table in self.tables.items():
+            pool = far_rows_of(table)
+            if pool is not None:
+                pool.keep(table, self._states(name))
+                pools.setdefault(pool, []).append(name)
+        return pools
 
     def _states(self, name: str) -> dict[str, Tensor]:
         """What is kept of a table's rows beside the weights and their scales."""
@@ -299,7 +307,7 @@ class TableOptimizer:
         tables = self.tables.values()
         gradients = [grad for grad in map(_gradient, tables) if grad is not None]
         gradients += [part for table in tables for sums in pending_sums(table) or () for part in sums.tensors()]
-        near = (tensor for pool in self._pools for tensor in pool.near_tensors())
+        near = (tensor for pool in self._pools() for tensor in pool.near_tensors())
         states = (value for name in self.tables for value in self._states(name).values())
         return HeldBytes.of((*tables, *near), gradients, states)
 
