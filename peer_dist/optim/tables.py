@@ -325,9 +325,8 @@ class TableOptimizer:
         gradients += [part for table in tables for sums in pending_sums(table) or () for part in sums.tensors()]
         near = (tensor for pool in self._pools() for tensor in pool.near_tensors())
         states = (value for name in self.tables for value in self._states(name).values())
-        far = [
-            tensor for name, table in self.tables.items() if far_rows_of(table) for tensor in self._parts(name).values()
-        ]
+        away = [name for name, table in self.tables.items() if far_rows_of(table) is not None]
+        far = (tensor for name in away for tensor in self._parts(name).values())
         return HeldBytes.of((*tables, *near), gradients, states, far=far)
 
 
