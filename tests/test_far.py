@@ -13,6 +13,7 @@ from peer_dist.kernels.eight_bit import let_scales, quantised
 from peer_dist.kernels.far import FarRows, Hot, Place, far_rows_of, near
 from peer_dist.kernels.far.ranges import Ranges
 from peer_dist.optim import TableOptimizer, TableRule
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 ROWS, DIM = 90, 12
@@ -46,7 +47,9 @@ def width(rule, tables=2, dim=DIM):
 class Run:
     """Two tables that expert_mix reads, or one that value_mix does, and their optimizer."""
 
-    def __init__(self, rule="rowwise_adam", memory=None, cached=0, folder=None, tables=2, rows=ROWS, one_pass=True):
+    def __init__(
+        self, rule="rowwise_adam", memory=None, cached=0, folder=None, tables=2, rows=ROWS, one_pass=True, **groups
+    ):
         kind, dtype, seed = RULES[rule]
         place = None if memory is None else Place(memory, CPU, cached * width(rule, tables), folder)
         generator = torch.Generator().manual_seed(7)
@@ -72,7 +75,7 @@ class Run:
         self.pool = None if place is None else FarRows(place, self.tables)
         named = {f"t{number}": table for number, table in enumerate(self.tables)}
         rule = TableRule(kind, 0.02, (0.8, 0.9), 1e-4, 0.1, lazy=True, rounding_seed=seed)
-        self.optimizer = TableOptimizer(named, rule, DIM, one_pass=one_pass)
+        self.optimizer = TableOptimizer(named, rule, DIM, one_pass=one_pass, **groups)
 
     def forward(self, seed, tokens=6, skew=3.0, each=4):
         generator = torch.Generator().manual_seed(seed)
@@ -152,6 +155,25 @@ def test_random_sizes(tmp_path):
             how = {"passes": 1 + draw(3), "tokens": draw(60), "each": draw(9), "skew": 0.5 + draw(5)}
             same(*(run.step(number * 100 + step, **how) for run in (ordinary, far)))
         same(ordinary.state(), far.state())
+
+
+def on_ranks(rank, world_size, group, folder):
+    """Whether far tables step like ordinary ones that have copies, or other columns, on other ranks."""
+    for rule in RULES:
+        for memory in MEMORIES:
+            groups = {group: torch.distributed.group.WORLD, "data_parallel_size": 2}
+            ordinary, far = pair(folder, rule, memory, 30, **groups)
+            for step in range(4):
+                seed = step if group == "columns" else 10 * step + rank
+                tokens = 5 if group == "columns" else 5 * rank
+                same(*(run.step(seed, tokens=tokens) for run in (ordinary, far)))
+            same(ordinary.state(), far.state())
+            assert far.pool._hot.used == 30
+
+
+@pytest.mark.parametrize("group", ["columns", "copies"])
+def test_copies_and_columns_on_other_ranks(group, tmp_path):
+    run_ranks(on_ranks, 2, group, tmp_path)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
