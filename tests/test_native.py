@@ -34,6 +34,7 @@ SIZES = {
     "most": 9,
     "written": 9,
     "touched": 9,
+    "blocks": 9,
 }
 PICKS = Picks(torch.tensor([0, 2, 2, 5, 5, 12]), torch.tensor([8, 0, 3, 3, 5, 0, 1, 2, 2, 7, 8, 8]))
 REFUSED = (TypeError, ValueError, IndexError)

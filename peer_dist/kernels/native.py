@@ -392,7 +392,7 @@ def _digest(data: bytes) -> str:
 def _sources() -> dict[str, bytes]:
     """The files of the library by name: those that are compiled end in ``.c``."""
     folder = resources.files("peer_dist.kernels")
-    return {name: folder.joinpath(name).read_bytes() for name in ("native.c", "updates.c", "rows.h")}
+    return {name: folder.joinpath(name).read_bytes() for name in ("native.c", "updates.c", "files.c", "rows.h")}
 
 
 def _compiler() -> tuple[str, ...] | None:

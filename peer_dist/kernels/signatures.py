@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peer_dist.kernels.allocation import address
 
-F32, BF16, I32, I64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
+F32, BF16, I32, I64, U8 = torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.uint8
 
 
 class Signature:
@@ -97,6 +97,10 @@ SIGNATURES = {
     ),
     "add_rows": Signature(
         "rows tokens dim", weight=(F32, "picks"), x=(F32, "tokens", "dim"), **_PICKS, out=(F32, "rows", "dim")
+    ),
+    "scratch_rows": Signature(
+        "touched dim blocks", returns=True,
+        file=(I64, "5"), row=(I64, "touched"), values=(U8, "touched", "dim"), written=(U8, "blocks"), moved=(I64, "2"),
     ),
     "wrong_picks": Signature("tokens picks rows", returns=True, **_PICKS),
     **{f"{name}_f32": signature for name, signature in _signatures(F32).items()},
