@@ -4,10 +4,13 @@ ends or a disk fails.
 
 from __future__ import annotations
 
+import ast
 import copy
+import ctypes
 import errno
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +22,8 @@ import torch
 
 from peer_dist.kernels import disk
 from peer_dist.machine import mount_of
+from peer_dist.shortage import shortage
+from tests.ranks import run_each
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool)
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux's own files are read")
@@ -252,111 +257,104 @@ def test_a_failing_disk_is_named(way, tmp_path):
         assert caught.value.filename == str(tmp_path)
 
 
-def run(code, *arguments, before="", **options):
-    """A process of its own; ``before``: of the shell, what it does first."""
-    command = [sys.executable, "-c", f"import sys, torch\nfrom pathlib import Path\n{code}", *map(str, arguments)]
-    if before:
-        command = ["sh", "-c", f'{before} && exec "$@"', "sh", *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+def fill_a_small_disk(folder):
+    """What is said of a file that is too large, and what is in one that is not."""
+    with pytest.raises(OSError, match="scratch file") as caught:
+        disk.mapped((64, 1 << 20), torch.uint8, folder)
+    table = disk.mapped((2, 1 << 20), torch.uint8, folder)
+    table.fill_(3)
+    disk.write_rows(table, torch.tensor([1]), torch.full((1, 1 << 20), 4, dtype=torch.uint8))
+    return shortage(caught.value), table[:, 9].tolist()
 
 
-FULL = """
-from peer_dist.kernels import disk
-try:
-    disk.mapped((64, 1 << 20), torch.uint8, Path(sys.argv[1]))
-except OSError as error:
-    from peer_dist.shortage import shortage
-    print(shortage(error))
-table = disk.mapped((2, 1 << 20), torch.uint8, Path(sys.argv[1]))
-table.fill_(3)
-disk.write_rows(table, torch.tensor([1]), torch.full((1, 1 << 20), 4, dtype=torch.uint8))
-print(table[0, 9].item(), table[1, 9].item())
-"""
+def with_small_files(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 << 20, 10 << 20))
+    return fill_a_small_disk(folder)
 
 
 def test_a_file_larger_than_allowed(tmp_path):
-    done = run(FULL, tmp_path, before="ulimit -f 20480")
-    assert "ulimit -f" in done.stdout and done.stdout.endswith("\n3 4\n"), done.stderr
+    said, values = run_each(with_small_files, [(tmp_path,)])[0]
+    assert "ulimit -f allows (10.5 MB)" in said
+    assert values == [3, 4]
+
+
+def with_a_small_disk(folder):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)]
+    if ctypes.CDLL(None).unshare(0x20000):  # mounts of its own
+        return None
+    for command in (["mount", "--make-rprivate", "/"], mount):
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            return None
+    return fill_a_small_disk(folder)
 
 
 @needs_linux
 def test_a_full_disk_is_met_at_the_start(tmp_path):
     """And not by a signal at some write to the mapping."""
-    mount = f"mount -t tmpfs -o size=16m none {tmp_path}"
-    if run("", before=f"unshare -m sh -c '{mount}'").returncode:
+    found = run_each(with_a_small_disk, [(tmp_path,)])[0]
+    if found is None:
         pytest.skip("no file system can be mounted here")
-    done = run(FULL, tmp_path, before=f'exec unshare -m sh -c \'{mount} && exec "$@"\' sh "$@"')
-    assert done.stdout == f"{tmp_path}: no space is left on the disk; free some\n3 4\n", done.stderr
+    assert found == (f"{tmp_path}: no space is left on the disk; free some", [3, 4])
 
 
-LIFE = """
-from peer_dist.kernels import disk
-table = disk.mapped((100, 1000), torch.float32, Path(sys.argv[1]))
-table.fill_(float(sys.argv[2]))
-print("ready", flush=True)
-sys.stdin.readline()
-print(table.unique().tolist())
-"""
+def outlive_another(folder):
+    """The exit status of a process that is killed, what it left behind, and what this one has in the same folder."""
+    ours = disk.mapped((100, 1000), torch.float32, folder)
+    disk.write_rows(ours, torch.arange(100), torch.full((100, 1000), 2.0))
+    child = os.fork()
+    if child == 0:
+        theirs = disk.mapped((100, 1000), torch.float32, folder)
+        disk.write_rows(theirs, torch.arange(100), torch.full((100, 1000), 1.0))
+        theirs[5] = 1.0
+        os.kill(os.getpid(), signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    return os.WTERMSIG(status), os.listdir(folder), ours.unique().tolist()
 
 
-def test_processes_in_one_folder_and_one_that_is_killed(tmp_path):
-    command = [sys.executable, "-c", f"import sys, torch\nfrom pathlib import Path\n{LIFE}", str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    killed, lives = (subprocess.Popen([*command, number], **pipes) for number in "12")
-    try:
-        assert [each.stdout.readline() for each in (killed, lives)] == ["ready\n"] * 2
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
-        assert not list(tmp_path.iterdir())
-        assert lives.communicate("\n", timeout=60)[0] == "[2.0]\n"
-    finally:
-        for each in (killed, lives):
-            each.kill()
-            each.wait()
+def test_a_killed_process_leaves_nothing(tmp_path):
+    assert run_each(outlive_another, [(tmp_path,)])[0] == (signal.SIGKILL, [], [2.0])
 
-
-STREAM = """
-import os, time
-from peer_dist.kernels import disk
-from peer_dist.machine import mapped_memory
-
-folder, size, budget, fork = Path(sys.argv[1]), int(sys.argv[2]) << 20, int(sys.argv[3]) << 20, sys.argv[4] == "fork"
 
 def peak():
-    return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    """The most memory that this process had, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM"))
 
-def stream():
+
+def stream(table):
+    """Fill a table and read it; whether all was there, and the memory that this took at most."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is what it has now
     before = peak()
     for number, row in enumerate(table):
         row.fill_(number)
     right = all(row[::1024].eq(number).all() and row[-1] == number for number, row in enumerate(table))
-    print(right, peak() - before, flush=True)
+    return right, peak() - before
 
-disk.let_resident(budget)
-table = disk.mapped((size >> 20, 1 << 18), torch.int32, folder)
-if fork:
+
+def stream_within(folder, size, budget, forked, group=None):
+    if group is not None:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    disk.let_resident(budget << 20)
+    table = disk.mapped((size, 1 << 18), torch.int32, folder)
+    if not forked:
+        return stream(table)
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        stream()
+        os.write(writer, repr(stream(table)).encode())
         os._exit(0)
     os.waitpid(child, 0)
-    disk.write_rows(table, torch.tensor([1]), torch.full((1, 1 << 18), 9, dtype=torch.int32))
-    print(table[:3, 5].tolist())
-else:
-    stream()
-"""
+    assert [table[number, 7] for number in range(9)] == list(range(9))  # it is one table
+    return ast.literal_eval(os.read(reader, 1000).decode())
 
 
 @needs_linux
-@pytest.mark.parametrize("fork", ["fork", "no fork"])
-def test_the_process_keeps_no_more_in_memory_than_it_may(fork, tmp_path):
-    """The peak of all its memory, while far more is filled and streamed through the mapping."""
-    done = run(STREAM, tmp_path, 768, 64, fork)
-    right, most, *rest = done.stdout.split(maxsplit=2)
-    assert right == "True", done.stderr
-    assert int(most) < 64 + 192  # a busy machine lets the thread wait
-    assert rest == (["[0, 9, 2]\n"] if fork == "fork" else [])
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_process_keeps_no_more_in_memory_than_it_may(forked, tmp_path):
+    """The peak of all its memory, while far more is filled and read through the mapping."""
+    right, most = run_each(stream_within, [(tmp_path, 768, 64, forked)])[0]
+    assert right
+    assert most < 64 + 192  # a busy machine lets the thread wait
 
 
 @needs_linux
@@ -370,8 +368,7 @@ def test_a_memory_group_needs_to_take_nothing_back(tmp_path):
         pytest.skip("no memory group can be made here")
     try:
         (group / "memory.limit_in_bytes").write_text(str(1 << 30))
-        done = run(STREAM, tmp_path, 3072, 128, "no fork", before=f"echo $$ > {group}/cgroup.procs")
-        assert done.stdout.startswith("True"), done.stderr
+        assert run_each(stream_within, [(tmp_path, 3072, 128, False, group)])[0][0]
         assert int((group / "memory.max_usage_in_bytes").read_text()) < 900 << 20
     finally:
         (group / "memory.force_empty").write_text("0")

@@ -4,13 +4,13 @@ read and written a block of rows at a time.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from peer_dist.kernels import disk
 from peer_dist.kernels.eight_bit import dequantised, is_eight_bit, quantised, scales_of
 from peer_dist.kernels.far import Place, far_rows_of
 
@@ -29,7 +29,9 @@ def place_of(memory: str, device: torch.device, cache_gb: float, folder: str, re
         raise ValueError(f"table_cache_gb and table_resident_gb must be at least 0, not {cache_gb} and {resident_gb}")
     if memory == "device":
         return None
-    where = Path(folder or tempfile.gettempdir())
+    if memory == "disk":
+        disk.let_resident(int(resident_gb * 1e9))
+    where = Path(folder) if folder else disk.default_folder()
     return Place(memory, device, int(cache_gb * 1e9), where, int(resident_gb * 1e9))
 
 
