@@ -72,7 +72,8 @@ def test_well(world_size, tree, tmp_path):
     report = _reports(world_size, None, tree)
     assert report.ok, report
     said = {finding.check: finding.told for finding in report.findings}
-    assert set(said) == {"ranks", *(check.name for check in checks.CHECKS)} - set(GPU_CHECKS), "ranks over gloo"
+    expected = {"ranks", *(check.name for check in checks.CHECKS)} - {"tables on disk", *GPU_CHECKS}
+    assert set(said) == expected, "ranks over gloo"
     assert f"{world_size} rank" in said["ranks"]
     assert world_size == 1 or "GB/s" in said["collectives"]
     assert all(finding.advice or finding.verdict == "ok" for finding in report.findings)
@@ -832,3 +833,27 @@ def test_alone_with_several_gpus_it_takes_all(monkeypatch):
         console.run(None, 20.0, as_json=True)
     ((count, command),) = started
     assert (count, command[1:]) == (4, ["-m", "peer_dist", "doctor", "--seconds", "20.0", "--json"])
+
+
+def test_where_tables_on_disk_lie(tree, tmp_path):
+    """Their folder's file system is named, with what it has free; one of a network is a warning."""
+    disk = {"table_memory": "disk", "table_folder": str(tmp_path)}
+    tree = with_keys(tree, peer=disk, table_optimizer={"name": "rowwise_adam", "lazy": True})
+    config = Config(**tree)
+    here = Here(0, 2, 0, "test", torch.device("cpu"), config, "visit", 10.0)
+    value = checks._scratch(here)
+    (place,) = value.values()
+    layers = sum(kind == "peer" for kind in config.model.mlp_kinds)
+    rows = config.peer.num_experts // config.parallel.expert_rows(2)
+    assert place["needed"] == layers * 2 * rows * config.model.hidden_size * 4 * 2  # weights and first moments
+    ranks = Ranks(2, {0: "a", 1: "b"}, "gloo", config)
+    (finding,) = checks._judge_scratch({0: value, 1: value}, ranks)
+    assert finding.verdict == "ok"
+    assert re.match(rf"{re.escape(str(tmp_path))} is on \w+ at /.* free; a rank's tables need ", finding.told)
+    slow = {str(tmp_path): {**place, "kind": "nfs4", "network": True}}
+    (finding,) = checks._judge_scratch({0: value, 1: slow}, ranks)
+    assert finding.verdict == "warn"
+    assert re.match(r"rank 1 \(b\): .* is on nfs4", finding.told)
+    assert "peer.table_folder" in finding.advice
+    assert checks._scratch(dataclasses.replace(here, config=None)) == {}
+    assert checks._judge_scratch({0: {}}, ranks) == []

@@ -26,10 +26,13 @@ from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import describe_prepared
 from peer_dist.doctor.gpu import gpu_checks, known_card, memory_users, unseen_gpus
 from peer_dist.engines.building import dtype_of
-from peer_dist.machine import free_memory, nearest_existing, usable_cores
+from peer_dist.kernels.disk import default_folder, network_file_system
+from peer_dist.machine import free_memory, mount_of, nearest_existing, usable_cores
 from peer_dist.mistake import Mistake
+from peer_dist.planning.layout import Layout
 from peer_dist.planning.rates import copy_seconds, product_seconds
 from peer_dist.planning.state import checkpoint_bytes
+from peer_dist.planning.tiers import far_pools
 from peer_dist.ranks.environment import PACKAGES, versions
 from peer_dist.ranks.examination import Check, Finding, Here, Ranks, Verdict
 from peer_dist.training.readiness import check_ready
@@ -341,6 +344,53 @@ def _judge_shared(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Findi
     return findings or [Finding("shared folders", "ok", f"every rank sees what the others write: {places}")]
 
 
+def _scratch(here: Here) -> dict[str, Any]:
+    """Of each folder in which this rank's tables lie: where it is mounted and as what, its free bytes and those that
+    the rank's tables need there; nothing of a run whose tables lie elsewhere.
+    """
+    config = here.config
+    if config is None:
+        return {}
+    try:
+        check_world(config, here.world_size)
+    except ConfigError:
+        return {}
+    layout = Layout(config, here.world_size, here.world_size)
+    found: dict[str, Any] = {}
+    for pool in far_pools(layout, layout.place(here.rank)):
+        if pool.tables.memory == "disk":
+            folder = Path(pool.tables.folder or default_folder())
+            mount, kind = mount_of(nearest_existing(folder))
+            value = {
+                "mount": mount,
+                "kind": kind,
+                "free": shutil.disk_usage(nearest_existing(folder)).free,
+                "network": network_file_system(folder) is not None,
+                "needed": 0,
+            }
+            found.setdefault(str(folder), value)["needed"] += pool.disk_bytes
+    return found
+
+
+def _judge_scratch(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    """Whether tables on a disk lie on a local one. That there is room is said by what the run reads and writes."""
+    findings, texts = [], []
+    for folder in dict.fromkeys(folder for value in values.values() for folder in value):
+        there = {rank: value[folder] for rank, value in values.items() if folder in value}
+        for kind in dict.fromkeys(value["kind"] for value in there.values()):
+            own = [rank for rank, value in there.items() if value["kind"] == kind]
+            one, needed = there[own[0]], max(there[rank]["needed"] for rank in own)
+            text = f"{folder} is on {kind or 'a disk'}{' at ' + one['mount'] if one['mount'] else ''}"
+            text += f", {sized(min(there[rank]['free'] for rank in own))} free; a rank's tables need {sized(needed)}"
+            texts.append(text)
+            if one["network"]:
+                advice = "name one on a local disk in peer.table_folder: rows at random are slow over a network"
+                findings.append(Finding("tables on disk", "warn", f"{ranks.named(own)}: {text}", advice))
+    if not texts:
+        return []
+    return findings or [Finding("tables on disk", "ok", "; ".join(texts))]
+
+
 def _disk_speed(here: Here) -> float:
     """Bytes per second that this rank writes while the others write too."""
     folder = nearest_existing(next(iter(here.folders.values())))
@@ -549,6 +599,7 @@ CHECKS: tuple[Check, ...] = (
     Check("layout", lambda here: None, _judge_layout, ""),
     Check("what it reads", _refusal, _judge_refusals, "see whether the file system there answers"),
     Check("shared folders", _shared, _judge_shared, "make the folder writable, and see that its mount answers"),
+    Check("tables on disk", _scratch, _judge_scratch, "see whether the file system there answers"),
     Check("writing", _disk_speed, _judge_disk_speed, "see whether the file system there is full or hung"),
     Check("speed of ranks", _speed, _judge_speed, "see what else runs there, or leave the node out"),
     *_KERNELS,

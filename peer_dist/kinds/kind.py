@@ -50,6 +50,7 @@ class Tables:
         memory: in which their rows and the states of their optimizer lie.
         cache_bytes: of a rank's memory near the kernels for rows that lie elsewhere, over all its tables.
         resident_bytes: that a rank keeps in memory of rows on disk, beside the cache.
+        folder: of scratch files with rows on disk; empty for the system's.
     """
 
     names: tuple[str, ...]
@@ -62,6 +63,7 @@ class Tables:
     memory: Literal["device", "host", "disk"] = "device"
     cache_bytes: int = 0
     resident_bytes: int = 0
+    folder: str = ""
 
     @property
     def picks(self) -> int:

@@ -97,6 +97,11 @@ class ProductKeySection(Protocol):
         ...
 
     @property
+    def table_folder(self) -> str:
+        """Of scratch files; empty for the system's."""
+        ...
+
+    @property
     def table_resident_gb(self) -> float:
         """GB of scratch files that each rank keeps in memory at most."""
         ...
@@ -142,6 +147,7 @@ class ProductKeyKind(Kind[S]):
             memory=section.table_memory,
             cache_bytes=round(section.table_cache_gb * 1e9),
             resident_bytes=round(section.table_resident_gb * 1e9),
+            folder=section.table_folder,
         )
 
     def batch_statistics(self, config: Config) -> int:
