@@ -76,7 +76,13 @@ TABLES16 = {"peer": {"query_norm": "rms", "table_dtype": "bfloat16"}}
 COARSE = {**SIGMA, "model": {"mlp": ["sigma_moe", "sigma_moe", "dense", "sigma_moe"]}}
 ROUNDED = {**TABLES16, **BF16, "table_optimizer": {"name": "rowwise_adam", "stochastic_rounding": True}}
 
+EIGHT = {
+    "peer": {"query_norm": "rms", "table_dtype": "int8"},
+    "table_optimizer": {"name": "rowwise_adagrad", "lazy": True, "stochastic_rounding": True},
+}
+
 QUICK = [
+    Case(2, {"expert": 2}, 1, settings=EIGHT),
     Case(3, {"expert": 3}, 3, sequences=6, settings=BF16),  # 225 rows and 32 columns of queries: uneven parts
     Case(4, {"tensor": 2, "pipeline": 2, "sequence": True, "expert_tensor": 2}, 1, settings={**BF16, **TABLES16}),
 ]

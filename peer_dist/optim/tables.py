@@ -327,7 +327,8 @@ class TableOptimizer:
         states = (value for name in self.tables for value in self._states(name).values())
         away = [name for name, table in self.tables.items() if far_rows_of(table) is not None]
         far = (tensor for name in away for tensor in self._parts(name).values())
-        return HeldBytes.of((*tables, *near), gradients, states, far=far)
+        scales = (scales for table in tables if (scales := scales_of(table)) is not None)
+        return HeldBytes.of((*tables, *scales, *near), gradients, states, far=far)
 
 
 def _zeros(table: Tensor, shape: Sequence[int]) -> Tensor:
