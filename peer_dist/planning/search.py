@@ -213,19 +213,16 @@ def search_table(plans: Sequence[Plan]) -> Table:
     shown += [plan for plan in plans[SHOWN:] if _inside(plan) not in kinds][:1]
     table = Table(title=f"{len(plans)} layouts tried", title_justify="left", box=None)
     far = any(plan.far for plan in shown)
-    if far:
-        table.add_column("tables", no_wrap=True)
     for name in ("TP x PP x DP", "experts", "copies", "one copy lies", "ZeRO", "micro-batch", "recomputed", "GB",
                  "in node GB", "between GB", "wire ms", "HBM ms", "step ms", "bound", "tokens/s"):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for plan in shown:
         layout, config = plan.layout, plan.layout.config
         table.add_row(
-            *([" and ".join(plan.far_memories) or "device"] if far else []),
             f"{layout.tensor} x {layout.pipeline} x {layout.data}",
             f"{layout.rows} x {layout.columns}",
             str(layout.copies),
-            "inside a node" if _inside(plan) else "across nodes",
+            _where(plan, far),
             str(config.zero.stage),
             str(config.train.micro_batch_size),
             str(config.train.recompute_layers),
@@ -239,6 +236,13 @@ def search_table(plans: Sequence[Plan]) -> Table:
             f"{plan.tokens_per_second:,.0f}",
         )
     return table
+
+
+def _where(plan: Plan, far: bool) -> str:
+    """Where one copy of the tables lies; in which memory too, if that of some plans is ``far``."""
+    if far:
+        return f"{'a node' if _inside(plan) else 'nodes'}, {' and '.join(plan.far_memories) or 'device'}"
+    return "inside a node" if _inside(plan) else "across nodes"
 
 
 def _inside(plan: Plan) -> bool:
