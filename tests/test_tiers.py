@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from peer_dist.megatron.reader import StoredTensors
 from tests.ranks import run_command, run_ranks
@@ -219,3 +220,18 @@ def test_what_is_made_of_a_run(small: dict[str, Any], tmp_path: Path, memory: st
     begun = with_keys(in_folder(small, tmp_path / "begun"), checkpoint={"init_from": folder})
     (values,) = run_ranks(each, 1, [begun], 0)
     assert values[0][2] == pytest.approx(metrics_of(tree)[-1]["val/loss"], rel=1e-5)
+
+
+def test_folders_of_scratch_files(small: dict[str, Any], tmp_path: Path) -> None:
+    """What cannot hold the tables of this machine's ranks is refused in a sentence, before anything is started."""
+    config = tmp_path / "run.yaml"
+    for keys, said in (
+        ({"table_folder": str(tmp_path / "nowhere")}, "nowhere does not exist"),
+        ({"table_folder": "/dev/shm"}, "/dev/shm is in memory (tmpfs"),
+        ({"num_experts": (1 << 18) ** 2}, "free"),
+    ):
+        config.write_text(yaml.safe_dump(with_keys(on(small, "disk"), peer=keys)))
+        ended = run_command("train", "--config", str(config))
+        assert ended.returncode == 2
+        assert said in " ".join(ended.stderr.split()), ended.stderr
+        assert "Traceback" not in ended.stderr
