@@ -364,6 +364,9 @@ def test_traffic(tmp_path):
     run.step(0)
     touched = run.pool.traffic()
     assert touched == (0, touched.misses, touched.misses * (row + state), touched.misses * state)
+    run = Run("adam", "disk", 0, tmp_path)
+    run.step(0)  # which finds the weights that the pass has staged
+    assert run.pool.traffic() == touched._replace(read=touched.misses * state)
     run = Run("adam", "host", ROWS)
     run.step(0)
     filled = run.pool.traffic()  # it was stepped there before it came
