@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from peer_dist.megatron.reader import StoredTensors
 from tests.ranks import run_command, run_ranks
 from tests.runs import (
     in_folder,
@@ -174,6 +173,8 @@ def test_eight_bits_in_other_layouts(small: dict[str, Any]) -> None:
 
 def test_killed_and_resumed_on_another_tier(small: dict[str, Any], tmp_path: Path) -> None:
     """Rank 1 dies in step 7; another tier goes on from step 4 as if nothing had happened, and no file is left."""
+    from peer_dist.megatron.reader import StoredTensors
+
     small = with_keys(small, parallel={"expert": 2})
     scratch = tmp_path / "scratch"
     scratch.mkdir()
