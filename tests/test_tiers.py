@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from peer_dist.megatron.reader import StoredTensors
 from tests.ranks import run_command, run_ranks
 from tests.runs import (
     in_folder,
@@ -173,6 +173,8 @@ def test_eight_bits_in_other_layouts(small: dict[str, Any]) -> None:
 
 def test_killed_and_resumed_on_another_tier(small: dict[str, Any], tmp_path: Path) -> None:
     """Rank 1 dies in step 7; another tier goes on from step 4 as if nothing had happened, and no file is left."""
+    from peer_dist.megatron.reader import StoredTensors
+
     small = with_keys(small, parallel={"expert": 2})
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -219,3 +221,18 @@ def test_what_is_made_of_a_run(small: dict[str, Any], tmp_path: Path, memory: st
     begun = with_keys(in_folder(small, tmp_path / "begun"), checkpoint={"init_from": folder})
     (values,) = run_ranks(each, 1, [begun], 0)
     assert values[0][2] == pytest.approx(metrics_of(tree)[-1]["val/loss"], rel=1e-5)
+
+
+def test_folders_of_scratch_files(small: dict[str, Any], tmp_path: Path) -> None:
+    """What cannot hold the tables of this machine's ranks is refused in a sentence, before anything is started."""
+    config = tmp_path / "run.yaml"
+    for keys, said in (
+        ({"table_folder": str(tmp_path / "nowhere")}, "nowhere does not exist"),
+        ({"table_folder": "/dev/shm"}, "/dev/shm is in memory (tmpfs"),
+        ({"num_experts": (1 << 18) ** 2}, "free"),
+    ):
+        config.write_text(yaml.safe_dump(with_keys(on(small, "disk"), peer=keys)))
+        ended = run_command("train", "--config", str(config))
+        assert ended.returncode == 2
+        assert said in " ".join(ended.stderr.split()), ended.stderr
+        assert "Traceback" not in ended.stderr
