@@ -168,6 +168,11 @@ class FarRows:
         self._buffer = _Buffer(self._far, 0, 0, self._device)
         self._peak = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Of the kernels, and of gradients."""
+        return self._device
+
     def keep(self, table: Tensor, states: Parts) -> None:
         """Say what an optimizer keeps of a table's rows beside the weights: ``[rows, ...]`` each, made by the place. To
         say it again costs nothing.
@@ -401,7 +406,7 @@ class FarRows:
         some = (slots < 0).nonzero()[:, 0]
 
         def here(tensor: Tensor) -> Tensor:
-            return (tensor if len(some) == len(tensor) else tensor[some]).to("cpu")
+            return _on_host(tensor if len(some) == len(tensor) else tensor[some])
 
         number = self._number(step.table)
         far = self._far[number]
@@ -457,7 +462,7 @@ class FarRows:
         for block in self._blocks(len(rows)):
             for number, far in enumerate(self._far):
                 for part, tensor in self._kept(number).items():
-                    _write(far[part], rows[block].to("cpu"), tensor.index_select(0, slots[block]).to("cpu"))
+                    _write(far[part], rows[block].to("cpu"), _on_host(tensor.index_select(0, slots[block])))
         self._traffic = self._traffic + FarTraffic(0, 0, 0, len(rows) * self._row_bytes())
 
     def _read_kept(self, rows: Tensor, slots: Tensor) -> None:
@@ -516,6 +521,16 @@ def _read(far: Tensor, rows: Tensor, out: Tensor | None = None, *, pinned: bool 
         disk.read_rows(far, rows, out)
     else:
         torch.index_select(far, 0, rows, out=out)
+    return out
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; from a GPU into pinned memory, which the bus is used whole for."""
+    if not tensor.is_cuda:
+        return tensor
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    out.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
     return out
 
 
