@@ -132,7 +132,7 @@ class FarRows:
     def __init__(self, place: Place, tables: Sequence[Tensor]) -> None:
         self.place = place
         self._far: list[dict[str, Tensor]] = [{} for _ in tables]
-        self._public: list[Tensor] = []  # the same memory, of which torch counts what others write to it
+        self._public: list[dict[str, Tensor]] = [{} for _ in tables]  # the same, whose writers torch counts
         for number, table in enumerate(tables):
             scales = scales_of(table)
             self._own(number, {"weights": table, **({} if scales is None else {"scales": scales})})
@@ -153,7 +153,7 @@ class FarRows:
     def _own(self, number: int, parts: Parts) -> None:
         for part, tensor in parts.items():
             self._far[number][part] = tensor.data  # has a count of its own
-            self._public.append(tensor.detach())  # has the tensor's, but does not refer to this object
+            self._public[number][part] = tensor.detach()  # has the tensor's, but does not refer to this object
 
     def _forget(self) -> None:
         """Keep no row."""
@@ -174,14 +174,16 @@ class FarRows:
         return self._device
 
     def keep(self, table: Tensor, states: Parts) -> None:
-        """Say what an optimizer keeps of a table's rows beside the weights: ``[rows, ...]`` each, made by the place. To
-        say it again costs nothing.
+        """Say all that an optimizer keeps of a table's rows beside the weights: ``[rows, ...]``, made by the place.
+        To say it again costs nothing.
         """
         number = self._number(table)
-        kept = self._far[number]
-        if all(part in kept and kept[part].data_ptr() == state.data_ptr() for part, state in states.items()):
+        known = {part: tensor for part, tensor in self._far[number].items() if part not in _READ}
+        if known.keys() == states.keys() and all(known[part].data_ptr() == states[part].data_ptr() for part in known):
             return
         self.flush()
+        for part in known:
+            del self._far[number][part], self._public[number][part]
         self._own(number, states)
         self._versions = self._written()
         self._forget()
@@ -283,7 +285,7 @@ class FarRows:
         return number
 
     def _written(self) -> list[int]:
-        return [tensor._version for tensor in self._public]
+        return [tensor._version for parts in self._public for tensor in parts.values()]
 
     def _wait(self) -> None:
         """For the job in the background. One that failed fails all that follow too: its rows are half stepped."""
