@@ -20,6 +20,7 @@ from peer_dist.kernels.updates import Step, row_squares, update_rows
 from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.sparse import merge, sum_over_copies
 
+_NO_PASS: tuple[int, Tensor | None] = -1, None
 _BLOCK = 1 << 14  # rows of a far table that are read at a time
 KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
 
@@ -121,7 +122,7 @@ class TableOptimizer:
         alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
         for table in self.tables.values():
             if rule.lazy and is_held(table):
-                ask_for_sums(table, None if one_pass else self._sum_up)
+                ask_for_sums(table, None if one_pass else self._add_up)
             elif rule.lazy:
                 (ask_for_sums if one_pass and alone else _merge_as_it_comes)(table)
             else:
@@ -169,11 +170,25 @@ class TableOptimizer:
     @torch.no_grad()
     def _sum_up(table: Tensor) -> None:
         """Make a gradient of what backward passes have left of it, as they would have done."""
+        TableOptimizer._add_up(table)
+        _end_pass(table)
+
+    @staticmethod
+    @torch.no_grad()
+    def _add_up(table: Tensor) -> None:
+        """Add up what backward passes have left of a table's gradient, that of the last pass on its own: where several
+        layers share the table, autograd adds up theirs before it adds them to those of the passes before.
+        """
         pending = pending_sums(table)
         while pending:
-            grad = row_gradient(*pending.pop(0).gradient(table), len(table))
-            before = _gradient(table)
-            _let_gradient(table, grad if before is None else merge(before + grad))
+            sums = pending.pop(0)
+            grad = row_gradient(*sums.gradient(table), len(table))
+            number, before = getattr(table, "gradient_of_pass", _NO_PASS)
+            if before is not None and number == sums.backward_pass:
+                grad = merge(before + grad)
+            else:
+                _end_pass(table)
+            table.gradient_of_pass = sums.backward_pass, grad  # type: ignore[attr-defined]
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         """``(name, gradient)`` of each table, None without one. Summed up now, so only to find out what is in them."""
@@ -305,14 +320,17 @@ class TableOptimizer:
 
     def memory(self) -> HeldBytes:
         """What this rank holds of the tables, of which a step needs no more. With the weights are the rows of far ones
-        that are near the kernels.
+        that are near the kernels, with all that the optimizer keeps of them.
         """
         tables = self.tables.values()
-        gradients = [grad for grad in map(_gradient, tables) if grad is not None]
+        of_pass = (getattr(table, "gradient_of_pass", _NO_PASS)[1] for table in tables)
+        gradients = [grad for grad in (*map(_gradient, tables), *of_pass) if grad is not None]
         gradients += [part for table in tables for sums in pending_sums(table) or () for part in sums.tensors()]
         near = (tensor for pool in self._pools() for tensor in pool.near_tensors())
         states = (value for name in self.tables for value in self._states(name).values())
-        return HeldBytes.of((*tables, *near), gradients, states)
+        away = [name for name, table in self.tables.items() if far_rows_of(table) is not None]
+        far = (tensor for name in away for tensor in self._parts(name).values())
+        return HeldBytes.of((*tables, *near), gradients, states, far=far)
 
 
 def _zeros(table: Tensor, shape: Sequence[int]) -> Tensor:
@@ -370,9 +388,19 @@ def _let_gradient(table: Tensor, grad: Tensor | None) -> None:
         table.grad = grad
 
 
+def _end_pass(table: Tensor) -> None:
+    """Add what the last backward pass left of a table's gradient to that of the passes before."""
+    _, grad = getattr(table, "gradient_of_pass", _NO_PASS)
+    if grad is not None:
+        before = _gradient(table)
+        _let_gradient(table, grad if before is None else merge(before + grad))
+        table.gradient_of_pass = _NO_PASS  # type: ignore[attr-defined]
+
+
 def _drop(table: Tensor) -> None:
     """Free a table's gradient, or what it is the sum of."""
     _let_gradient(table, None)
+    table.gradient_of_pass = _NO_PASS  # type: ignore[attr-defined]
     pending = pending_sums(table)
     if pending is not None:
         pending.clear()
