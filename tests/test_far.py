@@ -349,6 +349,17 @@ def test_other_optimizers_train_them(tmp_path):
     assert len(set(map(float, seen[0]))) == 4
 
 
+def test_another_optimizer_goes_on(tmp_path):
+    ordinary, far = pair(tmp_path, "adam", "disk", 20)
+    rule = TableRule("rowwise_adagrad", 0.02, (0.8, 0.9), 1e-4, 0.1, lazy=True)
+    for _ in range(2):
+        for step in range(3):
+            same(*(run.step(step) for run in (ordinary, far)))
+        same(ordinary.state(), far.state())
+        for run in (ordinary, far):
+            run.optimizer = TableOptimizer(run.optimizer.tables, rule, DIM, one_pass=True)
+
+
 def test_tables_that_are_not_lazy_are_refused(tmp_path):
     run = Run("adam", "host", 9)
     with pytest.raises(ValueError, match="t: a far table needs a lazy optimizer"):

@@ -132,7 +132,7 @@ class FarRows:
     def __init__(self, place: Place, tables: Sequence[Tensor]) -> None:
         self.place = place
         self._far: list[dict[str, Tensor]] = [{} for _ in tables]
-        self._public: list[Tensor] = []  # the same memory, of which torch counts what others write to it
+        self._public: list[dict[str, Tensor]] = [{} for _ in tables]  # the same, whose writers torch counts
         for number, table in enumerate(tables):
             scales = scales_of(table)
             self._own(number, {"weights": table, **({} if scales is None else {"scales": scales})})
@@ -153,7 +153,7 @@ class FarRows:
     def _own(self, number: int, parts: Parts) -> None:
         for part, tensor in parts.items():
             self._far[number][part] = tensor.data  # has a count of its own
-            self._public.append(tensor.detach())  # has the tensor's, but does not refer to this object
+            self._public[number][part] = tensor.detach()  # has the tensor's, but does not refer to this object
 
     def _forget(self) -> None:
         """Keep no row."""
@@ -168,15 +168,22 @@ class FarRows:
         self._buffer = _Buffer(self._far, 0, 0, self._device)
         self._peak = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Of the kernels, and of gradients."""
+        return self._device
+
     def keep(self, table: Tensor, states: Parts) -> None:
-        """Say what an optimizer keeps of a table's rows beside the weights: ``[rows, ...]`` each, made by the place. To
-        say it again costs nothing.
+        """Say all that an optimizer keeps of a table's rows beside the weights: ``[rows, ...]``, made by the place.
+        To say it again costs nothing.
         """
         number = self._number(table)
-        kept = self._far[number]
-        if all(part in kept and kept[part].data_ptr() == state.data_ptr() for part, state in states.items()):
+        known = {part: tensor for part, tensor in self._far[number].items() if part not in _READ}
+        if known.keys() == states.keys() and all(known[part].data_ptr() == states[part].data_ptr() for part in known):
             return
         self.flush()
+        for part in known:
+            del self._far[number][part], self._public[number][part]
         self._own(number, states)
         self._versions = self._written()
         self._forget()
@@ -278,7 +285,7 @@ class FarRows:
         return number
 
     def _written(self) -> list[int]:
-        return [tensor._version for tensor in self._public]
+        return [tensor._version for parts in self._public for tensor in parts.values()]
 
     def _wait(self) -> None:
         """For the job in the background. One that failed fails all that follow too: its rows are half stepped."""
@@ -401,7 +408,7 @@ class FarRows:
         some = (slots < 0).nonzero()[:, 0]
 
         def here(tensor: Tensor) -> Tensor:
-            return (tensor if len(some) == len(tensor) else tensor[some]).to("cpu")
+            return _on_host(tensor if len(some) == len(tensor) else tensor[some])
 
         number = self._number(step.table)
         far = self._far[number]
@@ -457,7 +464,7 @@ class FarRows:
         for block in self._blocks(len(rows)):
             for number, far in enumerate(self._far):
                 for part, tensor in self._kept(number).items():
-                    _write(far[part], rows[block].to("cpu"), tensor.index_select(0, slots[block]).to("cpu"))
+                    _write(far[part], rows[block].to("cpu"), _on_host(tensor.index_select(0, slots[block])))
         self._traffic = self._traffic + FarTraffic(0, 0, 0, len(rows) * self._row_bytes())
 
     def _read_kept(self, rows: Tensor, slots: Tensor) -> None:
@@ -516,6 +523,16 @@ def _read(far: Tensor, rows: Tensor, out: Tensor | None = None, *, pinned: bool 
         disk.read_rows(far, rows, out)
     else:
         torch.index_select(far, 0, rows, out=out)
+    return out
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; from a GPU into pinned memory, which the bus is used whole for."""
+    if not tensor.is_cuda:
+        return tensor
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    out.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
     return out
 
 
