@@ -4,8 +4,8 @@
     python benchmarks/kernels.py --sweep experts       N from 64k to 4M at equal picks (also: picks, dim, tokens,
                                                        skew, density)
     python benchmarks/kernels.py --json FILE           what plot.py draws
-    python benchmarks/kernels.py --dtype int8          tables of eight bits (also: float8_e4m3) against the same ones in
-                                                       float32 and bfloat16; the processor's time on a CPU
+    python benchmarks/kernels.py --formats             the same tables in all formats, those of eight bits too; the
+                                                       processor's time on a CPU
 
 The floor of the forward is the distinct rows of both tables read once, plus x and y, at the copy bandwidth
 measured in the same run.
@@ -144,8 +144,8 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def compare_formats(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of the forward pass, and of both with all gradients, of the same tables in three formats."""
-    problems = {dtype: Problem(replace(case, dtype=dtype), device) for dtype in ("float32", "bfloat16", case.dtype)}
+    """Milliseconds of the forward pass, and of both with all gradients, of the same tables in every format."""
+    problems = {dtype: Problem(replace(case, dtype=dtype), device) for dtype in ("float32", "bfloat16", *CODES)}
     runs: dict[str, Callable[[], Any]] = {}
     for dtype, problem in problems.items():
         runs[f"forward {dtype}"] = torch.no_grad()(problem.ours)
@@ -179,7 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sweep", choices=list(SWEEPS))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", *CODES], help="of the headline comparison")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the headline comparison")
+    parser.add_argument("--formats", action="store_true")
     parser.add_argument("--experts", type=int, help="of the comparison of formats; 512**2 by default")
     parser.add_argument("--rounds", type=int, help="15 by default, 3 in a sweep")
     parser.add_argument("--json", type=Path)
@@ -188,12 +189,11 @@ def main() -> None:
     if options.sweep:
         key, cases = SWEEPS[options.sweep]
         rows = [measure(case, device, options.rounds or 3) for case in cases]
-    elif options.dtype in CODES:
+    elif options.formats:
         key, experts = None, options.experts or 512**2
         rows = []
         for dim, number in ((256, experts), (1024, experts // 4)):
-            case = Case(experts=number, dim=dim, tokens=512, dtype=options.dtype)
-            rows += compare_formats(case, device, options.rounds or 15)
+            rows += compare_formats(Case(experts=number, dim=dim, tokens=512), device, options.rounds or 15)
     else:
         key = None
         base = Case() if device.type == "cpu" else Case(dim=1024, tokens=8192, dtype="bfloat16")

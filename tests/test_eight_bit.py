@@ -304,7 +304,6 @@ def test_steps_to_every_magnitude(compiled, dtype, decay):
     moments = {"row_sq": torch.ones(200)}
     Plain.update_rows(step, grad, want.codes, moments, None, None, None, Rounding(3, 0, 1), want.scales)
     assert got.codes.equal(want.codes)
-    assert got.scales.equal(want.scales) or decay == 2.0**20
     torch.testing.assert_close(got.scales, want.scales, rtol=0, atol=0, equal_nan=True)
 
 
