@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from peer_dist import PEER
 from peer_dist import kernels as package
-from peer_dist.kernels.eight_bit import CODES, dequantised, quantised
+from peer_dist.kernels.eight_bit import CODES
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.updates import Plain, Step
 from peer_dist.optim import TableOptimizer, TableRule
-from tests.updates import CASES, KINDS, SUM_ULPS, Table, same_bits
+from tests.updates import CASES, EIGHT_CASES, KINDS, SUM_ULPS, Table, same_bits
 
 triton = pytest.importorskip("triton")
 
@@ -76,49 +76,18 @@ def test_masters_of_other_tables(dtype):
     torch.testing.assert_close(got["table"], want["table"], rtol=2e-3 if INTERPRETED else 0, atol=0)
 
 
-class EightBitTable(Table):
-    """A table of eight bits, whose rows differ much in size and one of which has zeros alone, to be stepped.
-
-    Args:
-        named: whether what rows are called is told apart from where they are.
-    """
-
-    def __init__(self, kind, codes, lazy, rows, columns, seed=0, *, named=False, odd=()):
-        super().__init__(kind, "rounded", lazy, rows, columns, seed, odd=odd)
-        generator = torch.Generator().manual_seed(seed)
-        values = self.table.float() * 10.0 ** torch.randint(-20, 20, (rows, 1), generator=generator)
-        if rows:
-            values[rows // 2] = 0
-        bits = torch.randint(2**16, values.shape, dtype=torch.int32, generator=generator)
-        self.table, self.scales = quantised(values, codes, bits)
-        self.called = torch.randint(2**31 - 9, (len(self.grad),), generator=generator) if named else None
-
-    def stepped(self, backend, device="cpu", squares=None):
-        table, scales = self.table.to(device, copy=True), self.scales.to(device, copy=True)
-        moments = {name: moment.to(device, copy=True) for name, moment in self.moments.items()}
-        given = (None if value is None else value.to(device) for value in (self.rows, squares, self.called))
-        rows, squares, called = given
-        grad = self.grad.to(device)
-        backend.update_rows(self.step, grad, table, moments, None, rows, squares, self.rounding, scales, called)
-        # what is not finite has no codes
-        codes = torch.where(scales.isfinite()[:, None], table, 0)
-        parts = {"table": codes, "scales": scales, "values": dequantised(table, scales), **moments}
-        return {name: value.cpu() for name, value in parts.items()}
-
-
 @runs_kernels
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS), codes=st.sampled_from(list(CODES.values())), lazy=st.booleans(), named=st.booleans(),
-    rows=st.integers(0, 20), columns=st.sampled_from([1, 3, 5, 16, 17, 100, 412, 1000, 1025]),
-    seed=st.integers(0, 2**20), wide=st.booleans(),
+    case=st.sampled_from(EIGHT_CASES), named=st.booleans(), wide=st.booleans(), rows=st.integers(0, 20),
+    columns=st.sampled_from([1, 3, 5, 16, 17, 100, 412, 1000, 1025]), seed=st.integers(0, 2**20),
     odd=st.lists(st.sampled_from([0.0, -0.0, 1e-30, 1e15, float("inf"), -float("inf"), float("nan")]), max_size=3),
 )  # fmt: skip
-def test_eight_bits_are_those_of_plain_pytorch(kind, codes, lazy, named, rows, columns, seed, wide, odd):
-    """With rows wider than a program, too."""
+def test_eight_bits_are_those_of_plain_pytorch(case, named, wide, rows, columns, seed, odd):
+    """With rows wider than a program, too, and rows that are called by other numbers than they have."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(updates, "MAX_BLOCK_D", 32 if wide else 4096)
-        EightBitTable(kind, codes, lazy, rows, columns, seed, named=named, odd=tuple(odd)).check(updates, DEVICE)
+        Table(*case, rows, columns, seed, odd=tuple(odd), named=named).check(updates, DEVICE)
 
 
 @runs_kernels
@@ -148,22 +117,11 @@ def test_every_magnitude_gets_the_scale_and_codes_of_the_definition(codes):
 
 @runs_kernels
 def test_rows_of_bfloat16_are_rounded_by_what_they_are_called():
-    table = Table("rowwise_adam", "rounded", True, 12, 9)
-    called = torch.tensor([0, 5, 2**31 - 9, 4])[: len(table.grad)]
-
-    class Named:
-        """A backend that is told so."""
-
-        def __init__(self, backend):
-            self.backend = backend
-
-        def update_rows(self, *arguments):
-            self.backend.update_rows(*arguments, None, called.to(arguments[1].device))
-
-    squares = Plain.row_squares(table.grad)
-    got, want = (table.stepped(Named(kernels), DEVICE, squares) for kernels in (updates, Plain))
-    same_bits(got, want)
-    assert not got["table"].equal(table.stepped(updates, DEVICE, squares)["table"])
+    table = Table("rowwise_adam", "rounded", True, 12, 9, named=True)
+    table.check(updates, DEVICE)
+    named = table.stepped(updates, DEVICE)
+    table.numbers = None
+    assert not named["table"].equal(table.stepped(updates, DEVICE)["table"])
 
 
 LAZY = [(kind, way) for kind, way, lazy in CASES if lazy]
@@ -315,8 +273,8 @@ def launched(columns, monkeypatch):
             for squares in (None, torch.zeros(len(table.grad))):
                 table.stepped(updates, squares=squares)
             updates.row_squares(table.grad)
-        for kind, codes in itertools.product(KINDS, CODES.values()):  # always lazy
-            table = EightBitTable(kind, codes, True, 12, columns, named=True)
+        for case in [case for case in EIGHT_CASES if case[2]]:  # always lazy
+            table = Table(*case, 12, columns, named=True)
             for squares in (None, torch.zeros(len(table.grad))):
                 table.stepped(updates, squares=squares)
 
@@ -430,7 +388,7 @@ def test_steps_and_shards_do_not_compile_anew(kind, monkeypatch):
 
     monkeypatch.setattr(launching, "launch", record)
     for key, rows, row, column in [(3, 16, 0, 0), (-16, 17, 16, 64), (1 << 62, 1, 1, 1)]:
-        for table in (Table(kind, "rounded", False, rows, 64), EightBitTable(kind, torch.int8, True, 3 * rows, 64)):
+        for table in (Table(kind, "rounded", False, rows, 64), Table(kind, "int8", True, 3 * rows, 64)):
             table.rounding = Rounding(key, row, column)
             table.stepped(updates)
     assert len(variants) == 2

@@ -17,7 +17,8 @@ expert                 pre + 12 activation) + slices P 12`` (+ one sort)      th
 
 At T = 8192, 128 picks, N = 1024^2, d = 1024, bf16 (r = 1, n = 0.63 N), GB: forward 4.34, backward 4.35 and table
 gradients 2.8 sparse or 4.4 dense (5.5 and 8.7 with float32 values): all of the backward is 1.65 or 2.0 (2.3 and 3.0)
-forwards, besides the sort. Numbers and gates of the picks are below 1% of either.
+forwards, besides the sort. Numbers and gates of the picks are below 1% of either. Tables of eight bits have ``b = 1``
+and read a scale of 4 bytes for each row beside it; their gradients are of 16 bits.
 
 **Token-major or by expert.** Token-major, a program owns a token and reads the picked rows of both tables once: per
 pick ``2 d b`` = 4096 bytes at the sizes above, whatever r is, as long as the tables are much larger than L2. Where

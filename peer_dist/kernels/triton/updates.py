@@ -85,8 +85,9 @@ def _row_scales(most, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
 @jit
 def _codes(value, inverse, draws, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
     """The codes of numbers, rounded at random, as in :func:`peer_dist.kernels.eight_bit.quantised`."""
+    value = tl.where(inverse == 0.0, 0.0, value)
     bits = value.to(tl.int32, bitcast=True)
-    magnitude = tl.where(inverse == 0.0, 0.0, tl.abs(value) * inverse)
+    magnitude = tl.abs(value) * inverse
     share = draws.to(tl.float32) * 0.0000152587890625  # 2**-16
     if E4M3:  # steps of three bits after the leading one; below 2**-6 as many as there
         exponent = tl.maximum((magnitude.to(tl.int32, bitcast=True) >> 23) - 130, -9)
