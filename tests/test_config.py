@@ -133,13 +133,44 @@ def load(tmp_path, text, *overrides):
             "data: {prefix: a}",
             ["model.mlp=peer", "table_optimizer.stochastic_rounding=true"],
             "command line (table_optimizer.stochastic_rounding=true): table_optimizer.stochastic_rounding rounds to "
-            "bfloat16, but peer.table_dtype is float32; set that to bfloat16",
+            "bfloat16 or eight bits, but peer.table_dtype is float32; set that to bfloat16",
         ),
         (
             "data: {prefix: a}\nmodel: {mlp: pkm}\npeer: {table_dtype: bfloat16}",
             ["table_optimizer.stochastic_rounding=true"],
-            "rounds to bfloat16, but pkm.table_dtype is float32; set that to bfloat16",
+            "rounds to bfloat16 or eight bits, but pkm.table_dtype is float32; set that to bfloat16",
         ),
+        *(
+            (
+                f"data: {{prefix: a}}\nmodel: {{mlp: {kind}}}",
+                [f"{kind}.{key}={value}", f"table_optimizer.lazy={lazy}", *more],
+                f"{kind}.{key} {value} needs table_optimizer.{needed} true",
+            )
+            for kind in ("peer", "pkm")
+            for key, value, lazy, needed, more in (
+                ("table_memory", "host", "false", "lazy", []),
+                ("table_memory", "disk", "false", "lazy", []),
+                ("table_dtype", "int8", "false", "lazy", ["table_optimizer.stochastic_rounding=true"]),
+                ("table_dtype", "float8_e4m3", "true", "stochastic_rounding", []),
+            )
+        ),
+        (
+            "data: {prefix: a}\nmodel: {mlp: peer}\npeer: {table_memory: host}",
+            ["parallel.transport=symmetric_memory", "table_optimizer.lazy=true"],
+            "peer.table_memory must be device, and peer.table_dtype float32 or bfloat16, with parallel.transport "
+            "symmetric_memory",
+        ),
+        (
+            "data: {prefix: a}",
+            ["peer.table_memory=tape"],
+            "peer.table_memory: input should be 'device', 'host' or 'disk'",
+        ),
+        (
+            "data: {prefix: a}",
+            ["peer.table_cache_gb=-1"],
+            "peer.table_cache_gb: input should be greater than or equal to 0",
+        ),
+        ("data: {prefix: a}", ['peer.table_folder="a\\tb"'], "holds control characters"),
         ("data: {prefix: a}", ["pkm.num_values=1000"], "pkm.num_values: must be the square of a whole number"),
         ("data: {prefix: a}", ["pkm.num_values=961"], "pkm: top_k (32) must be at most sqrt(num_values) (31)"),
         ("data: {prefix: a}", ["pkm.key_dim=7"], "pkm.key_dim: must be even"),

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from peer_dist.config import Config, parse_config
 from peer_dist.config.schema import ModelConfig
 from peer_dist.export.folder import model_settings, stored_key
 from peer_dist.export.joined import joined_source
+from peer_dist.kernels.eight_bit import CODES, is_eight_bit
 from peer_dist.kinds import DENSE, KINDS, PEER, KindError
 from peer_dist.kinds.routing import RouterSection
 from peer_dist.megatron import Parallel, build_model, forward_logits, shards_of
@@ -43,6 +45,7 @@ BASE: dict[str, Any] = {
     "data": {"prefix": "unused"},
 }
 
+PLACE = {"table_cache_gb": 0.5, "table_resident_gb": 0.5, "table_folder": tempfile.gettempdir()}
 # For each key of a section, values beside that of BASE; keys that a value needs with it are in the same dict.
 OTHERS: dict[str, list[dict[str, Any]]] = {
     "peer": [
@@ -62,6 +65,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
         {"layers_per_pool": 3},
         {"revive_interval": 5},
         {"table_dtype": "bfloat16"},
+        *({"table_dtype": name} for name in ("float8_e4m3", "int8")),
+        *({"table_memory": name, **PLACE} for name in ("host", "disk")),
     ],
     "pkm": [
         {"num_values": 100},
@@ -74,6 +79,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
         {"shared_keys": True},
         {"init": "dense"},
         {"table_dtype": "bfloat16"},
+        *({"table_dtype": name} for name in ("float8_e4m3", "int8")),
+        *({"table_memory": name, **PLACE} for name in ("host", "disk")),
     ],
     "moe": [
         {"num_experts": 7},
@@ -142,7 +149,12 @@ def make(name: str, changes: dict[str, Any]) -> Config:
     other = DENSE.name if name != DENSE.name else "pkm"
     layers = tree["model"]["num_layers"]
     tree["model"]["mlp"] = [name, other, name, name][:layers] if name != DENSE.name else [name] * layers
-    return parse_config(tree, "test")
+    held = any(keys.get("table_memory") or keys.get("table_dtype") in CODES for keys in changes.values())
+    return parse_config({**tree, "table_optimizer": {"lazy": held, "stochastic_rounding": rounds(changes)}}, "test")
+
+
+def rounds(changes: dict[str, Any]) -> bool:
+    return any(keys.get("table_dtype") in CODES for keys in changes.values())
 
 
 def perturbed(config: Config, parallel: Parallel) -> torch.nn.ModuleList:
@@ -152,6 +164,8 @@ def perturbed(config: Config, parallel: Parallel) -> torch.nn.ModuleList:
     tables = {id(shard.parameter): shard.parameter for shard in shards_of(model).values()}
     with torch.no_grad():
         for parameter in {**tables, **{id(one): one for one in model.parameters()}}.values():
+            if is_eight_bit(parameter):  # as its codes come
+                continue
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if "running" in name or "expert_bias" in name:
@@ -187,7 +201,7 @@ def test_counted_as_built(parallel: Parallel, name: str, changes: dict[str, Any]
         tables = kind.tables(config)
         if tables:
             dtypes = {shard.parameter.dtype for shard in shards_of(model).values() if shard.table}
-            assert dtypes == {getattr(torch, tables.dtype)}
+            assert dtypes == {CODES.get(tables.dtype) or getattr(torch, tables.dtype)}
 
 
 @pytest.mark.parametrize(("name", "changes"), cases(), ids=lambda value: str(value))

@@ -424,7 +424,7 @@ class Config(_Layers):
             self._check_sizes_on_device()
         self._check_kinds()
         for pool in self.pools:
-            stages = sorted({number // (model.num_layers // chunks) % parallel.pipeline for number in pool})
+            stages = sorted(set(map(self.stage_of, pool)))
             if len(stages) > 1:
                 kind = KINDS[model.mlp_kinds[pool[0]]]
                 raise ValueError(
@@ -445,10 +445,26 @@ class Config(_Layers):
             )
         for kind in self.kinds:
             tables = kind.tables(self)
-            if self.table_optimizer.stochastic_rounding and tables and tables.dtype != "bfloat16":
+            if not tables:
+                continue
+            if self.table_optimizer.stochastic_rounding and tables.dtype == "float32":
                 raise ValueError(
-                    f"table_optimizer.stochastic_rounding rounds to bfloat16, but {kind.key('table_dtype')} is "
-                    f"{tables.dtype}; set that to bfloat16 or stochastic_rounding to false"
+                    f"table_optimizer.stochastic_rounding rounds to bfloat16 or eight bits, but "
+                    f"{kind.key('table_dtype')} is float32; set that to bfloat16 or stochastic_rounding to false"
+                )
+            for key, value, held in (
+                ("table_memory", tables.memory, tables.memory != "device"),
+                ("table_dtype", tables.dtype, tables.eight_bit),
+            ):
+                if held and not self.table_optimizer.lazy:
+                    raise ValueError(
+                        f"{kind.key(key)} {value} needs table_optimizer.lazy true, so that a step meets only the rows "
+                        "that were picked"
+                    )
+            if tables.eight_bit and not self.table_optimizer.stochastic_rounding:
+                raise ValueError(
+                    f"{kind.key('table_dtype')} {tables.dtype} needs table_optimizer.stochastic_rounding true: steps "
+                    "smaller than half a place would be lost"
                 )
         self._check_products()
         return self
@@ -456,6 +472,12 @@ class Config(_Layers):
     def _check_sizes_on_device(self) -> None:
         """Refuse what needs sizes on the host, and ranks that do not all make the same calls."""
         chunks = max((tables.chunks for kind in self.kinds if (tables := kind.tables(self))), default=1)
+        held = next((kind for kind in self.kinds if (tables := kind.tables(self)) and tables.held), None)
+        if held is not None:
+            raise ValueError(
+                f"{held.key('table_memory')} must be device, and {held.key('table_dtype')} float32 or bfloat16, with "
+                "parallel.transport symmetric_memory; or set the transport to all_to_all"
+            )
         for name, wanted, fits, value in (
             ("parallel.expert_tensor", "1", self.parallel.expert_tensor == 1, self.parallel.expert_tensor),
             # buffers are made by all ranks of the world together, while one stage waits for another
@@ -538,6 +560,11 @@ class Config(_Layers):
                 size = kind.layers_per_pool(self)
                 pools += [layers[first : first + size] for first in range(0, len(layers), size)]
         return sorted(pools)
+
+    def stage_of(self, number: int) -> int:
+        """The pipeline stage of a layer, both counted from 0."""
+        parallel = self.parallel
+        return number // (self.model.num_layers // (parallel.pipeline * parallel.virtual_pipeline)) % parallel.pipeline
 
     @property
     def table_schedule(self) -> tuple[int, int, float]:

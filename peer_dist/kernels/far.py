@@ -67,6 +67,9 @@ class FarRows:
         for table in tables:
             table.far_rows = self  # type: ignore[attr-defined]
 
+    def flush(self) -> None:
+        """Let the tables' memory be what their rows are."""
+
     def near(self, picks: Picks, tables: Sequence[Tensor]) -> Near:
         """Some of its tables with the rows that these picks read."""
         touched, numbers = torch.unique(picks.expert, return_inverse=True)

@@ -47,15 +47,17 @@ class Tables:
         tokens_travel: whether a token goes to the owners of the rows it picks (experts), or only its picks do, and
             weighted sums of rows come home (values).
         chunks: parts in which tokens travel, so that exchange and work overlap.
+        memory: in which their rows lie.
     """
 
     names: tuple[str, ...]
     rows: int
     heads: int
     top_k: int
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float8_e4m3", "int8"]
     tokens_travel: bool
     chunks: int = 1
+    memory: Literal["device", "host", "disk"] = "device"
 
     @property
     def picks(self) -> int:
@@ -65,7 +67,17 @@ class Tables:
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return {"float32": FLOAT, "bfloat16": 2}[self.dtype]
+        return {"float32": FLOAT, "bfloat16": 2, "float8_e4m3": 1, "int8": 1}[self.dtype]
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether an element has eight bits, and a row a scale."""
+        return self.itemsize == 1
+
+    @property
+    def held(self) -> bool:
+        """Whether they are more than tensors of numbers on the device: far, or with scales."""
+        return self.eight_bit or self.memory != "device"
 
 
 @dataclass(frozen=True)

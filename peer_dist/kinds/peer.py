@@ -10,7 +10,20 @@ from pydantic import Field, field_validator, model_validator
 
 from peer_dist.kinds.cost import Cost, Parts, Shape, matrix
 from peer_dist.kinds.kind import Tables
-from peer_dist.kinds.product_keys import ProductKeyKind, check_picks, even, norm_shapes, square, vector_norm
+from peer_dist.kinds.product_keys import (
+    PLACEMENT,
+    ProductKeyKind,
+    TableCache,
+    TableDtype,
+    TableFolder,
+    TableMemory,
+    TableResident,
+    check_picks,
+    even,
+    norm_shapes,
+    square,
+    vector_norm,
+)
 from peer_dist.kinds.routing import projector_shapes, router_cost
 from peer_dist.kinds.section import LARGEST, Heads, Rows, Section
 
@@ -50,11 +63,15 @@ class PEERSection(Section):
         description="steps after which sub-keys that were hardly picked become near copies of well-used ones, so "
         "that their experts are picked; 0: never",
     )
-    table_dtype: Literal["float32", "bfloat16"] = Field(
+    table_dtype: TableDtype = Field(
         "float32",
         description="dtype of the down and up tables; bfloat16 keeps float32 masters beside them, unless "
-        "table_optimizer.stochastic_rounding",
+        "table_optimizer.stochastic_rounding; float8_e4m3 and int8 have a scale a row, and need that",
     )
+    table_memory: TableMemory = "device"
+    table_cache_gb: TableCache = 1.0
+    table_folder: TableFolder = ""
+    table_resident_gb: TableResident = 1.0
 
     _square = field_validator("num_experts")(square)
     _even = field_validator("key_dim")(even)
@@ -73,7 +90,7 @@ class PEERKind(ProductKeyKind[PEERSection]):
     sizes = ("num_experts", "heads", "top_k", "key_dim")
     routed = True
     begins_at_zero = True
-    resumable = frozenset({"dispatch_chunks"})  # when things travel, not what is computed
+    resumable = PLACEMENT | {"dispatch_chunks"}  # when things travel, not what is computed
     module = "peer"
     table_names = ("down", "up")
     rows_key = "num_experts"

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator, model_validator
 
 from peer_dist.kinds.cost import Cost, Parts, Shape
-from peer_dist.kinds.product_keys import ProductKeyKind, check_picks, even, square
+from peer_dist.kinds.product_keys import (
+    ProductKeyKind,
+    TableCache,
+    TableDtype,
+    TableFolder,
+    TableMemory,
+    TableResident,
+    check_picks,
+    even,
+    square,
+)
 from peer_dist.kinds.section import LARGEST, Heads, Rows, Section
 
 if TYPE_CHECKING:
@@ -44,9 +54,13 @@ class PKMSection(Section):
         description="of keys and values: memory: values N(0, 1/d) (Lample); dense: as the two matrices of a "
         "feed-forward as wide as num_values",
     )
-    table_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the values; bfloat16 as with peer.table_dtype"
+    table_dtype: TableDtype = Field(
+        "float32", description="dtype of the values; all others than float32 as with peer.table_dtype"
     )
+    table_memory: TableMemory = "device"
+    table_cache_gb: TableCache = 1.0
+    table_folder: TableFolder = ""
+    table_resident_gb: TableResident = 1.0
 
     _square = field_validator("num_values")(square)
     _even = field_validator("key_dim")(even)

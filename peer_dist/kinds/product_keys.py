@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, TypeVar
+
+from pydantic import Field
 
 from peer_dist.kinds.cost import FLOAT, Cost, Shape, matrix, vectors
 from peer_dist.kinds.kind import Kind, Mode, Tables
-from peer_dist.kinds.section import MOST_PICKS
+from peer_dist.kinds.section import MOST_PICKS, FolderOrNone
 
 if TYPE_CHECKING:
     from peer_dist.config import Config
@@ -16,6 +18,39 @@ if TYPE_CHECKING:
 _LARGEST_ROOT = 1 << 14  # where the search for the root of a number of rows ends
 _NORM_VECTORS = {"none": 0, "rms": 1, "layer": 2, "batch": 2}  # a weight and, but for RMS, a bias
 _INDEX = 8  # bytes of a row's number
+
+TableDtype = Literal["float32", "bfloat16", "float8_e4m3", "int8"]
+Gigabytes = Annotated[float, Field(ge=0, le=1e6)]
+TableMemory = Annotated[
+    Literal["device", "host", "disk"],
+    Field(
+        description="where the tables' rows and the states of their optimizer lie; host: in host memory, disk: in "
+        "scratch files, a cache of hot rows near the kernels either way; may change on resume"
+    ),
+]
+TableCache = Annotated[
+    Gigabytes,
+    Field(
+        description="GB on each rank near the kernels for rows that are picked often, over all its tables of this "
+        "kind; for host and disk; may change on resume"
+    ),
+]
+TableFolder = Annotated[
+    FolderOrNone,
+    Field(
+        description="folder of the scratch files of disk, on a disk of each machine's own; empty: the system's "
+        "temporary folder; may change on resume"
+    ),
+]
+TableResident = Annotated[
+    Gigabytes,
+    Field(
+        description="GB of the scratch files that a rank keeps in memory at most, beside the cache; for disk; may "
+        "change on resume"
+    ),
+]
+PLACEMENT = frozenset({"table_memory", "table_cache_gb", "table_folder", "table_resident_gb"})
+"""The keys that say where tables lie, which changes nothing of what is computed."""
 
 
 class ProductKeySection(Protocol):
@@ -47,8 +82,18 @@ class ProductKeySection(Protocol):
         ...
 
     @property
-    def table_dtype(self) -> Literal["float32", "bfloat16"]:
+    def table_dtype(self) -> TableDtype:
         """Dtype of the tables' weights."""
+        ...
+
+    @property
+    def table_memory(self) -> Literal["device", "host", "disk"]:
+        """Where the tables' rows lie."""
+        ...
+
+    @property
+    def table_cache_gb(self) -> float:
+        """GB near the kernels for rows that lie elsewhere, of each rank."""
         ...
 
 
@@ -64,6 +109,7 @@ class ProductKeyKind(Kind[S]):
 
     rows_key: ClassVar[str]
     sparse = True
+    resumable = PLACEMENT
     tokens_travel: ClassVar[bool]
 
     def rows(self, config: Config) -> int:
@@ -88,6 +134,7 @@ class ProductKeyKind(Kind[S]):
             section.top_k,
             section.table_dtype,
             self.tokens_travel,
+            memory=section.table_memory,
         )
 
     def batch_statistics(self, config: Config) -> int:

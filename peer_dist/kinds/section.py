@@ -93,3 +93,5 @@ def _check_path(path: str) -> str:
 
 FilePath = Annotated[str, AfterValidator(_check_path)]
 """A path, or the prefix of several, that can be printed, opened and put into a script."""
+FolderOrNone = Annotated[str, AfterValidator(lambda path: path and _check_path(path))]
+"""The path of a folder, or nothing."""

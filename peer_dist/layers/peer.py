@@ -10,12 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peer_dist.kernels import ACTIVATIONS, huge_pages
+from peer_dist.kernels import ACTIVATIONS
 from peer_dist.layers.initialisation import draws, has_numbers, redraw
 from peer_dist.layers.product_key_layer import GATES, ProductKeyLayer, check_choices
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.layers.query_norm import KEY_NORMS, KeyNorm
 from peer_dist.sharding import ExpertGroups, GridLayout, Shard, release, routed_experts
+from peer_dist.sharding.held import code_dtype
 from peer_dist.tracing import span
 
 
@@ -81,7 +82,15 @@ class PEER(ProductKeyLayer):
             ranks; None keeps them whole.
         data_group: ranks that see different tokens, for batch statistics; defaults to all ranks of ``group``.
         output_std: standard deviation of an output component at initialisation.
-        table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``, with ``tables_of`` to that layer's.
+        table_dtype: dtype of ``down`` and ``up``; defaults to ``dtype``, with ``tables_of`` to that layer's. Those
+            of ``torch.int8`` and ``torch.float8_e4m3fn`` have a power of two for each row beside them, and are frozen
+            for torch's optimizers.
+        table_memory: ``device``; or ``host`` or ``disk``, where rows lie in host memory or in scratch files that are
+            gone with the process, and those that are picked often near the kernels. Gradients of such tables are sparse
+            and on the CPU (for SparseAdam, say).
+        table_cache_gb: GB near the kernels for the rows of this layer's far tables.
+        table_folder: of the scratch files; the system's temporary folder by default.
+        table_resident_gb: GB of the scratch files that the process keeps in memory at most, beside the cache.
         sparse_grad: give ``down`` and ``up`` sparse gradients, of the picked rows only (for SparseAdam, say).
         tables_of: a layer whose tables this one shares: the same parameters, registered in both.
         state_size: width p of a router's state that the layer is called with (RMoE): queries become
@@ -127,6 +136,10 @@ class PEER(ProductKeyLayer):
         data_group: dist.ProcessGroup | None = None,
         output_std: float | None = None,
         table_dtype: torch.dtype | None = None,
+        table_memory: str = "device",
+        table_cache_gb: float = 1.0,
+        table_folder: str = "",
+        table_resident_gb: float = 1.0,
         sparse_grad: bool = False,
         tables_of: PEER | None = None,
         state_size: int = 0,
@@ -146,6 +159,10 @@ class PEER(ProductKeyLayer):
             shared_keys=shared_keys,
             group=group,
             data_group=data_group,
+            table_memory=table_memory,
+            table_cache_gb=table_cache_gb,
+            table_folder=table_folder,
+            table_resident_gb=table_resident_gb,
             seed=seed,
             device=device,
             dtype=dtype,
@@ -158,10 +175,9 @@ class PEER(ProductKeyLayer):
         self.activation, self.sparse_grad, self.output_gate = activation, sparse_grad, output_gate
         self.dense_hidden, self.dispatch_chunks = dense_hidden, dispatch_chunks
         self.owns_tables = tables_of is None
-        """Whether the tables are its own, rather than those of the layer that was given as ``tables_of``."""
         if tables_of is not None:
-            table_dtype = table_dtype or tables_of.down.dtype
-            _check_same_tables(tables_of, self.layout, table_dtype)
+            mine = tables_of.down.dtype if table_dtype is None else code_dtype(table_dtype)
+            _check_same_tables(tables_of, self.layout, mine)
         self.output_std = output_std
 
         def linear(width: int, out: int, offset: int, after: tuple[int, ...] = ()) -> nn.Linear:
@@ -178,11 +194,11 @@ class PEER(ProductKeyLayer):
         self._key_norm_kind = key_norm
         self.key_norm = None if key_norm == "none" else self._new_key_norm(device, dtype)
         if tables_of is None:
-            table_dtype = table_dtype or self.keys.dtype
-            self.down = nn.Parameter(huge_pages(torch.empty(self.shard_shape, device=device, dtype=table_dtype)))
-            self.up = nn.Parameter(huge_pages(torch.empty(self.shard_shape, device=device, dtype=table_dtype)))
+            self._make_tables(table_dtype)
         else:
+            self.place = tables_of.place  # before them, for they lie there
             self.down, self.up = tables_of.down, tables_of.up
+            self.sparse_grad = self.sparse_grad or self.held
         self.reset_parameters()
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from peer_dist.layers.query_norm import QUERY_NORMS, VectorNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.sharding import ExpertGroups, GridLayout, TableModule, Traffic, agreed_seed
 from peer_dist.sharding.blocks import is_dtensor
+from peer_dist.sharding.held import MEMORIES, code_dtype, place_of, write_values
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda scores: scores.softmax(-1),
@@ -64,6 +65,10 @@ class ProductKeyLayer(TableModule):
         shared_keys: bool,
         group: dist.ProcessGroup | dist.DeviceMesh | ExpertGroups | None,
         data_group: dist.ProcessGroup | None,
+        table_memory: str,
+        table_cache_gb: float,
+        table_folder: str,
+        table_resident_gb: float,
         seed: int | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -78,7 +83,9 @@ class ProductKeyLayer(TableModule):
             raise ValueError(f"key_dim must be even, not {key_dim}")
         if dim < 1 or heads < 1:
             raise ValueError(f"dim and heads must be at least 1, not {dim} and {heads}")
-        check_choices(("query_norm", query_norm, QUERY_NORMS), ("gate", gate, GATES))
+        check_choices(
+            ("query_norm", query_norm, QUERY_NORMS), ("gate", gate, GATES), ("table_memory", table_memory, MEMORIES)
+        )
         self.dim, self.num_experts, self.heads, self.top_k, self.key_dim = dim, num_experts, heads, top_k, key_dim
         self.gate = gate
         groups = None if group is None else ExpertGroups.of(group)
@@ -95,7 +102,17 @@ class ProductKeyLayer(TableModule):
         self.norm = make_query_norm(query_norm, heads, key_dim, data_group, device, dtype)
         keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
         self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
+        self.place = place_of(table_memory, self.keys.device, table_cache_gb, table_folder, table_resident_gb)
         self._seed = seed
+
+    def _make_tables(self, dtype: torch.dtype | None) -> None:
+        """Make this rank's blocks of the tables, without values; by default of the keys' dtype.
+
+        Raises:
+            ValueError: tables cannot be of such a dtype.
+        """
+        self.new_tables(self.shard_shape, code_dtype(dtype or self.keys.dtype), self.keys.device)
+        self.sparse_grad = self.sparse_grad or self.held
 
     @property
     def shard_shape(self) -> tuple[int, int]:
@@ -195,16 +212,16 @@ class ProductKeyLayer(TableModule):
         if not has_numbers(table):
             return
         local, offset = own_block(table)
+        device = local.device if self.place is None else self.place.device  # the same numbers wherever they lie
         first_row, first_column = (begin + more for begin, more in zip(self.layout.offset, offset))
         rows = range(first_row, first_row + local.shape[0])
         columns = slice(first_column, first_column + local.shape[1])
         for block in range(rows.start // _INIT_BLOCK, -(-rows.stop // _INIT_BLOCK)):
             begin, end = block * _INIT_BLOCK, min((block + 1) * _INIT_BLOCK, self.num_experts)
-            generator = torch.Generator(local.device).manual_seed(seed * 1_000_003 + block)
+            generator = torch.Generator(device).manual_seed(seed * 1_000_003 + block)
             # in float32 whatever the dtype, so that the dtype only rounds
-            drawn = torch.empty(end - begin, self.dim, dtype=torch.float32, device=local.device)
+            drawn = torch.empty(end - begin, self.dim, dtype=torch.float32, device=device)
             drawn.normal_(0, std, generator=generator)
             mine = range(max(begin, rows.start), min(end, rows.stop))
-            local[mine.start - rows.start : mine.stop - rows.start] = drawn[
-                mine.start - begin : mine.stop - begin, columns
-            ]
+            place = slice(mine.start - rows.start, mine.stop - rows.start)
+            write_values(local, place, drawn[mine.start - begin : mine.stop - begin, columns])

@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from peer_dist.kernels import huge_pages
 from peer_dist.layers.initialisation import has_numbers
 from peer_dist.layers.product_key_layer import ProductKeyLayer, check_choices
 from peer_dist.sharding import ExpertGroups, Shard, release, routed_values
@@ -48,7 +47,8 @@ class ProductKeyMemory(ProductKeyLayer):
         init: ``memory`` or ``dense``.
         num_layers: of the whole model, for ``dense``.
         group, data_group: as in :class:`peer_dist.PEER`.
-        table_dtype: dtype of ``values``; defaults to ``dtype``.
+        table_dtype, table_memory, table_cache_gb, table_folder, table_resident_gb: of ``values``, as in
+            :class:`peer_dist.PEER`.
         sparse_grad: give ``values`` a sparse gradient, of the picked rows only.
         seed: as in :class:`peer_dist.PEER`.
         device, dtype: as everywhere in torch.
@@ -64,6 +64,7 @@ class ProductKeyMemory(ProductKeyLayer):
 
     rows_name = "num_values"
     table_names = ("values",)
+    values: nn.Parameter
 
     def __init__(
         self,
@@ -82,6 +83,10 @@ class ProductKeyMemory(ProductKeyLayer):
         group: dist.ProcessGroup | dist.DeviceMesh | ExpertGroups | None = None,
         data_group: dist.ProcessGroup | None = None,
         table_dtype: torch.dtype | None = None,
+        table_memory: str = "device",
+        table_cache_gb: float = 1.0,
+        table_folder: str = "",
+        table_resident_gb: float = 1.0,
         sparse_grad: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -104,14 +109,17 @@ class ProductKeyMemory(ProductKeyLayer):
             shared_keys=shared_keys,
             group=group,
             data_group=data_group,
+            table_memory=table_memory,
+            table_cache_gb=table_cache_gb,
+            table_folder=table_folder,
+            table_resident_gb=table_resident_gb,
             seed=seed,
             device=device,
             dtype=dtype,
         )
         check_choices(("init", init, INITS))
         self.init, self.num_layers, self.sparse_grad = init, num_layers, sparse_grad
-        table_dtype = table_dtype or self.keys.dtype
-        self.values = nn.Parameter(huge_pages(torch.empty(self.shard_shape, device=device, dtype=table_dtype)))
+        self._make_tables(table_dtype)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from peer_dist import kinds
 from peer_dist.config.schema import ModelConfig
 from peer_dist.kernels.dense import swiglu
+from peer_dist.kinds.product_keys import ProductKeyKind, ProductKeySection
 from peer_dist.layers.peer import PEER, activation_second_moment
 from peer_dist.layers.product_key_memory import ProductKeyMemory
 from peer_dist.layers.recurrence import RouterState
@@ -99,11 +100,12 @@ class PEERMLP(SparseMLP):
         (pool,) = (layers[0] for layers in run.pools if number - 1 in layers)
         self.peer = PEER(
             dim=run.model.hidden_size,
-            **section.model_dump(exclude={"table_dtype", "layers_per_pool", "revive_interval"}),
+            **section.model_dump(exclude={"table_dtype", "table_cache_gb", "layers_per_pool", "revive_interval"}),
             group=parallel.experts,
             data_group=parallel.token_group,
             output_std=dense_output_std(run.model),
-            table_dtype=getattr(torch, section.table_dtype),
+            table_dtype=table_dtype(section),
+            table_cache_gb=cache_gb(context, kinds.PEER),
             sparse_grad=run.table_optimizer.lazy,
             tables_of=context.pools.get(pool),
             state_size=0 if context.core is None else context.core.state_size,
@@ -130,11 +132,12 @@ class PKMMLP(SparseMLP):
         run, parallel, section = context.config, context.parallel, kinds.PKM.keys(context.config)
         self.pkm = ProductKeyMemory(
             dim=run.model.hidden_size,
-            **section.model_dump(exclude={"table_dtype"}),
+            **section.model_dump(exclude={"table_dtype", "table_cache_gb"}),
             num_layers=run.model.num_layers,
             group=parallel.experts,
             data_group=parallel.token_group,
-            table_dtype=getattr(torch, section.table_dtype),
+            table_dtype=table_dtype(section),
+            table_cache_gb=cache_gb(context, kinds.PKM),
             sparse_grad=run.table_optimizer.lazy,
             seed=context.seed(number),
             device=parallel.device,
@@ -186,6 +189,19 @@ class TopKRowParallelLinear(RowParallelLinear):
         """``hidden: [s, b, ffn_hidden_size]``, all but each token's ``top_k`` largest set to 0, to ``[s, b, d]``."""
         kept = hidden.topk(min(self.top_k, hidden.shape[-1]), dim=-1)
         return super().forward(torch.zeros_like(hidden).scatter(-1, kept.indices, kept.values))
+
+
+def table_dtype(section: ProductKeySection) -> torch.dtype:
+    """The dtype of a layer's tables by its keys."""
+    name = {"float8_e4m3": "float8_e4m3fn"}.get(section.table_dtype, section.table_dtype)
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def cache_gb(context: BuildContext, kind: ProductKeyKind[Any]) -> float:
+    """What each pool of tables of a kind has of the rank's memory for hot rows."""
+    run, stage = context.config, context.parallel.pipeline_rank
+    here = [pool for pool in run.pools if run.stage_of(pool[0]) == stage]
+    return kind.keys(run).table_cache_gb / sum(run.model.mlp_kinds[pool[0]] == kind.name for pool in here)
 
 
 def dense_output_std(model: ModelConfig) -> float:

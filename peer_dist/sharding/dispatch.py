@@ -33,6 +33,7 @@ from peer_dist.kernels import (
     value_mix,
     value_table_grad,
 )
+from peer_dist.kernels.far import is_held
 from peer_dist.sharding.exchange import ExchangePlan, MergedPicks, Traffic, plan_exchange
 from peer_dist.sharding.fixed import FixedPlan, fixed_plan
 from peer_dist.sharding.grid import GridLayout
@@ -78,7 +79,8 @@ def routed_experts(
     """
     if not layout.spread:
         _count(indices, traffic)
-        y = expert_mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
+        mix = untraced(expert_mix) if is_held(down) else expert_mix  # which rows come near depends on the picks
+        y = mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
         return y if beside is None else y + beside[1](beside[0](x))
     return _spread_experts(
         x, indices, gates, down, up, activation, layout, traffic, sparse_grad, dispatch_chunks, beside
@@ -137,7 +139,8 @@ def routed_values(
     """
     if not layout.spread:
         _count(indices, traffic)
-        return value_mix(gates.reshape(-1), values, Picks.even(indices), sparse_grad).to(dtype)
+        mix = untraced(value_mix) if is_held(values) else value_mix
+        return mix(gates.reshape(-1), values, Picks.even(indices), sparse_grad).to(dtype)
     return _spread_values(indices, gates, values, dtype, layout, traffic, sparse_grad)
 
 
@@ -274,6 +277,7 @@ class _Experts(torch.autograd.Function):
             pre_of_parts.append(pre)
             picks_of_parts += [picks.offsets, picks.expert]
         ctx.transit, ctx.activation, ctx.sparse_grad = transit, activation, sparse_grad
+        ctx.held = (down, up) if is_held(down) else None  # they are known by their objects
         ctx.save_for_backward(x, gate, down, up, *pre_of_parts, *picks_of_parts)
         return x.new_empty(0)
 
@@ -283,6 +287,7 @@ class _Experts(torch.autograd.Function):
         transit: _Transit = ctx.transit
         plan = transit.plan
         x, gate, down, up, *of_parts = ctx.saved_tensors
+        down, up = ctx.held or (down, up)
         pre_of_parts, of_parts = of_parts[: len(plan.parts)], of_parts[len(plan.parts) :]
         picks_of_parts = list(map(Picks, of_parts[::2], of_parts[1::2]))
         dy, arrivals = transit.take_rows()
@@ -311,7 +316,7 @@ class _Experts(torch.autograd.Function):
         if goes_home:
             with span("combine"):
                 transit.picks = plan.start_picks_to_homes(dgate)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if ctx.held or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             picks = picks_of_parts[0] if len(plan.parts) == 1 else plan.all_picks()
             ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, up, ctx.sparse_grad)
         return (edge if goes_home else None), ddown, dup, None, None, None
@@ -329,8 +334,9 @@ class _Values(torch.autograd.Function):
             received = plan.picks_at_owners(plan.start_picks_to_owners(gate))
         transit.last = value_mix(received, values, plan.all_picks()).to(dtype)
         ctx.transit, ctx.sparse_grad = transit, sparse_grad
+        ctx.held = values if is_held(values) else None
         ctx.save_for_backward(received, values)
-        return values.new_empty(0, dtype=dtype)
+        return received.new_empty(0, dtype=dtype)
 
     @staticmethod
     @once_differentiable
@@ -338,6 +344,7 @@ class _Values(torch.autograd.Function):
         transit: _Transit = ctx.transit
         plan, picks = transit.plan, transit.plan.all_picks()
         gate, values = ctx.saved_tensors
+        held, values = ctx.held is not None, values if ctx.held is None else ctx.held
         dy, (arrival,) = transit.take_rows()
         with span("dispatch"):
             arrival.wait()
@@ -349,7 +356,9 @@ class _Values(torch.autograd.Function):
                 dgate = sum_columns(dgate)
             with span("combine"):
                 going = plan.start_picks_to_homes(dgate.to(gate.dtype))
-        dvalues = value_table_grad(gate, dy, picks, values, ctx.sparse_grad) if ctx.needs_input_grad[1] else None
+        dvalues = None
+        if held or ctx.needs_input_grad[1]:
+            dvalues = value_table_grad(gate, dy, picks, values, ctx.sparse_grad)
         with span("combine"):
             return None if going is None else going.wait(), dvalues, None, None, None
 

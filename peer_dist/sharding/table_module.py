@@ -8,13 +8,20 @@ other parameters into the places of the first ones.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from peer_dist.kernels import huge_pages
+from peer_dist.kernels.eight_bit import is_eight_bit, let_scales
+from peer_dist.kernels.far import FarRows, Place
 from peer_dist.sharding import optimizer_state, wrappers
 from peer_dist.sharding.blocks import as_dtensor, block_of, is_dtensor
 from peer_dist.sharding.grid import GridLayout
+from peer_dist.sharding.held import blocks, flush, read_values, write_values
 
 _with_shards: weakref.WeakSet[TableModule] = weakref.WeakSet()
 
@@ -33,6 +40,10 @@ class TableModule(nn.Module):
     - ``load_state_dict`` takes DTensors, whole tables, and this rank's blocks;
     - optimizers' state dicts are alike (:mod:`peer_dist.sharding.optimizer_state`);
     - wrappers that would take a block for the whole are refused (:mod:`peer_dist.sharding.wrappers`).
+
+    Far tables, of a module with a :attr:`place`, stay there when the module moves; kernels meet them on its new device.
+    Tables of eight bits are parameters of codes that autograd knows no gradients of, beside buffers ``NAME_scales``,
+    which no cast changes; state dicts hold their values in bfloat16, and any values are loaded, rounded to the nearest.
     """
 
     table_names: ClassVar[tuple[str, ...]] = ()
@@ -40,6 +51,10 @@ class TableModule(nn.Module):
     layout: GridLayout
     sparse_grad: bool = False
     """Whether the tables' gradients are sparse."""
+    owns_tables: bool = True
+    """Whether the tables are its own, rather than another module's."""
+    place: Place | None = None
+    """Where the tables' rows lie, if not on the module's device."""
 
     def tables(self) -> dict[str, nn.Parameter]:
         """The tables by name, those of another module that are shared with it and released ones included."""
@@ -53,10 +68,111 @@ class TableModule(nn.Module):
             self._watch()
         super().__setattr__(name, value)
 
+    @property
+    def held(self) -> bool:
+        """Whether the tables are more than tensors of numbers on the module's device."""
+        return self.place is not None or any(map(is_eight_bit, self.tables().values()))
+
+    def new_tables(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        """Make the tables, of ``shape`` and without values: where :attr:`place` says, or on the device."""
+        for name in self.table_names:
+            table = nn.Parameter(self._rows(shape, dtype, device), requires_grad=dtype.is_floating_point)
+            setattr(self, name, table)
+            if is_eight_bit(table):
+                scales = self._rows(shape[:1], torch.float32, device).fill_(1.0)
+                self.register_buffer(f"{name}_scales", scales, persistent=False)
+        self._bind()
+
+    def _rows(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.place is not None and device.type != "meta":
+            return self.place.zeros(shape, dtype)
+        return huge_pages(torch.empty(shape, dtype=dtype, device=device))
+
+    def _bind(self) -> None:
+        """Let each table know its scales, and what brings its rows to the kernels."""
+        tables = self.tables()
+        for name, table in tables.items():
+            if is_eight_bit(table):
+                let_scales(table, getattr(self, f"{name}_scales"))
+        if self.place is not None and not any(table.is_meta for table in tables.values()):
+            FarRows(self.place, list(tables.values()))
+
+    def __getstate__(self) -> dict[str, Any]:  # for a copy
+        self._flush()
+        return self.__dict__
+
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy
         super().__setstate__(state)
         if self.layout.spread or self.sparse_grad:
             self._watch()
+        if self.held and self.owns_tables:
+            if self.place is not None:
+                for table in self.tables().values():
+                    if not table.is_meta:
+                        table.data = self._placed(table, table.dtype)
+            self._bind()
+
+    def _flush(self) -> None:
+        for table in self.tables().values():
+            flush(table)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TableModule:
+        if not self.held:
+            super()._apply(fn, recurse)
+            return self
+        self._flush()
+        parameters, buffers = dict(self._parameters), dict(self._buffers)
+        hidden = {f"{name}_scales" for name in self.table_names}
+        if self.place is not None:
+            hidden |= set(self.table_names)
+        self._parameters = {name: value for name, value in parameters.items() if name not in hidden}
+        self._buffers = {name: value for name, value in buffers.items() if name not in hidden}
+        try:
+            super()._apply(fn, recurse)
+        finally:  # in the order of before, which optimizers number parameters by
+            self._parameters = {name: self._parameters.get(name, value) for name, value in parameters.items()}
+            self._buffers = {name: self._buffers.get(name, value) for name, value in buffers.items()}
+        if self.owns_tables:
+            self._follow(fn)
+            self._bind()
+        return self
+
+    def _follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Let far tables have the dtype that ``fn`` gives them, and scales be where their tables are."""
+        device = self._own_device()
+        if self.place is not None:
+            self.place = replace(self.place, device=device)
+            for name, table in self.tables().items():
+                dtype = fn(torch.empty(0, dtype=table.dtype, device="cpu")).dtype
+                if table.is_meta == (device.type == "meta"):
+                    if dtype != table.dtype:
+                        table.data = self._placed(table, dtype)
+                    continue
+                rows = nn.Parameter(self._rows(tuple(table.shape), dtype, device), requires_grad=table.requires_grad)
+                if name in self._parameters:
+                    self._parameters[name] = rows
+                else:  # released
+                    object.__setattr__(self, name, rows)
+        for name, table in self.tables().items():
+            scales = self._buffers.get(f"{name}_scales")
+            if scales is None:
+                continue
+            if scales.is_meta != table.is_meta:
+                scales = self._rows(tuple(scales.shape), torch.float32, device).fill_(1.0)
+            self._buffers[f"{name}_scales"] = scales if self.place is not None else scales.to(table.device)
+
+    def _own_device(self) -> torch.device:
+        """The device of what is no table."""
+        own = (value for name, value in self._parameters.items() if name not in self.table_names and value is not None)
+        return next(own).device
+
+    def _placed(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of a table's memory in the place."""
+        assert self.place is not None
+        placed = self.place.zeros(tuple(rows.shape), dtype)
+        for block in blocks(rows):
+            placed[block] = rows.detach()[block].to(dtype)
+        return placed
 
     def _watch(self) -> None:
         wrappers.install()
@@ -65,7 +181,11 @@ class TableModule(nn.Module):
             optimizer_state.install(layouts)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._flush()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, table in self._tables_in(destination, prefix).items():
+            if is_eight_bit(table) and not keep_vars:
+                destination[key] = read_values(table, slice(0, len(table)))
         if self.layout.spread and not keep_vars:
             for key in self._table_keys(prefix):
                 if key in destination:
@@ -90,9 +210,21 @@ class TableModule(nn.Module):
                 except ValueError as error:
                     error_msgs.append(str(error))
                     state_dict[key] = self._parameters[key[len(prefix) :]]  # neither missing nor wrong once more
+        if self.held:
+            self._flush()
+            for key, table in self._tables_in(state_dict, prefix).items():
+                values = state_dict[key]
+                if isinstance(values, Tensor) and values.shape == table.shape and not table.is_meta:
+                    for block in blocks(table) if values is not table else ():
+                        write_values(table, block, values.detach()[block])
+                    state_dict[key] = table  # in whose place no other may come
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _tables_in(self, state_dict: dict[str, Any], prefix: str) -> dict[str, nn.Parameter]:
+        """The tables by their keys in a state dict that has them."""
+        return {key: self.tables()[key[len(prefix) :]] for key in self._table_keys(prefix) if key in state_dict}
 
     def _table_keys(self, prefix: str) -> list[str]:
         return [prefix + name for name in self.table_names if name in self._parameters]

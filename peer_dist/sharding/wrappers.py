@@ -49,6 +49,11 @@ def install() -> None:
 
 def refusal(wrapper: str, name: str, module: TableModule) -> str:
     """Why ``wrapper`` must not have the module's table ``name``, and what to do."""
+    if not module.layout.spread and module.held:
+        return (
+            f"{wrapper} cannot keep {name} alike on the ranks, whose rows lie elsewhere or have eight bits: spread the "
+            "table over the ranks with group=, or build the layer with table_memory device and a dtype of more bits"
+        )
     if not module.layout.spread:
         return (
             f"{wrapper} cannot synchronise the sparse gradient of {name}: spread the table over the ranks with group=, "
