@@ -342,6 +342,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from peer_dist.plots.panels import empty_panels, style
 
     runs = {one["name"]: one for one in results["runs"]}
+    most = max(results["tables"], *(one["most"][part] for one in results["runs"] for part in ("resident", "group")))
     with style():
         figure, panels = empty_panels(2, 7.0, 3.0)
         for panel, names in zip(panels, (("disk", "resumed"), ("memory",))):
@@ -365,10 +366,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
             panel.axhline(results["tables"] / 1e9, color="C3", linestyle="--", linewidth=0.8, label="the tables")
             if names[0] == "disk":
                 panel.axhline(results["limit"] / 1e9, color="k", linestyle="--", linewidth=0.8, label="the limit")
-                panel.set_title("tables on the disk, under the limit: stopped (dotted), and on")
+                panel.set_title("tables on the disk, under the limit; stopped once")
             else:
                 panel.set_title("tables in memory, without a limit")
-            panel.set(xlabel="seconds", ylabel="GB", xlim=(0, None), ylim=(0, 1.35 * results["tables"] / 1e9))
+            panel.set(xlabel="seconds", ylabel="GB", xlim=(0, None), ylim=(0, 1.05 * most / 1e9))
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
