@@ -33,6 +33,7 @@ from peer_dist.megatron.dist_checkpoint import dense_blocks
 from peer_dist.planning.counts import count
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.state import dense_shapes, shards
+from peer_dist.sharding.held import read_values
 
 VOCAB = 128
 BASE: dict[str, Any] = {
@@ -215,7 +216,8 @@ def test_exported_as_trained(parallel: Parallel, name: str, changes: dict[str, A
     for key, _, block in dense_blocks(model):  # SwiGLU's two matrices are a block each
         blocks.setdefault(key, []).append(block.detach())
     stored = {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in blocks.items()}
-    stored |= {f"tables.{key}": shard.parameter.detach() for key, shard in shards_of(model).items()}
+    for key, shard in shards_of(model).items():
+        stored[f"tables.{key}"] = read_values(shard.parameter, slice(None))
 
     class Tokenizer:
         padded_vocab_size = vocab_size = VOCAB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,28 +11,38 @@ import torch
 
 from peer_dist.engines import PARTS, Engine
 from peer_dist.engines.revival import Revival
+from peer_dist.kernels.far import far_rows_of
 from peer_dist.megatron import Parallel, shards_of
 from peer_dist.megatron.dist_checkpoint import (
     Reading,
     Sharded,
     State,
+    blocks_of,
     dense_sharded_state,
     held_once,
     is_copy,
-    load,
     table_shard,
     unfilled,
 )
+from peer_dist.sharding.held import flush, write_values
 
 
 def weights_state(model: Any, parallel: Parallel) -> State:
-    """The model's parameters, buffers and shards, as sharded tensors that share their memory."""
-    tables = {
-        name: table_shard(
-            f"tables.{name}", shard.parameter.detach(), shard.offset, shard.shape, parallel.expert_data_rank
+    """The model's parameters, buffers and shards, as sharded tensors that share their memory.
+
+    Tables of eight bits have none of their own there: they are written, and read by :func:`_read_codes`, in blocks.
+    """
+    tables: State = {}
+    for name, shard in shards_of(model).items():
+        flush(shard.parameter)
+        tables[name] = table_shard(
+            f"tables.{name}",
+            shard.parameter,
+            shard.offset,
+            shard.shape,
+            parallel.expert_data_rank,
+            far_rows_of(shard.parameter) is not None,
         )
-        for name, shard in shards_of(model).items()
-    }
     return {"model": dense_sharded_state(model), "tables": tables}
 
 
@@ -72,7 +83,8 @@ def _state_in_place(
             copy += parallel.world_size
         offset, shape = shard.offset[: value.dim()], shard.shape[: value.dim()]
         key = f"optimizer.{part}.tables.{name}"
-        state["table_optimizer"][f"{name}.{part}"] = table_shard(key, value, offset, shape, copy)
+        far = far_rows_of(shard.parameter) is not None
+        state["table_optimizer"][f"{name}.{part}"] = table_shard(key, value, offset, shape, copy, far)
     state["revival"] = {
         name: table_shard(f"revival.{name}", use, (0, 0, 0), tuple(use.shape), parallel.token_group.rank())
         for name, use in (revival.state() if revival is not None else ())
@@ -106,7 +118,9 @@ def restore_weights(path: Path, model: Any, parallel: Parallel, skip: tuple[str,
         part: {name: value for name, value in values.items() if not value.key.startswith(skip)}
         for part, values in weights_state(model, parallel).items()
     }
-    _copy_weights(load(state, path, partial=True), model)
+    reading = Reading(state, path, partial=True)
+    _copy_weights(reading.read(_in_place(state)), model)
+    _read_codes(reading, state, model)
 
 
 @torch.no_grad()
@@ -129,8 +143,9 @@ def restore_run(
         for part in PARTS
     }
     reading = Reading({**state, "trained": trained, "optimizer": dense}, path)
-    loaded = reading.read(state)
+    loaded = reading.read(_in_place(state))
     _copy_weights(loaded, model)
+    _read_codes(reading, state, model)
     for name, part, value in _shard_states(engine):
         _copy(value, loaded["table_optimizer"][f"{name}.{part}"])
     for name, use in revival.state() if revival is not None else ():
@@ -138,6 +153,23 @@ def restore_run(
     for (name, part), value in reading.stream(dense, parallel.device):  # a parameter comes as its master
         engine.load_dense_state(name, part, value)
     engine.steps = step
+
+
+def _in_place(state: State) -> State:
+    """The part of a state that is read into the memory of its tensors."""
+    return {**state, "tables": {name: shard for name, shard in state["tables"].items() if shard.codes is None}}
+
+
+def _read_codes(reading: Reading, state: State, model: Any) -> None:
+    """Read the tables of eight bits, and round them to the nearest, a block of rows at a time. A collective call."""
+    shards = shards_of(model)
+    part: dict[tuple[str, int], Sharded] = {}
+    for name, table in state["tables"].items():
+        if table.codes is not None:
+            whole = dataclasses.replace(table, data=table.data.float(), dtype=torch.float32, codes=None)
+            part |= {(name, rows.start or 0): block for rows, block in blocks_of(whole)}
+    for (name, begin), values in reading.stream(part, torch.device("cpu")):
+        write_values(shards[name].parameter, slice(begin, begin + len(values)), values)
 
 
 def _copy(target: torch.Tensor, value: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.custom_ops import differentiable, differentiable_no_further, operator
 from peer_dist.kernels.eight_bit import EightBit, gradient_dtype
 from peer_dist.kernels.far import is_held, near
-from peer_dist.kernels.pending import PendingSums, gradient_that_grows, pending_sums, place_for_sums
+from peer_dist.kernels.pending import PendingSums, gradient_that_grows, leave_sums, pending_sums, place_for_sums
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -454,9 +454,7 @@ def _grads_of_tables(
     places = [place for place in found if place is not None]
     if len(places) == len(tables):
         ops, sums = _backend_and_sums(weights, xs, dtype)
-        left = PendingSums(ops, sums, Picks(offsets, expert), tables)
-        for place in places:
-            place.append(left)
+        leave_sums(PendingSums(ops, sums, Picks(offsets, expert), tables), tables)
         return [None] * len(tables)
     if not any(table.requires_grad for table in tables):
         return [None] * len(tables)

@@ -8,6 +8,7 @@ import math
 import mmap
 import sys
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +63,31 @@ def gradient_memory(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(view, dtype=dtype, count=rows * dim).view(rows, dim)
 
 
+def host_zeros(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """A CPU tensor of zeros whose pages the system provides when they are first written to, huge ones where it can.
+
+    Args:
+        shape: any.
+        dtype: any.
+        pinned: let GPUs read it over the bus, and copy it while the host goes on. Torch's own pinned memory is of
+            powers of two, which would double a table. Its pages are provided at once then.
+    """
+    count = math.prod(shape)
+    if not pinned or count == 0:
+        return huge_pages(torch.zeros(tuple(shape), dtype=dtype, device="cpu"))
+    block = _block(count * dtype.itemsize)
+    view = memoryview(block)
+    tensor = torch.frombuffer(view, dtype=dtype, count=count)
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), len(block), 0)))
+    weakref.finalize(view, _unregister, block, tensor.data_ptr()).atexit = False
+    return tensor.view(tuple(shape))
+
+
+def _unregister(block: mmap.mmap, start: int) -> None:
+    """Let go of pinned memory; the mapping goes with the last reference to it, which is this one."""
+    torch.cuda.cudart().cudaHostUnregister(start)
+
+
 def _take(count: int) -> mmap.mmap:
     for block in sorted(_idle, key=len):
         if count <= len(block) <= 2 * count:
@@ -70,7 +96,10 @@ def _take(count: int) -> mmap.mmap:
                 return block
     _idle.clear()
     step = 1 << max(21, math.ceil(math.log2(count)) - 3)  # the next step's rows are about as many
-    size = -(-count // step) * step
+    return _block(-(-count // step) * step)
+
+
+def _block(size: int) -> mmap.mmap:
     if sys.platform == "win32":
         return mmap.mmap(-1, size)
     # private: a process that is forked off has its own from then on

@@ -3,10 +3,14 @@
 A row's scale is the smallest power of two with which its largest element fits. Codes times scale are therefore exact in
 bfloat16: a checkpoint holds the values in that dtype, and who quantises these again has the same values, though perhaps
 by other codes under a finer scale.
+
+No code stands for an infinity or NaN. A row that gets one has the scale NaN, and with it all of its elements are NaN:
+where float32 would have one such element, what reads the row sees that something went wrong too.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,7 +67,7 @@ def quantised(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) ->
     """Rows in eight bits.
 
     Args:
-        values: ``[rows, columns]`` float32, finite.
+        values: ``[rows, columns]`` float32, below 2**127.
         dtype: of the codes.
         bits: ``[rows, columns]`` int32 from 0 to 65535, to round stochastically: up with the probability of the
             remainder. None: to the nearest, of two as near to the even one.
@@ -74,7 +78,9 @@ def quantised(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) ->
     exponent = torch.frexp(most / largest).exponent.clamp_(min=_LEAST_EXPONENT)
     half = torch.ldexp(torch.ones_like(most), exponent - 1)
     scales = torch.where((half * largest >= most) & (exponent > _LEAST_EXPONENT), half, 2 * half)
-    scaled = values / scales[:, None]
+    finite = most.isfinite()
+    scales = torch.where(finite, scales, math.nan)
+    scaled = torch.where(finite[:, None], values, 0.0) / scales[:, None]
     magnitude = scaled.abs()
     if dtype == torch.int8:
         steps = torch.ones_like(magnitude)

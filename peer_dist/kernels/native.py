@@ -165,6 +165,8 @@ def update_rows(
     rows: Tensor | None,
     squares: Tensor | None,
     rounding: Rounding | None,
+    scales: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """See :func:`peer_dist.kernels.updates.update_rows`; the table and its gradient in one dtype."""
     given = {
@@ -176,7 +178,7 @@ def update_rows(
     }
     if rounding is not None:
         place = torch.tensor(rounding, dtype=torch.int64, device="cpu")
-        wrong = _call("update_stochastic", rows=len(table), place=place, table=table, **given)
+        wrong = _call("update_stochastic", rows=len(table), place=place, called=numbers, table=table, **given)
     elif master is not None:
         wrong = _call("update_master", rows=len(table), weight=master, table=table, **given)
     else:

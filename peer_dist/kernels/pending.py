@@ -9,7 +9,7 @@ checkpoint), there is a gradient as ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -112,9 +112,23 @@ class PendingSums:
         return rows, values[self._which(table)]
 
 
-def ask_for_sums(table: Tensor) -> None:
-    """Let backward passes leave the sums of a table's sparse gradient in :func:`pending_sums`."""
+def ask_for_sums(table: Tensor, arrived: Callable[[Tensor], None] | None = None) -> None:
+    """Let backward passes leave the sums of a table's sparse gradient in :func:`pending_sums`.
+
+    Args:
+        arrived: called with the table after each that has.
+    """
     table.pending_sums = []  # type: ignore[attr-defined]
+    table.sums_arrived = arrived  # type: ignore[attr-defined]
+
+
+def leave_sums(sums: PendingSums, tables: Sequence[Tensor]) -> None:
+    """Leave them on these tables, all of which were asked for them."""
+    for table in tables:
+        table.pending_sums.append(sums)  # type: ignore[attr-defined]
+    for table in tables:
+        if table.sums_arrived is not None:  # type: ignore[attr-defined]
+            table.sums_arrived(table)  # type: ignore[attr-defined]
 
 
 def pending_sums(table: Tensor) -> list[PendingSums] | None:

@@ -62,10 +62,10 @@ def _updates() -> dict[str, Signature]:
     """Those of updates.c, whose tensors depend on what there is beside the gradient."""
     given = {"row": (I64, "touched"), "squares": (F32, "touched")}
     moments = {"exp_avg": (F32, "rows", "dim"), "exp_avg_sq": (F32, "rows", "dim"), "row_sq": (F32, "rows")}
-    numbers, optional = (F32, "10"), " ".join((*given, *moments))
+    numbers, optional = (F32, "10"), " ".join(("called", *given, *moments))
 
     def of(grad: torch.dtype, *, place: tuple[Any, ...] | None = None, **weights: tuple[Any, ...]) -> Signature:
-        places = {} if place is None else {"place": place}
+        places = {} if place is None else {"place": place, "called": (I64, "touched")}
         return Signature(
             "touched rows dim", "touched <= rows", optional=optional, returns=True, numbers=numbers, **places,
             grad=(grad, "touched", "dim"), **given, **weights, **moments,

@@ -103,7 +103,7 @@ static i64 wrong_rows(i64 touched, i64 rows, const i64 *row) {
 
 static i64 update(int way, i64 touched, i64 rows, i64 dim, const float *number, const void *grad, const i64 *row,
                   const float *squares, float *weight, bf16 *table, float *exp_avg, float *exp_avg_sq, float *row_sq,
-                  const i64 *place) {
+                  const i64 *place, const i64 *called) {
   if (row && wrong_rows(touched, rows, row)) return 1;
   const int kind = !exp_avg ? ROWWISE_ADAGRAD : exp_avg_sq ? ADAM : ROWWISE_ADAM;
 #pragma omp parallel for schedule(static)
@@ -131,7 +131,7 @@ static i64 update(int way, i64 touched, i64 rows, i64 dim, const float *number, 
       if (way == STOCHASTIC) {
         uint64_t words[PART / DRAWS + 1];
         i64 column = place[2] + i, begin = column / DRAWS, end = (column + count + DRAWS - 1) / DRAWS;
-        draw((uint64_t)place[0], ((uint64_t)(place[1] + r) << 32) + (uint64_t)begin, end - begin, words);
+        draw((uint64_t)place[0], ((uint64_t)(place[1] + (called ? called[t] : r)) << 32) + (uint64_t)begin, end - begin, words);
         memcpy(drawn, words, (end - begin) * sizeof *words);
         draws += column % DRAWS;
       }
@@ -155,19 +155,20 @@ static i64 update(int way, i64 touched, i64 rows, i64 dim, const float *number, 
    row's sum of squares is taken here. */
 i64 update_in_place(i64 touched, i64 rows, i64 dim, const float *numbers, const float *grad, const i64 *row,
                     const float *squares, float *weight, float *exp_avg, float *exp_avg_sq, float *row_sq) {
-  return update(IN_PLACE, touched, rows, dim, numbers, grad, row, squares, weight, 0, exp_avg, exp_avg_sq, row_sq, 0);
+  return update(IN_PLACE, touched, rows, dim, numbers, grad, row, squares, weight, 0, exp_avg, exp_avg_sq, row_sq, 0, 0);
 }
 
 /* The same, and `table` gets the rounding of `weight`. */
 i64 update_master(i64 touched, i64 rows, i64 dim, const float *numbers, const bf16 *grad, const i64 *row,
                   const float *squares, float *weight, bf16 *table, float *exp_avg, float *exp_avg_sq, float *row_sq) {
-  return update(MASTER, touched, rows, dim, numbers, grad, row, squares, weight, table, exp_avg, exp_avg_sq, row_sq, 0);
+  return update(MASTER, touched, rows, dim, numbers, grad, row, squares, weight, table, exp_avg, exp_avg_sq, row_sq, 0, 0);
 }
 
-/* The same without float32 weights; `place`: the key of the random bits, and where the table begins in the whole one. */
-i64 update_stochastic(i64 touched, i64 rows, i64 dim, const float *numbers, const i64 *place, const bf16 *grad,
-                      const i64 *row, const float *squares, bf16 *table, float *exp_avg, float *exp_avg_sq,
-                      float *row_sq) {
+/* The same without float32 weights; `place`: the key of the random bits, and where the table begins in the whole one;
+   `called`: what the rows are numbered for these bits, where that is not what they are here. */
+i64 update_stochastic(i64 touched, i64 rows, i64 dim, const float *numbers, const i64 *place, const i64 *called,
+                      const bf16 *grad, const i64 *row, const float *squares, bf16 *table, float *exp_avg,
+                      float *exp_avg_sq, float *row_sq) {
   return update(STOCHASTIC, touched, rows, dim, numbers, grad, row, squares, 0, table, exp_avg, exp_avg_sq, row_sq,
-                place);
+                place, called);
 }

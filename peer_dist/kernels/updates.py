@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from peer_dist.kernels import native
+from peer_dist.kernels.eight_bit import dequantised, is_eight_bit, quantised
 from peer_dist.kernels.rounding import Rounding, random_bits, round_stochastically
 
 BLOCK = 1 << 18  # elements that plain PyTorch takes at a time: its temporaries stay in a CPU's cache
@@ -101,6 +102,8 @@ def update_rows(
     rows: Tensor | None = None,
     squares: Tensor | None = None,
     rounding: Rounding | None = None,
+    scales: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """Step rows of a table in place, with their moments.
 
@@ -108,7 +111,7 @@ def update_rows(
         step: its numbers.
         grad: ``[touched, columns]``, the gradients of these rows.
         table: ``[rows, columns]``: the weights in float32; or the rounding of ``master``; or, with ``rounding``, the
-            weights in bfloat16.
+            weights in bfloat16, or the codes of weights of eight bits.
         moments: float32, as the kind has them: ``exp_avg`` and ``exp_avg_sq`` ``[rows, columns]``, ``row_sq``
             ``[rows]``.
         master: ``[rows, columns]`` float32, the weights of a table of another dtype.
@@ -116,12 +119,19 @@ def update_rows(
         squares: ``[touched]`` float32, the sums of the whole rows' squared gradients, where the table has some of their
             columns; None: all columns are here.
         rounding: of the new weights, stochastically.
+        scales: ``[rows]`` float32, of a table of eight bits (:mod:`peer_dist.kernels.eight_bit`), which ``rounding``
+            must come with: each row stepped has a new one.
+        numbers: ``[touched]`` int64, what the rows are called in the shard where they are rounded: say the slots of a
+            cache are, as tensors, other rows than those they hold. None: ``rows``.
 
     Raises:
+        ValueError: a table of eight bits without scales, or without rounding.
         IndexError: on a CPU, rows that do not ascend or lead out of the table.
     """
+    if is_eight_bit(table) and (scales is None or rounding is None):
+        raise ValueError("a table of eight bits is stepped with its scales, and rounded stochastically: give both")
     grad = grad.contiguous()
-    backend(grad, table).update_rows(step, grad, table, moments, master, rows, squares, rounding)
+    backend(grad, table).update_rows(step, grad, table, moments, master, rows, squares, rounding, scales, numbers)
     torch.autograd.graph.increment_version(table)  # C and Triton write where autograd does not see it
 
 
@@ -156,6 +166,8 @@ class Plain:
         rows: Tensor | None,
         squares: Tensor | None,
         rounding: Rounding | None,
+        scales: Tensor | None = None,
+        numbers: Tensor | None = None,
     ) -> None:
         """See :func:`update_rows`."""
         weights = table if master is None else master
@@ -176,14 +188,22 @@ class Plain:
                 g = moments["exp_avg"][which] * step.first + g * step.rest_first
                 moments["exp_avg"][which] = g
             assert rate is not None
-            weight = weights[which].float() * step.decay - rate * g
+            weight = weights[which].float() if scales is None else dequantised(table[which], scales[which])
+            weight = weight * step.decay - rate * g
             if master is not None:
                 master[which] = weight
             if rounding is not None:
-                numbers = torch.arange(block.start, block.stop, dtype=torch.int64, device=grad.device)
-                numbers = (numbers if rows is None else which) + rounding.row
+                called = rows if numbers is None else numbers
+                if called is None:
+                    called = torch.arange(block.start, block.stop, dtype=torch.int64, device=grad.device)
+                else:
+                    called = called[block]
                 columns = range(rounding.column, rounding.column + table.shape[1])
-                table[which] = round_stochastically(weight, random_bits(rounding.key, numbers, columns))
+                bits = random_bits(rounding.key, called + rounding.row, columns)
+                if scales is None:
+                    table[which] = round_stochastically(weight, bits)
+                else:
+                    table[which], scales[which] = quantised(weight, table.dtype, bits)
             else:
                 table[which] = weight.to(table.dtype)
 

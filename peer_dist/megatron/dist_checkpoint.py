@@ -36,12 +36,14 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from peer_dist.kernels.eight_bit import is_eight_bit
 from peer_dist.mistake import Mistake
 from peer_dist.ranks.rank_zero import from_every_rank, on_rank_zero
+from peer_dist.sharding.held import read_values, values_dtype
 from peer_dist.shortage import shortage
 
 from .model import chunks_of, shards_of
@@ -50,8 +52,11 @@ from .reader import LoadPlainValues, LoadTensors, MetadataReader, UntrustedError
 BUFFER_BYTES = 1 << 26
 """Bytes of two blocks, the one that is written or read and the next; a single row may be larger."""
 
+_FAR = "1.distcp"  # the end of the name of a rank's file of what is far
+
 Key = TypeVar("Key")
 State = dict[str, Any]
+_Place = tuple[str, tuple[int, ...]]  # a key, and where in its tensor a block begins
 Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 Wanted: TypeAlias = dict[str, tuple[tuple[int, ...], bool]]  # shapes by key, and whether another shape will do
 
@@ -92,27 +97,55 @@ def dense_blocks(model: nn.ModuleList) -> Iterator[tuple[str, tuple[slice, ...],
         yield shard.key, shard.global_slice(), shard.data
 
 
+@dataclasses.dataclass
+class TableShard(ShardedTensor):
+    """A block of a table.
+
+    Attributes:
+        codes: the table, where it has eight bits an element; ``data`` then has no memory, and the dtype of what is
+            stored.
+        far: whether it lies where there may be no room for a copy.
+    """
+
+    codes: torch.Tensor | None = None
+    far: bool = False
+
+
 def table_shard(
-    key: str, tensor: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...], replica_id: int
-) -> ShardedTensor:
+    key: str,
+    tensor: torch.Tensor,
+    offset: tuple[int, ...],
+    shape: tuple[int, ...],
+    replica_id: int,
+    far: bool = False,
+) -> TableShard:
     """This rank's block of the table ``key``.
 
     Args:
         key: the table's (or its optimizer moment's) name in the checkpoint.
-        tensor: blocks may differ in size and must cover the table without overlap.
+        tensor: blocks may differ in size and must cover the table without overlap. Of eight bits, its values are stored
+            in bfloat16.
         offset: where in the table the block begins.
         shape: of the whole table.
         replica_id: 0 on the rank that writes this shard, another number on its copies (the expert data rank).
+        far: a copy of it may find no room, so that it is written at once even if :func:`save` is to leave tensors in
+            memory.
     """
-    return ShardedTensor(
+    codes = tensor if is_eight_bit(tensor) else None
+    data = tensor.detach()
+    if codes is not None:
+        data = torch.empty(codes.shape, dtype=values_dtype(codes), device="meta")
+    return TableShard(
         key,
-        tensor,
-        tensor.dtype,
+        data,
+        data.dtype,
         local_shape=tuple(tensor.shape),
         global_shape=shape,
         global_offset=offset,
         axis_fragmentations=None,  # no regular grid: rows and columns need not divide evenly
         replica_id=replica_id,
+        codes=codes,
+        far=far,
     )
 
 
@@ -144,22 +177,25 @@ def _copies(param: Sharded) -> tuple[int, ...]:
     return param.replica_id[:-1]
 
 
-def _blocks(shard: ShardedTensor) -> list[ShardedTensor]:
-    """The shard cut into blocks of rows, of half a buffer each."""
+def blocks_of(shard: ShardedTensor) -> Iterator[tuple[slice, ShardedTensor]]:
+    """The shard cut into blocks of rows, of half a buffer each, and which of its rows are in each."""
     data, (first, *columns) = shard.data, (shard.global_offset or (0,))
     if data.nbytes <= BUFFER_BYTES // 2 or shard.prepend_axis_num:
-        return [shard]
+        yield slice(None), shard
+        return
     rows = max(1, BUFFER_BYTES // 2 * len(data) // data.nbytes)
-    return [
-        dataclasses.replace(
-            shard,
-            data=block,
-            local_shape=tuple(block.shape),
-            global_offset=(first + number * rows, *columns),
-            axis_fragmentations=None,  # no regular grid
+    for number, block in enumerate(data.split(rows)):
+        begin = number * rows
+        yield (
+            slice(begin, begin + len(block)),
+            dataclasses.replace(
+                shard,
+                data=block,
+                local_shape=tuple(block.shape),
+                global_offset=(first + begin, *columns),
+                axis_fragmentations=None,  # no regular grid
+            ),
         )
-        for number, block in enumerate(data.split(rows))
-    ]
 
 
 class _Kept(io.BytesIO):
@@ -199,7 +235,9 @@ class Written:
 
 
 class _Files(FileSystem):
-    """Puts files of tensors on the disk or keeps them in memory; the small ones that describe them go to the disk."""
+    """Puts files of tensors on the disk or keeps them in memory; the small ones that describe them go to the disk, and
+    those of what is far.
+    """
 
     def __init__(self, in_memory: bool) -> None:
         self.in_memory, self.written = in_memory, Written()
@@ -211,7 +249,7 @@ class _Files(FileSystem):
             if Path(path).suffix != ".distcp":
                 with super().create_stream(path, mode) as stream:
                     yield stream
-            elif self.in_memory:
+            elif self.in_memory and not name.endswith(_FAR):
                 buffer = _Kept()
                 yield buffer
                 self.written.pending[name] = buffer.getbuffer()
@@ -228,24 +266,53 @@ class _Files(FileSystem):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer, one tensor after the other. Its own keeps, of each key, the last until all are written."""
+    """torch's writer, one tensor after the other. Its own keeps, of each key, the last until all are written.
+
+    Args:
+        blocks: what is written, by key and offset, and its rows in the shard that it is a block of.
+    """
+
+    def __init__(self, path: str | Path, files: _Files, blocks: dict[_Place, tuple[slice, ShardedTensor]]) -> None:
+        super().__init__(path)
+        self.fs, self._blocks = files, blocks
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name, results = f"{plan.storage_data.prefix}0.distcp", []
+        far = [item for item in plan.items if getattr(self._block(item), "far", False)]
+        near = [item for item in plan.items if not any(item is other for other in far)]
+        results = self._write(f"{plan.storage_data.prefix}0.distcp", near, planner)
+        if far:
+            results += self._write(f"{plan.storage_data.prefix}{_FAR}", far, planner)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _block(self, item: WriteItem) -> ShardedTensor | None:
+        _, block = self._blocks.get((item.index.fqn, tuple(item.index.offset or ())), (None, None))
+        return block
+
+    def _write(self, name: str, items: list[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        results = []
         with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream, _no_inner_checksums():
-            for item in plan.items:
-                tensor = planner.resolve_data(item).detach().cpu()  # type: ignore[union-attr]
+            for item in items:
+                tensor = self._data(item, planner)
                 if tensor.untyped_storage().nbytes() != tensor.nbytes:  # all of which would be written
                     tensor = tensor.clone()
                 begin = stream.tell()
                 torch.save(tensor, cast(IO[bytes], stream))
                 length = stream.tell() - begin
                 results.append(WriteResult(item.index, length, _StorageInfo(name, begin, length)))
-            if self.sync_files:
+            if not isinstance(stream, _Kept):
+                stream.flush()
                 os.fsync(stream.fileno())
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
+        return results
+
+    def _data(self, item: WriteItem, planner: SavePlanner) -> torch.Tensor:
+        block = self._block(item)
+        codes = getattr(block, "codes", None)
+        if codes is not None:
+            rows, _ = self._blocks[item.index.fqn, tuple(item.index.offset or ())]
+            return read_values(codes, rows).cpu()
+        return planner.resolve_data(item).detach().cpu()  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager
@@ -272,12 +339,12 @@ class _SaveHere(TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: State, checkpoint_dir: str | Path) -> None:
         shards, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        state = {key: [block for shard in parts for block in _blocks(shard)] for key, parts in shards.items()}
-        writer = _Writer(checkpoint_dir, sync_files=not self.files.in_memory)
-        writer.fs = self.files
+        cut = {key: [block for shard in parts for block in blocks_of(shard)] for key, parts in shards.items()}
+        placed = {(key, tuple(b.global_offset)): (rows, b) for key, parts in cut.items() for rows, b in parts}
+        state = {key: [block for _, block in parts] for key, parts in cut.items()}
         dcp.save(
             mcore_to_pyt_state_dict(state),
-            storage_writer=writer,
+            storage_writer=_Writer(checkpoint_dir, self.files, placed),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 

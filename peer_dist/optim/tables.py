@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from peer_dist.kernels import row_gradient
-from peer_dist.kernels.far import is_held
+from peer_dist.kernels.eight_bit import gradient_dtype, is_eight_bit, scales_of
+from peer_dist.kernels.far import FarRows, RowStep, far_rows_of, is_held
+from peer_dist.kernels.far.rows import Parts
 from peer_dist.kernels.pending import PendingSums, ask_for_sums, let_gradient_grow, pending_sums
 from peer_dist.kernels.rounding import Rounding, stream_key
 from peer_dist.kernels.updates import Step, row_squares, update_rows
 from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.sparse import merge, sum_over_copies
 
+_BLOCK = 1 << 14  # rows of a far table that are read at a time
 KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
 
 
@@ -57,7 +61,8 @@ class TableOptimizer:
 
     A float32 table is stepped in place. A table of lower precision has a float32 master beside it, of which it
     is the rounding; with ``rounding_seed`` there is none, and the new weights are rounded stochastically to bfloat16
-    (:mod:`peer_dist.kernels.rounding`). :mod:`peer_dist.kernels.updates` has the formulas.
+    (:mod:`peer_dist.kernels.rounding`), or to eight bits under a new scale of their row
+    (:mod:`peer_dist.kernels.eight_bit`). :mod:`peer_dist.kernels.updates` has the formulas.
 
     Args:
         tables: name to parameter, ``[rows, columns]`` each.
@@ -72,6 +77,9 @@ class TableOptimizer:
         one_pass: a table meets one backward pass in a step. A lazy one then has its gradient summed where it is used,
             in registers, if kernels for that serve it (:mod:`peer_dist.kernels.pending`), unless other ranks have
             copies or columns of it.
+
+    Raises:
+        ValueError: a table of eight bits, and a rule that is not lazy or has no ``rounding_seed``.
 
     Attributes:
         steps: the number of updates so far; setting it goes on from there.
@@ -90,18 +98,32 @@ class TableOptimizer:
         one_pass: bool = False,
     ) -> None:
         self.tables = dict(tables)
+        for name, table in self.tables.items():
+            if is_eight_bit(table) and (not rule.lazy or rule.rounding_seed is None):
+                raise ValueError(
+                    f"{name}: a table of eight bits needs a lazy optimizer that rounds stochastically: "
+                    "set table_optimizer.lazy and table_optimizer.stochastic_rounding to true"
+                )
         self._rule, self._lr, self._offsets = rule, rule.lr, offsets or {}
         self._dim, self._columns, self._copies, self._data_parallel_size = dim, columns, copies, data_parallel_size
         self.steps = 0
         self._masters = {
-            name: table if table.dtype == torch.float32 or rule.rounding_seed is not None else table.detach().float()
+            name: table
+            if table.dtype == torch.float32 or rule.rounding_seed is not None or is_eight_bit(table)
+            else _new_master(table)
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
+        self._pools: dict[FarRows, list[str]] = {}
+        for name, table in self.tables.items():
+            pool = far_rows_of(table)
+            if pool is not None:
+                self._pools.setdefault(pool, []).append(name)
+                pool.keep(table, self._states(name))
         alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
         for table in self.tables.values():
             if rule.lazy and is_held(table):
-                ask_for_sums(table)
+                ask_for_sums(table, None if one_pass else self._sum_up)
             elif rule.lazy:
                 (ask_for_sums if one_pass and alone else _merge_as_it_comes)(table)
             else:
@@ -115,11 +137,11 @@ class TableOptimizer:
     def _new_moments(self, table: Tensor) -> dict[str, Tensor]:
         moments = {}
         if self._rule.kind != "rowwise_adagrad":
-            moments["exp_avg"] = torch.zeros_like(table, dtype=torch.float32, requires_grad=False)
+            moments["exp_avg"] = _zeros(table, table.shape)
         if self._rule.kind == "adam":
-            moments["exp_avg_sq"] = torch.zeros_like(table, dtype=torch.float32, requires_grad=False)
+            moments["exp_avg_sq"] = _zeros(table, table.shape)
         else:
-            moments["row_sq"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
+            moments["row_sq"] = _zeros(table, table.shape[:1])
         return moments
 
     def set_lr(self, lr: float) -> None:
@@ -129,31 +151,34 @@ class TableOptimizer:
     def _grad(self, table: Tensor) -> Tensor:
         """The table's gradient, merged if it is sparse; where there is none, a gradient that touches no row or is 0."""
         self._sum_up(table)
-        if table.grad is None:
+        grad = _gradient(table)
+        if grad is None:
             if self.lazy:
                 none = torch.empty(0, dtype=torch.int64, device=table.device)
-                return row_gradient(none, table.new_empty(0, table.shape[1]), len(table))
+                return row_gradient(none, table.new_empty(0, table.shape[1], dtype=gradient_dtype(table)), len(table))
             return torch.zeros_like(table, requires_grad=False)
-        return merge(table.grad) if self.lazy else table.grad
+        return merge(grad) if self.lazy else grad
 
     def _pending(self, table: Tensor) -> PendingSums | None:
         """The sums of all of the table's gradient, if a step can take them in registers."""
         pending = pending_sums(table) or []
-        return pending[0] if len(pending) == 1 and table.grad is None and pending[0].in_registers else None
+        return pending[0] if len(pending) == 1 and _gradient(table) is None and pending[0].in_registers else None
 
     @staticmethod
+    @torch.no_grad()
     def _sum_up(table: Tensor) -> None:
         """Make a gradient of what backward passes have left of it, as they would have done."""
         pending = pending_sums(table)
         while pending:
             grad = row_gradient(*pending.pop(0).gradient(table), len(table))
-            table.grad = grad if table.grad is None else table.grad + grad
+            before = _gradient(table)
+            _let_gradient(table, grad if before is None else merge(before + grad))
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         """``(name, gradient)`` of each table, None without one. Summed up now, so only to find out what is in them."""
         for name, table in self.tables.items():
             self._sum_up(table)
-            yield name, table.grad
+            yield name, _gradient(table)
 
     @torch.no_grad()
     def grad_norm(self, device: torch.device) -> Tensor:
@@ -176,7 +201,7 @@ class TableOptimizer:
             elif copies > 1:
                 dist.all_reduce(grad, group=self._copies)
             squares += row_squares(grad.values() if self.lazy else grad).sum()
-            table.grad = grad
+            _let_gradient(table, grad)
         dist.all_reduce(squares)
         return (squares / copies).sqrt() / self._data_parallel_size
 
@@ -197,29 +222,40 @@ class TableOptimizer:
             lazy=rule.lazy,
         )
         for name, table in self.tables.items():
-            moments, master = self._moments[name], None if self._masters[name] is table else self._masters[name]
+            if far_rows_of(table) is not None:
+                continue
             pending = self._pending(table)
             if pending is not None:
+                moments, master = self._moments[name], None if self._masters[name] is table else self._masters[name]
                 pending.update(step, table, moments, master=master, rounding=self._rounding(name))
                 _drop(table)
                 continue
-            grad = self._grad(table)
-            _drop(table)
-            rows, values = (grad.indices()[0], grad.values()) if self.lazy else (None, grad)
-            squares = None
-            if "row_sq" in moments and self._columns is not None and dist.get_world_size(self._columns) > 1:
-                squares = row_squares(values)
-                dist.all_reduce(squares, group=self._columns)
-            update_rows(
-                step,
-                values,
-                table,
-                moments,
-                master=master,
-                rows=rows,
-                squares=squares,
-                rounding=self._rounding(name),
-            )
+            rows, values, squares = self._take(name)
+            _step_rows(step, self._rounding(name), self._parts(name), values, rows, None, squares)
+        for pool, names in self._pools.items():
+            steps = []
+            for name in names:
+                rows, values, squares = self._take(name)
+                assert rows is not None
+                if squares is None and "row_sq" in self._moments[name] and values.is_cuda:
+                    squares = row_squares(values)  # summed in one order, wherever rows are stepped
+                update = partial(_step_rows, step, self._rounding(name))
+                steps.append(RowStep(self.tables[name], rows, values, squares, update))
+            pool.step(steps)
+
+    def _take(self, name: str) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Rows (None: all), gradients and, where the table has some of the columns, the whole rows' sums of squares of
+        a table's gradient, which is freed.
+        """
+        table = self.tables[name]
+        grad = self._grad(table)
+        _drop(table)
+        rows, values = (grad.indices()[0], grad.values()) if self.lazy else (None, grad)
+        squares = None
+        if "row_sq" in self._moments[name] and self._columns is not None and dist.get_world_size(self._columns) > 1:
+            squares = row_squares(values)
+            dist.all_reduce(squares, group=self._columns)
+        return rows, values, squares
 
     def _rounding(self, name: str) -> Rounding | None:
         """How a table is rounded in this step, if it is at random."""
@@ -236,26 +272,96 @@ class TableOptimizer:
         """``(table name, part, tensor)`` of all that a checkpoint needs beside the tables.
 
         Parts are, as the kind has them, ``exp_avg`` and ``exp_avg_sq`` ``[rows, columns]``, ``row_sq`` ``[rows]`` (the
-        same on every column shard) and ``master`` ``[rows, columns]``. Writing into the tensors loads them.
+        same on every column shard) and ``master`` ``[rows, columns]``. Writing into the tensors loads them, before the
+        next pass. Far tables and their states are of the last step from this call on, until the next one.
+
+        Raises:
+            BaseException: what the last step of far rows failed with.
         """
-        for name, table in self.tables.items():
-            for part, value in self._moments[name].items():
-                yield name, part, value
-            master = self._masters[name]
-            if master is not table:
-                yield name, "master", master
+        for pool in self._pools:
+            pool.flush()
+        return ((name, part, value) for name in self.tables for part, value in self._states(name).items())
+
+    def _states(self, name: str) -> dict[str, Tensor]:
+        """What is kept of a table's rows beside the weights and their scales."""
+        master = self._masters[name]
+        return {**self._moments[name], **({} if master is self.tables[name] else {"master": master})}
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        table = self.tables[name]
+        scales = scales_of(table)
+        return {"weights": table, **({} if scales is None else {"scales": scales}), **self._states(name)}
 
     def memory(self) -> HeldBytes:
-        """What this rank holds of the tables, of which a step needs no more."""
+        """What this rank holds of the tables, of which a step needs no more. With the weights are the rows of far ones
+        that are near the kernels.
+        """
         tables = self.tables.values()
-        gradients = [table.grad for table in tables if table.grad is not None]
+        gradients = [grad for grad in map(_gradient, tables) if grad is not None]
         gradients += [part for table in tables for sums in pending_sums(table) or () for part in sums.tensors()]
-        return HeldBytes.of(self.tables.values(), gradients, (value for _, _, value in self.state()))
+        near = (tensor for pool in self._pools for tensor in pool.near_tensors())
+        states = (value for name in self.tables for value in self._states(name).values())
+        return HeldBytes.of((*tables, *near), gradients, states)
+
+
+def _zeros(table: Tensor, shape: Sequence[int]) -> Tensor:
+    """Float32 numbers where the table's rows are."""
+    far = far_rows_of(table)
+    if far is not None:
+        return far.place.zeros(shape, torch.float32)
+    return torch.zeros(*shape, dtype=torch.float32, device=table.device)
+
+
+def _new_master(table: Tensor) -> Tensor:
+    if far_rows_of(table) is None:
+        return table.detach().float()
+    master = _zeros(table, table.shape)
+    for to, part in zip(master.split(_BLOCK), table.detach().split(_BLOCK)):
+        to.copy_(part)
+    return master
+
+
+def _step_rows(
+    step: Step,
+    rounding: Rounding | None,
+    parts: Parts,
+    values: Tensor,
+    rows: Tensor | None,
+    numbers: Tensor | None,
+    squares: Tensor | None,
+) -> None:
+    """Step rows of all that is kept of a table, by their gradients; see :func:`update_rows`."""
+    update_rows(
+        step,
+        values,
+        parts["weights"],
+        {part: value for part, value in parts.items() if part not in ("weights", "scales", "master")},
+        master=parts.get("master"),
+        rows=rows,
+        squares=squares,
+        rounding=rounding,
+        scales=parts.get("scales"),
+        numbers=numbers,
+    )
+
+
+def _gradient(table: Tensor) -> Tensor | None:
+    """What has been summed up of a table's gradient."""
+    grad: Tensor | None = getattr(table, "summed_gradient", None) if is_held(table) else table.grad
+    return grad
+
+
+def _let_gradient(table: Tensor, grad: Tensor | None) -> None:
+    """Keep a gradient until the step. Torch lets no tensor of integers have one, and none on another device."""
+    if is_held(table):
+        table.summed_gradient = grad  # type: ignore[attr-defined]
+    else:
+        table.grad = grad
 
 
 def _drop(table: Tensor) -> None:
     """Free a table's gradient, or what it is the sum of."""
-    table.grad = None
+    _let_gradient(table, None)
     pending = pending_sums(table)
     if pending is not None:
         pending.clear()

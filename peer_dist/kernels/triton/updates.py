@@ -16,6 +16,7 @@ from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.triton import launching
 from peer_dist.kernels.triton.experts import RunSums, sum_run
 from peer_dist.kernels.triton.launching import jit, tl, triton
+from peer_dist.kernels.updates import Plain, Step
 
 TILE = 1024
 """Elements of a program of few columns, 8 a thread: with 40 registers or so, 1024 threads or more of a multiprocessor
@@ -304,7 +305,7 @@ def _update_runs_kernel(  # type: ignore[no-untyped-def]
 
 
 def update_rows(
-    step: Sequence[float],
+    step: Step,
     grad: Tensor,
     table: Tensor,
     moments: Mapping[str, Tensor],
@@ -312,8 +313,13 @@ def update_rows(
     rows: Tensor | None,
     squares: Tensor | None,
     rounding: Rounding | None,
+    scales: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
     """See :func:`peer_dist.kernels.updates.update_rows`."""
+    if scales is not None or numbers is not None:
+        Plain.update_rows(step, grad, table, moments, master, rows, squares, rounding, scales, numbers)
+        return
     blocks = _blocks(grad.shape[1])
     launching.launch(
         _update_kernel,

@@ -1,0 +1,58 @@
+"""Work on far rows that goes on while the kernels compute."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cache, lru_cache
+
+import torch
+
+
+@lru_cache(maxsize=1)
+def _thread(process: int) -> ThreadPoolExecutor:
+    """One thread for all pools of a process: their jobs are done in the order in which layers wait for them."""
+    return ThreadPoolExecutor(1, "peer_dist far rows")
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class Job:
+    """Something that one thread does after what it was given before; on a GPU on a stream of its own, after what the
+    caller's stream was given until now.
+
+    Args:
+        work: to be done.
+        device: of the kernels.
+    """
+
+    def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        self._done: torch.cuda.Event | None = None
+        ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+        def run() -> None:
+            stream = None if ready is None else _stream(device)
+            # what the caller's thread had set is not set here: neither its device nor that nothing is differentiated
+            with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
+                if stream is not None and ready is not None:
+                    stream.wait_event(ready)
+                work()
+                if stream is not None:
+                    self._done = stream.record_event()
+
+        self._future: Future[None] = _thread(os.getpid()).submit(run)
+
+    def wait(self) -> None:
+        """Until it is done; on a GPU, until the host has done its part, and the current stream waits for the rest.
+
+        Raises:
+            BaseException: what it failed with, each time that somebody waits.
+        """
+        self._future.result()
+        if self._done is not None:
+            torch.cuda.current_stream().wait_event(self._done)
