@@ -25,6 +25,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import io
 import json
 import os
 import re
@@ -39,9 +41,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from measure import show, write_json
+from torch.distributed.checkpoint import FileSystemReader
 
-from peer_dist.checkpoints.manifest import read_manifest
 from peer_dist.config import Config, load_config
 from peer_dist.kinds import KINDS, PEER
 from peer_dist.kinds.kind import Tables
@@ -245,10 +248,22 @@ def losses(lines: list[dict[str, float]]) -> dict[int, list[float | None]]:
     return {int(line["step"]): [line.get(name) for name in names] for line in lines if line["step"]}
 
 
-def digests(folder: Path) -> dict[str, Any]:
-    """Size and checksum of each file with weights and states of the newest checkpoint in a folder."""
+def digests(folder: Path) -> dict[tuple[str, tuple[int, ...]], str]:
+    """The digest of every piece of a tensor in the newest checkpoint of a folder, by its name and place.
+
+    Files are not compared: which of them a piece is in may differ.
+    """
     newest = max(folder.glob("step-*"), key=lambda path: path.name)
-    return {name: found for name, found in read_manifest(newest)["files"].items() if name.endswith(".distcp")}
+    found = {}
+    for index, at in FileSystemReader(newest).read_metadata().storage_data.items():
+        with (newest / at.relative_path).open("rb") as file:
+            file.seek(at.offset)
+            content = file.read(at.length)
+        with contextlib.suppress(Exception):  # a tensor; anything else is compared as it is
+            value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            content = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        found[index.fqn, tuple(index.offset or ())] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
