@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 import shutil
 import socket
 import stat
@@ -118,6 +119,32 @@ def free_memory() -> int:
     with contextlib.suppress(OSError, ValueError):  # "max", or no cgroup of version 2: no limit
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return int(free)
+
+
+def mapped_memory() -> int:
+    """Bytes of files and of shared memory that this process has mapped, as far as they are in memory; 0 off Linux."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def mount_of(path: Path) -> tuple[str, str]:
+    """Where the file system that holds an existing file is mounted, and of what kind it is: ("", "") off Linux."""
+    found = "", ""
+    real = os.path.realpath(path)
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        place = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), before.split()[4])  # spaces are spelled so
+        inside = place == "/" or real == place or real.startswith(f"{place}/")
+        if inside and len(place) >= len(found[0]):  # of several at one place the last is seen
+            found = place, after.split()[0]
+    return found
 
 
 def process_start(pid: int) -> str:

@@ -1,8 +1,8 @@
 """Tables whose rows lie in other memory, against ordinary ones: bit for bit, whatever is kept near."""
 
 import copy
+import gc
 import pickle
-import threading
 
 import pytest
 import torch
@@ -10,8 +10,7 @@ import torch.utils.checkpoint
 
 from peer_dist.kernels import Picks, expert_mix, value_mix
 from peer_dist.kernels.eight_bit import let_scales, quantised
-from peer_dist.kernels.far import FarRows, Hot, Place, near
-from peer_dist.kernels.far import rows as far_rows
+from peer_dist.kernels.far import FarRows, Hot, Place, far_rows_of, near
 from peer_dist.kernels.far.ranges import Ranges
 from peer_dist.optim import TableOptimizer, TableRule
 
@@ -153,3 +152,300 @@ def test_random_sizes(tmp_path):
             how = {"passes": 1 + draw(3), "tokens": draw(60), "each": draw(9), "skew": 0.5 + draw(5)}
             same(*(run.step(number * 100 + step, **how) for run in (ordinary, far)))
         same(ordinary.state(), far.state())
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("cached", [0, 30])
+def test_passes_that_are_under_way_together(memory, cached, tmp_path):
+    """As a pipeline has them, of several sizes, and with others that no backward pass follows in between."""
+    ordinary, far = pair(tmp_path, "adam", memory, cached, one_pass=False)
+    for step in range(5):
+        grads = []
+        for run in (ordinary, far):
+            passes = []
+            for number in range(3):
+                passes.append((run.forward(10 * step + number, tokens=3 + 20 * number), run.x))
+                with torch.no_grad():
+                    run.forward(1000 + step, tokens=40)
+            for y, _ in passes[::-1]:
+                y.square().sum().backward()
+            with torch.inference_mode():
+                y = run.forward(2000 + step, tokens=30)
+            norm = run.optimizer.grad_norm(CPU)
+            with torch.no_grad():
+                run.forward(3000 + step, skew=1.0)
+            run.optimizer.step(1.0)
+            grads.append([x.grad for _, x in passes] + [y.clone(), norm])
+        same(*grads)
+    same(ordinary.state(), far.state())
+
+
+def test_staged_rows_go_with_the_picks(tmp_path):
+    run = Run("adam", "host", 0)
+    for step in range(30):
+        run.step(step, tokens=6)
+        with torch.no_grad():
+            run.forward(100 + step)
+        with torch.inference_mode():
+            run.forward(200 + step)
+    gc.collect()
+    assert run.pool._buffer.ranges.taken == 0
+    assert run.pool._buffer.staged <= 2 * 6 * 4  # not more than what was ever needed at once, and some room
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_passes(reentrant, tmp_path):
+    ordinary, far = pair(tmp_path)
+    for step in range(4):
+        seen = []
+        for run in (ordinary, far):
+            before = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+            again = lambda anchor, run=run, step=step: run.forward(step) + anchor  # noqa: E731
+            y = torch.utils.checkpoint.checkpoint(again, before, use_reentrant=reentrant)
+            y.square().sum().backward()
+            seen.append([y.detach(), run.optimizer.grad_norm(CPU)])
+            run.optimizer.step(1.0)
+        same(*seen)
+    same(ordinary.state(), far.state())
+    traffic = far.pool.traffic()
+    assert traffic.hits + traffic.misses > 0
+    assert traffic.hits % 2 == traffic.misses % 2 == 0  # both forward passes count
+
+
+def test_other_default_dtypes(tmp_path):
+    ordinary = Run("masters")
+    seen = [ordinary.step(step) for step in range(4)]
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            far = Run("masters", "disk", 9, tmp_path)
+            for step in range(4):
+                same(far.step(step), seen[step])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        same(ordinary.state(), far.state())
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_who_writes_after_a_flush_is_heard(memory, tmp_path):
+    ordinary, far = pair(tmp_path, "stochastic", memory, 30)
+    for step in range(4):
+        same(*(run.step(step) for run in (ordinary, far)))
+    for run in (ordinary, far):
+        for _, part, value in run.optimizer.state():
+            assert part == "row_sq"
+            value[::2] *= 3
+        with torch.no_grad():
+            run.tables[0][:50] *= -1
+        torch.from_numpy(run.tables[1].detach().view(torch.int16).numpy())[:9] = 0  # which torch does not count
+    for step in range(4, 8):
+        same(*(run.step(step) for run in (ordinary, far)))
+    same(ordinary.state(), far.state())
+
+
+def test_writes_before_the_first_step_are_heard(tmp_path):
+    ordinary, far = pair(tmp_path)
+    for run in (ordinary, far):
+        run.forward(0)
+        with torch.no_grad():
+            run.tables[0].neg_()
+    same(*(run.step(0) for run in (ordinary, far)))
+
+
+@pytest.mark.parametrize("cached", [0, 30])
+def test_writes_over_newer_rows_are_refused(cached, tmp_path):
+    run = Run("adam", "host", cached)
+    for step in range(2):
+        run.step(step)
+    with torch.no_grad():
+        run.tables[0].zero_()
+    for _ in range(2 if cached else 1):
+        with pytest.raises(RuntimeError, match=r"wrote to a far table of \[90, 12\].* call FarRows.flush"):
+            run.forward(5)
+
+
+def test_after_a_flush_the_memory_is_the_truth(tmp_path):
+    ordinary, far = pair(tmp_path, "rowwise_adagrad", "disk", 25)
+    for step in range(6):
+        same(*(run.step(step) for run in (ordinary, far)))
+        if step > 2:
+            assert not far.tables[0].equal(ordinary.tables[0])
+            far.pool.flush()
+            same(ordinary.tables, far.tables)
+
+
+def test_copies_are_ordinary_tensors(tmp_path):
+    ordinary, far = pair(tmp_path)
+    for step in range(3):
+        same(*(run.step(step) for run in (ordinary, far)))
+    far.pool.flush()
+    for copied in (copy.deepcopy(far.tables[0]), pickle.loads(pickle.dumps(far.tables[0]))):
+        assert far_rows_of(copied) is None
+        assert copied.equal(ordinary.tables[0])
+        copied.data.zero_()
+    same([far.step(3)[-1]], [ordinary.step(3)[-1]])
+
+
+def test_an_error_in_the_background_is_raised_where_rows_are_needed(tmp_path):
+    run = Run("adam", "disk", 5, tmp_path)
+    run.step(0)
+    run.forward(1).sum().backward()
+    run.optimizer.grad_norm(CPU)
+    moments = run.pool._far[0]
+    moments["exp_avg"] = moments["exp_avg"][:, :-1]  # which no file serves
+    run.optimizer.step(1.0)
+    for needs in (lambda: run.forward(2), run.optimizer.state, run.pool.traffic, lambda: run.optimizer.step(1.0)):
+        with pytest.raises(ValueError, match="rows through a file") as error:
+            needs()
+        assert "_step_far" in [entry.name for entry in error.traceback]
+
+
+def test_a_step_between_the_passes_is_refused(tmp_path):
+    run = Run("adam", "host", 5)
+    y = run.forward(0)
+    run.step(1)
+    with pytest.raises(RuntimeError, match="stepped between"):
+        y.sum().backward()
+
+
+def test_other_optimizers_train_them(tmp_path):
+    seen = []
+    for memory in (None, *MEMORIES):
+        run = Run("adam", memory, 9, tmp_path)
+        for table in run.tables:
+            del table.pending_sums
+        adam = torch.optim.SparseAdam(run.tables)
+        losses = []
+        for step in range(4):
+            loss = run.forward(step).square().sum()
+            losses.append(loss.detach())
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+        seen.append(losses)
+    same(seen[0], seen[1])
+    same(seen[0], seen[2])
+    assert len(set(map(float, seen[0]))) == 4
+
+
+def test_tables_that_are_not_lazy_are_refused(tmp_path):
+    run = Run("adam", "host", 9)
+    with pytest.raises(ValueError, match="t: a far table needs a lazy optimizer"):
+        TableOptimizer({"t": run.tables[0]}, TableRule("adam", 0.1, (0.9, 0.9), 1e-8, 0.0), DIM)
+
+
+def test_traffic(tmp_path):
+    run, tables = Run("adam", "host", 0), 2
+    row, state = tables * 4 * DIM, tables * 12 * DIM
+    with torch.no_grad():
+        run.forward(0)
+    assert run.pool.traffic() == (0, 0, 0, 0)
+    run.step(0)
+    touched = run.pool.traffic()
+    assert touched == (0, touched.misses, touched.misses * (row + state), touched.misses * state)
+    run = Run("adam", "host", ROWS)
+    run.step(0)
+    filled = run.pool.traffic()  # it was stepped there before it came
+    assert filled == (0, touched.misses, touched.misses * (row + 2 * state), touched.misses * state)
+    run.step(0)
+    assert run.pool.traffic() == (touched.misses, 0, 0, 0)
+    run.pool.flush()
+    assert run.pool.traffic() == (0, 0, 0, touched.misses * state)
+
+
+def test_shapes_alone(tmp_path):
+    run = Run("int8", "host", 9)
+    picks = Picks.even(torch.zeros(3, 2, dtype=torch.int64, device="meta"))
+    here = near(picks, *run.tables)
+    assert [table.shape for table in here.tables] == [(ROWS, DIM)] * 2
+    assert all(tensor.is_meta for tensor in (*here.tables, *here.scales))
+
+
+def test_what_is_near_is_counted(tmp_path):
+    run = Run("rowwise_adam", "host", 10)
+    far = run.optimizer.memory()
+    run.step(0, tokens=9)
+    held = run.optimizer.memory()
+    kept = sum(t.nbytes for t in run.pool.near_tensors())
+    assert held.weights == 2 * 4 * ROWS * DIM + kept
+    assert held.optimizer == far.optimizer == 2 * 4 * ROWS * (DIM + 1)
+    assert kept >= 10 * width("rowwise_adam")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who has a place.
+
+
+def test_places_go_to_those_that_are_touched_most():
+    chance = torch.Generator().manual_seed(0)
+    rows, capacity = 500, 50
+    hot = Hot(rows, capacity, CPU)
+    places = {}  # row to place
+    chances = 1 / torch.arange(1, rows + 1, dtype=torch.float64, device="cpu")
+    for step in range(300):
+        touched = torch.unique(torch.multinomial(chances, 60, True, generator=chance))
+        before = hot.slots(touched)
+        assert [places.get(row, -1) for row in touched.tolist()] == before.tolist()
+        exchange = hot.step(touched)
+        came, went = exchange.coming.tolist(), exchange.going.tolist()
+        assert not set(came) & places.keys()
+        assert set(came) <= set(touched.tolist())
+        assert len(set(exchange.slots.tolist())) == len(came)
+        for row, slot, old in zip(came, exchange.slots.tolist(), went):
+            if old >= 0:
+                assert places.pop(old) == slot
+            else:
+                assert step < 10
+            places[row] = slot
+        assert sorted(places.values()) == list(range(hot.used))
+        assert sum(old >= 0 for old in went) <= capacity // 8
+    assert hot.used == capacity
+    assert sum(row < capacity for row in places) > 0.7 * capacity
+
+
+def test_old_touches_count_less(monkeypatch):
+    monkeypatch.setattr("peer_dist.kernels.far.hot.HALF_LIFE", 2)
+    hot = Hot(10, 1, CPU)
+    first, second = (torch.tensor([row], dtype=torch.int64, device="cpu") for row in (3, 7))
+    for _ in range(200):  # over which counts are made smaller several times
+        hot.step(first)
+    steps = 0
+    while hot.rows.tolist() == [3]:
+        hot.step(second)
+        steps += 1
+    assert hot.rows.tolist() == [7]
+    assert hot.slots(torch.cat([first, second])).tolist() == [-1, 0]
+    assert 2 <= steps <= 4
+
+
+@pytest.mark.parametrize(("rows", "capacity"), [(0, 5), (7, 0), (7, 7), (7, 100), (1, 1)])
+def test_no_places_and_more_than_rows(rows, capacity):
+    hot = Hot(rows, capacity, CPU)
+    everyone = torch.arange(rows, dtype=torch.int64, device="cpu")
+    for _ in range(3):
+        hot.step(everyone[:0])
+        hot.step(everyone)
+    assert hot.used == min(rows, capacity)
+    assert sorted(hot.slots(everyone).tolist()) == (list(range(rows)) if capacity else [-1] * rows)
+
+
+def test_ranges_are_apart_and_come_back():
+    chance = torch.Generator().manual_seed(0)
+    ranges, held = Ranges(5, 105), []
+    for _ in range(400):
+        count, leave = torch.randint(1, 30, (2,), generator=chance, dtype=torch.int64, device="cpu").tolist()
+        taken = ranges.take(count)
+        if taken is None:
+            assert sum(r.end - r.begin for r in held) + count > 40  # what lies in between is in pieces
+            del held[leave % len(held)]
+            continue
+        assert taken.end - taken.begin == count
+        assert 5 <= taken.begin <= taken.end <= 105
+        assert all(taken.end <= other.begin or other.end <= taken.begin for other in held)
+        held.append(taken)
+        assert ranges.taken == sum(r.end - r.begin for r in held)
+        del taken
+    held.clear()
+    assert ranges.taken == 0
+    assert ranges.take(100).begin == 5
+    assert ranges.take(0) is not None

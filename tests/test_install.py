@@ -146,7 +146,7 @@ def test_all_files_ship(built: dict[str, Path]) -> None:
     wanted |= {f"peer_dist/{file.relative_to(tree)}" for file in (tree / "configs").rglob("*.yaml")}
     shipped = {name for name in zipfile.ZipFile(built["wheel"]).namelist() if ".dist-info/" not in name}
     assert shipped == wanted
-    sources = {f"peer_dist/kernels/{name}" for name in ("native.c", "updates.c", "rows.h")}
+    sources = {f"peer_dist/kernels/{name}" for name in ("native.c", "updates.c", "files.c", "rows.h")}
     assert {"peer_dist/py.typed", "peer_dist/configs/quickstart.yaml", *sources} <= wanted
 
 

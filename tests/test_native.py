@@ -34,6 +34,7 @@ SIZES = {
     "most": 9,
     "written": 9,
     "touched": 9,
+    "blocks": 9,
 }
 PICKS = Picks(torch.tensor([0, 2, 2, 5, 5, 12]), torch.tensor([8, 0, 3, 3, 5, 0, 1, 2, 2, 7, 8, 8]))
 REFUSED = (TypeError, ValueError, IndexError)
@@ -125,10 +126,10 @@ AS_GOOD = {
     *((f"table_grad_{row}", "rows", "nothing") for row in ("f32", "bf16")),
     *(
         (f"update_{way}", part, "nothing")
-        for way in ("in_place", "master", "stochastic")
+        for way in ("in_place", "master", "stochastic", "i8", "e4m3")
         for part in ("row", "squares", "exp_avg", "exp_avg_sq", "row_sq")
     ),
-    ("update_stochastic", "called", "nothing"),
+    *((f"update_{way}", "called", "nothing") for way in ("stochastic", "i8", "e4m3")),
     ("wrong_picks", "rows", str(1 << 62)),
 }
 

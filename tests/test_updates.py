@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peer_dist.kernels import native, updates
 from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.updates import Plain, Step, row_squares, update_rows
-from tests.updates import CASES, KINDS, Table, same_bits
+from tests.updates import CASES, EIGHT_CASES, KINDS, Table, same_bits
 
 COLUMNS = [0, 1, 3, 5, 16, 63, 64, 100, 412, 1000, 1024, 1025, 3000]
 
@@ -23,7 +23,7 @@ def compiled(request, monkeypatch, tmp_path_factory):
             pytest.skip("its flag is for x86")
         flags = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in native.FLAGS)
         monkeypatch.setattr(native, "FLAGS", flags)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "any processor"))
         native.load_library.cache_clear()
     if native.load_library() is None:
         pytest.skip("no C compiler here")
@@ -32,16 +32,17 @@ def compiled(request, monkeypatch, tmp_path_factory):
         native.load_library.cache_clear()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    case=st.sampled_from(CASES), rows=st.integers(0, 20), columns=st.sampled_from(COLUMNS), seed=st.integers(0, 2**20),
+    case=st.sampled_from(CASES + EIGHT_CASES), named=st.booleans(),
+    rows=st.integers(0, 20), columns=st.sampled_from(COLUMNS), seed=st.integers(0, 2**20),
     odd=st.lists(st.sampled_from([0.0, -0.0, 1e-42, 1e30, float("inf"), -float("inf"), float("nan")]), max_size=3),
 )  # fmt: skip
-def test_bits_are_those_of_plain_pytorch(compiled, case, rows, columns, seed, odd):
-    Table(*case, rows, columns, seed, odd=tuple(odd)).check(native)
+def test_bits_are_those_of_plain_pytorch(compiled, case, rows, columns, seed, odd, named):
+    Table(*case, rows, columns, seed, odd=tuple(odd), named=named).check(native)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + EIGHT_CASES, ids=str)
 def test_threads_and_runs_change_nothing(case):
     table, found, before = Table(*case, 300, 100), [], torch.get_num_threads()
     for threads in (1, 3, 3):

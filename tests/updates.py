@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peer_dist.kernels.eight_bit import CODES, gradient_dtype, quantised
 from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.updates import Plain, Step
 
@@ -16,6 +17,8 @@ WAYS = ("float32", "master", "rounded")
 """A float32 table; one of bfloat16 with a float32 master; one of bfloat16 that is rounded at random."""
 CASES = list(itertools.product(KINDS, WAYS, [False, True]))
 """With whether only some rows are touched."""
+EIGHT_CASES = list(itertools.product(KINDS, CODES, [False, True]))
+"""The same of tables of eight bits."""
 SUM_ULPS = 8
 """How far a row's mean may lie from plain PyTorch's, which adds in another order: in ulps, for up to 5000 columns."""
 
@@ -25,26 +28,32 @@ class Table:
 
     Args:
         odd: numbers that stand in the gradient's first row.
+        named: rows are called by other numbers where they are rounded.
     """
 
     def __init__(
-        self, kind: str, way: str, lazy: bool, rows: int, columns: int, seed: int = 0, *, odd: tuple[float, ...] = ()
-    ) -> None:
+        self, kind: str, way: str, lazy: bool, rows: int, columns: int, seed: int = 0, *,
+        odd: tuple[float, ...] = (), named: bool = False,
+    ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
         def drawn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator)
 
         weight = drawn(rows, columns)
-        self.table = weight if way == "float32" else weight.bfloat16()
+        self.table, self.scales = weight if way == "float32" else weight.bfloat16(), None
+        if way in CODES:  # of magnitudes of all kinds
+            weight *= torch.exp2(torch.randint(-140, 100, (rows, 1), generator=generator).float())
+            self.table, self.scales = quantised(weight, CODES[way])
         self.master = weight.clone() if way == "master" else None
         self.moments = {} if kind == "rowwise_adagrad" else {"exp_avg": drawn(rows, columns)}
         self.moments |= {"exp_avg_sq": drawn(rows, columns) ** 2} if kind == "adam" else {"row_sq": drawn(rows) ** 2}
         self.rows = torch.rand(rows, generator=generator).argsort()[: rows // 3].sort().values if lazy else None
-        self.grad = drawn(rows if self.rows is None else len(self.rows), columns).to(self.table.dtype)
+        self.grad = drawn(rows if self.rows is None else len(self.rows), columns).to(gradient_dtype(self.table))
         for column, value in enumerate(odd[:columns] if len(self.grad) else ()):
             self.grad[0, column] = value
-        self.rounding = Rounding(-0x123456789ABCDEF, 5, 6 * (seed % 3)) if way == "rounded" else None
+        self.rounding = Rounding(-0x123456789ABCDEF, 5, 6 * (seed % 3)) if way == "rounded" or way in CODES else None
+        self.numbers = torch.randint(2**31 - 5, (len(self.grad),), generator=generator) if named else None
         self.step = Step.of(kind, 0.02, (0.8, 0.9), 1e-4, 0.1, count=3, scale=0.3, dim=max(1, columns), lazy=lazy)
 
     def stepped(self, backend: Any, device: str = "cpu", squares: Tensor | None = None) -> dict[str, Tensor]:
@@ -55,10 +64,12 @@ class Table:
 
         table, master = there(self.table), there(self.master)
         moments = {name: there(value) for name, value in self.moments.items()}
+        scales, numbers = there(self.scales), there(self.numbers)
+        more = () if scales is None and numbers is None else (scales, numbers)
         backend.update_rows(
-            self.step, there(self.grad), table, moments, master, there(self.rows), there(squares), self.rounding
+            self.step, there(self.grad), table, moments, master, there(self.rows), there(squares), self.rounding, *more
         )
-        parts = {"table": table, "master": master, **moments}
+        parts = {"table": table, "scales": scales, "master": master, **moments}
         return {name: value.cpu() for name, value in parts.items() if value is not None}
 
     def check(self, backend: Any, device: str = "cpu") -> None:

@@ -79,14 +79,14 @@ def quantised(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) ->
     half = torch.ldexp(torch.ones_like(most), exponent - 1)
     scales = torch.where((half * largest >= most) & (exponent > _LEAST_EXPONENT), half, 2 * half)
     finite = most.isfinite()
-    scales = torch.where(finite, scales, math.nan)
-    scaled = torch.where(finite[:, None], values, 0.0) / scales[:, None]
+    scaled = torch.where(finite[:, None], values / scales[:, None], 0.0)
     magnitude = scaled.abs()
     if dtype == torch.int8:
         steps = torch.ones_like(magnitude)
     else:  # three bits after the leading one; below 2**-6 as many as there
         steps = torch.ldexp(torch.ones_like(magnitude), torch.frexp(magnitude).exponent.clamp_(min=-5) - 4)
     places = magnitude / steps
-    places = places.round() if bits is None else (places + bits * 2.0**-16).floor()
+    places = places.round() if bits is None else (places + bits.float() * 2.0**-16).floor()
     codes = (places * steps).copysign(scaled)
-    return EightBit(codes.to(torch.int8) if dtype == torch.int8 else codes.to(torch.float8_e4m3fn).view(dtype), scales)
+    codes = codes.to(torch.int8) if dtype == torch.int8 else codes.to(torch.float8_e4m3fn).view(dtype)
+    return EightBit(codes, torch.where(finite, scales, math.nan))

@@ -3,9 +3,10 @@
    Compiled once per machine by native.py, with OpenMP where the compiler has it: then its threads are torch's own, and
    do not wait for those to stop spinning. Every token (or row) is one thread's, so results do not depend on how many
    there are. Rows lie at random in gigabytes: what costs time is waiting for memory, so each loop asks for the rows of a
-   few picks ahead. Tables are float32 or bfloat16, all else is float32.
+   few picks ahead. Tables are float32, bfloat16 or codes of eight bits, all else is float32.
 
-   signatures.py says what each function takes, and checks it. This file includes itself once per table type. */
+   signatures.py says what each function takes, and checks it. This file includes itself once per table type. Only rows
+   of codes have scales: what is written with the macros of SCALED is not there for the others. */
 
 #ifndef ROW
 
@@ -245,8 +246,37 @@ void add_rows(i64 rows, i64 tokens, i64 dim, const float *weight, const float *x
 #define ROW bf16
 #define NAME(f) PASTE(f, _bf16)
 #include "native.c"
+#undef ROW
+#undef NAME
+
+#define SCALED
+#define ROW i8
+#define NAME(f) PASTE(f, _i8)
+#include "native.c"
+#undef ROW
+#undef NAME
+
+#define ROW e4m3
+#define NAME(f) PASTE(f, _e4m3)
+#include "native.c"
 
 #else
+
+#undef SCALES
+#undef GIVE
+#undef TIMES
+#undef FETCH
+#ifdef SCALED
+#define SCALES(scales) , const float *scales
+#define GIVE(scales) , scales
+#define TIMES(scales, row) * (NAME(UNIT) * scales[row])
+#define FETCH(table, scales, row) (fetch(table + (row) * dim, dim * sizeof(ROW)), fetch(scales + (row), sizeof(float)))
+#else
+#define SCALES(scales)
+#define GIVE(scales)
+#define TIMES(scales, row)
+#define FETCH(table, scales, row) fetch(table + (row) * dim, dim * sizeof(ROW))
+#endif
 
 static inline float NAME(dot)(const float *x, const ROW *row, i64 dim) {
   v16 a = {}, b = {}, c = {}, d = {};
@@ -270,30 +300,30 @@ static inline void NAME(add)(float *y, float weight, const ROW *row, i64 dim) {
 }
 
 /* out[p] = x . table[expert[p]] for the picks p0 .. p1 - 1 of one token, whose rows of `next` are added up after. */
-static inline void NAME(dots_of)(i64 p0, i64 p1, i64 dim, const float *x, const i64 *expert, const ROW *table,
-                                 const ROW *next, float *out) {
+static inline void NAME(dots_of)(i64 p0, i64 p1, i64 dim, const float *x, const i64 *expert, const ROW *table SCALES(scales),
+                                 const ROW *next SCALES(next_scales), float *out) {
   for (i64 p = p0; p < p1; p++) {
     i64 ahead = p + AHEAD;
-    if (ahead < p1) fetch(table + expert[ahead] * dim, dim * sizeof(ROW));
-    else if (ahead - (p1 - p0) < p1) fetch(next + expert[ahead - (p1 - p0)] * dim, dim * sizeof(ROW));
-    out[p - p0] = NAME(dot)(x, table + expert[p] * dim, dim);
+    if (ahead < p1) FETCH(table, scales, expert[ahead]);
+    else if (ahead - (p1 - p0) < p1) FETCH(next, next_scales, expert[ahead - (p1 - p0)]);
+    out[p - p0] = NAME(dot)(x, table + expert[p] * dim, dim) TIMES(scales, expert[p]);
   }
 }
 
 /* y += weight[p] * table[expert[p]]; then come the rows of `next` from pick p1 to `last`. */
 static inline void NAME(mix_of)(i64 p0, i64 p1, i64 last, i64 dim, const float *weight, const i64 *expert,
-                                const ROW *table, const ROW *next, float *y) {
+                                const ROW *table SCALES(scales), const ROW *next SCALES(next_scales), float *y) {
   for (i64 p = p0; p < p1; p++) {
     i64 ahead = p + AHEAD;
-    if (ahead < p1) fetch(table + expert[ahead] * dim, dim * sizeof(ROW));
-    else if (ahead < last) fetch(next + expert[ahead] * dim, dim * sizeof(ROW));
-    NAME(add)(y, weight[p - p0], table + expert[p] * dim, dim);
+    if (ahead < p1) FETCH(table, scales, expert[ahead]);
+    else if (ahead < last) FETCH(next, next_scales, expert[ahead]);
+    NAME(add)(y, weight[p - p0] TIMES(scales, expert[p]), table + expert[p] * dim, dim);
   }
 }
 
 /* out[p] = x[t] . table[expert[p]] */
-void NAME(dots)(i64 tokens, i64 dim, const float *x, const i64 *offsets, const i64 *expert, const ROW *table,
-                float *out) {
+void NAME(dots)(i64 tokens, i64 dim, const float *x, const i64 *offsets, const i64 *expert,
+                const ROW *table SCALES(scales), float *out) {
   i64 parts = parts_of(offsets[tokens]);
 #pragma omp parallel for schedule(dynamic)
   for (i64 part = 0; part < parts; part++) {
@@ -301,29 +331,31 @@ void NAME(dots)(i64 tokens, i64 dim, const float *x, const i64 *offsets, const i
     i64 last = offsets[t1];
     for (i64 t = t0; t < t1; t++)
       for (i64 p = offsets[t]; p < offsets[t + 1]; p++) {
-        if (p + AHEAD < last) fetch(table + expert[p + AHEAD] * dim, dim * sizeof(ROW));
-        out[p] = NAME(dot)(x + t * dim, table + expert[p] * dim, dim);
+        if (p + AHEAD < last) FETCH(table, scales, expert[p + AHEAD]);
+        out[p] = NAME(dot)(x + t * dim, table + expert[p] * dim, dim) TIMES(scales, expert[p]);
       }
   }
 }
 
 /* out[t] = sum over picks of weight[p] * table[expert[p]] */
 void NAME(mix)(i64 tokens, i64 dim, const float *weight, const i64 *offsets, const i64 *expert,
-               const ROW *table, float *out) {
+               const ROW *table SCALES(scales), float *out) {
   i64 parts = parts_of(offsets[tokens]);
 #pragma omp parallel for schedule(dynamic)
   for (i64 part = 0; part < parts; part++) {
     i64 t0 = begin_of(part, parts, offsets, tokens), t1 = begin_of(part + 1, parts, offsets, tokens);
     for (i64 t = t0; t < t1; t++) {
       memset(out + t * dim, 0, dim * sizeof(float));
-      NAME(mix_of)(offsets[t], offsets[t + 1], offsets[t1], dim, weight + offsets[t], expert, table, table, out + t * dim);
+      NAME(mix_of)(offsets[t], offsets[t + 1], offsets[t1], dim, weight + offsets[t], expert,
+                   table GIVE(scales), table GIVE(scales), out + t * dim);
     }
   }
 }
 
 /* Both halves: pre[p] = x[t] . down[e],  y[t] = sum of act(pre[p]) * gate[p] * up[e] */
 void NAME(forward)(i64 tokens, i64 dim, i64 kind, const float *x, const i64 *offsets, const i64 *expert,
-                   const float *gate, const ROW *down, const ROW *up, float *pre, float *y) {
+                   const float *gate, const ROW *down SCALES(down_scales), const ROW *up SCALES(up_scales), float *pre,
+                   float *y) {
   i64 parts = parts_of(offsets[tokens]);
 #pragma omp parallel for schedule(dynamic)
   for (i64 part = 0; part < parts; part++) {
@@ -333,10 +365,11 @@ void NAME(forward)(i64 tokens, i64 dim, i64 kind, const float *x, const i64 *off
       memset(y + t * dim, 0, dim * sizeof(float));
       for (i64 p = offsets[t]; p < offsets[t + 1]; p += BLOCK) {
         i64 end = smaller(p + BLOCK, offsets[t + 1]);
-        NAME(dots_of)(p, end, dim, x + t * dim, expert, down, up, pre + p);
+        NAME(dots_of)(p, end, dim, x + t * dim, expert, down GIVE(down_scales), up GIVE(up_scales), pre + p);
         activate(end - p, kind, pre + p, weight);
         for (i64 i = 0; i < end - p; i++) weight[i] *= gate[p + i];
-        NAME(mix_of)(p, end, offsets[t1], dim, weight, expert, up, down, y + t * dim);
+        NAME(mix_of)(p, end, offsets[t1], dim, weight, expert, up GIVE(up_scales), down GIVE(down_scales),
+                     y + t * dim);
       }
     }
   }
@@ -344,7 +377,8 @@ void NAME(forward)(i64 tokens, i64 dim, i64 kind, const float *x, const i64 *off
 
 /* Its mirror image for tokens and picks. */
 void NAME(backward)(i64 tokens, i64 dim, i64 kind, const float *dy, const i64 *offsets, const i64 *expert,
-                    const float *pre, const float *gate, const ROW *down, const ROW *up, float *dx, float *dgate,
+                    const float *pre, const float *gate, const ROW *down SCALES(down_scales),
+                    const ROW *up SCALES(up_scales), float *dx, float *dgate,
                     float *dpre, float *hidden) {
   i64 parts = parts_of(offsets[tokens]);
 #pragma omp parallel for schedule(dynamic)
@@ -355,7 +389,7 @@ void NAME(backward)(i64 tokens, i64 dim, i64 kind, const float *dy, const i64 *o
       memset(dx + t * dim, 0, dim * sizeof(float));
       for (i64 p = offsets[t]; p < offsets[t + 1]; p += BLOCK) {
         i64 end = smaller(p + BLOCK, offsets[t + 1]);
-        NAME(dots_of)(p, end, dim, dy + t * dim, expert, up, down, dpre + p);
+        NAME(dots_of)(p, end, dim, dy + t * dim, expert, up GIVE(up_scales), down GIVE(down_scales), dpre + p);
         activate(end - p, kind, pre + p, hidden + p);
         derivative(end - p, kind, pre + p, slope);
         for (i64 i = p; i < end; i++) {
@@ -363,12 +397,14 @@ void NAME(backward)(i64 tokens, i64 dim, i64 kind, const float *dy, const i64 *o
           dpre[i] *= gate[i] * slope[i - p];
           hidden[i] *= gate[i];
         }
-        NAME(mix_of)(p, end, offsets[t1], dim, dpre + p, expert, down, up, dx + t * dim);
+        NAME(mix_of)(p, end, offsets[t1], dim, dpre + p, expert, down GIVE(down_scales), up GIVE(up_scales),
+                     dx + t * dim);
       }
     }
   }
 }
 
+#ifndef SCALED
 /* Gradients of a table's rows out of what `group` made: the sum of weight * x over the picks of segment s is written
    to row rows[s], or to row s without `rows`; or added to it, with `add`. */
 void NAME(table_grad)(i64 segments, i64 dim, i64 stream, i64 add, const float *weight, const float *x, const int32_t *token,
@@ -416,5 +452,6 @@ void NAME(table_grad)(i64 segments, i64 dim, i64 stream, i64 add, const float *w
     }
   }
 }
+#endif
 
 #endif

@@ -1,7 +1,7 @@
-"""The expert products and the tables' updates on CPU in C (native.c, updates.c): float32 or bfloat16 tables, each row
-read once.
+"""The expert products and the tables' updates on CPU in C (native.c, updates.c): tables of float32,
+bfloat16 or eight bits, each row read once.
 
-The C compiler of the machine builds it in about a second at first use; the library is cached per user. Without a
+The C compiler of the machine builds it in some seconds at first use; the library is cached per user. Without a
 compiler a library that was built ahead serves (:func:`build_ahead`: container images have one), or one that another
 compiler put into the cache, else the other CPU backends.
 """
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from peer_dist.kernels import reference
 from peer_dist.kernels.allocation import gradient_memory
+from peer_dist.kernels.eight_bit import EightBit
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.signatures import call, declare
@@ -48,17 +49,26 @@ BUILT = Path(__file__).parent / "built"
 COMPILER_SECONDS = 120  # after which a compiler hangs
 _KINDS = {"gelu": 0, "relu": 1, "silu": 2}  # as in native.c
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_CODES = {torch.int8: "i8", torch.uint8: "e4m3"}
 _MOST_TOP_K = 64  # as in native.c
 STREAM_BYTES = 1 << 24  # of gradients written past the caches: more than would stay there
 # What launchers call a process's number on its machine, the innermost first.
 _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID")
 
 
-def available(x: Tensor, *tables: Tensor) -> bool:
-    """Whether this backend can serve ``x`` and these tables: float32 or bfloat16 on a CPU, contiguous, of one dtype."""
+def available(x: Tensor, *tables: Tensor | EightBit) -> bool:
+    """Whether this backend can serve ``x`` and these tables: float32 or bfloat16, or tables of eight bits, on a CPU,
+    contiguous, of one dtype.
+    """
+    plain = [x, *(table for table in tables if isinstance(table, Tensor))]
+    coded = [table for table in tables if isinstance(table, EightBit)]
+    read = [part for table in tables for part in (table if isinstance(table, EightBit) else (table,))]
     return (
-        all(tensor.device.type == "cpu" and tensor.dtype in _SUFFIX for tensor in (x, *tables))
-        and all(table.is_contiguous() and table.dtype == tables[0].dtype for table in tables)
+        all(tensor.device.type == "cpu" for tensor in (x, *read))
+        and all(tensor.dtype in _SUFFIX for tensor in plain)
+        and all(table.codes.dtype in _CODES and table.scales.dtype == torch.float32 for table in coded)
+        and all(tensor.is_contiguous() for tensor in read)
+        and len({_rows(table).dtype for table in tables}) <= 1
         and load_library() is not None
     )
 
@@ -86,36 +96,47 @@ def search_backward(
     return reference.search_backward(mix, table_grad, dscores, numbers, query, keys, dkeys, dtype)
 
 
-def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
+def dots(x: Tensor, table: Tensor | EightBit, picks: Picks) -> Tensor:
     """See :func:`peer_dist.kernels.reference.dots`."""
     out = _floats(picks.expert.numel())
-    _over_picks(_of("dots", table.dtype), picks, x=_wide(x), table=table, out=out)
+    _over_picks(_of("dots", table), picks, x=_wide(x), **_read("table", table, "scales"), out=out)
     return out
 
 
-def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
+def mix(weight: Tensor, table: Tensor | EightBit, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
     """See :func:`peer_dist.kernels.reference.mix`."""
-    out = _floats(picks.tokens, table.shape[-1])
-    _over_picks(_of("mix", table.dtype), picks, weight=_wide(weight), table=table, out=out)
+    out = _floats(picks.tokens, _rows(table).shape[-1])
+    _over_picks(_of("mix", table), picks, weight=_wide(weight), **_read("table", table, "scales"), out=out)
     return out.to(dtype or out.dtype)
 
 
-def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, picks: Picks, gate: Tensor, down: Tensor | EightBit, up: Tensor | EightBit, activation: str
+) -> tuple[Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.forward`."""
     pre, y = _floats(picks.expert.numel()), _floats(*x.shape)
-    name, kind = _of("forward", down.dtype), _KINDS[activation]
-    _over_picks(name, picks, kind=kind, x=_wide(x), gate=_wide(gate), down=down, up=up, pre=pre, y=y)
+    name, kind = _of("forward", down), _KINDS[activation]
+    tables = _read("down", down) | _read("up", up)
+    _over_picks(name, picks, kind=kind, x=_wide(x), gate=_wide(gate), **tables, pre=pre, y=y)
     return y, pre
 
 
 def backward(
-    dy: Tensor, x: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
+    dy: Tensor,
+    x: Tensor,
+    picks: Picks,
+    pre: Tensor,
+    gate: Tensor,
+    down: Tensor | EightBit,
+    up: Tensor | EightBit,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`peer_dist.kernels.reference.Composed.backward`."""
     dx, (dgate, dpre, hidden) = _floats(*dy.shape), (_floats(picks.expert.numel()) for _ in range(3))
-    name, kind = _of("backward", down.dtype), _KINDS[activation]
+    name, kind = _of("backward", down), _KINDS[activation]
+    tables = _read("down", down) | _read("up", up)
     gradients = {"dx": dx, "dgate": dgate, "dpre": dpre, "hidden": hidden}
-    _over_picks(name, picks, kind=kind, dy=_wide(dy), pre=pre, gate=_wide(gate), down=down, up=up, **gradients)
+    _over_picks(name, picks, kind=kind, dy=_wide(dy), pre=pre, gate=_wide(gate), **tables, **gradients)
     return dx, dgate, dpre, hidden
 
 
@@ -152,7 +173,7 @@ def sparse_table_grads(
 def row_squares(grad: Tensor) -> Tensor:
     """See :func:`peer_dist.kernels.updates.row_squares`."""
     out = _floats(len(grad))
-    _call(_of("squares", grad.dtype), grad=grad, out=out)
+    _call(_of("squares", grad), grad=grad, out=out)
     return out
 
 
@@ -168,7 +189,9 @@ def update_rows(
     scales: Tensor | None = None,
     numbers: Tensor | None = None,
 ) -> None:
-    """See :func:`peer_dist.kernels.updates.update_rows`; the table and its gradient in one dtype."""
+    """See :func:`peer_dist.kernels.updates.update_rows`; the table and its gradient in one dtype, or codes of
+    eight bits and a gradient in bfloat16.
+    """
     given = {
         "numbers": torch.tensor(step, dtype=torch.float32, device="cpu"),
         "grad": grad,
@@ -178,11 +201,17 @@ def update_rows(
     }
     if rounding is not None:
         place = torch.tensor(rounding, dtype=torch.int64, device="cpu")
-        wrong = _call("update_stochastic", rows=len(table), place=place, called=numbers, table=table, **given)
+        given |= {"place": place, "called": numbers, "table": table}
+        if table.dtype in _CODES:
+            wrong = _call(f"update_{_CODES[table.dtype]}", rows=len(table), scales=scales, **given)
+        else:
+            wrong = _call("update_stochastic", rows=len(table), **given)
     elif master is not None:
         wrong = _call("update_master", rows=len(table), weight=master, table=table, **given)
     else:
         wrong = _call("update_in_place", rows=len(table), weight=table, **given)
+    if wrong == 2:
+        raise MemoryError(f"there is no memory for a row of {table.shape[1]} float32 numbers for each thread")
     if wrong:
         raise IndexError(f"rows of a sparse gradient must ascend, each once, within the table's {len(table)}")
 
@@ -216,7 +245,7 @@ def _sum_segments(
     """Write or ``add`` each picked row's gradients, to ``rows`` of the ``written`` ones or one after the other."""
     for (weight, x), out in zip(sums, grads):
         _call(
-            _of("table_grad", out.dtype),
+            _of("table_grad", out),
             tokens=picks.tokens,
             segments=starts.numel() - 1,
             written=written,
@@ -240,11 +269,23 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float().contiguous()
 
 
-def _of(name: str, dtype: torch.dtype) -> str:
-    """The function for tables of a dtype."""
-    if dtype not in _SUFFIX:
-        raise TypeError(f"tables of {dtype} are not served in C, those of float32 and bfloat16 are")
-    return f"{name}_{_SUFFIX[dtype]}"
+def _rows(table: Tensor | EightBit) -> Tensor:
+    return table.codes if isinstance(table, EightBit) else table
+
+
+def _of(name: str, table: Tensor | EightBit) -> str:
+    """The function for such tables."""
+    dtype, known = _rows(table).dtype, _CODES if isinstance(table, EightBit) else _SUFFIX
+    if dtype not in known:
+        raise TypeError(f"tables of {dtype} are not served in C, those of float32, bfloat16 and with scales codes are")
+    return f"{name}_{known[dtype]}"
+
+
+def _read(name: str, table: Tensor | EightBit, scales: str = "") -> dict[str, Tensor]:
+    """A table, and the scales of its rows, by C's names."""
+    if isinstance(table, EightBit):
+        return {name: table.codes, scales or f"{name}_scales": table.scales}
+    return {name: table}
 
 
 def _over_picks(name: str, picks: Picks, **given: Tensor | int) -> int:
@@ -392,7 +433,7 @@ def _digest(data: bytes) -> str:
 def _sources() -> dict[str, bytes]:
     """The files of the library by name: those that are compiled end in ``.c``."""
     folder = resources.files("peer_dist.kernels")
-    return {name: folder.joinpath(name).read_bytes() for name in ("native.c", "updates.c", "rows.h")}
+    return {name: folder.joinpath(name).read_bytes() for name in ("native.c", "updates.c", "files.c", "rows.h")}
 
 
 def _compiler() -> tuple[str, ...] | None:

@@ -38,6 +38,8 @@ class PendingSums:
     ) -> None:
         self._backend, self._sums, self._picks, self._tables = backend, list(sums), picks, list(tables)
         self._versions = [tensor._version for tensor in self.tensors()]
+        self.backward_pass: int = torch._C._current_graph_task_id()
+        """Which one left them: others of the same one are what autograd would add up first."""
 
     def tensors(self) -> Iterator[Tensor]:
         """What is kept for the sums."""

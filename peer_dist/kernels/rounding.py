@@ -53,7 +53,8 @@ def random_bits(key: int, rows: Tensor, columns: range) -> Tensor:
     word *= _signed(0x94D049BB133111EB)
     word ^= _shifted(word, 31)
     skipped = columns.start - _DRAWS * first
-    return word.view(torch.int16)[:, skipped : skipped + len(columns)].to(torch.int32).bitwise_and_(0xFFFF)
+    draws = word.flatten().view(torch.int16).view(len(rows), _DRAWS * (last - first))
+    return draws[:, skipped : skipped + len(columns)].to(torch.int32).bitwise_and_(0xFFFF)
 
 
 def _signed(word: int) -> int:

@@ -1,4 +1,5 @@
-/* Rows of tables in C: what native.c and updates.c share. Tables are float32 or bfloat16, all else is float32. */
+/* Rows of tables in C: what native.c and updates.c share. Tables are float32, bfloat16, or codes of eight bits with a
+   scale per row (eight_bit.py says which); all else is float32. */
 
 #ifndef ROWS_H
 #define ROWS_H
@@ -15,6 +16,10 @@ typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias)); /* at
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef bf16 u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t i8;
+typedef uint8_t e4m3; /* the bits of float8_e4m3fn, NaN never among them */
+typedef i8 i8x16 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef e4m3 u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 #define AHEAD 8       /* rows */
 #define MOST_LINES 32 /* of one row; the hardware follows long rows by itself */
@@ -60,6 +65,40 @@ static inline float get_bf16(bf16 x) {
 static inline bf16 put_bf16(float x) {
   union { float value; uint32_t bits; } u = {x};
   return x == x ? (u.bits + 0x7fff + ((u.bits >> 16) & 1)) >> 16 : 0x7fc0;
+}
+
+/* Codes as numbers, of which UNIT is one: those of e4m3 are read as float16 has them, whose exponents begin 2**8 lower. */
+#define UNIT_i8 1.0f
+#define UNIT_e4m3 256.0f
+static inline v16 load_i8(const i8 *from) {
+  return __builtin_convertvector(__builtin_convertvector(*(const i8x16 *)from, i32x16), v16);
+}
+static inline float get_i8(i8 x) { return x; }
+
+static inline float get_e4m3(e4m3 x) {
+  uint32_t magnitude = x & 0x7f, below = magnitude < 8; /* no leading one: as if there was, and less it */
+  union { uint32_t bits; float value; } u = {(magnitude << 20) + ((112 + below) << 23)}, one = {below * (113u << 23)};
+  u.value -= one.value;
+  u.bits |= (uint32_t)(x & 0x80) << 24;
+  return u.value;
+}
+static inline v16 load_e4m3(const e4m3 *from) {
+#if defined(__AVX512F__)
+  __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)), 7);
+  return (v16)_mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xbf80)));
+#else
+  u32x16 code = __builtin_convertvector(*(const u8x16 *)from, u32x16), magnitude = code & 0x7f;
+  u32x16 below = (u32x16)(magnitude < 8), bits = (magnitude << 20) + (112u << 23) + (below & (1u << 23));
+  u32x16 one_bits = below & (113u << 23);
+  v16 value, one;
+  memcpy(&value, &bits, sizeof value);
+  memcpy(&one, &one_bits, sizeof one);
+  value -= one;
+  memcpy(&bits, &value, sizeof bits);
+  bits |= (code & 0x80) << 24;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
 }
 
 /* Past the caches, where a line is written whole: it need not be read first. */

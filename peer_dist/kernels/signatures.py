@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peer_dist.kernels.allocation import address
 
-F32, BF16, I32, I64 = torch.float32, torch.bfloat16, torch.int32, torch.int64
+F32, BF16, I32, I64, U8 = torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.uint8
+I8, E4M3 = torch.int8, torch.uint8  # codes
 
 
 class Signature:
@@ -38,24 +39,37 @@ class Signature:
 
 def _signatures(row: torch.dtype) -> dict[str, Signature]:
     """Those of the functions that native.c has once per dtype of a table's row."""
-    vectors, per_pick, table = (F32, "tokens", "dim"), (F32, "picks"), (row, "rows", "dim")
-    return {
-        "dots": Signature("tokens dim", x=vectors, **_PICKS, table=table, out=per_pick),
-        "mix": Signature("tokens dim", weight=per_pick, **_PICKS, table=table, out=vectors),
+    vectors, per_pick = (F32, "tokens", "dim"), (F32, "picks")
+
+    def rows_of(*names: str, scales: str = "{}_scales") -> dict[str, Any]:
+        """Tables, each with the scales of its rows, if it has codes."""
+        each: dict[str, Any] = {}
+        for name in names:
+            each[name] = row, "rows", "dim"
+            if row in (I8, E4M3):
+                each[scales.format(name)] = F32, "rows"
+        return each
+
+    table, both = rows_of("table", scales="scales"), rows_of("down", "up")
+    products = {
+        "dots": Signature("tokens dim", x=vectors, **_PICKS, **table, out=per_pick),
+        "mix": Signature("tokens dim", weight=per_pick, **_PICKS, **table, out=vectors),
         "forward": Signature(
-            "tokens dim kind", "kind <= 2", x=vectors, **_PICKS, gate=per_pick, down=table, up=table, pre=per_pick,
-            y=vectors,
+            "tokens dim kind", "kind <= 2", x=vectors, **_PICKS, gate=per_pick, **both, pre=per_pick, y=vectors
         ),
         "backward": Signature(
-            "tokens dim kind", "kind <= 2", dy=vectors, **_PICKS, pre=per_pick, gate=per_pick, down=table, up=table,
-            dx=vectors, dgate=per_pick, dpre=per_pick, hidden=per_pick,
-        ),
-        "table_grad": Signature(
-            "segments dim stream add", "segments <= written", "stream <= 1", "add <= 1", optional="rows",
-            weight=per_pick, x=vectors, token=(I32, "picks"), order=(I32, "picks"), starts=(I64, "segments + 1"),
-            rows=(I64, "segments"), out=(row, "written", "dim"),
+            "tokens dim kind", "kind <= 2", dy=vectors, **_PICKS, pre=per_pick, gate=per_pick, **both, dx=vectors,
+            dgate=per_pick, dpre=per_pick, hidden=per_pick,
         ),
     }  # fmt: skip
+    if row in (I8, E4M3):  # gradients are in floating-point numbers
+        return products
+    grad = Signature(
+        "segments dim stream add", "segments <= written", "stream <= 1", "add <= 1", optional="rows",
+        weight=per_pick, x=vectors, token=(I32, "picks"), order=(I32, "picks"), starts=(I64, "segments + 1"),
+        rows=(I64, "segments"), out=(row, "written", "dim"),
+    )  # fmt: skip
+    return products | {"table_grad": grad}
 
 
 def _updates() -> dict[str, Signature]:
@@ -75,6 +89,8 @@ def _updates() -> dict[str, Signature]:
         "update_in_place": of(F32, weight=(F32, "rows", "dim")),
         "update_master": of(BF16, weight=(F32, "rows", "dim"), table=(BF16, "rows", "dim")),
         "update_stochastic": of(BF16, place=(I64, "3"), table=(BF16, "rows", "dim")),
+        "update_i8": of(BF16, place=(I64, "3"), table=(I8, "rows", "dim"), scales=(F32, "rows")),
+        "update_e4m3": of(BF16, place=(I64, "3"), table=(E4M3, "rows", "dim"), scales=(F32, "rows")),
     }
 
 
@@ -98,9 +114,16 @@ SIGNATURES = {
     "add_rows": Signature(
         "rows tokens dim", weight=(F32, "picks"), x=(F32, "tokens", "dim"), **_PICKS, out=(F32, "rows", "dim")
     ),
+    "scratch_rows": Signature(
+        "touched dim blocks", returns=True,
+        file=(I64, "5"), row=(I64, "touched"), values=(U8, "touched", "dim"), written=(U8, "blocks"), moved=(I64, "2"),
+    ),
     "wrong_picks": Signature("tokens picks rows", returns=True, **_PICKS),
-    **{f"{name}_f32": signature for name, signature in _signatures(F32).items()},
-    **{f"{name}_bf16": signature for name, signature in _signatures(BF16).items()},
+    **{
+        f"{name}_{kind}": signature
+        for kind, row in {"f32": F32, "bf16": BF16, "i8": I8, "e4m3": E4M3}.items()
+        for name, signature in _signatures(row).items()
+    },
 }  # fmt: skip
 _FUNCTIONS = {"min": min, "max": max}  # that sizes and limits are written with
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from peer_dist.kernels import native
-from peer_dist.kernels.eight_bit import dequantised, is_eight_bit, quantised
+from peer_dist.kernels.eight_bit import dequantised, gradient_dtype, is_eight_bit, quantised
 from peer_dist.kernels.rounding import Rounding, random_bits, round_stochastically
 
 BLOCK = 1 << 18  # elements that plain PyTorch takes at a time: its temporaries stay in a CPU's cache
@@ -150,7 +150,8 @@ def backend(grad: Tensor, *tables: Tensor) -> Any:
         from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
 
         return triton.updates if triton.available(grad, *tables) else Plain
-    return native if native.available(grad, *tables) and all(t.dtype == grad.dtype for t in tables) else Plain
+    served = all(table.device.type == "cpu" and gradient_dtype(table) == grad.dtype for table in tables)
+    return native if served and native.available(grad) else Plain
 
 
 class Plain:

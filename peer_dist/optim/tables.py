@@ -20,6 +20,7 @@ from peer_dist.kernels.updates import Step, row_squares, update_rows
 from peer_dist.optim.held_bytes import HeldBytes
 from peer_dist.optim.sparse import merge, sum_over_copies
 
+_NO_PASS: tuple[int, Tensor | None] = -1, None
 _BLOCK = 1 << 14  # rows of a far table that are read at a time
 KINDS = ("adam", "rowwise_adam", "rowwise_adagrad")
 
@@ -79,7 +80,8 @@ class TableOptimizer:
             copies or columns of it.
 
     Raises:
-        ValueError: a table of eight bits, and a rule that is not lazy or has no ``rounding_seed``.
+        ValueError: a far table, and a rule that is not lazy; or a table of eight bits, and one that is not lazy or has
+            no ``rounding_seed``.
 
     Attributes:
         steps: the number of updates so far; setting it goes on from there.
@@ -104,6 +106,8 @@ class TableOptimizer:
                     f"{name}: a table of eight bits needs a lazy optimizer that rounds stochastically: "
                     "set table_optimizer.lazy and table_optimizer.stochastic_rounding to true"
                 )
+            if far_rows_of(table) is not None and not rule.lazy:
+                raise ValueError(f"{name}: a far table needs a lazy optimizer: set table_optimizer.lazy to true")
         self._rule, self._lr, self._offsets = rule, rule.lr, offsets or {}
         self._dim, self._columns, self._copies, self._data_parallel_size = dim, columns, copies, data_parallel_size
         self.steps = 0
@@ -114,16 +118,11 @@ class TableOptimizer:
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
-        self._pools: dict[FarRows, list[str]] = {}
-        for name, table in self.tables.items():
-            pool = far_rows_of(table)
-            if pool is not None:
-                self._pools.setdefault(pool, []).append(name)
-                pool.keep(table, self._states(name))
+        self._pools()
         alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
         for table in self.tables.values():
             if rule.lazy and is_held(table):
-                ask_for_sums(table, None if one_pass else self._sum_up)
+                ask_for_sums(table, None if one_pass else self._add_up)
             elif rule.lazy:
                 (ask_for_sums if one_pass and alone else _merge_as_it_comes)(table)
             else:
@@ -168,11 +167,25 @@ class TableOptimizer:
     @torch.no_grad()
     def _sum_up(table: Tensor) -> None:
         """Make a gradient of what backward passes have left of it, as they would have done."""
+        TableOptimizer._add_up(table)
+        _end_pass(table)
+
+    @staticmethod
+    @torch.no_grad()
+    def _add_up(table: Tensor) -> None:
+        """Add up what backward passes have left of a table's gradient, that of the last pass on its own: where several
+        layers share the table, autograd adds up theirs before it adds them to those of the passes before.
+        """
         pending = pending_sums(table)
         while pending:
-            grad = row_gradient(*pending.pop(0).gradient(table), len(table))
-            before = _gradient(table)
-            _let_gradient(table, grad if before is None else merge(before + grad))
+            sums = pending.pop(0)
+            grad = row_gradient(*sums.gradient(table), len(table))
+            number, before = getattr(table, "gradient_of_pass", _NO_PASS)
+            if before is not None and number == sums.backward_pass:
+                grad = merge(before + grad)
+            else:
+                _end_pass(table)
+            table.gradient_of_pass = sums.backward_pass, grad  # type: ignore[attr-defined]
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         """``(name, gradient)`` of each table, None without one. Summed up now, so only to find out what is in them."""
@@ -232,7 +245,7 @@ class TableOptimizer:
                 continue
             rows, values, squares = self._take(name)
             _step_rows(step, self._rounding(name), self._parts(name), values, rows, None, squares)
-        for pool, names in self._pools.items():
+        for pool, names in self._pools().items():
             steps = []
             for name in names:
                 rows, values, squares = self._take(name)
@@ -278,9 +291,19 @@ class TableOptimizer:
         Raises:
             BaseException: what the last step of far rows failed with.
         """
-        for pool in self._pools:
+        for pool in self._pools():
             pool.flush()
         return ((name, part, value) for name in self.tables for part, value in self._states(name).items())
+
+    def _pools(self) -> dict[FarRows, list[str]]:
+        """The names of far tables by what holds their rows, which knows what is kept beside them from now on."""
+        pools: dict[FarRows, list[str]] = {}
+        for name, table in self.tables.items():
+            pool = far_rows_of(table)
+            if pool is not None:
+                pool.keep(table, self._states(name))
+                pools.setdefault(pool, []).append(name)
+        return pools
 
     def _states(self, name: str) -> dict[str, Tensor]:
         """What is kept of a table's rows beside the weights and their scales."""
@@ -297,9 +320,10 @@ class TableOptimizer:
         that are near the kernels.
         """
         tables = self.tables.values()
-        gradients = [grad for grad in map(_gradient, tables) if grad is not None]
+        of_pass = (getattr(table, "gradient_of_pass", _NO_PASS)[1] for table in tables)
+        gradients = [grad for grad in (*map(_gradient, tables), *of_pass) if grad is not None]
         gradients += [part for table in tables for sums in pending_sums(table) or () for part in sums.tensors()]
-        near = (tensor for pool in self._pools for tensor in pool.near_tensors())
+        near = (tensor for pool in self._pools() for tensor in pool.near_tensors())
         states = (value for name in self.tables for value in self._states(name).values())
         return HeldBytes.of((*tables, *near), gradients, states)
 
@@ -359,9 +383,19 @@ def _let_gradient(table: Tensor, grad: Tensor | None) -> None:
         table.grad = grad
 
 
+def _end_pass(table: Tensor) -> None:
+    """Add what the last backward pass left of a table's gradient to that of the passes before."""
+    _, grad = getattr(table, "gradient_of_pass", _NO_PASS)
+    if grad is not None:
+        before = _gradient(table)
+        _let_gradient(table, grad if before is None else merge(before + grad))
+        table.gradient_of_pass = _NO_PASS  # type: ignore[attr-defined]
+
+
 def _drop(table: Tensor) -> None:
     """Free a table's gradient, or what it is the sum of."""
     _let_gradient(table, None)
+    table.gradient_of_pass = _NO_PASS  # type: ignore[attr-defined]
     pending = pending_sums(table)
     if pending is not None:
         pending.clear()

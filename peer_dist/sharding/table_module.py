@@ -132,27 +132,28 @@ class TableModule(nn.Module):
         finally:  # in the order of before, which optimizers number parameters by
             self._parameters = {name: self._parameters.get(name, value) for name, value in parameters.items()}
             self._buffers = {name: self._buffers.get(name, value) for name, value in buffers.items()}
-        if self.owns_tables:
-            self._follow(fn)
+        if self.owns_tables and self._follow(fn):
             self._bind()
         return self
 
-    def _follow(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Let far tables have the dtype that ``fn`` gives them, and scales be where their tables are."""
+    def _follow(self, fn: Callable[[Tensor], Tensor]) -> bool:
+        """Let far tables have the dtype that ``fn`` gives them, and scales be where their tables are; whether anything
+        is another now. What was released stays as it is.
+        """
         device = self._own_device()
+        before = self.place, [(id(table), table.dtype) for table in self.tables().values()]
         if self.place is not None:
             self.place = replace(self.place, device=device)
             for name, table in self.tables().items():
+                if name not in self._parameters:
+                    continue
                 dtype = fn(torch.empty(0, dtype=table.dtype, device="cpu")).dtype
                 if table.is_meta == (device.type == "meta"):
                     if dtype != table.dtype:
                         table.data = self._placed(table, dtype)
                     continue
-                rows = nn.Parameter(self._rows(tuple(table.shape), dtype, device), requires_grad=table.requires_grad)
-                if name in self._parameters:
-                    self._parameters[name] = rows
-                else:  # released
-                    object.__setattr__(self, name, rows)
+                rows = self._rows(tuple(table.shape), dtype, device)
+                self._parameters[name] = nn.Parameter(rows, requires_grad=table.requires_grad)
         for name, table in self.tables().items():
             scales = self._buffers.get(f"{name}_scales")
             if scales is None:
@@ -160,6 +161,8 @@ class TableModule(nn.Module):
             if scales.is_meta != table.is_meta:
                 scales = self._rows(tuple(scales.shape), torch.float32, device).fill_(1.0)
             self._buffers[f"{name}_scales"] = scales if self.place is not None else scales.to(table.device)
+        after = self.place, [(id(table), table.dtype) for table in self.tables().values()]
+        return self.place is None or before != after
 
     def _own_device(self) -> torch.device:
         """The device of what is no table."""

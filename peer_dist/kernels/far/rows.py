@@ -166,9 +166,15 @@ class FarRows:
         self._peak = 0
 
     def keep(self, table: Tensor, states: Parts) -> None:
-        """Say what an optimizer keeps of a table's rows beside the weights: ``[rows, ...]`` each, made by the place."""
+        """Say what an optimizer keeps of a table's rows beside the weights: ``[rows, ...]`` each, made by the place. To
+        say it again costs nothing.
+        """
+        number = self._number(table)
+        kept = self._far[number]
+        if all(part in kept and kept[part].data_ptr() == state.data_ptr() for part, state in states.items()):
+            return
         self.flush()
-        self._own(self._number(table), states)
+        self._own(number, states)
         self._versions = self._written()
         self._forget()
 
