@@ -33,6 +33,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int16: "*i16",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 SCALARS = {bool: "i1", int: "i32", float: "fp32"}
 

@@ -13,6 +13,7 @@ from peer_dist.kernels.eight_bit import let_scales, quantised
 from peer_dist.kernels.far import FarRows, Hot, Place, far_rows_of, near
 from peer_dist.kernels.far.ranges import Ranges
 from peer_dist.optim import TableOptimizer, TableRule
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 ROWS, DIM = 90, 12
@@ -46,7 +47,9 @@ def width(rule, tables=2, dim=DIM):
 class Run:
     """Two tables that expert_mix reads, or one that value_mix does, and their optimizer."""
 
-    def __init__(self, rule="rowwise_adam", memory=None, cached=0, folder=None, tables=2, rows=ROWS, one_pass=True):
+    def __init__(
+        self, rule="rowwise_adam", memory=None, cached=0, folder=None, tables=2, rows=ROWS, one_pass=True, **groups
+    ):
         kind, dtype, seed = RULES[rule]
         place = None if memory is None else Place(memory, CPU, cached * width(rule, tables), folder)
         generator = torch.Generator().manual_seed(7)
@@ -72,7 +75,7 @@ class Run:
         self.pool = None if place is None else FarRows(place, self.tables)
         named = {f"t{number}": table for number, table in enumerate(self.tables)}
         rule = TableRule(kind, 0.02, (0.8, 0.9), 1e-4, 0.1, lazy=True, rounding_seed=seed)
-        self.optimizer = TableOptimizer(named, rule, DIM, one_pass=one_pass)
+        self.optimizer = TableOptimizer(named, rule, DIM, one_pass=one_pass, **groups)
 
     def forward(self, seed, tokens=6, skew=3.0, each=4):
         generator = torch.Generator().manual_seed(seed)
@@ -113,16 +116,15 @@ def pair(folder, rule="rowwise_adam", memory="host", cached=20, **how):
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("cached", [0, 7, 40, 2 * ROWS])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("skew", [1.0, 4.0], ids=["uniform", "skewed"])
-def test_steps_are_those_of_ordinary_tables(memory, cached, rule, skew, tmp_path):
+def test_steps_are_those_of_ordinary_tables(memory, cached, rule, tmp_path):
     ordinary, far = pair(tmp_path, rule, memory, cached)
-    for step, tokens in enumerate((6, 0, 50, 3, 6, 6, 9)):
+    for step, (tokens, skew) in enumerate([(6, 1.0), (0, 1.0), (50, 1.0), (3, 4.0), (6, 4.0), (6, 4.0), (9, 1.0)]):
         same(*(run.step(step, tokens=tokens, skew=skew) for run in (ordinary, far)))
     same(ordinary.state(), far.state())
     assert bool(far.pool._hot.used) == bool(cached)
     assert far.pool._hot.used == cached or cached in (40, 2 * ROWS)
     for step in range(10, 13):  # from where the flush has left it
-        same(*(run.step(step, skew=skew) for run in (ordinary, far)))
+        same(*(run.step(step) for run in (ordinary, far)))
     same(ordinary.state(), far.state())
     assert not ordinary.state()[0].equal(Run(rule).state()[0])
 
@@ -152,6 +154,25 @@ def test_random_sizes(tmp_path):
             how = {"passes": 1 + draw(3), "tokens": draw(60), "each": draw(9), "skew": 0.5 + draw(5)}
             same(*(run.step(number * 100 + step, **how) for run in (ordinary, far)))
         same(ordinary.state(), far.state())
+
+
+def on_ranks(rank, world_size, group, folder):
+    """Whether far tables step like ordinary ones that have copies, or other columns, on other ranks."""
+    for rule in RULES:
+        for memory in MEMORIES:
+            groups = {group: torch.distributed.group.WORLD, "data_parallel_size": 2}
+            ordinary, far = pair(folder, rule, memory, 30, **groups)
+            for step in range(4):
+                seed = step if group == "columns" else 10 * step + rank
+                tokens = 5 if group == "columns" else 5 * rank
+                same(*(run.step(seed, tokens=tokens) for run in (ordinary, far)))
+            same(ordinary.state(), far.state())
+            assert far.pool._hot.used == 30
+
+
+@pytest.mark.parametrize("group", ["columns", "copies"])
+def test_copies_and_columns_on_other_ranks(group, tmp_path):
+    run_ranks(on_ranks, 2, group, tmp_path)
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -295,7 +316,7 @@ def test_an_error_in_the_background_is_raised_where_rows_are_needed(tmp_path):
     moments["exp_avg"] = moments["exp_avg"][:, :-1]  # which no file serves
     run.optimizer.step(1.0)
     for needs in (lambda: run.forward(2), run.optimizer.state, run.pool.traffic, lambda: run.optimizer.step(1.0)):
-        with pytest.raises(ValueError, match="rows through a file") as error:
+        with pytest.raises(ValueError, match="rows of a scratch file") as error:
             needs()
         assert "_step_far" in [entry.name for entry in error.traceback]
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import peer_dist.kernels as package
 from peer_dist.kernels import Picks
+from peer_dist.kernels.eight_bit import CODES, EightBit, dequantised, quantised
 from peer_dist.kernels.picks import ByExpert
 from tests.definitions import ACTIVATIONS
 
@@ -265,6 +266,74 @@ def test_the_halves_alone(way, monkeypatch):
 
 
 @runs_kernels
+@pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
+def test_every_code_of_eight_bits_is_read_exactly(codes):
+    """But for e4m3's NaN, which no row that was rounded has."""
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(codes)[:, None]
+    scales = torch.ldexp(torch.ones(256), torch.arange(256) % 219 - 100)
+    finite = dequantised(every, scales).isfinite()[:, 0]
+    table = EightBit(every[finite].to(DEVICE), scales[finite].to(DEVICE))
+    picks = Picks.even(torch.arange(len(table.codes), device=DEVICE)[:, None])
+    got = kernels.dots(torch.ones(len(table.codes), 1, device=DEVICE), table, picks)
+    assert got.equal(dequantised(*table)[:, 0])
+    assert kernels.mix(torch.ones_like(got), table, picks).equal(dequantised(*table))
+    assert len(table.codes) == (256 if codes == torch.int8 else 254)
+
+
+def eight_bit(values, codes, generator):
+    """Rows of very different scales, and one of zeros."""
+    values = values.cpu().float() * 10.0 ** torch.randint(-4, 4, (len(values), 1), generator=generator)
+    values[len(values) // 2] = 0
+    bits = torch.randint(2**16, values.shape, dtype=torch.int32, generator=generator)
+    return EightBit(*(part.to(DEVICE) for part in quantised(values, codes, bits)))
+
+
+@runs_kernels
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=6 if INTERPRETED else 3, deadline=None)
+@given(
+    codes=st.sampled_from(list(CODES.values())),
+    x_dtype=st.sampled_from([(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, BF16)]),
+    counts=st.lists(st.sampled_from([0, 1, 3, 33]), max_size=5),
+    dim=st.sampled_from([1, 3, 16, 50, 103]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    seed=st.integers(0, 2**20),
+)
+def test_tables_of_eight_bits(way, codes, x_dtype, counts, dim, activation, seed):
+    """Both passes, by the values of their rows in float64; sums are those of other tables."""
+    dtype, tolerance = x_dtype
+    generator = torch.Generator().manual_seed(seed)
+    picks = picks_of(counts, 9, generator)
+    x, dy, gate, down, up = inputs(picks, dim, 9, generator, dtype, torch.float64)
+    tables = [eight_bit(table, codes, generator) for table in (down, up)]
+    want_y, want_pre, want_dx, want_dgate, *_ = plain(
+        x, dy, gate, *(dequantised(*t) for t in tables), picks, activation
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in WAYS[way].items():
+            patch.setattr(kernels, name, value)
+        y, pre = kernels.forward(x, picks, gate, *tables, activation)
+        dx, dgate, dpre, hidden = kernels.backward(dy, x, picks, pre, gate, *tables, activation)
+    assert [value.dtype for value in (y, dx, dgate)] == [dtype] * 3
+    assert {value.dtype for value in (pre, dpre, hidden)} == {torch.promote_types(dtype, torch.float32)}
+    close([y, pre, dx, dgate], [want_y, want_pre, want_dx, want_dgate], tolerance)
+    wanted_hidden = ACTIVATIONS[activation](want_pre) * gate.double()
+    close([hidden], [wanted_hidden], max(tolerance, 4e-6))
+
+
+@runs_kernels
+def test_tables_of_eight_bits_are_served(monkeypatch):
+    table = EightBit(*quantised(torch.randn(4, 8), torch.int8))
+    there = EightBit(*(part.to(DEVICE) for part in table))
+    assert launching.available(torch.zeros(2, 8, device=DEVICE), there)
+    assert not launching.available(there.codes)
+    assert not launching.available(EightBit(there.codes[:, :0], there.scales))
+    assert launching.available(table) is INTERPRETED
+    if DEVICE == "cuda":
+        assert package.backend(torch.zeros(2, 8, device=DEVICE), there) is package.triton
+
+
+@runs_kernels
 @pytest.mark.parametrize("sparse", [False, True])
 def test_behind_expert_mix(sparse, monkeypatch):
     monkeypatch.setattr(package, "backend", lambda *tensors: kernels)
@@ -456,14 +525,21 @@ def test_through_the_interpreter(which):
 STACK = {(64, 100): 8}  # bytes that ptxas 13 spills of 16-bit rows so narrow, to stay at 96 registers a thread
 
 
+GRADIENTS = {"_pieces_kernel", "_runs_kernel"}  # whose tables are not read
+
+
 def launched(dtype, dim, monkeypatch):
-    """Every distinct launch at this dtype and dim."""
+    """Every distinct launch at this dtype and dim; with tables of eight bits tokens are bfloat16."""
+    eight = dtype in CODES.values()
     generator = torch.Generator().manual_seed(0)
 
     def call():
         for way, count in (("token-major", 400), ("token-major", 4), ("by expert", 4)):
             picks = picks_of([count, count], 8, generator)
-            x, dy, gate, down, up = (v.to("cpu") for v in inputs(picks, dim, 8, generator, dtype, dtype))
+            kind = torch.bfloat16 if eight else dtype
+            x, dy, gate, down, up = (v.to("cpu") for v in inputs(picks, dim, 8, generator, kind, kind))
+            if eight:
+                down, up = (quantised(table.float(), dtype) for table in (down, up))
             with monkeypatch.context() as patch:
                 patch.setattr(kernels, "EXPERT_MAJOR", WAYS[way]["EXPERT_MAJOR"])
                 if way == "by expert":
@@ -473,10 +549,11 @@ def launched(dtype, dim, monkeypatch):
                     _, pre = kernels.forward(x, picks, gate, down, up, activation)
                     kernels.backward(dy, x, picks, pre, gate, down, up, activation)
                 kernels.mix(kernels.dots(x, down, picks), up, picks)
-                for pairs in ([(pre, x), (pre, dy)], [(pre, dy)]):
+                for pairs in () if eight else ([(pre, x), (pre, dy)], [(pre, dy)]):
                     kernels.table_grads(pairs, picks, 8, dtype=dtype)
                     kernels.table_grads(pairs, picks, 8, out=[torch.zeros(8, dim) for _ in pairs])
-                kernels.table_grad(pre, x, picks, torch.zeros(8, dim))
+                if not eight:
+                    kernels.table_grad(pre, x, picks, torch.zeros(8, dim))
 
     return launches(call, monkeypatch)
 
@@ -499,8 +576,9 @@ def check_compilation(dtype, dim, capability, monkeypatch, folder):
             assert re.search(r"ld\.global\S*\.v4\.[buf]32", binary.asm["ptx"]), f"{name}: loads are not 16 bytes wide"
         used = registers, stack, binary.metadata.shared
         most[kernel.__name__] = tuple(map(max, used, most.get(kernel.__name__, used)))
-    wide = {"_token_kernel"} if dim > kernels.MAX_BLOCK_D else set()
-    assert most.keys() == {name for name in vars(kernels) if name.endswith("_kernel")} - wide
+    others = {"_token_kernel"} if dim > kernels.MAX_BLOCK_D else set()
+    others |= GRADIENTS if dtype in CODES.values() else set()
+    assert most.keys() == {name for name in vars(kernels) if name.endswith("_kernel")} - others
     return most
 
 
@@ -512,11 +590,14 @@ def test_table_of_resources(monkeypatch, tmp_path):
     if version != triton.__version__:
         pytest.skip(f"the table is of Triton {version}")
     cases = list(itertools.product([torch.bfloat16, torch.float32], [80, 90, 100]))
+    cases += [(codes, 90) for codes in CODES.values()]
     columns = [check_compilation(dtype, 1024, capability, monkeypatch, tmp_path) for dtype, capability in cases]
-    names = [f"{str(dtype).rpartition('.')[2]}, sm_{capability}" for dtype, capability in cases]
+    formats = {codes: name for name, codes in CODES.items()}
+    names = [f"{formats.get(dtype, str(dtype).rpartition('.')[2])}, sm_{capability}" for dtype, capability in cases]
     lines = [["kernel", *names], ["---"] * (1 + len(names))]
     for kernel in sorted(columns[0]):
-        lines.append([f"`{kernel}`", *("{} / {} / {}".format(*column[kernel]) for column in columns)])
+        used = (column.get(kernel) for column in columns)
+        lines.append([f"`{kernel}`", *("-" if most is None else "{} / {} / {}".format(*most) for most in used)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     assert table in page, f"docs/performance.md needs this table:\n{table}"
 
@@ -527,6 +608,7 @@ def test_table_of_resources(monkeypatch, tmp_path):
     [
         *itertools.product([torch.float32, torch.bfloat16], [256, 1024, 4096], [80, 90]),
         (torch.bfloat16, 1024, 100),
+        *itertools.product(CODES.values(), [1024], [80, 90, 100]),
     ],
     ids=str,
 )
@@ -540,9 +622,12 @@ def test_compiles_without_spills(dtype, dim, capability, monkeypatch, tmp_path):
     ("dtype", "dim", "capability"),
     [
         *itertools.product(
-            [torch.float32, torch.bfloat16, torch.float16], [64, 100, 412, 512, 1000, 1280, 2048, 8192], [80, 90, 100]
+            [torch.float32, torch.bfloat16, torch.float16, *CODES.values()],
+            [64, 100, 412, 512, 1000, 1280, 2048, 8192],
+            [80, 90, 100],
         ),
         *itertools.product([torch.float32, torch.bfloat16, torch.float16], [256, 1024, 4096], [100]),
+        *itertools.product(CODES.values(), [256, 4096], [80, 90, 100]),
     ],
     ids=str,
 )

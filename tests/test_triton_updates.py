@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from peer_dist import PEER
 from peer_dist import kernels as package
+from peer_dist.kernels.eight_bit import CODES, dequantised, quantised
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.updates import Plain, Step
@@ -73,6 +74,96 @@ def test_masters_of_other_tables(dtype):
     got, want = table.stepped(updates, DEVICE, squares), table.stepped(Plain, squares=squares)
     assert got["master"].equal(want["master"])
     torch.testing.assert_close(got["table"], want["table"], rtol=2e-3 if INTERPRETED else 0, atol=0)
+
+
+class EightBitTable(Table):
+    """A table of eight bits, whose rows differ much in size and one of which has zeros alone, to be stepped.
+
+    Args:
+        named: whether what rows are called is told apart from where they are.
+    """
+
+    def __init__(self, kind, codes, lazy, rows, columns, seed=0, *, named=False, odd=()):
+        super().__init__(kind, "rounded", lazy, rows, columns, seed, odd=odd)
+        generator = torch.Generator().manual_seed(seed)
+        values = self.table.float() * 10.0 ** torch.randint(-20, 20, (rows, 1), generator=generator)
+        if rows:
+            values[rows // 2] = 0
+        bits = torch.randint(2**16, values.shape, dtype=torch.int32, generator=generator)
+        self.table, self.scales = quantised(values, codes, bits)
+        self.called = torch.randint(2**31 - 9, (len(self.grad),), generator=generator) if named else None
+
+    def stepped(self, backend, device="cpu", squares=None):
+        table, scales = self.table.to(device, copy=True), self.scales.to(device, copy=True)
+        moments = {name: moment.to(device, copy=True) for name, moment in self.moments.items()}
+        given = (None if value is None else value.to(device) for value in (self.rows, squares, self.called))
+        rows, squares, called = given
+        grad = self.grad.to(device)
+        backend.update_rows(self.step, grad, table, moments, None, rows, squares, self.rounding, scales, called)
+        # what is not finite has no codes
+        codes = torch.where(scales.isfinite()[:, None], table, 0)
+        parts = {"table": codes, "scales": scales, "values": dequantised(table, scales), **moments}
+        return {name: value.cpu() for name, value in parts.items()}
+
+
+@runs_kernels
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS), codes=st.sampled_from(list(CODES.values())), lazy=st.booleans(), named=st.booleans(),
+    rows=st.integers(0, 20), columns=st.sampled_from([1, 3, 5, 16, 17, 100, 412, 1000, 1025]),
+    seed=st.integers(0, 2**20), wide=st.booleans(),
+    odd=st.lists(st.sampled_from([0.0, -0.0, 1e-30, 1e15, float("inf"), -float("inf"), float("nan")]), max_size=3),
+)  # fmt: skip
+def test_eight_bits_are_those_of_plain_pytorch(kind, codes, lazy, named, rows, columns, seed, wide, odd):
+    """With rows wider than a program, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(updates, "MAX_BLOCK_D", 32 if wide else 4096)
+        EightBitTable(kind, codes, lazy, rows, columns, seed, named=named, odd=tuple(odd)).check(updates, DEVICE)
+
+
+@runs_kernels
+@pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
+def test_every_magnitude_gets_the_scale_and_codes_of_the_definition(codes):
+    """Rows at and around each power of two and each largest code, in a step that leaves the weights as they are."""
+    exponents = torch.arange(-130, 120)[:, None]
+    largest = torch.tensor([1.0, 1.5, 1.75, 1.984375], dtype=torch.float64)
+    exact = torch.ldexp(largest, exponents).float().flatten()
+    most = torch.cat([exact, exact.nextafter(torch.tensor(0.0)), exact.nextafter(torch.tensor(torch.inf))])
+    generator = torch.Generator().manual_seed(0)
+    values = most[:, None] * torch.cat(
+        [torch.ones(len(most), 1), torch.randn(len(most), 15, generator=generator).clamp(-1, 1)], 1
+    )
+    grad, squares = values.to(DEVICE), torch.zeros(len(values), device=DEVICE)
+    step = Step(1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, -1.0, 0.0)  # w = 0 w + g / sqrt(1)
+    rounding, found = Rounding(7, 0, 0), []
+    for kernels in (updates, Plain):
+        table = torch.zeros(values.shape, dtype=codes, device=DEVICE)
+        scales, row_sq = (torch.ones(len(values), device=DEVICE) for _ in range(2))
+        kernels.update_rows(step, grad, table, {"row_sq": row_sq}, None, None, squares, rounding, scales, None)
+        found.append((table, scales))
+    assert found[0][1].equal(found[1][1])
+    assert found[0][0].equal(found[1][0])
+    assert len(found[0][1].unique()) > 200
+
+
+@runs_kernels
+def test_rows_of_bfloat16_are_rounded_by_what_they_are_called():
+    table = Table("rowwise_adam", "rounded", True, 12, 9)
+    called = torch.tensor([0, 5, 2**31 - 9, 4])[: len(table.grad)]
+
+    class Named:
+        """A backend that is told so."""
+
+        def __init__(self, backend):
+            self.backend = backend
+
+        def update_rows(self, *arguments):
+            self.backend.update_rows(*arguments, None, called.to(arguments[1].device))
+
+    squares = Plain.row_squares(table.grad)
+    got, want = (table.stepped(Named(kernels), DEVICE, squares) for kernels in (updates, Plain))
+    same_bits(got, want)
+    assert not got["table"].equal(table.stepped(updates, DEVICE, squares)["table"])
 
 
 LAZY = [(kind, way) for kind, way, lazy in CASES if lazy]
@@ -212,6 +303,7 @@ def test_through_the_interpreter():
 
 # Bytes that ptxas 13 spills of one variant (lazy `adam` in float32), to stay at 48 registers a thread.
 STACK = {(256, 80): 8, (256, 90): 8, (256, 100): 8}
+STACK |= {(8192, 80): 16}  # of eight bits, to stay at 64 registers, with which twice the programs fit
 
 
 def launched(columns, monkeypatch):
@@ -223,6 +315,10 @@ def launched(columns, monkeypatch):
             for squares in (None, torch.zeros(len(table.grad))):
                 table.stepped(updates, squares=squares)
             updates.row_squares(table.grad)
+        for kind, codes in itertools.product(KINDS, CODES.values()):  # always lazy
+            table = EightBitTable(kind, codes, True, 12, columns, named=True)
+            for squares in (None, torch.zeros(len(table.grad))):
+                table.stepped(updates, squares=squares)
 
     return launches(call, monkeypatch)
 
@@ -292,7 +388,7 @@ def check_compilation(columns, capability, monkeypatch, folder):
         elements = (p for p, arg in zip(kernel.params, args) if isinstance(arg, torch.Tensor) and arg.dim() == 2)
         narrow = [p.name for p in elements if p.do_not_specialize or p.do_not_specialize_on_alignment]
         assert not narrow, f"{narrow} are taken for numbers by pick, whose loads cannot be 16 bytes wide"
-        if kernel is updates._update_kernel:
+        if kernel in (updates._update_kernel, updates._update_eight_bit_kernel):
             assert "fma.rn.f32" not in binary.asm["ptx"], "operations are fused"
             assert "div.full" not in binary.asm["ptx"], "divisions are not rounded to the nearest"
             assert "sqrt.approx" not in binary.asm["ptx"], "roots are not rounded to the nearest"
@@ -334,7 +430,7 @@ def test_steps_and_shards_do_not_compile_anew(kind, monkeypatch):
 
     monkeypatch.setattr(launching, "launch", record)
     for key, rows, row, column in [(3, 16, 0, 0), (-16, 17, 16, 64), (1 << 62, 1, 1, 1)]:
-        table = Table(kind, "rounded", False, rows, 64)
-        table.rounding = Rounding(key, row, column)
-        table.stepped(updates)
-    assert len(variants) == 1
+        for table in (Table(kind, "rounded", False, rows, 64), EightBitTable(kind, torch.int8, True, 3 * rows, 64)):
+            table.rounding = Rounding(key, row, column)
+            table.stepped(updates)
+    assert len(variants) == 2

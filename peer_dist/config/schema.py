@@ -561,6 +561,10 @@ class Config(_Layers):
                 pools += [layers[first : first + size] for first in range(0, len(layers), size)]
         return sorted(pools)
 
+    def kind_of(self, number: int) -> Kind[Any]:
+        """The kind of a layer, counted from 0."""
+        return KINDS[self.model.mlp_kinds[number]]
+
     def stage_of(self, number: int) -> int:
         """The pipeline stage of a layer, both counted from 0."""
         parallel = self.parallel

@@ -27,6 +27,7 @@ from peer_dist.export.joined import joined_source
 from peer_dist.export.peer_model import PREFIX
 from peer_dist.export.shards import DTYPES, Entry, parse_size, write_shards
 from peer_dist.kinds import KINDS
+from peer_dist.kinds.product_keys import PLACEMENT
 from peer_dist.megatron import CheckpointError
 from peer_dist.megatron.dist_checkpoint import check_tensors
 from peer_dist.megatron.reader import StoredTensors
@@ -145,7 +146,10 @@ def model_settings(config: Config, tokenizer: TextTokenizer, dtype: str) -> dict
     }
     sections = sorted(kind.name for kind in config.kinds if kind.section is not None)
     sections += ["router"] * any(kind.routed for kind in config.kinds)
-    return {**settings, **{name: getattr(config, name).model_dump(mode="json") for name in sections}}
+    return {
+        **settings,
+        **{name: getattr(config, name).model_dump(mode="json", exclude=set(PLACEMENT)) for name in sections},
+    }
 
 
 def _entries(path: Path, settings: dict[str, Any], code: str) -> list[Entry]:

@@ -52,15 +52,14 @@ _MKL, _REFERENCE = Composed(mkl), Composed(reference)
 
 def backend(x: Tensor, *read: Table) -> Any:
     """The module, or the composed ops, that compute the mix for these tensors' devices and dtypes."""
-    tables = [table for table in read if isinstance(table, Tensor)]
-    coded = len(tables) < len(read)
     if x.is_cuda:
         from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
 
-        return triton if not coded and triton.available(x, *tables) else _REFERENCE
+        return triton if triton.available(x, *read) else _REFERENCE
     if native.available(x, *read):
         return native
-    return _MKL if not coded and mkl.available(x, *tables) else _REFERENCE
+    tables = [table for table in read if isinstance(table, Tensor)]
+    return _MKL if len(tables) == len(read) and mkl.available(x, *tables) else _REFERENCE
 
 
 def expert_mix(

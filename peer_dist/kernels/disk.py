@@ -34,7 +34,7 @@ from peer_dist.mistake import Mistake
 
 _BLOCK = 4096  # as in files.c
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-_WATCH_SECONDS = 0.02
+_TOUCHED = 8e9  # bytes a second, of a mapping by a process, about the most
 _IN_MEMORY = ("tmpfs", "ramfs")
 _NETWORK = (
     "9p", "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.s3fs", "fuse.sshfs", "gpfs", "lustre",
@@ -318,11 +318,11 @@ def _whole(transfer: object, descriptor: int, memory: memoryview, offset: int) -
 def let_resident(size: int) -> None:
     """Keep at most about this many bytes of all mappings in memory from now on, whoever touches them.
 
-    A thread looks fifty times a second while there are scratch files. Pages that it gives up are met again in the page
-    cache or in the file; nothing is lost.
+    A thread looks some ten times a second, more often for a small size, while there are scratch files. Pages that it
+    gives up are met again in the page cache or in the file; nothing is lost.
 
     Args:
-        size: in bytes, for this process; it can be passed by what is touched within a fiftieth of a second.
+        size: in bytes, for this process.
     """
     _watch.budget = size
     _watch.begin()
@@ -357,10 +357,11 @@ class _Watch:
                 if not _files:
                     self._thread = None
                     return
-            time.sleep(_WATCH_SECONDS)
+            half = (self.budget or 0) / 2  # the other one is for what is touched between two looks
+            time.sleep(min(max(half / _TOUCHED, 0.005), 0.1))
             now = mapped_memory()
             others = min(others, now)
-            if now - others > (self.budget or 0) // 2:  # the other half is for what is touched meanwhile
+            if now - others > half:
                 others = self._give_up()
 
     def _give_up(self) -> int:

@@ -52,6 +52,8 @@ _LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {  # of TensorBoard's custom sc
         "tokens per second": ("speed/tokens_per_second",),
         "where a step's seconds go": (r"time/\w+",),
         "bytes exchanged per token": ("exchange/bytes_per_token",),
+        "rows found near the kernels (of 1)": ("tables/cache_hit_rate",),
+        "bytes of far rows per token": (r"tables/far_\w+_bytes_per_token",),
         "slowest rank over the median": ("speed/slowest_rank_ratio",),
         "peak memory (GiB)": ("memory/peak_gib",),
     },

@@ -201,7 +201,7 @@ def cache_gb(context: BuildContext, kind: ProductKeyKind[Any]) -> float:
     """What each pool of tables of a kind has of the rank's memory for hot rows."""
     run, stage = context.config, context.parallel.pipeline_rank
     here = [pool for pool in run.pools if run.stage_of(pool[0]) == stage]
-    return kind.keys(run).table_cache_gb / sum(run.model.mlp_kinds[pool[0]] == kind.name for pool in here)
+    return kind.keys(run).table_cache_gb / sum(run.kind_of(pool[0]) is kind for pool in here)
 
 
 def dense_output_std(model: ModelConfig) -> float:

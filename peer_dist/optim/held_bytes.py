@@ -21,30 +21,38 @@ class HeldBytes:
         optimizer: masters and moments that share no memory with the weights; counts of steps are left out. With
             ``zero.offload`` those of the dense part are in host memory.
         buckets: in which gradients are reduced; ZeRO-1 and 2 have them only while they do that.
+        far: of weights and optimizer states that lie in other memory than where the kernels compute, in host memory or
+            in scratch files; those parts of them that are near are counted above.
     """
 
     weights: int
     gradients: int
     optimizer: int
     buckets: int = 0
+    far: int = 0
 
     @classmethod
     def of(
-        cls, weights: Iterable[Tensor], gradients: Iterable[Tensor], optimizer: Iterable[Tensor], buckets: int = 0
+        cls,
+        weights: Iterable[Tensor],
+        gradients: Iterable[Tensor],
+        optimizer: Iterable[Tensor],
+        buckets: int = 0,
+        far: Iterable[Tensor] = (),
     ) -> HeldBytes:
-        """The bytes of whole storages, each counted once, for the first of the three arguments that has it."""
+        """The bytes of whole storages, each counted once: as far, or for the first of the others that has it."""
         seen: set[int] = set()
-        return cls(_storages(weights, seen), _storages(gradients, seen), _storages(optimizer, seen), buckets)
+        away = _storages(far, seen)
+        return cls(_storages(weights, seen), _storages(gradients, seen), _storages(optimizer, seen), buckets, away)
 
     @classmethod
     def sum(cls, parts: Iterable[HeldBytes]) -> HeldBytes:
         """The bytes of several parts that share no memory."""
-        weights, gradients, optimizer, buckets = zip(*map(astuple, parts))
-        return cls(sum(weights), sum(gradients), sum(optimizer), sum(buckets))
+        return cls(*map(sum, zip(*map(astuple, parts))))
 
     @property
     def total(self) -> int:
-        """All bytes."""
+        """All bytes near the kernels."""
         return self.weights + self.gradients + self.optimizer + self.buckets
 
 

@@ -317,7 +317,7 @@ class TableOptimizer:
 
     def memory(self) -> HeldBytes:
         """What this rank holds of the tables, of which a step needs no more. With the weights are the rows of far ones
-        that are near the kernels.
+        that are near the kernels, with all that the optimizer keeps of them.
         """
         tables = self.tables.values()
         of_pass = (getattr(table, "gradient_of_pass", _NO_PASS)[1] for table in tables)
@@ -325,7 +325,9 @@ class TableOptimizer:
         gradients += [part for table in tables for sums in pending_sums(table) or () for part in sums.tensors()]
         near = (tensor for pool in self._pools() for tensor in pool.near_tensors())
         states = (value for name in self.tables for value in self._states(name).values())
-        return HeldBytes.of((*tables, *near), gradients, states)
+        away = [name for name, table in self.tables.items() if far_rows_of(table) is not None]
+        far = (tensor for name in away for tensor in self._parts(name).values())
+        return HeldBytes.of((*tables, *near), gradients, states, far=far)
 
 
 def _zeros(table: Tensor, shape: Sequence[int]) -> Tensor:

@@ -29,6 +29,8 @@ def place_of(memory: str, device: torch.device, cache_gb: float, folder: str, re
         raise ValueError(f"table_cache_gb and table_resident_gb must be at least 0, not {cache_gb} and {resident_gb}")
     if memory == "device":
         return None
+    if memory == "disk":
+        disk.let_resident(int(resident_gb * 1e9))
     where = Path(folder) if folder else disk.default_folder()
     return Place(memory, device, int(cache_gb * 1e9), where, int(resident_gb * 1e9))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from peer_dist.checkpoints.manifest import MANIFEST, read_manifest, step_of
@@ -11,10 +12,11 @@ from peer_dist.checkpoints.sources import open_source
 from peer_dist.checkpoints.store import CheckpointStore, is_unfinished
 from peer_dist.config import Config, ConfigError, check_folders, check_world
 from peer_dist.data.stream import check_data
+from peer_dist.kernels import disk
 from peer_dist.measures.metrics import EVENTS, IMAGES, METRICS
 
 
-def check_ready(config: Config, world_size: int) -> list[str]:
+def check_ready(config: Config, world_size: int, local_world_size: int = 1) -> list[str]:
     """Refuse a run that could not begin, or not go on from its newest checkpoint; nothing is written.
 
     No tensor is read: damage inside of files of tensors is found when they are loaded.
@@ -27,6 +29,7 @@ def check_ready(config: Config, world_size: int) -> list[str]:
     """
     check_world(config, world_size)
     check_folders(config)
+    _check_scratch(config, world_size, local_world_size)
     _check_apart(config)
     data = check_data(config.data, config.model.seq_length, config.train.seed)
     path = CheckpointStore(config.checkpoint.dir).look(config.checkpoint.fall_back)
@@ -35,6 +38,31 @@ def check_ready(config: Config, world_size: int) -> list[str]:
     elif config.checkpoint.init_from is not None:
         open_source(config, data.tokenizer)
     return data.remarks
+
+
+def _check_scratch(config: Config, world_size: int, local_world_size: int) -> None:
+    """Refuse folders of scratch files that cannot hold those of this machine's ranks.
+
+    Raises:
+        FolderError: one cannot.
+    """
+    parallel, adam = config.parallel, config.table_optimizer
+    columns = -(-config.model.hidden_size // parallel.expert_tensor)
+    needed: dict[Path, int] = {}
+    for kind in config.kinds:
+        tables = kind.tables(config)
+        if tables is None or tables.memory != "disk":
+            continue
+        pools = Counter(config.stage_of(pool[0]) for pool in config.pools if kind is config.kind_of(pool[0]))
+        rows = -(-tables.rows // parallel.expert_rows(world_size))
+        master = tables.dtype == "bfloat16" and not adam.stochastic_rounding
+        element = tables.itemsize + 4 * ({"adam": 2, "rowwise_adam": 1, "rowwise_adagrad": 0}[adam.name] + master)
+        folder = kind.keys(config).table_folder
+        place = Path(folder) if folder else disk.default_folder()
+        blocks = max(pools.values()) * len(tables.names) * local_world_size
+        needed[place] = needed.get(place, 0) + blocks * rows * columns * element
+    for place, size in needed.items():
+        disk.check_folder(place, size)
 
 
 def _check_apart(config: Config) -> None:

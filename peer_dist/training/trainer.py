@@ -28,6 +28,7 @@ from peer_dist.data.stream import open_data
 from peer_dist.engines import StepResult
 from peer_dist.engines.building import dtype_of, join_groups, make_engine
 from peer_dist.engines.revival import Revival
+from peer_dist.kernels.far import FarRows, FarTraffic, far_rows_of
 from peer_dist.kinds import PEER
 from peer_dist.layers.sparse_layer import RouteObserver
 from peer_dist.measures.held_out import MicroBatches, held_out_loss, perplexity_of
@@ -77,7 +78,7 @@ def train(config: Config, profile: range | None = None) -> int:
     startup = Startup()
     startup.ended("import")
     world = World.from_environment()
-    remarks = check_ready(config, world.world_size)
+    remarks = check_ready(config, world.world_size, world.local_world_size)
     with no_empty_folders(config.checkpoint.dir, config.logging.dir):
         record_nccl(config.logging.dir)
         with world.joined(), StopRequest() as stop, Watchdog(config.train.watchdog_seconds):
@@ -260,7 +261,7 @@ class Trainer:
         values = self._step_values(loss, result, lr, table_lr, tokens, seconds, spent)
         values |= self._traffic(traffic, tokens) | _peak_memory(parallel.device)
         if memory is not None:
-            parts = ("weights", "gradients", "optimizer")
+            parts = ("weights", "gradients", "optimizer", *(("far",) if memory.far else ()))
             values |= {f"memory/{part}_gb": getattr(memory, part) / 1e9 for part in parts}
         return values | revived
 
@@ -290,6 +291,7 @@ class Trainer:
             sum(layer_traffic.bytes_sent for layer_traffic in traffic),
             sum(layer_traffic.tokens_received for layer_traffic in traffic),
             sum(layer_traffic.tokens for layer_traffic in traffic),
+            *sum((pool.traffic() for pool in self._pools()), FarTraffic(0, 0, 0, 0)),
             *self.flags(),
         )
         for layer_traffic in traffic:
@@ -302,6 +304,11 @@ class Trainer:
             numbers[0] = losses.sum()
         dist.all_reduce(numbers)
         return numbers
+
+    def _pools(self) -> set[FarRows]:
+        """This rank's rows of tables that lie elsewhere."""
+        rows = (far_rows_of(shard.parameter) for shard in shards_of(self.model).values())
+        return {pool for pool in rows if pool is not None}
 
     def _not_finite(self) -> list[str]:
         """Names of the tensors whose gradients are not finite on some rank. A collective call."""
@@ -347,13 +354,18 @@ class Trainer:
 
     def _traffic(self, sums: list[float], tokens: int) -> dict[str, float]:
         """The exchange's numbers of a step, from the sums over all ranks; flags are heard too."""
-        sent, received, routed, *flagged = sums
+        sent, received, routed, hits, misses, read, written, *flagged = sums
         self.flagged = [ranks > 0 for ranks in flagged]
         values: dict[str, float] = {}
         if self.expert_parameters:
             values["exchange/bytes_per_token"] = sent / tokens
             if routed:
                 values["exchange/row_shards_hit"] = received / routed / self.config.parallel.expert_tensor
+        if any(tables.memory != "device" for kind in self.config.kinds if (tables := kind.tables(self.config))):
+            if hits + misses:
+                values["tables/cache_hit_rate"] = hits / (hits + misses)
+            values["tables/far_read_bytes_per_token"] = read / tokens
+            values["tables/far_written_bytes_per_token"] = written / tokens
         return values
 
     def usage_values(self) -> dict[str, float]:

@@ -32,6 +32,8 @@ class Job:
     """
 
     def __init__(self, work: Callable[[], None], device: torch.device) -> None:
+        # its tensors are needed for as long as a stream reads them, which is longer than the thread has to do with them
+        self._work = None if device.type == "cpu" else work
         self._done: torch.cuda.Event | None = None
         ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 

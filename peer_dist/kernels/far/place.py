@@ -22,7 +22,7 @@ class Place:
         device: of the kernels.
         cache_bytes: of memory near the kernels in which rows are kept that are picked often, for the tables of one
             layer and the states of their optimizer.
-        folder: of scratch files on a local disk; for ``disk``.
+        folder: of scratch files on a local disk; None: :func:`peer_dist.kernels.disk.default_folder`.
         resident_bytes: of these files that the process keeps in memory, beside the cache, at most.
         fetch: how rows in host memory come to a GPU: ``direct``, read by a kernel over the bus; or ``copied``, put
             together by the CPU and sent in one piece, as those of a disk are in any case.
@@ -43,6 +43,6 @@ class Place:
             OSError: the disk has no room for it, or the folder takes no file.
         """
         if self.memory == "disk" and len(shape) > 1:
-            assert self.folder is not None, "tables on a disk have a folder"
-            return disk.mapped(shape, dtype, self.folder)
+            disk.let_resident(self.resident_bytes)
+            return disk.mapped(shape, dtype, self.folder or disk.default_folder())
         return host_zeros(shape, dtype, pinned=self.device.type == "cuda")

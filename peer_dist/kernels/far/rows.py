@@ -205,13 +205,15 @@ class FarRows:
 
     @torch.no_grad()
     def step(self, steps: Sequence[RowStep]) -> None:
-        """Step rows of its tables, each table once: those that are kept now, the others in the background."""
+        """Step rows of its tables, each table once, in the background."""
         if not steps:
             return
         device = steps[0].rows.device
         self._ready(device)
         self._steps += 1  # staged rows are old from now on
-        away = [self._step_kept(step) for step in steps]
+        slots_of = [self._hot.slots(step.rows) for step in steps]
+        for slots in slots_of:
+            self._dirty[slots[slots >= 0]] = True
         touched = steps[0].rows
         if not all(touched.shape == step.rows.shape and torch.equal(touched, step.rows) for step in steps[1:]):
             touched = torch.unique(torch.cat([step.rows for step in steps]))
@@ -226,12 +228,12 @@ class FarRows:
             ]
 
         def work() -> None:
-            for step in away:
-                self._step_far(step)
+            for step, slots in zip(steps, slots_of):
+                self._step_kept(step, slots)
+                self._step_far(step, slots)
             self._exchange(exchange, old)
 
-        if len(exchange.coming) or any(len(step.rows) for step in away):
-            self._job = Job(work, device)
+        self._job = Job(work, device)
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -239,6 +241,8 @@ class FarRows:
         before the next pass or step is heard by that.
         """
         self._settle()
+        if self._device.type == "cuda":  # whose kernels may still read over the bus
+            torch.cuda.current_stream(self._device).synchronize()
         slots = self._dirty.nonzero()[:, 0]
         rows, order = self._hot.rows[slots].sort()
         self._write_back(rows, slots[order])
@@ -368,20 +372,15 @@ class FarRows:
     # -----------------------------------------------------------------------------------------------------------------
     # Steps.
 
-    def _step_kept(self, step: RowStep) -> RowStep:
-        """Step the rows that are kept; the others' step."""
-        slots = self._hot.slots(step.rows)
+    def _step_kept(self, step: RowStep, slots: Tensor) -> None:
+        """Step the rows that are kept, in their ``slots [touched]``; -1 is of no other row."""
         here = (slots >= 0).nonzero()[:, 0]
         if not len(here):
-            return step
+            return
         at, order = slots[here].sort()
-        some, number = here[order], self._number(step.table)
+        some = here[order]
         squares = None if step.squares is None else step.squares[some]
-        step.update(self._kept(number), step.values[some], at, step.rows[some], squares)
-        self._dirty[at] = True
-        rest = (slots < 0).nonzero()[:, 0]
-        squares = None if step.squares is None else step.squares[rest]
-        return step._replace(rows=step.rows[rest], values=step.values[rest], squares=squares)
+        step.update(self._kept(self._number(step.table)), step.values[some], at, step.rows[some], squares)
 
     def _kept(self, number: int) -> dict[str, Tensor]:
         """The parts of a table's kept rows."""
@@ -389,11 +388,16 @@ class FarRows:
         near = self._buffer.tables[number]
         return {**{part: tensor[: self._buffer.kept] for part, tensor in near.items()}, **self._states[number]}
 
-    def _step_far(self, step: RowStep) -> None:
-        """Step rows where they lie."""
+    def _step_far(self, step: RowStep, slots: Tensor) -> None:
+        """Step the other rows, where they lie."""
+        some = (slots < 0).nonzero()[:, 0]
+
+        def here(tensor: Tensor) -> Tensor:
+            return (tensor if len(some) == len(tensor) else tensor[some]).to("cpu")
+
         far = self._far[self._number(step.table)]
-        rows, values = step.rows.to("cpu"), step.values.to("cpu")
-        squares = None if step.squares is None else step.squares.to("cpu")
+        rows, values = here(step.rows), here(step.values)
+        squares = None if step.squares is None else here(step.squares)
         size = len(rows) * sum(map(_width, far.values()))
         if not any(map(disk.is_mapped, far.values())):
             step.update(far, values, rows, None, squares)
@@ -401,8 +405,7 @@ class FarRows:
             for block in self._blocks(len(rows)):
                 numbers = rows[block]
                 parts = {part: _read(tensor, numbers) for part, tensor in far.items()}
-                some = None if squares is None else squares[block]
-                step.update(parts, values[block], None, numbers, some)
+                step.update(parts, values[block], None, numbers, None if squares is None else squares[block])
                 for part, tensor in parts.items():
                     _write(far[part], numbers, tensor)
         self._traffic = self._traffic + FarTraffic(0, 0, size, size)
@@ -440,16 +443,17 @@ class FarRows:
 
     def _fetch(self, far: Tensor, rows: Tensor, out: Tensor) -> None:
         """Read rows into ``out``, near the kernels."""
-        if not len(rows):
+        if not out.numel():
             return
         if not out.is_cuda:
-            _read(far, rows, out=out)
+            _read(far, rows, out)
             return
-        if self.place.fetch == "direct" and not disk.is_mapped(far):
-            from peer_dist.kernels.triton import rows as over_the_bus  # late: as in peer_dist.kernels.backend
+        if self.place.fetch == "direct" and far.is_pinned():
+            from peer_dist.kernels import triton  # late, as in peer_dist.kernels.backend
 
-            over_the_bus.gather_rows(far, rows, out)
-            return
+            if triton.available():
+                triton.rows.gather_rows(far, rows, out)
+                return
         numbers = rows.to("cpu")
         for block in self._blocks(len(rows)):
             out[block].copy_(_read(far, numbers[block], pinned=True), non_blocking=True)

@@ -1,6 +1,6 @@
 """The kernels on GPUs, in Triton: a backend of :mod:`peer_dist.kernels`."""
 
-from peer_dist.kernels.triton import dense, updates
+from peer_dist.kernels.triton import dense, rows, updates
 from peer_dist.kernels.triton.experts import (
     backward,
     dots,
@@ -21,6 +21,7 @@ __all__ = [
     "dots",
     "forward",
     "mix",
+    "rows",
     "run_sums",
     "search",
     "search_backward",

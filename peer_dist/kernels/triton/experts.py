@@ -48,6 +48,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peer_dist.kernels.eight_bit import EightBit
 from peer_dist.kernels.picks import ByExpert, Picks
 from peer_dist.kernels.reference import ACTIVATIONS, gated, wide
 from peer_dist.kernels.triton import launching
@@ -116,6 +117,28 @@ def _activation_slope(a, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @jit
+def numbers(codes, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A table's elements as they are summed, in ACC: as they are, or of eight bits without their row's scale.
+
+    float8_e4m3fn has the sign, exponent and fraction of float16 with fewer bits, so that its bits in these places are
+    2**-8 of it, numbers below 2**-6 included, on GPUs that do not know the format too; :func:`scaled` makes up for it.
+    """
+    if codes.dtype == tl.uint8:
+        bits = ((codes.to(tl.uint16) << 8).to(tl.int16, bitcast=True) >> 1) & -0x4001
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(ACC)
+    else:
+        return codes.to(ACC)
+
+
+@jit
+def scaled(value, table, scales, row, live, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A number for each row, times what :func:`numbers` of the rows are still to be multiplied by."""
+    if table.dtype.element_ty == tl.uint8:
+        value *= 256.0
+    return value * tl.load(scales + row, mask=live, other=0.0).to(ACC)
+
+
+@jit
 def _token_kernel(  # type: ignore[no-untyped-def]
     x,  # [tokens, DIM]: x, or dy backward
     offsets,  # [tokens + 1]
@@ -123,6 +146,8 @@ def _token_kernel(  # type: ignore[no-untyped-def]
     gate,  # [picks]
     first_table,  # [rows, DIM]: down, or up backward
     second_table,  # [rows, DIM]: up, or down backward
+    first_scales,  # [rows], or None: the tables do not have eight bits
+    second_scales,  # [rows], or None
     pre,  # [picks]: written, or read backward
     out,  # [tokens, DIM]: y, or dx backward
     dgate,  # [picks], backward only, like those below
@@ -152,7 +177,9 @@ def _token_kernel(  # type: ignore[no-untyped-def]
         first = tl.load(first_table + at, mask=mask, other=0.0)
         second = tl.load(second_table + at, mask=mask, other=0.0)  # in flight with the first: needed only below
         g = tl.load(gate + pick, mask=live, other=0.0).to(ACC)
-        dot = tl.sum(first.to(ACC) * x_row[None, :], 1)
+        dot = tl.sum(numbers(first, ACC) * x_row[None, :], 1)
+        if first_scales is not None:
+            dot = scaled(dot, first_table, first_scales, row, live, ACC)
         if BACKWARD:
             a = tl.load(pre + pick, mask=live, other=0.0)
             act = _activation(a, KIND)
@@ -163,7 +190,9 @@ def _token_kernel(  # type: ignore[no-untyped-def]
         else:
             tl.store(pre + pick, dot, mask=live)
             factor = _activation(dot, KIND) * g
-        acc += tl.sum(second.to(ACC) * factor[:, None], 0)
+        if second_scales is not None:
+            factor = scaled(factor, second_table, second_scales, row, live, ACC)
+        acc += tl.sum(numbers(second, ACC) * factor[:, None], 0)
     tl.store(out + token * DIM + cols, acc, mask=inside)
 
 
@@ -171,6 +200,7 @@ def _token_kernel(  # type: ignore[no-untyped-def]
 def _dots_kernel(  # type: ignore[no-untyped-def]
     x,  # [tokens, DIM]
     table,  # [rows, DIM]
+    scales,  # [rows], or None: the table does not have eight bits
     token,  # [picks]: in the order that they are taken in, as is expert
     expert,  # [picks]
     order,  # [picks]: which pick is taken where, or None: in their own order
@@ -196,7 +226,9 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
         mask = there[:, None] & ((col < WIDTH) & (cols < DIM))[None, :]
         rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         values = tl.load(x + source[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
-        dot += tl.sum(rows.to(ACC) * values.to(ACC), 1)
+        dot += tl.sum(numbers(rows, ACC) * values.to(ACC), 1)
+    if scales is not None:
+        dot = scaled(dot, table, scales, row, there, ACC)
     pick = place if order is None else tl.load(order + place, mask=live, other=0)
     tl.store(out + part.to(tl.int64) * picks + pick, dot, mask=live)
 
@@ -205,6 +237,7 @@ def _dots_kernel(  # type: ignore[no-untyped-def]
 def _mix_kernel(  # type: ignore[no-untyped-def]
     weight,  # [picks]
     table,  # [rows, DIM]
+    scales,  # [rows], or None: the table does not have eight bits
     offsets,  # [tokens + 1]
     expert,  # [picks]
     out,  # [tokens, DIM]
@@ -227,7 +260,9 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
         mask = live[:, None] & inside[None, :]
         rows = tl.load(table + row[:, None] * DIM + cols[None, :], mask=mask, other=0.0)
         w = tl.load(weight + pick, mask=live, other=0.0).to(ACC)
-        acc += tl.sum(rows.to(ACC) * w[:, None], 0)
+        if scales is not None:
+            w = scaled(w, table, scales, row, live, ACC)
+        acc += tl.sum(numbers(rows, ACC) * w[:, None], 0)
     tl.store(out + token * DIM + cols, acc, mask=inside, eviction_policy="evict_first")
 
 
@@ -407,7 +442,8 @@ def _tile(width: int, itemsize: int, tile_bytes: int = TILE_BYTES, columns: int 
     """Block sizes and warps for rows of ``width`` columns: at most ``columns`` of them a thread, 16-byte loads."""
     block_d = min(MAX_BLOCK_D, max(16, triton.next_power_of_2(width)))
     num_warps = min(8, max(1, block_d // (32 * columns)))
-    block_k = num_warps * 32 * tile_bytes // (block_d * itemsize)
+    # of eight bits no more elements than of sixteen: their float32 numbers would take too many registers
+    block_k = num_warps * 32 * tile_bytes // (block_d * max(2, itemsize))
     return {"BLOCK_D": block_d, "BLOCK_K": min(32, max(1, block_k)), "num_warps": num_warps}
 
 
@@ -432,13 +468,20 @@ def _repeats(table: Tensor, picks: Picks) -> bool:
     return picks.expert.numel() >= EXPERT_MAJOR * rows and _resident(table, rows) < dim
 
 
-def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
+def _parts(table: Tensor | EightBit) -> tuple[Tensor, Tensor | None]:
+    """What is read of a table: its elements ``[rows, dim]``, and the scales ``[rows]`` of one of eight bits."""
+    return (table.codes, table.scales) if isinstance(table, EightBit) else (table, None)
+
+
+def dots(x: Tensor, table: Tensor | EightBit, picks: Picks) -> Tensor:
     """``x_t . table_e`` of each pick: ``[tokens, dim], [rows, dim] -> [picks]`` in float32 (float64 for float64).
 
     Raises:
         ValueError: ``table`` is not contiguous.
     """
-    dim, count, dtype = table.shape[1], picks.expert.numel(), wide(x, table)
+    count, dtype = picks.expert.numel(), wide(x, table)
+    table, scales = _parts(table)
+    dim = table.shape[1]
     if _repeats(table, picks) and (width := _resident(x, picks.tokens)):
         ordered = picks.by_expert
         token, expert, order = ordered.token, ordered.expert, ordered.pick
@@ -448,12 +491,12 @@ def dots(x: Tensor, table: Tensor, picks: Picks) -> Tensor:
     slices = triton.cdiv(dim, width)
     out = torch.empty(slices, count, dtype=dtype, device=x.device)
     grid = (triton.cdiv(count, tile["BLOCK_K"]), slices)
-    args = _rows(x), table, token, expert, order, out, count
+    args = _rows(x), table, scales, token, expert, order, out, count
     launching.launch(_dots_kernel, grid, *args, DIM=dim, WIDTH=width, ACC=accumulator(dtype), **tile)
     return out[0] if slices == 1 else out.sum(0)
 
 
-def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
+def mix(weight: Tensor, table: Tensor | EightBit, picks: Picks, *, dtype: torch.dtype | None = None) -> Tensor:
     """``sum_i w_i table_{e_i}`` of each token: ``[picks], [rows, dim] -> [tokens, dim]``.
 
     Sums are float32 (float64 for float64), and so is the result unless ``dtype`` says otherwise.
@@ -461,32 +504,37 @@ def mix(weight: Tensor, table: Tensor, picks: Picks, *, dtype: torch.dtype | Non
     Raises:
         ValueError: ``table`` is not contiguous.
     """
-    sums, dim = wide(weight, table), table.shape[1]
+    sums = wide(weight, table)
+    table, scales = _parts(table)
+    dim = table.shape[1]
     out = torch.empty(picks.tokens, dim, dtype=dtype or sums, device=table.device)
     width = _resident(table, table.shape[0]) if _repeats(table, picks) else dim
     tile = _tile(width or dim, table.element_size())
     grid = (picks.tokens, triton.cdiv(dim, tile["BLOCK_D"]))
-    args = weight.contiguous(), table, picks.offsets, picks.expert, out
+    args = weight.contiguous(), table, scales, picks.offsets, picks.expert, out
     launching.launch(_mix_kernel, grid, *args, DIM=dim, ACC=accumulator(sums), **tile)
     return out
 
 
-def _fused(x: Tensor, table: Tensor, picks: Picks, activation: str) -> bool:
+def _fused(x: Tensor, table: Tensor | EightBit, picks: Picks, activation: str) -> bool:
     """Whether the token-major kernel serves; else the halves do, one after the other."""
+    table, _ = _parts(table)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, not {activation!r}")
     expert_major = _repeats(table, picks) and _resident(x, picks.tokens) and _resident(table, table.shape[0])
     return x.shape[1] <= MAX_BLOCK_D and not expert_major
 
 
-def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, picks: Picks, gate: Tensor, down: Tensor | EightBit, up: Tensor | EightBit, activation: str
+) -> tuple[Tensor, Tensor]:
     """``y_t = sum_i gate_i * act(x_t . down_{e_i}) * up_{e_i}`` over the picks of each token.
 
     Args:
         x: ``[tokens, dim]``.
         picks: the rows that each token reads.
         gate: ``[picks]``.
-        down, up: ``[rows, dim]``.
+        down, up: ``[rows, dim]``, of one dtype.
         activation: "gelu" (exact), "relu" or "silu".
 
     Returns:
@@ -502,14 +550,23 @@ def forward(x: Tensor, picks: Picks, gate: Tensor, down: Tensor, up: Tensor, act
     dtype = wide(x, down, up, gate)
     pre = torch.empty(picks.expert.numel(), dtype=dtype, device=x.device)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    args = _rows(x), picks.offsets, picks.expert, gate.contiguous(), down, up, pre, y, None, None, None
+    (down, down_scales), (up, up_scales) = _parts(down), _parts(up)
+    tables = down, up, down_scales, up_scales
+    args = _rows(x), picks.offsets, picks.expert, gate.contiguous(), *tables, pre, y, None, None, None
     constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": False, "ACC": accumulator(dtype)}
     launching.launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
     return y, pre
 
 
 def backward(
-    dy: Tensor, x: Tensor, picks: Picks, pre: Tensor, gate: Tensor, down: Tensor, up: Tensor, activation: str
+    dy: Tensor,
+    x: Tensor,
+    picks: Picks,
+    pre: Tensor,
+    gate: Tensor,
+    down: Tensor | EightBit,
+    up: Tensor | EightBit,
+    activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of :func:`forward` but those of the tables, for which it returns what :func:`table_grads` needs.
 
@@ -531,7 +588,9 @@ def backward(
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    args = _rows(dy), picks.offsets, picks.expert, gate.contiguous(), up, down, pre, dx, dgate, dpre, hidden
+    (down, down_scales), (up, up_scales) = _parts(down), _parts(up)
+    tables = up, down, up_scales, down_scales
+    args = _rows(dy), picks.offsets, picks.expert, gate.contiguous(), *tables, pre, dx, dgate, dpre, hidden
     constants = {"DIM": x.shape[1], "KIND": activation, "BACKWARD": True, "ACC": accumulator(pre.dtype)}
     launching.launch(_token_kernel, (picks.tokens,), *args, **constants, **_tile(x.shape[1], down.element_size()))
     return dx, dgate, dpre, hidden

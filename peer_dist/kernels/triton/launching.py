@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peer_dist.kernels.eight_bit import LARGEST, EightBit
+
 try:
     import triton
     import triton.language as tl
@@ -19,9 +21,12 @@ OPTIONS = {"enable_fp_fusion": True}
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
-BY_PICK = ("offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token", "order", "weight")
-"""Parameters with a number for each pick. Those of a part of the tokens begin anywhere, and their alignment is of no
-use to a kernel: to compile it once more for each would stop some ranks in mid-training, and others not."""
+BY_PICK = (
+    "offsets", "expert", "gate", "pre", "dgate", "dpre", "hidden", "token", "order", "weight", "slots", "called",
+)  # fmt: skip
+"""Parameters with a number for each pick, or for each row touched. Those of a part of the tokens begin anywhere, and
+their alignment is of no use to a kernel: to compile it once more for each would stop some ranks in mid-training, and
+others not."""
 
 COUNTS = (
     "picks", "rows", "runs", "each", "size", "tokens", "touched", "length", "batch", "key", "first_row",
@@ -50,14 +55,16 @@ def _nothing() -> None:
 INTERPRETED = triton is not None and not isinstance(_nothing, triton.JITFunction)
 
 
-def available(*tensors: Tensor) -> bool:
+def available(*tensors: Tensor | EightBit) -> bool:
     """Whether these kernels can serve these tensors: on CUDA, or anywhere under Triton's interpreter; and with columns,
     which the last shards of few columns over many ranks may lack.
     """
     if triton is None:
         return False
+    elements = [(tensor.codes, LARGEST) if isinstance(tensor, EightBit) else (tensor, DTYPES) for tensor in tensors]
     return all(
-        (INTERPRETED or tensor.is_cuda) and tensor.dtype in DTYPES and 0 not in tensor.shape[1:] for tensor in tensors
+        (INTERPRETED or tensor.is_cuda) and tensor.dtype in dtypes and 0 not in tensor.shape[1:]
+        for tensor, dtypes in elements
     )
 
 

@@ -8,15 +8,15 @@ than :data:`MAX_BLOCK_D` are taken in pieces, and their gradients read again for
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peer_dist.kernels.rounding import Rounding
 from peer_dist.kernels.triton import launching
-from peer_dist.kernels.triton.experts import RunSums, sum_run
+from peer_dist.kernels.triton.experts import RunSums, numbers, scaled, sum_run
 from peer_dist.kernels.triton.launching import jit, tl, triton
-from peer_dist.kernels.updates import Plain, Step
 
 TILE = 1024
 """Elements of a program of few columns, 8 a thread: with 40 registers or so, 1024 threads or more of a multiprocessor
@@ -66,12 +66,81 @@ def _change(square, unbiased, eps, rate):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _row_scales(most, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scales of rows of eight bits by the bits of their largest magnitudes, and what their elements are multiplied by;
+    NaN and 0 of rows that are not finite.
+
+    The largest code is 448 = 1.75 * 2**8 or 127 = 1.984375 * 2**6: a fraction beyond these carries into the exponent.
+    """
+    if E4M3:
+        exponent = ((most + (0x7FFFFF - 0x600000)) >> 23) - (127 + 8)
+    else:
+        exponent = ((most + (0x7FFFFF - 0x7E0000)) >> 23) - (127 + 6)
+    exponent = tl.where(most == 0, -1, tl.maximum(exponent, -100))
+    finite = most < 0x7F800000
+    scale = tl.where(finite, (127 + exponent) << 23, 0x7FC00000).to(tl.float32, bitcast=True)
+    return scale, tl.where(finite, (127 - exponent) << 23, 0).to(tl.float32, bitcast=True)
+
+
+@jit
+def _codes(value, inverse, draws, E4M3: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The codes of numbers, rounded at random, as in :func:`peer_dist.kernels.eight_bit.quantised`."""
+    bits = value.to(tl.int32, bitcast=True)
+    magnitude = tl.where(inverse == 0.0, 0.0, tl.abs(value) * inverse)
+    share = draws.to(tl.float32) * 0.0000152587890625  # 2**-16
+    if E4M3:  # steps of three bits after the leading one; below 2**-6 as many as there
+        exponent = tl.maximum((magnitude.to(tl.int32, bitcast=True) >> 23) - 130, -9)
+        places = tl.floor(magnitude * ((127 - exponent) << 23).to(tl.float32, bitcast=True) + share).to(tl.int32)
+        # 8 places and more have an exponent of their own, 16 the next one
+        return (((exponent + 9) << 3) + places + ((bits >> 24) & 0x80)).to(tl.uint8)
+    else:
+        places = tl.floor(magnitude + share).to(tl.int32)
+        return tl.where(bits < 0, -places, places).to(tl.int8)
+
+
+@jit
+def _stepped(  # type: ignore[no-untyped-def]
+    g,  # float32
+    old,  # the weights, float32
+    at,  # where these elements are
+    mask,
+    change,  # of a row; without meaning where there is exp_avg_sq
+    exp_avg,
+    exp_avg_sq,
+    scale,
+    decay,
+    first,
+    rest_first,
+    second,
+    rest_second,
+    unbiased,
+    eps,
+    rate,
+    KEEP: tl.constexpr,
+):
+    """The new weights of some elements, float32; with KEEP their moments are written."""
+    g = scale * g
+    moment = g
+    if exp_avg is not None:
+        moment = first * tl.load(exp_avg + at, mask=mask, other=0.0) + rest_first * g
+        if KEEP:
+            tl.store(exp_avg + at, moment, mask=mask)
+    if exp_avg_sq is not None:
+        square = second * tl.load(exp_avg_sq + at, mask=mask, other=0.0) + rest_second * g * g
+        if KEEP:
+            tl.store(exp_avg_sq + at, square, mask=mask)
+        change = _change(square, unbiased, eps, rate)
+    return decay * old - change * moment
+
+
+@jit
 def _step(  # type: ignore[no-untyped-def]
     g,  # float32
     row,  # of g's shape, or broadcast to it
+    called,  # what the rows are called where they are rounded
     col,
     mask,
-    change,  # of a row; without meaning where there is exp_avg_sq
+    change,
     weight,
     table,
     exp_avg,
@@ -93,19 +162,13 @@ def _step(  # type: ignore[no-untyped-def]
 ):
     """Step some elements of a table with their gradients; a kernel's own parameters are as in _update_kernel."""
     at = row * DIM + col
-    g = scale * g
     old = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-    moment = g
-    if exp_avg is not None:
-        moment = first * tl.load(exp_avg + at, mask=mask, other=0.0) + rest_first * g
-        tl.store(exp_avg + at, moment, mask=mask)
-    if exp_avg_sq is not None:
-        square = second * tl.load(exp_avg_sq + at, mask=mask, other=0.0) + rest_second * g * g
-        tl.store(exp_avg_sq + at, square, mask=mask)
-        change = _change(square, unbiased, eps, rate)
-    new = decay * old - change * moment
+    new = _stepped(
+        g, old, at, mask, change, exp_avg, exp_avg_sq,
+        scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate, True,
+    )  # fmt: skip
     if AT_RANDOM:
-        draws = _draws(key, first_row + row, (first_column + col).to(tl.int32))
+        draws = _draws(key, first_row + called, (first_column + col).to(tl.int32))
         tl.store(weight + at, _bfloat16(new, draws), mask=mask)
     else:
         tl.store(weight + at, new, mask=mask)
@@ -115,9 +178,47 @@ def _step(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _change_of_rows(  # type: ignore[no-untyped-def]
+    raw,  # [BLOCK_R, BLOCK_D]: the gradients, where a program holds all columns
+    grad,
+    place,
+    row,
+    live,
+    squares,
+    row_sq,
+    scale,
+    second,
+    rest_second,
+    unbiased,
+    eps,
+    rate,
+    mean,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """By what the moments of rows are multiplied, ``[BLOCK_R, 1]``; their own second moments are stepped."""
+    if squares is not None:
+        total = tl.load(squares + place, mask=live, other=0.0)
+    elif BLOCK_D >= DIM:
+        total = tl.sum(raw * raw, 1)
+    else:
+        sums = tl.full([BLOCK_R, BLOCK_D], 0.0, tl.float32)
+        for begin in range(0, DIM, BLOCK_D):
+            piece = _tile(grad, place, begin + tl.arange(0, BLOCK_D), live, DIM)
+            sums += piece * piece
+        total = tl.sum(sums, 1)
+    average = tl.load(row_sq + row, mask=live, other=0.0)
+    average = second * average + rest_second * (total * scale * mean)
+    tl.store(row_sq + row, average, mask=live)
+    return _change(average, unbiased, eps, rate)[:, None]
+
+
+@jit
 def _update_kernel(  # type: ignore[no-untyped-def]
     grad,  # [touched, DIM]
     rows,  # [touched], or None: all
+    called,  # [touched]: what the rows are called where they are rounded, or None: what they are
     squares,  # [touched], or None: taken here
     weights,  # [rows, DIM]: float32, or bfloat16 to be rounded at random
     table,  # [rows, DIM]: gets the rounding of float32 weights; None without
@@ -147,34 +248,108 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = place < touched
     row = place if rows is None else tl.load(rows + place, mask=live, other=0)
+    name = row if called is None else tl.load(called + place, mask=live, other=0)
     cols = tl.arange(0, BLOCK_D)
     change = 0.0
-    if BLOCK_D >= DIM:
-        raw = _tile(grad, place, cols, live, DIM)
+    raw = _tile(grad, place, cols, live, DIM) if BLOCK_D >= DIM else None
     if row_sq is not None:
-        if squares is not None:
-            total = tl.load(squares + place, mask=live, other=0.0)
-        elif BLOCK_D >= DIM:
-            total = tl.sum(raw * raw, 1)
-        else:
-            sums = tl.full([BLOCK_R, BLOCK_D], 0.0, tl.float32)
-            for begin in range(0, DIM, BLOCK_D):
-                piece = _tile(grad, place, begin + cols, live, DIM)
-                sums += piece * piece
-            total = tl.sum(sums, 1)
-        average = tl.load(row_sq + row, mask=live, other=0.0)
-        average = second * average + rest_second * (total * scale * mean)
-        tl.store(row_sq + row, average, mask=live)
-        change = _change(average, unbiased, eps, rate)[:, None]
+        change = _change_of_rows(
+            raw, grad, place, row, live, squares, row_sq, scale, second, rest_second, unbiased, eps, rate, mean,
+            DIM, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
     for begin in range(0, DIM, BLOCK_D):
         col = begin + cols
         mask = live[:, None] & (col < DIM)[None, :]
         g = raw if BLOCK_D >= DIM else _tile(grad, place, col, live, DIM)
         _step(
-            g, row[:, None], col[None, :], mask, change, weights, table, exp_avg, exp_avg_sq,
+            g, row[:, None], name[:, None], col[None, :], mask, change, weights, table, exp_avg, exp_avg_sq,
             scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate,
             key, first_row, first_column, DIM, AT_RANDOM,
         )  # fmt: skip
+
+
+@jit
+def _update_eight_bit_kernel(  # type: ignore[no-untyped-def]
+    grad,  # as in _update_kernel
+    rows,
+    called,
+    squares,
+    codes,  # [rows, DIM]: int8, or uint8 with the bits of float8_e4m3fn
+    scales,  # [rows]
+    exp_avg,
+    exp_avg_sq,
+    row_sq,
+    touched,
+    scale,
+    decay,
+    first,
+    rest_first,
+    second,
+    rest_second,
+    unbiased,
+    eps,
+    rate,
+    mean,
+    key,
+    first_row,
+    first_column,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program for BLOCK_R rows. Where they are wider than BLOCK_D, all is computed twice: for a row's scale its new
+    weights are taken piece by piece, and once more, out of the caches, to be rounded under it.
+    """
+    E4M3: tl.constexpr = codes.dtype.element_ty == tl.uint8
+    place = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = place < touched
+    row = place if rows is None else tl.load(rows + place, mask=live, other=0)
+    name = row if called is None else tl.load(called + place, mask=live, other=0)
+    name = first_row + name[:, None]
+    cols = tl.arange(0, BLOCK_D)
+    start = row[:, None] * DIM
+    unit = scaled(1.0, codes, scales, row, live, tl.float32)[:, None]
+    change = 0.0
+    raw = _tile(grad, place, cols, live, DIM) if BLOCK_D >= DIM else None
+    if row_sq is not None:
+        change = _change_of_rows(
+            raw, grad, place, row, live, squares, row_sq, scale, second, rest_second, unbiased, eps, rate, mean,
+            DIM, BLOCK_R, BLOCK_D,
+        )  # fmt: skip
+    if BLOCK_D >= DIM:
+        at, mask = start + cols[None, :], live[:, None] & (cols < DIM)[None, :]
+        old = numbers(tl.load(codes + at, mask=mask, other=0), tl.float32) * unit
+        new = _stepped(
+            raw, old, at, mask, change, exp_avg, exp_avg_sq,
+            scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate, True,
+        )  # fmt: skip
+        most = tl.max(tl.where(mask, new.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), 1)
+        new_scale, inverse = _row_scales(most, E4M3)
+        draws = _draws(key, name, (first_column + cols[None, :]).to(tl.int32))
+        tl.store(codes + at, _codes(new, inverse[:, None], draws, E4M3), mask=mask)
+    else:
+        largest = tl.full([BLOCK_R, BLOCK_D], 0, tl.int32)
+        for begin in range(0, DIM, BLOCK_D):
+            col = begin + cols
+            at, mask = start + col[None, :], live[:, None] & (col < DIM)[None, :]
+            old = numbers(tl.load(codes + at, mask=mask, other=0), tl.float32) * unit
+            new = _stepped(
+                _tile(grad, place, col, live, DIM), old, at, mask, change, exp_avg, exp_avg_sq,
+                scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate, False,
+            )  # fmt: skip
+            largest = tl.maximum(largest, tl.where(mask, new.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
+        new_scale, inverse = _row_scales(tl.max(largest, 1), E4M3)
+        for begin in range(0, DIM, BLOCK_D):
+            col = begin + cols
+            at, mask = start + col[None, :], live[:, None] & (col < DIM)[None, :]
+            old = numbers(tl.load(codes + at, mask=mask, other=0), tl.float32) * unit
+            new = _stepped(
+                _tile(grad, place, col, live, DIM), old, at, mask, change, exp_avg, exp_avg_sq,
+                scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate, True,
+            )  # fmt: skip
+            draws = _draws(key, name, (first_column + col[None, :]).to(tl.int32))
+            tl.store(codes + at, _codes(new, inverse[:, None], draws, E4M3), mask=mask)
+    tl.store(scales + row, new_scale, mask=live)
 
 
 @jit
@@ -295,7 +470,7 @@ def _update_runs_kernel(  # type: ignore[no-untyped-def]
                     tl.store(new_row_sq + row, average)
                 change = _change(average, unbiased, eps, rate)
             _step(
-                g, run, cols, cols < DIM, change, weights, table, exp_avg, exp_avg_sq,
+                g, run, run, cols, cols < DIM, change, weights, table, exp_avg, exp_avg_sq,
                 scale, decay, first, rest_first, second, rest_second, unbiased, eps, rate,
                 key, first_row, first_column, DIM, AT_RANDOM,
             )  # fmt: skip
@@ -305,7 +480,7 @@ def _update_runs_kernel(  # type: ignore[no-untyped-def]
 
 
 def update_rows(
-    step: Step,
+    step: Sequence[float],
     grad: Tensor,
     table: Tensor,
     moments: Mapping[str, Tensor],
@@ -314,32 +489,20 @@ def update_rows(
     squares: Tensor | None,
     rounding: Rounding | None,
     scales: Tensor | None = None,
-    numbers: Tensor | None = None,
+    called: Tensor | None = None,
 ) -> None:
-    """See :func:`peer_dist.kernels.updates.update_rows`."""
-    if scales is not None or numbers is not None:
-        Plain.update_rows(step, grad, table, moments, master, rows, squares, rounding, scales, numbers)
-        return
+    """See :func:`peer_dist.kernels.updates.update_rows`. One launch; nothing is asked of the host."""
     blocks = _blocks(grad.shape[1])
-    launching.launch(
-        _update_kernel,
-        (triton.cdiv(len(grad), blocks["BLOCK_R"]),),
-        grad,
-        rows,
-        squares,
-        table if master is None else master,
-        None if master is None else table,
-        moments.get("exp_avg"),
-        moments.get("exp_avg_sq"),
-        moments.get("row_sq"),
-        len(grad),
-        *map(float, step),
-        *(rounding or (0, 0, 0)),
-        DIM=grad.shape[1],
-        AT_RANDOM=rounding is not None,
-        enable_fp_fusion=False,
-        **blocks,
-    )
+    given = moments.get("exp_avg"), moments.get("exp_avg_sq"), moments.get("row_sq"), len(grad), *map(float, step)
+    constants = {"DIM": grad.shape[1], "enable_fp_fusion": False, **blocks}
+    grid = (triton.cdiv(len(grad), blocks["BLOCK_R"]),)
+    kernel: Any = _update_kernel
+    held: tuple[Tensor, Tensor | None] = (table, None) if master is None else (master, table)
+    if scales is None:
+        constants["AT_RANDOM"] = rounding is not None
+    else:
+        kernel, held = _update_eight_bit_kernel, (table, scales)
+    launching.launch(kernel, grid, grad, rows, called, squares, *held, *given, *(rounding or (0, 0, 0)), **constants)
 
 
 def run_squares(sums: RunSums, dtype: torch.dtype) -> list[Tensor]:
