@@ -1,7 +1,7 @@
 """Tables that are larger than the memory that a process may have, trained from scratch files under that limit.
 
     peer-dist prepare --output data/tinyshakespeare
-    python benchmarks/beyond_memory.py [--limit-gb 3.5] [--json FILE] [--figure FILE.png] [section.key=value ...]
+    python benchmarks/beyond_memory.py [--limit-gb 3] [--json FILE] [--figure FILE.png] [section.key=value ...]
 
 Four processes, one after the other, each the ordinary command ``python -m peer_dist train --config CONFIG``:
 
@@ -359,7 +359,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     runs = {one["name"]: one for one in results["runs"]}
     most = max(results["tables"], *(one["most"][part] for one in results["runs"] for part in ("resident", "group")))
     with style():
-        figure, panels = empty_panels(2, 7.0, 3.0)
+        figure, panels = empty_panels(2, 7.0, 3.2)
         for panel, names in zip(panels, (("disk", "resumed"), ("memory",))):
             begin = 0.0
             for name in names:
@@ -378,6 +378,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 begin += runs[name]["seconds"]
                 if name != names[-1]:
                     panel.axvline(begin, color="0.5", linewidth=0.8, linestyle=":")
+            killed = runs["device"]["samples"]
+            if names[0] == "disk" and killed and "group" in killed[0]:
+                x = np.array([row["seconds"] for row in killed])
+                used = [row["group"] / 1e9 for row in killed]
+                panel.plot(x, used, color="k", linewidth=0.8, label="tables in memory, under the limit: killed")
             panel.axhline(results["tables"] / 1e9, color="C3", linestyle="--", linewidth=0.8, label="the tables")
             if names[0] == "disk":
                 panel.axhline(results["limit"] / 1e9, color="k", linestyle="--", linewidth=0.8, label="the limit")
@@ -385,7 +390,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             else:
                 panel.set_title("tables in memory, without a limit")
             panel.set(xlabel="seconds", ylabel="GB", xlim=(0, None), ylim=(0, 1.05 * most / 1e9))
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         plt.close(figure)
@@ -395,7 +400,7 @@ def main() -> None:
     """Measure what the command line asks for, and show it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/beyond-memory.yaml"))
-    parser.add_argument("--limit-gb", type=float, default=3.5, help="10^9 bytes that a process may have")
+    parser.add_argument("--limit-gb", type=float, default=3.0, help="10^9 bytes that a process may have")
     parser.add_argument("--folder", type=Path, help="on the disk that is to hold the tables (a temporary folder)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
