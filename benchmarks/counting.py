@@ -176,7 +176,7 @@ def _token_kernel(given: dict[str, Any]) -> int:
 def _dots_kernel(given: dict[str, Any]) -> int:
     picks, table = given["expert"].numel(), given["table"]
     slices = -(-given["DIM"] // given["WIDTH"])
-    numbers = slices * once((given["token"], given["expert"], given["order"])) + size(given["out"])
+    numbers = slices * once((given["token"], given["expert"], given["order"], given["scales"])) + size(given["out"])
     by_expert = given["order"] is not None  # a row then comes from memory once, x stays in L2
     return (
         numbers
@@ -190,7 +190,9 @@ def _mix_kernel(given: dict[str, Any]) -> int:
     slices = -(-given["DIM"] // given["BLOCK_D"])
     slice_bytes = table.shape[0] * min(given["BLOCK_D"], given["DIM"]) * table.element_size()
     rows = min(size(table), rows_read(table, picks)) if slice_bytes <= L2_BYTES else rows_read(table, picks)
-    return rows + size(given["out"]) + slices * once((given["weight"], given["offsets"], given["expert"]))
+    return (
+        rows + size(given["out"]) + slices * once((given["weight"], given["offsets"], given["expert"], given["scales"]))
+    )
 
 
 def _runs_kernel(given: dict[str, Any]) -> int:
@@ -210,6 +212,15 @@ def _update_kernel(given: dict[str, Any]) -> int:
     share = rows / given["weights"].shape[0]
     kept = once(given[name] for name in ("weights", "exp_avg", "exp_avg_sq", "row_sq"))
     return once((given["grad"], given["rows"], given["squares"])) + round(share * (2 * kept + size(given["table"])))
+
+
+def _update_eight_bit_kernel(given: dict[str, Any]) -> int:
+    return _update_kernel({**given, "weights": given["codes"], "table": None}) + 8 * given["grad"].shape[0]  # scales
+
+
+def _copy_rows_kernel(given: dict[str, Any]) -> int:
+    row = given["WORDS"] * given["far"].element_size()
+    return once((given["rows"], given["slots"])) + given["rows"].numel() * row  # of the GPU's memory
 
 
 def _gradient_kernel(given: dict[str, Any]) -> int:
@@ -236,6 +247,8 @@ KERNELS: dict[str, Callable[[dict[str, Any]], int]] = {
         _runs_kernel,
         _pieces_kernel,
         _update_kernel,
+        _update_eight_bit_kernel,
+        _copy_rows_kernel,
         _gradient_kernel,
         _run_squares_kernel,
         _update_runs_kernel,

@@ -3,7 +3,8 @@
     python benchmarks/counts.py [--tokens 8192 --experts 1048576] [--model configs/one-gpu.yaml] [--json FILE]
 
 A layer's forward and backward pass, the gradient norm and the update of its tables, with dense and with sparse table
-gradients, and as one rank of several with all ranks' tokens; the update alone in all its kinds; with --model also a
+gradients, and as one rank of several with all ranks' tokens; the update alone in all its kinds; the sums over picks of
+tables of eight bits; with --model also a
 pass and a step of a whole model on one GPU, without what the trainer itself asks for. Nothing is measured:
 benchmarks/counting.py says how it is counted, and milliseconds are the bytes at an H100's 3.35 TB/s. The floor is each
 part's arguments read once and its results written once, of a table the rows that are picked at all; picks are uniform.
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # makes collectives take tensors on meta
 from counting import META, OTHER, Count, Counter, total
-from floors import Sizes, floors, update_floor
+from floors import Sizes, floors, products_floor, update_floor
 from measure import write_json
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +34,10 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from peer_dist import PEER
+from peer_dist.kernels import Picks, expert_mix_backward, expert_mix_forward
+from peer_dist.kernels.eight_bit import let_scales, scales_of
+from peer_dist.kernels.rounding import Rounding
+from peer_dist.kernels.updates import Step, update_rows
 from peer_dist.layers import product_keys
 from peer_dist.optim import TableOptimizer, TableRule
 from peer_dist.optim.tables import KINDS
@@ -123,6 +128,51 @@ def table_update(sizes: Sizes, kind: str, lazy: bool, stochastic: bool) -> Count
         counter.parts.clear()
         optimizer.step(0.5)
     return total(counter.parts.values())
+
+
+def eight_bit_tables(sizes: Sizes) -> list[Tensor]:
+    """Codes with scales; the two formats ask for the same."""
+    tables = [torch.empty(sizes.rows, sizes.dim, device=META, dtype=torch.int8) for _ in range(2)]
+    for table in tables:
+        let_scales(table, torch.empty(sizes.rows, device=META, dtype=torch.float32))
+    return tables
+
+
+def eight_bit_update(sizes: Sizes, kind: str) -> Count:
+    """The lazy update of both tables, by the gradients of their picked rows in bfloat16."""
+    tables = eight_bit_tables(sizes)
+    hit = sizes.hit(sizes.picks, sizes.rows)
+    rows = torch.empty(hit, dtype=torch.int64, device=META)
+    grad = torch.empty(hit, sizes.dim, dtype=torch.bfloat16, device=META)
+    step = Step.of(kind, 1e-3, (0.9, 0.99), 1e-8, 0.1, count=1, scale=1.0, dim=sizes.dim, lazy=True)
+    matrix, vector = (
+        torch.empty(*shape, device=META, dtype=torch.float32) for shape in (tables[0].shape, [sizes.rows])
+    )
+    moments = {} if kind == "rowwise_adagrad" else {"exp_avg": matrix}
+    moments |= {"exp_avg_sq": matrix} if kind == "adam" else {"row_sq": vector}
+    with Counter() as counter:
+        for table in tables:
+            update_rows(
+                step, grad, table, moments, rows=rows, rounding=Rounding(1, 0, 0), scales=scales_of(table)
+            )  # fmt: skip
+    return total(counter.parts.values())
+
+
+def products(sizes: Sizes, eight_bit: bool) -> tuple[Count, Count]:
+    """The sums over picks of one layer, forward and backward, without the tables' gradients."""
+    x = torch.empty(sizes.tokens, sizes.dim, device=META, dtype=torch.bfloat16)
+    gate = torch.empty(sizes.picks, device=META, dtype=torch.float32)
+    down, up = eight_bit_tables(sizes)
+    if not eight_bit:
+        down, up = (torch.empty(table.shape, device=META, dtype=torch.bfloat16) for table in (down, up))
+    with Counter(lambda picks: sizes.hit(picks, sizes.rows)) as counter, torch.no_grad():
+        picks = Picks.even(torch.empty(sizes.tokens, sizes.heads * sizes.top_k, device=META, dtype=torch.int64))
+        counter.parts.clear()
+        _, pre = expert_mix_forward(x, picks, gate, down, up, "gelu")
+        forward = total(counter.parts.values())
+        counter.parts.clear()
+        expert_mix_backward(x, x, picks, pre, gate, down, up, "gelu")
+    return forward, total(counter.parts.values())
 
 
 class _OnMeta(TorchFunctionMode):
@@ -267,7 +317,18 @@ def main() -> None:
         name = f"{kind}, {'lazy' if lazy else 'dense'}, {'stochastic rounding' if stochastic else 'float32 masters'}"
         count = table_update(sizes, kind, lazy, stochastic)
         rows.append(row_of(name, "", count, update_floor(sizes, kind, lazy, stochastic)))
+    for kind in KINDS:
+        floor = update_floor(sizes, kind, True, True, eight_bit=True)
+        rows.append(row_of(f"{kind}, lazy, eight bits", "", eight_bit_update(sizes, kind), floor))
     cases[f"The update of two tables, {sizes.experts} x {sizes.dim}, bfloat16, uniform picks"] = rows
+    rows = []
+    for eight_bit in (False, True):
+        forward, backward = products(sizes, eight_bit)
+        floor = products_floor(sizes, *((1, 4) if eight_bit else (sizes.item, 0)))
+        name = "eight bits" if eight_bit else "bfloat16"
+        rows += [row_of(f"tables of {name}", "forward", forward, floor)]
+        rows += [row_of(f"tables of {name}", "backward", backward, floor + 4 * sizes.picks)]
+    cases[f"The sums over picks, {sizes.tokens} tokens, d={sizes.dim}, N={sizes.experts}, uniform picks"] = rows
     if options.model:
         counter, tokens = model_step(options.model, options.vocabulary, options.micro_batch_size)
         cases[f"`{options.model}`, a pass of {tokens} tokens and the step"] = rows_of(counter.parts, {})

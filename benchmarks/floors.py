@@ -39,11 +39,25 @@ class Sizes:
         return self.tokens * self.hit(self.heads * self.top_k, self.ranks) if self.ranks > 1 else self.tokens
 
 
-def update_floor(sizes: Sizes, kind: str, lazy: bool, stochastic: bool = False) -> int:
-    """Gradient read, moments and master read and written, the table written; without a master the table is read too."""
-    numbers = 2 * sizes.dim * (sizes.hit(sizes.picks, sizes.rows) if lazy else sizes.rows)
+def update_floor(sizes: Sizes, kind: str, lazy: bool, stochastic: bool = False, eight_bit: bool = False) -> int:
+    """Gradient read, moments and master read and written, the table written; without a master the table is read too.
+
+    Tables of eight bits have gradients of ``item`` bytes a number, codes of one, and a scale of four for each row.
+    """
+    rows = 2 * (sizes.hit(sizes.picks, sizes.rows) if lazy else sizes.rows)
+    numbers = sizes.dim * rows
     moments = {"adam": 16, "rowwise_adam": 8, "rowwise_adagrad": 0}[kind]
+    if eight_bit:
+        return numbers * (sizes.item + moments + 2) + rows * 8
     return numbers * (sizes.item + moments + (2 * sizes.item if stochastic else 8 + sizes.item))
+
+
+def products_floor(sizes: Sizes, code_bytes: int, scale_bytes: int = 0) -> int:
+    """The forward pass of the experts: the rows that are picked at all, of both tables, with their scales; x, y, and of
+    each pick its expert, gate and pre-activation.
+    """
+    rows = 2 * sizes.hit(sizes.picks, sizes.rows) * (sizes.dim * code_bytes + scale_bytes)
+    return rows + 2 * sizes.sent * sizes.dim * sizes.item + sizes.picks * (4 + 4 + 4)
 
 
 def floors(sizes: Sizes, kind: str, lazy: bool, one_pass: bool = False) -> dict[tuple[str, str], int]:

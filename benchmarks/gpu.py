@@ -33,7 +33,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from floors import Sizes, floors, update_floor
+from floors import Sizes, floors, products_floor, update_floor
 from kernels import Case, Problem
 from layer import check, twins
 from measure import cached_read, device_name, large_copy, seconds, show, write_json
@@ -42,7 +42,18 @@ from rich.table import Table
 from torch import Tensor
 
 from peer_dist import PEER
-from peer_dist.kernels import Picks, backend, expert_mix, expert_table_grads, sum_rows
+from peer_dist.kernels import (
+    Picks,
+    backend,
+    expert_mix,
+    expert_mix_backward,
+    expert_mix_forward,
+    expert_table_grads,
+    sum_rows,
+)
+from peer_dist.kernels.eight_bit import CODES, let_scales, quantised, scales_of
+from peer_dist.kernels.rounding import Rounding
+from peer_dist.kernels.updates import Step, update_rows
 from peer_dist.layers.product_keys import retrieve
 from peer_dist.machine import nvidia_driver
 from peer_dist.optim import TableOptimizer, TableRule
@@ -85,9 +96,11 @@ class Bench:
         taken = seconds(runs, self.device, self.rounds, min(self.until, self.end))
         return {name: 1e3 * each for name, each in taken.items()}
 
-    def row(self, part: str, ms: float, moved: float = 0.0, flops: float = 0.0) -> float:
-        """Add a line; the share of its floor, which is 0 where there is none."""
-        floor = 1e3 * max(moved / self.copied, flops / self.multiplied)
+    def row(self, part: str, ms: float, moved: float = 0.0, flops: float = 0.0, speed: float | None = None) -> float:
+        """Add a line; the share of its floor, which is 0 where there is none. ``speed``: bytes a second of what they
+        are moved over, a copy's by default.
+        """
+        floor = 1e3 * max(moved / (speed or self.copied), flops / self.multiplied)
         self.rows.append({"part": part, "ms": ms, "floor_ms": floor, "share": floor / ms})
         return floor / ms
 
@@ -247,6 +260,114 @@ def updates(bench: Bench) -> None:
             bench.goal(f"gradient norm, {'sparse' if lazy else 'dense'}: share of floor", share, ">=", 0.8)
         del table, optimizer, grad, step, norm
     bench.goal("the slowest optimizer of tables: share of floor", min(shares), ">=", 0.7)
+
+
+@torch.no_grad()
+def eight_bits(bench: Bench) -> None:
+    """The sums over picks of tables of either format, both passes, and the update of one; beside bfloat16."""
+    sizes = bench.sizes
+    hit = sizes.hit(sizes.picks, sizes.experts)
+    x, dy = bench.tensor(sizes.tokens, sizes.dim), bench.tensor(sizes.tokens, sizes.dim)
+    gate, picks = bench.tensor(sizes.picks, dtype=torch.float32), Picks.even(bench.picks())
+    rows = torch.randperm(sizes.experts, dtype=torch.int64, device=bench.device)[:hit].sort()[0]
+    grad = bench.tensor(hit, sizes.dim)
+    shares, ratios = [], []
+    for name, codes in {"bfloat16": BF16, **CODES}.items():
+        if codes == BF16:
+            down, up = (bench.tensor(sizes.experts, sizes.dim) for _ in range(2))
+        else:
+            down, up = (_coded(bench, codes) for _ in range(2))
+        _, pre = expert_mix_forward(x, picks, gate, down, up, "gelu")
+        runs: dict[str, Callable[[], Any]] = {
+            "forward": lambda down=down, up=up: expert_mix_forward(x, picks, gate, down, up, "gelu"),
+            "backward": lambda down=down, up=up, pre=pre: expert_mix_backward(
+                dy, x, picks, pre, gate, down, up, "gelu"
+            ),
+        }
+        moments = {kind: _moments(kind, down) for kind in (KINDS if codes != BF16 else ())}
+        for kind, each in moments.items():
+            step = Step.of(kind, 1e-3, (0.9, 0.99), 1e-8, 0.1, count=1, scale=0.5, dim=sizes.dim, lazy=True)
+            runs[kind] = lambda step=step, table=down, each=each: update_rows(
+                step, grad, table, each, rows=rows, rounding=Rounding(1, 0, 0), scales=scales_of(table)
+            )
+        taken = bench.measure(runs)
+        floor = products_floor(sizes, *((sizes.item, 0) if codes == BF16 else (1, 4)))
+        shares.append(bench.row(f"experts of {name}, forward", taken["forward"], floor))
+        bench.row(f"experts of {name}, backward", taken["backward"], floor + 4 * sizes.picks)
+        ratios.append(taken["forward"])
+        for kind in moments:
+            moved = update_floor(sizes, kind, True, True, eight_bit=True) / 2
+            shares.append(bench.row(f"{kind}, lazy, {name}", taken[kind], moved))
+        del down, up, pre, runs, moments
+    bench.goal("experts of eight bits, forward, over bfloat16", ratios[0] / max(ratios[1:]), ">=", 1.6)
+    bench.goal("eight bits: the smallest share of floor, forward and update", min(shares[1:]), ">=", 0.6)
+
+
+def _coded(bench: Bench, codes: torch.dtype) -> Tensor:
+    """A table of eight bits, made in parts, whose float32 numbers would else take four times its memory."""
+    sizes = bench.sizes
+    table = torch.empty(sizes.experts, sizes.dim, dtype=codes, device=bench.device)
+    scales = torch.empty(sizes.experts, dtype=torch.float32, device=bench.device)
+    for part in torch.arange(sizes.experts, dtype=torch.int64, device="cpu").split(1 << 16):
+        at = slice(int(part[0]), int(part[-1]) + 1)
+        table[at], scales[at] = quantised(bench.tensor(len(part), sizes.dim, dtype=torch.float32), codes)
+    let_scales(table, scales)
+    return table
+
+
+def _moments(kind: str, table: Tensor) -> dict[str, Tensor]:
+    """Those of a kind, zeros."""
+    whole = {"adam": ("exp_avg", "exp_avg_sq"), "rowwise_adam": ("exp_avg",), "rowwise_adagrad": ()}[kind]
+    moments = {name: torch.zeros(table.shape, dtype=torch.float32, device=table.device) for name in whole}
+    if kind != "adam":
+        moments["row_sq"] = torch.zeros(len(table), dtype=torch.float32, device=table.device)
+    return moments
+
+
+@torch.no_grad()
+def far_rows(bench: Bench) -> None:
+    """Rows of the host's memory: gathered and written back by a kernel, and packed by the CPU and copied, against a
+    copy of as many bytes in one piece, which is what the bus can do.
+    """
+    from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
+
+    sizes, cuda = bench.sizes, bench.device.type == "cuda"
+    count = min(sizes.experts, 1 << 18)
+    if not triton.available(bench.tensor(1, sizes.dim)):
+        raise ValueError("there is no Triton that could read the host's memory")
+    for name, dtype in (("bfloat16", BF16), ("eight bits", torch.int8)):
+        far = torch.zeros(count, sizes.dim, dtype=dtype, device="cpu", pin_memory=cuda)
+        chosen = torch.randperm(count, dtype=torch.int64, device="cpu")[: count // 2].sort()[0]
+        for at in range(0, count, 4096):  # what can be told apart
+            far[at : at + 4096] = torch.randint(-99, 99, (1, sizes.dim), dtype=torch.int64, device="cpu").to(dtype)
+        rows = chosen.to(bench.device)
+        near = torch.empty(len(rows), sizes.dim, dtype=dtype, device=bench.device)
+        packed = torch.empty(near.shape, dtype=dtype, device="cpu", pin_memory=cuda)
+
+        def pack(far: Tensor = far, chosen: Tensor = chosen, near: Tensor = near, packed: Tensor = packed) -> None:
+            if cuda:
+                torch.cuda.current_stream().synchronize()  # the copy before must have left the buffer
+            torch.index_select(far, 0, chosen, out=packed)
+            near.copy_(packed, non_blocking=True)
+
+        triton.rows.gather_rows(far, rows, near)
+        agree([near.cpu()], [far[chosen]], 0.0)
+        taken = bench.measure(
+            {
+                "copy": lambda near=near, packed=packed: near.copy_(packed, non_blocking=True),
+                "back": lambda near=near, packed=packed: packed.copy_(near, non_blocking=True),
+                "gather": lambda far=far, rows=rows, near=near: triton.rows.gather_rows(far, rows, near),
+                "scatter": lambda far=far, rows=rows, near=near: triton.rows.scatter_rows(far, rows, near),
+                "pack": pack,
+            }
+        )
+        to_device, to_host = (1e3 * near.nbytes / taken[way] for way in ("copy", "back"))
+        rows_of = f"{len(rows)} of {count} rows of {name}"
+        share = bench.row(f"{rows_of} gathered over the bus", taken["gather"], near.nbytes, speed=to_device)
+        bench.row(f"{rows_of} written back", taken["scatter"], near.nbytes, speed=to_host)
+        bench.row(f"{rows_of} packed by the CPU and copied", taken["pack"], near.nbytes, speed=to_device)
+        bench.goal(f"rows of {name} gathered over the bus: share of a copy's speed", share, ">=", 0.8)
+        bench.details[f"bus, {name}"] = {"to_device_GB_per_s": to_device / 1e9, "to_host_GB_per_s": to_host / 1e9}
 
 
 def retrieval(bench: Bench) -> None:
@@ -529,6 +650,8 @@ PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "speeds": (speeds, 10),
     "products": (products, 30),
     "updates": (updates, 60),
+    "eight bits": (eight_bits, 25),
+    "rows over the bus": (far_rows, 15),
     "retrieval": (retrieval, 15),
     "sort and table gradients": (sorting, 20),
     "layer": (layer, 40),

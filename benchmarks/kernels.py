@@ -4,6 +4,8 @@
     python benchmarks/kernels.py --sweep experts       N from 64k to 4M at equal picks (also: picks, dim, tokens,
                                                        skew, density)
     python benchmarks/kernels.py --json FILE           what plot.py draws
+    python benchmarks/kernels.py --formats             the same tables in all formats, those of eight bits too; the
+                                                       processor's time on a CPU
 
 The floor of the forward is the distinct rows of both tables read once, plus x and y, at the copy bandwidth
 measured in the same run.
@@ -12,6 +14,7 @@ measured in the same run.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +26,8 @@ from measure import device_name, extra_bytes, large_copy, seconds, show, write_j
 from torch import Tensor
 
 from peer_dist.kernels import Picks, expert_mix, huge_pages
+from peer_dist.kernels.eight_bit import CODES, let_scales, quantised
+from peer_dist.kernels.pending import ask_for_sums, pending_sums
 from peer_dist.sharding.cost import synthetic_picks
 
 
@@ -44,16 +49,20 @@ class Problem:
     def __init__(self, case: Case, device: torch.device) -> None:
         """Draw them, always the same ones."""
         torch.manual_seed(0)
-        dtype = getattr(torch, case.dtype)
+        dtype = torch.float32 if case.dtype in CODES else getattr(torch, case.dtype)
         self.down, self.up = (
             huge_pages(torch.empty(case.experts, case.dim, device=device, dtype=dtype)).normal_(0, case.dim**-0.5)
             for _ in range(2)
         )
+        if case.dtype in CODES:
+            self.down, self.up = (_of_eight_bits(table, CODES[case.dtype]) for table in (self.down, self.up))
         self.x = torch.randn(case.tokens, case.dim, device=device, dtype=dtype)
         self.expert = synthetic_picks(case.experts, case.tokens, case.picks, case.zipf, device)
         self.gate = torch.rand(case.tokens, case.picks, dtype=torch.float32, device=device)
         self.dy = torch.randn_like(self.x)
-        self.leaves = [self.x, self.gate, self.down, self.up]
+        self.leaves = [self.x, self.gate]
+        if case.dtype not in CODES:
+            self.leaves += [self.down, self.up]
         for leaf in self.leaves:
             leaf.requires_grad_()
 
@@ -72,6 +81,27 @@ class Problem:
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
         """``y``, and its gradients to x, gates and tables for the output's gradient ``dy``."""
         return y, *torch.autograd.grad(y, self.leaves, self.dy)
+
+    def all_gradients(self) -> None:
+        """Both directions, and the gradients of the rows picked, which tables of eight bits are owed after it."""
+        self.backward(self.ours())
+        for table in (self.down, self.up):
+            for left in pending_sums(table) or ():
+                left.gradient(table)
+        for table in (self.down, self.up):
+            (pending_sums(table) or []).clear()
+
+
+def _of_eight_bits(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """A table's codes, with their scales; blocks of rows, because rounding has temporaries."""
+    codes = huge_pages(torch.empty(table.shape, dtype=dtype, device=table.device))
+    scales = torch.empty(len(table), dtype=torch.float32, device=table.device)
+    for begin in range(0, len(table), 1 << 14):
+        block = slice(begin, begin + (1 << 14))
+        codes[block], scales[block] = quantised(table[block], dtype)
+    let_scales(codes, scales)
+    ask_for_sums(codes)
+    return codes
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -113,6 +143,26 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Any]:
     return row
 
 
+def compare_formats(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of the forward pass, and of both with all gradients, of the same tables in every format."""
+    problems = {dtype: Problem(replace(case, dtype=dtype), device) for dtype in ("float32", "bfloat16", *CODES)}
+    runs: dict[str, Callable[[], Any]] = {}
+    for dtype, problem in problems.items():
+        runs[f"forward {dtype}"] = torch.no_grad()(problem.ours)
+        runs[f"both {dtype}"] = problem.all_gradients
+    took = seconds(runs, device, rounds, clock=time.perf_counter if device.type == "cuda" else time.process_time)
+    rows = []
+    for dtype, problem in problems.items():
+        row: dict[str, Any] = {**asdict(replace(case, dtype=dtype))}
+        row["bytes_a_row"] = problem.down[0].nbytes + (4 if dtype in CODES else 0)
+        for name in ("forward", "both"):
+            row[f"{name}_ms"] = 1e3 * took[f"{name} {dtype}"]
+            for other in ("float32", "bfloat16"):
+                row[f"{name}_over_{other}"] = took[f"{name} {dtype}"] / took[f"{name} {other}"]
+        rows.append(row)
+    return rows
+
+
 SWEEPS: dict[str, tuple[str, list[Case]]] = {
     "experts": ("experts", [Case(experts=n**2) for n in (256, 512, 1024, 2048)]),
     "picks": ("picks", [Case(picks=p) for p in (32, 64, 128, 256, 512)]),
@@ -130,6 +180,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sweep", choices=list(SWEEPS))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the headline comparison")
+    parser.add_argument("--formats", action="store_true")
+    parser.add_argument("--experts", type=int, help="of the comparison of formats; 512**2 by default")
     parser.add_argument("--rounds", type=int, help="15 by default, 3 in a sweep")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -137,6 +189,11 @@ def main() -> None:
     if options.sweep:
         key, cases = SWEEPS[options.sweep]
         rows = [measure(case, device, options.rounds or 3) for case in cases]
+    elif options.formats:
+        key, experts = None, options.experts or 512**2
+        rows = []
+        for dim, number in ((256, experts), (1024, experts // 4)):
+            rows += compare_formats(Case(experts=number, dim=dim, tokens=512), device, options.rounds or 15)
     else:
         key = None
         base = Case() if device.type == "cpu" else Case(dim=1024, tokens=8192, dtype="bfloat16")

@@ -69,6 +69,9 @@ def counts(which: str) -> str:
     for title, rows in before["cases"].items():
         if which in title:
             tables.append(counted(title, rows, after["cases"].get(title) if after else None))
+    for title, rows in (after["cases"] if after else {}).items():
+        if which in title and title not in before["cases"]:  # of what there was nothing before
+            tables.append(counted(title, rows, None))
     return "\n\n".join(tables)
 
 
@@ -113,6 +116,7 @@ def blocks() -> dict[tuple[Path, str], str]:
         (performance, "gpu"): times(),
         (performance, "counts-layer"): counts("PEER,"),
         (performance, "counts-updates"): counts("The update of"),
+        (performance, "counts-eight-bits"): counts("The sums over picks"),
         (paths, "counts-model"): counts("the step"),
     }
 

@@ -28,7 +28,7 @@ from tests.ranks import Command, run_command, run_ranks
 from tests.runs import copy_checkpoint, in_folder, run_to_the_end, small_config, with_keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GPU_CHECKS = ["driver", "Triton", "kernels", "PEER layer"]
+GPU_CHECKS = ["driver", "Triton", "kernels", "host memory", "PEER layer"]
 
 
 def _examined(rank, world_size, trouble=None, tree=None, seconds=20.0):
@@ -519,11 +519,43 @@ def test_a_kernel_is_compiled():
 def test_the_kernels_equal_their_reference():
     value, (finding,) = _measured("kernels")
     assert finding.verdict == "ok", finding
-    assert len(value) == len(finding.figures) == 2
-    for case in value.values():
-        assert set(case["errors"]) == {"output", "dx", "dgate", "gradient of down", "gradient of up"}
+    assert len(value) == len(finding.figures) == 3
+    for name, case in value.items():
+        eight = "float8" in name
+        grads = set() if eight else {"gradient of down", "gradient of up"}
+        assert set(case["errors"]) == {"output", "dx", "dgate"} | grads
         assert all(error < 2**-8 + 1e-4 for error in case["errors"].values()), "one rounding to bfloat16"
         assert case["errors"]["dgate"] < 2e-5, "never rounded"
+
+
+@pytest.mark.gpu
+def test_rows_of_the_hosts_memory_come_and_go():
+    value, findings = _measured("host memory")
+    if DEVICE == "cuda":
+        (finding,) = findings
+        assert finding.verdict == "ok", finding
+        assert value["gathered_bytes_per_s"] > 1e9
+        assert value["scattered_bytes_per_s"] > 1e9
+    else:
+        assert value == {}
+        assert findings == []
+
+
+def test_wrong_rows_are_told():
+    ranks = Ranks(2, {0: "a", 1: "b"}, "nccl", None)
+    good = {
+        "right": True, "row_bytes": 2048, "gathered_bytes_per_s": 2e10, "scattered_bytes_per_s": 1.9e10,
+        "copied_bytes_per_s": 2.5e10,
+    }  # fmt: skip
+    slow = {**good, "gathered_bytes_per_s": 1e10}
+    (finding,) = gpu._judge_far({0: good, 1: slow}, ranks)
+    assert finding.verdict == "ok"
+    assert finding.told.startswith(
+        "slowest is rank 1 (b): rows of 2,048 bytes are read from the host's memory at 10 GB/s"
+    )
+    (finding,) = gpu._judge_far({0: good, 1: {**good, "right": False}}, ranks)
+    assert (finding.verdict, finding.told[:10]) == ("fail", "rank 1 (b)")
+    assert gpu._judge_far({0: {}, 1: {}}, ranks) == []
 
 
 @pytest.mark.gpu
@@ -580,7 +612,7 @@ from peer_dist.kernels import triton
 from peer_dist.ranks.examination import Here, Ranks
 
 peer_dist.kernels.backend = gpu.backend = lambda *tensors: triton
-tables = (64, torch.float32), (4, torch.bfloat16)
+tables = (64, torch.float32), (4, torch.bfloat16), (64, torch.uint8)
 gpu.SIZES["cpu"] = dataclasses.replace(
     gpu.SIZES["cpu"], dim=16, tables=tables, compared=4, experts=(64,), tokens=4, heads=2, top_k=4
 )
@@ -596,7 +628,7 @@ def test_the_checks_of_triton_through_its_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=os.environ | variables, capture_output=True, text=True
     )
-    assert done.stdout.split() == ["ok"] * 3, done.stdout + done.stderr
+    assert done.stdout.split() == ["ok"] * 4, done.stdout + done.stderr
 
 
 def _broken(rank, world_size, trouble):

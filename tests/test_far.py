@@ -258,9 +258,37 @@ def test_who_writes_after_a_flush_is_heard(memory, tmp_path):
             value[::2] *= 3
         with torch.no_grad():
             run.tables[0][:50] *= -1
-        torch.from_numpy(run.tables[1].detach().view(torch.int16).numpy())[:9] = 0  # which torch does not count
     for step in range(4, 8):
         same(*(run.step(step) for run in (ordinary, far)))
+    same(ordinary.state(), far.state())
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_writes_that_torch_does_not_count_are_heard_after_a_flush(memory, tmp_path):
+    ordinary, far = pair(tmp_path, "adam", memory, 30)
+    for step in range(4):
+        same(*(run.step(step) for run in (ordinary, far)))
+    for run in (ordinary, far):
+        for _, _, value in run.optimizer.state():
+            value.numpy()[::2] *= 3
+        run.tables[1].detach().numpy()[:9] = 0
+    for step in range(4, 8):
+        same(*(run.step(step) for run in (ordinary, far)))
+    same(ordinary.state(), far.state())
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("cached", [0, 30])
+def test_writes_between_pass_and_step_are_heard(memory, cached, tmp_path):
+    ordinary, far = pair(tmp_path, "adam", memory, cached)
+    for step in range(4):
+        for run in (ordinary, far):
+            run.forward(step).square().sum().backward()
+            run.optimizer.state()
+            with torch.no_grad():
+                run.tables[0].neg_()
+            run.optimizer.grad_norm(CPU)
+            run.optimizer.step(1.0)
     same(ordinary.state(), far.state())
 
 
@@ -349,6 +377,17 @@ def test_other_optimizers_train_them(tmp_path):
     assert len(set(map(float, seen[0]))) == 4
 
 
+def test_another_optimizer_goes_on(tmp_path):
+    ordinary, far = pair(tmp_path, "adam", "disk", 20)
+    rule = TableRule("rowwise_adagrad", 0.02, (0.8, 0.9), 1e-4, 0.1, lazy=True)
+    for _ in range(2):
+        for step in range(3):
+            same(*(run.step(step) for run in (ordinary, far)))
+        same(ordinary.state(), far.state())
+        for run in (ordinary, far):
+            run.optimizer = TableOptimizer(run.optimizer.tables, rule, DIM, one_pass=True)
+
+
 def test_tables_that_are_not_lazy_are_refused(tmp_path):
     run = Run("adam", "host", 9)
     with pytest.raises(ValueError, match="t: a far table needs a lazy optimizer"):
@@ -364,6 +403,9 @@ def test_traffic(tmp_path):
     run.step(0)
     touched = run.pool.traffic()
     assert touched == (0, touched.misses, touched.misses * (row + state), touched.misses * state)
+    run = Run("adam", "disk", 0, tmp_path)
+    run.step(0)  # which finds the weights that the pass has staged
+    assert run.pool.traffic() == touched._replace(read=touched.misses * state)
     run = Run("adam", "host", ROWS)
     run.step(0)
     filled = run.pool.traffic()  # it was stepped there before it came

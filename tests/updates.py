@@ -43,7 +43,7 @@ class Table:
         weight = drawn(rows, columns)
         self.table, self.scales = weight if way == "float32" else weight.bfloat16(), None
         if way in CODES:  # of magnitudes of all kinds
-            weight *= torch.exp2(torch.randint(-140, 100, (rows, 1), generator=generator).float())
+            weight *= torch.exp2(torch.randint(-155, 100, (rows, 1), generator=generator).float())
             self.table, self.scales = quantised(weight, CODES[way])
         self.master = weight.clone() if way == "master" else None
         self.moments = {} if kind == "rowwise_adagrad" else {"exp_avg": drawn(rows, columns)}

@@ -1,4 +1,5 @@
-"""The checks of a rank's GPU: driver, Triton, the kernels against their reference, a PEER layer against its floor.
+"""The checks of a rank's GPU: driver, Triton, the kernels against their reference, rows of the host's memory, a PEER
+layer against its floor.
 
 What is measured takes its device from the rank and its sizes from :data:`SIZES`, so that it runs on a CPU too.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from peer_dist.config import ConfigError
 from peer_dist.kernels import Picks, backend, expert_mix, reference
+from peer_dist.kernels.eight_bit import CODES, LARGEST, dequantised, is_eight_bit, let_scales, quantised, scales_of
 from peer_dist.layers.peer import PEER
 from peer_dist.machine import driver_cuda, free_memory, has_nvidia_gpus, nvidia_devices, nvidia_driver, nvidia_smi
 from peer_dist.planning.hardware import Hardware, load_hardware
@@ -42,11 +44,13 @@ class Sizes:
 
     Attributes:
         dim: width of tokens and experts.
-        tables: rows and dtype of the tables by which kernels are compared: few picks a row, and many.
+        tables: rows and dtype of the tables by which kernels are compared: few picks a row, and many; those of integers
+            are codes of eight bits.
         compared: number of tokens there.
         experts: numbers of experts of the layer; the first that there is memory for is taken.
         tokens: number of tokens of the layer.
         copied: float32 numbers to copy.
+        far: rows in the host's memory, half of which are fetched.
         dtype: of tokens, and of the layer.
         heads, top_k: of the layer; ``heads * top_k`` picks a token everywhere.
     """
@@ -57,6 +61,7 @@ class Sizes:
     experts: tuple[int, ...]
     tokens: int
     copied: int
+    far: int
     dtype: torch.dtype
     heads: int = 8
     top_k: int = 16
@@ -65,20 +70,22 @@ class Sizes:
 SIZES = {
     "cuda": Sizes(
         dim=1024,
-        tables=((256**2, torch.float32), (128**2, torch.bfloat16)),
+        tables=((256**2, torch.float32), (128**2, torch.bfloat16), (128**2, torch.uint8)),
         compared=1024,
         experts=(1024**2, 512**2, 256**2),
         tokens=4096,
         copied=1 << 28,
+        far=1 << 16,
         dtype=torch.bfloat16,
     ),
     "cpu": Sizes(
         dim=32,
-        tables=((32**2, torch.float32), (16**2, torch.bfloat16)),
+        tables=((32**2, torch.float32), (16**2, torch.bfloat16), (16**2, torch.uint8)),
         compared=16,
         experts=(32**2,),
         tokens=32,
         copied=1 << 16,
+        far=1 << 6,
         dtype=torch.bfloat16,
     ),
 }
@@ -277,14 +284,21 @@ class _Inputs:
     picks: Picks
 
     def passed(self) -> list[Tensor]:
-        """The results of :func:`expert_mix` and its backward pass, in the order of :data:`_RESULTS`."""
-        leaves = [tensor.detach().requires_grad_() for tensor in (self.x, self.gate, self.down, self.up)]
-        y = expert_mix(leaves[0], self.picks, leaves[1], leaves[2], leaves[3], "gelu")
+        """The results of :func:`expert_mix` and its backward pass, in the order of :data:`_RESULTS`; of tables of eight
+        bits, which autograd knows no gradients of, without theirs.
+        """
+        x, gate, down, up = (
+            tensor if is_eight_bit(tensor) else tensor.detach().requires_grad_()
+            for tensor in (self.x, self.gate, self.down, self.up)
+        )
+        y = expert_mix(x, self.picks, gate, down, up, "gelu")
+        leaves = [tensor for tensor in (x, gate, down, up) if tensor.requires_grad]
         return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
 
     def expected(self) -> list[Tensor]:
         """The same in float64 by plain PyTorch."""
-        x, dy, gate, down, up = (value.double() for value in (self.x, self.dy, self.gate, self.down, self.up))
+        x, dy, gate = (value.double() for value in (self.x, self.dy, self.gate))
+        down, up = (_values(table).double() for table in (self.down, self.up))
         plain = reference.Composed(reference)
         y, pre = plain.forward(x, self.picks, gate, down, up, "gelu")
         dx, dgate, dpre, hidden = plain.backward(dy, x, self.picks, pre, gate, down, up, "gelu")
@@ -296,6 +310,12 @@ class _Inputs:
         ]
 
 
+def _values(table: Tensor) -> Tensor:
+    """What a table's elements stand for."""
+    scales = scales_of(table)
+    return table if scales is None else dequantised(table, scales)
+
+
 def _inputs(
     here: Here, *, rows: int, tokens: int, picks: int, dim: int, dtype: torch.dtype, table_dtype: torch.dtype
 ) -> _Inputs:
@@ -305,12 +325,20 @@ def _inputs(
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32, device=here.device)
 
+    def table(std: float) -> Tensor:
+        values = drawn(rows, dim) * std
+        if table_dtype not in LARGEST:
+            return values.to(table_dtype)
+        codes, scales = quantised(values, table_dtype)
+        let_scales(codes, scales)
+        return codes
+
     return _Inputs(
         x=drawn(tokens, dim).to(dtype),
         dy=drawn(tokens, dim).to(dtype),
         gate=drawn(tokens * picks),
-        down=(drawn(rows, dim) * dim**-0.5).to(table_dtype),
-        up=drawn(rows, dim).to(table_dtype),
+        down=table(dim**-0.5),
+        up=table(1.0),
         picks=Picks.even(synthetic_picks(rows, tokens, picks, device=here.device)),
     )
 
@@ -331,7 +359,8 @@ def _kernels(here: Here) -> dict[str, Any]:
         )
         first, again, expected = inputs.passed(), inputs.passed(), inputs.expected()
         errors = [_error(mine, theirs) for mine, theirs in zip(first, expected)]
-        cases[f"{rows} rows of {str(table_dtype).rpartition('.')[2]}"] = {
+        formats = {codes: name for name, codes in CODES.items()}
+        cases[f"{rows} rows of {formats.get(table_dtype, str(table_dtype).rpartition('.')[2])}"] = {
             "errors": dict(zip(_RESULTS, errors)),
             "wrong": [name for name, mine, error in zip(_RESULTS, first, errors) if error > _TOLERANCE[mine.dtype]],
             "unlike": [name for name, one, two in zip(_RESULTS, first, again) if not torch.equal(one, two)],
@@ -369,6 +398,65 @@ def _judge_kernels(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Find
     text = "; ".join(f"{case}: within {error:.1g}" for case, error in worst.items())
     text = f"forward and all gradients as in plain PyTorch in float64 ({text}), the same bits in two passes"
     return findings or [Finding("kernels", "ok", text, figures=worst)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that lie in the host's memory.
+
+
+def _far(here: Here) -> dict[str, Any]:
+    """Whether rows of pinned memory come as they are and go back as they are told to, and the bytes a second of rows,
+    each way, and of a copy; nothing where no kernel can do it.
+    """
+    from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
+
+    sizes, device = SIZES[here.device.type], here.device
+    near = torch.zeros(sizes.far // 2, sizes.dim, dtype=sizes.dtype, device=device)
+    if not triton.available(near):
+        return {}
+    pinned = device.type == "cuda"
+    far = torch.empty(sizes.far, sizes.dim, dtype=sizes.dtype, device="cpu", pin_memory=pinned)
+    generator = torch.Generator("cpu").manual_seed(0)
+    far.copy_(torch.randn(far.shape, generator=generator, dtype=torch.float32, device="cpu"))
+    chosen = torch.randperm(sizes.far, generator=generator, dtype=torch.int64, device="cpu")[: len(near)]
+    rows, wanted = chosen.to(device), far.clone()
+
+    gathered = fastest(here, lambda: triton.rows.gather_rows(far, rows, near))
+    right = torch.equal(near.cpu(), wanted[chosen]) and torch.equal(far, wanted)
+    wanted[chosen] = -wanted[chosen]
+    near.neg_()
+    scattered = fastest(here, lambda: triton.rows.scatter_rows(far, rows, near))
+    half = far[: len(near)]
+    copied = fastest(here, lambda: near.copy_(half, non_blocking=True))
+    return {
+        "right": right and torch.equal(far, wanted),
+        "row_bytes": sizes.dim * sizes.dtype.itemsize,
+        "gathered_bytes_per_s": near.nbytes / gathered,
+        "scattered_bytes_per_s": near.nbytes / scattered,
+        "copied_bytes_per_s": near.nbytes / copied,
+    }
+
+
+def _judge_far(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Finding]:
+    """Whether the rows are right, and the slowest rank's rates."""
+    values = {rank: value for rank, value in values.items() if value}
+    wrong = {rank: value for rank, value in values.items() if not value["right"]}
+    if wrong:
+        text = f"{ranks.named(wrong)}: rows of the host's memory come or go other than they are"
+        advice = "leave peer.table_memory at device there, and report it with the output of peer-dist doctor --json"
+        return [Finding("host memory", "fail", text, advice, wrong[min(wrong)])]
+    if not values:
+        return []
+    slowest = min(values, key=lambda rank: values[rank]["gathered_bytes_per_s"])
+    value = values[slowest]
+    text = (
+        f"rows of {value['row_bytes']:,} bytes are read from the host's memory at "
+        f"{value['gathered_bytes_per_s'] / 1e9:.3g} GB/s and written there at "
+        f"{value['scattered_bytes_per_s'] / 1e9:.3g} GB/s; a copy reads {value['copied_bytes_per_s'] / 1e9:.3g} GB/s"
+    )
+    if len(values) > 1:
+        text = f"slowest is {ranks.named([slowest])}: {text}"
+    return [Finding("host memory", "ok", text, figures=value)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,6 +566,7 @@ def gpu_checks(device_type: str = "cuda") -> tuple[Check, ...]:
         check("driver", _card, _judge_card, "see whether nvidia-smi answers there"),
         check("Triton", _triton, _judge_triton, "install the Triton that belongs to this torch"),
         check("kernels", _kernels, _judge_kernels, advice),
+        check("host memory", _far, _judge_far, "see the checks before it; pinned memory may be limited: ulimit -l"),
         check("PEER layer", _layer, functools.partial(_judge_layer, device_type), advice),
     )
 

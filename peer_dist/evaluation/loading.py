@@ -12,10 +12,12 @@ from peer_dist.checkpoints.manifest import read_manifest
 from peer_dist.checkpoints.state import restore_weights
 from peer_dist.checkpoints.store import find_checkpoint, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
+from peer_dist.config.load import unwritable
 from peer_dist.config.schema import DataConfig
 from peer_dist.data.documents import DataError
 from peer_dist.data.stream import HeldOutStream, SplitStreams, check_data, open_data
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
+from peer_dist.kinds import KINDS
 from peer_dist.megatron import CheckpointError, Parallel, build_model
 
 SPLITS = ("validation", "test", "all")
@@ -60,6 +62,10 @@ def read_settings(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> Settin
     if dtype not in ("float32", "bfloat16"):
         raise CheckpointError(f"{path}: is of the dtype {dtype!r:.40}, which no run of this package has")
     tree = {**manifest["config"], "parallel": {}, "zero": {}}
+    for kind in KINDS.values():  # scratch files lie where this machine has a place for them
+        keys = tree.get(kind.name, {})
+        if keys.get("table_folder") and unwritable(Path(keys["table_folder"])):
+            tree[kind.name] = {**keys, "table_folder": ""}
     config = parse_config(tree, str(path))
     if tensor > 1 and (_coarse(config) or config.router.kind != "linear"):
         raise ConfigError(

@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -134,7 +134,9 @@ class _File:
         """Let the system write its pages and give them up, those that are written already first."""
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def __del__(self) -> None:
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if ending():  # tensors may still lie here; the system clears up
+            return
         if self.start:
             _libc.munmap(self.start, self.size)
         if self.descriptor >= 0:
@@ -307,9 +309,9 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:
         yield int(rows[begin]), end - begin, begin
 
 
-def _whole(transfer: object, descriptor: int, memory: memoryview, offset: int) -> None:
+def _whole(transfer: Callable[..., int], descriptor: int, memory: memoryview, offset: int) -> None:
     while len(memory):
-        done = transfer(descriptor, [memory], offset)  # type: ignore[operator]
+        done = transfer(descriptor, [memory], offset)
         if done == 0:
             raise OSError(errno.EIO, "a scratch file ended early")
         memory, offset = memory[done:], offset + done

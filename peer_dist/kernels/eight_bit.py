@@ -1,8 +1,8 @@
 """Tables of eight bits an element, with a scale per row, and how float32 rows are rounded to them.
 
-A row's scale is the smallest power of two with which its largest element fits. Codes times scale are therefore exact in
-bfloat16: a checkpoint holds the values in that dtype, and who quantises these again has the same values, though perhaps
-by other codes under a finer scale.
+A row's scale is the smallest power of two, of 2**-100 and more, with which its largest element fits. Codes times scale
+are therefore exact in bfloat16: a checkpoint holds the values in that dtype, and who quantises these again has the same
+values, though perhaps by other codes under a finer scale.
 
 No code stands for an infinity or NaN. A row that gets one has the scale NaN, and with it all of its elements are NaN:
 where float32 would have one such element, what reads the row sees that something went wrong too.
@@ -75,9 +75,11 @@ def quantised(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) ->
     largest = LARGEST[dtype]
     most = values.abs().amax(1) if values.shape[1] else values.new_zeros(len(values))
     # the least power of two s with most <= largest s: powers of two divide exactly, so the comparison is exact
-    exponent = torch.frexp(most / largest).exponent.clamp_(min=_LEAST_EXPONENT)
+    least = 2.0**_LEAST_EXPONENT
+    exponent = torch.frexp(most.clamp(min=least) / largest).exponent.clamp_(min=_LEAST_EXPONENT)
     half = torch.ldexp(torch.ones_like(most), exponent - 1)
     scales = torch.where((half * largest >= most) & (exponent > _LEAST_EXPONENT), half, 2 * half)
+    scales = torch.where(most == 0, 0.5, scales)  # of which any would do
     finite = most.isfinite()
     scaled = torch.where(finite[:, None], values / scales[:, None], 0.0)
     magnitude = scaled.abs()

@@ -5,13 +5,21 @@
    sectors do. Threads share the file by chunks, so that no two of them write to one block. */
 
 #include <errno.h>
-#include <pthread.h>
 #include <stdint.h>
+
+typedef int64_t i64;
+
+#ifdef _WIN32 /* has no such files */
+i64 scratch_rows(i64 rows, i64 width, i64 blocks, const i64 *file, const i64 *row, char *values, uint8_t *written,
+                 i64 *moved) {
+  return ENOSYS;
+}
+#else
+
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-typedef int64_t i64;
 
 enum { DESCRIPTOR, BEGIN, END, SECTOR, WRITE }; /* `file`, as disk.py has it */
 enum { THREADS = 32, CHUNK = 1 << 17, BLOCK = 4096, GAP = 4096, STACK = 1 << 18 };
@@ -140,3 +148,4 @@ i64 scratch_rows(i64 rows, i64 width, i64 blocks, const i64 *file, const i64 *ro
   for (int way = 0; way < 2; way++) moved[way] += w.moved[way];
   return error;
 }
+#endif

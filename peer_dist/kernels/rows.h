@@ -16,10 +16,10 @@ typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias)); /* at
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef bf16 u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef int8_t i8;
 typedef uint8_t e4m3; /* the bits of float8_e4m3fn, NaN never among them */
 typedef i8 i8x16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef e4m3 u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
 
 #define AHEAD 8       /* rows */
 #define MOST_LINES 32 /* of one row; the hardware follows long rows by itself */
@@ -71,7 +71,12 @@ static inline bf16 put_bf16(float x) {
 #define UNIT_i8 1.0f
 #define UNIT_e4m3 256.0f
 static inline v16 load_i8(const i8 *from) {
-  return __builtin_convertvector(__builtin_convertvector(*(const i8x16 *)from, i32x16), v16);
+#if defined(__AVX512F__)
+  return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#else
+  i16x16 wider = __builtin_convertvector(*(const i8x16 *)from, i16x16); /* in two steps: compilers know these */
+  return __builtin_convertvector(__builtin_convertvector(wider, i32x16), v16);
+#endif
 }
 static inline float get_i8(i8 x) { return x; }
 
@@ -86,17 +91,18 @@ static inline v16 load_e4m3(const e4m3 *from) {
 #if defined(__AVX512F__)
   __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)), 7);
   return (v16)_mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xbf80)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  __m256i half = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)), 7);
+  half = _mm256_and_si256(half, _mm256_set1_epi16((short)0xbf80));
+  __m256 parts[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+  v16 value;
+  memcpy(&value, parts, sizeof value);
+  return value;
 #else
-  u32x16 code = __builtin_convertvector(*(const u8x16 *)from, u32x16), magnitude = code & 0x7f;
-  u32x16 below = (u32x16)(magnitude < 8), bits = (magnitude << 20) + (112u << 23) + (below & (1u << 23));
-  u32x16 one_bits = below & (113u << 23);
-  v16 value, one;
-  memcpy(&value, &bits, sizeof value);
-  memcpy(&one, &one_bits, sizeof one);
-  value -= one;
-  memcpy(&bits, &value, sizeof bits);
-  bits |= (code & 0x80) << 24;
-  memcpy(&value, &bits, sizeof value);
+  float each[16]; /* compilers make better vectors of this than of vectors wider than the machine's */
+  v16 value;
+  for (int i = 0; i < 16; i++) each[i] = get_e4m3(from[i]);
+  memcpy(&value, each, sizeof value);
   return value;
 #endif
 }

@@ -128,8 +128,9 @@ static float scale_of(int format, i64 dim, const float *restrict weight) {
   }
   union { uint32_t bits; float value; } most = {bits};
   if (bits >= 0x7f800000) return NAN;
+  if (bits == 0) return 0.5f;
   int exponent;
-  frexpf(most.value / largest, &exponent);
+  frexpf((most.value < 0x1p-100f ? 0x1p-100f : most.value) / largest, &exponent);
   if (exponent <= -100) return ldexpf(1, -100);
   float half = ldexpf(1, exponent - 1);
   return half * largest >= most.value ? half : 2 * half;

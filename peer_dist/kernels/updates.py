@@ -12,16 +12,19 @@ For an element with gradient ``g``, weight ``w``, moments ``m`` and ``v``, or a 
 Every operation is rounded to float32 by itself, in this order, so that the C library, Triton and plain PyTorch give the
 same bits, whatever the layout and the number of columns. The sum over a row alone has an order of its own in each.
 
-Bytes an element through memory, with gradients in the table's dtype (a row's own number is less than 0.1, and the
-random bits are computed where they are used):
+Bytes an element through memory, with gradients in the table's dtype or bfloat16 (a row's own numbers are less than 0.1
+each, and the random bits are computed where they are used):
 
-=================  ============================  =============================  ============================
-kind               float32 table                 bfloat16 table and master      bfloat16, rounded at random
-=================  ============================  =============================  ============================
-adam               28: g 4, w m v 8 each         28: g 2, w m v 8 each, table 2  22: g 2, w 4, m v 8 each
-rowwise_adam       20: g 4, w m 8 each           20: g 2, w m 8 each, table 2   14: g 2, w 4, m 8
-rowwise_adagrad    12: g 4, w 8                  12: g 2, w 8, table 2          6: g 2, w 4
-=================  ============================  =============================  ============================
+===============  =====================  ==============================  ========================  =====================
+kind             float32 table          bfloat16 table and master       bfloat16, at random       eight bits, at random
+===============  =====================  ==============================  ========================  =====================
+adam             28: g 4, w m v 8 each  28: g 2, w m v 8 each, table 2  22: g 2, w 4, m v 8 each  20: g w 2, m v 8 each
+rowwise_adam     20: g 4, w m 8 each    20: g 2, w m 8 each, table 2    14: g 2, w 4, m 8         12: g w 2 each, m 8
+rowwise_adagrad  12: g 4, w 8           12: g 2, w 8, table 2           6: g 2, w 4               4: g w 2 each
+===============  =====================  ==============================  ========================  =====================
+
+A row of eight bits (:mod:`peer_dist.kernels.eight_bit`) is decoded to float32 and stepped so; then its new scale is
+found from its largest element, and it is rounded.
 """
 
 from __future__ import annotations

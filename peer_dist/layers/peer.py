@@ -196,9 +196,8 @@ class PEER(ProductKeyLayer):
         if tables_of is None:
             self._make_tables(table_dtype)
         else:
-            self.place = tables_of.place  # before them, for they lie there
+            self.place, self.sparse_grad = tables_of.place, sparse_grad or tables_of.held
             self.down, self.up = tables_of.down, tables_of.up
-            self.sparse_grad = self.sparse_grad or self.held
         self.reset_parameters()
 
     @torch.no_grad()

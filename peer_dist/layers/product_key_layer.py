@@ -111,8 +111,10 @@ class ProductKeyLayer(TableModule):
         Raises:
             ValueError: tables cannot be of such a dtype.
         """
-        self.new_tables(self.shard_shape, code_dtype(dtype or self.keys.dtype), self.keys.device)
-        self.sparse_grad = self.sparse_grad or self.held
+        kept = code_dtype(dtype or self.keys.dtype)
+        # before there are tables: wrappers are told to leave them
+        self.sparse_grad = self.sparse_grad or self.place is not None or not kept.is_floating_point
+        self.new_tables(self.shard_shape, kept, self.keys.device)
 
     @property
     def shard_shape(self) -> tuple[int, int]:

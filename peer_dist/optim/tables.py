@@ -153,8 +153,11 @@ class TableOptimizer:
         grad = _gradient(table)
         if grad is None:
             if self.lazy:
-                none = torch.empty(0, dtype=torch.int64, device=table.device)
-                return row_gradient(none, table.new_empty(0, table.shape[1], dtype=gradient_dtype(table)), len(table))
+                pool = far_rows_of(table)
+                device = table.device if pool is None else pool.device
+                none = torch.empty(0, dtype=torch.int64, device=device)
+                values = torch.empty(0, table.shape[1], dtype=gradient_dtype(table), device=device)
+                return row_gradient(none, values, len(table))
             return torch.zeros_like(table, requires_grad=False)
         return merge(grad) if self.lazy else grad
 

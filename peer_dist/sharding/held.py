@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from peer_dist.kernels import disk
 from peer_dist.kernels.eight_bit import dequantised, is_eight_bit, quantised, scales_of
 from peer_dist.kernels.far import Place, far_rows_of
 
@@ -29,10 +28,7 @@ def place_of(memory: str, device: torch.device, cache_gb: float, folder: str, re
         raise ValueError(f"table_cache_gb and table_resident_gb must be at least 0, not {cache_gb} and {resident_gb}")
     if memory == "device":
         return None
-    if memory == "disk":
-        disk.let_resident(int(resident_gb * 1e9))
-    where = Path(folder) if folder else disk.default_folder()
-    return Place(memory, device, int(cache_gb * 1e9), where, int(resident_gb * 1e9))
+    return Place(memory, device, int(cache_gb * 1e9), Path(folder) if folder else None, int(resident_gb * 1e9))
 
 
 def code_dtype(dtype: torch.dtype) -> torch.dtype:

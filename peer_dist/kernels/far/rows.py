@@ -98,6 +98,7 @@ class _Staged:
     Attributes:
         steps, refreshed: of the pool, by which near rows change.
         expert: the picks' rows in the buffer's tables.
+        missed: ``[n]`` int64 ascending, the rows in its range.
         cost: of the pass, until that is counted.
         version: of the picks.
     """
@@ -105,6 +106,7 @@ class _Staged:
     steps: int
     refreshed: int
     expert: Tensor
+    missed: Tensor
     buffer: _Buffer
     range: Range
     cost: FarTraffic
@@ -130,7 +132,7 @@ class FarRows:
     def __init__(self, place: Place, tables: Sequence[Tensor]) -> None:
         self.place = place
         self._far: list[dict[str, Tensor]] = [{} for _ in tables]
-        self._public: list[Tensor] = []  # the same memory, of which torch counts what others write to it
+        self._public: list[dict[str, Tensor]] = [{} for _ in tables]  # the same, whose writers torch counts
         for number, table in enumerate(tables):
             scales = scales_of(table)
             self._own(number, {"weights": table, **({} if scales is None else {"scales": scales})})
@@ -151,7 +153,7 @@ class FarRows:
     def _own(self, number: int, parts: Parts) -> None:
         for part, tensor in parts.items():
             self._far[number][part] = tensor.data  # has a count of its own
-            self._public.append(tensor.detach())  # has the tensor's, but does not refer to this object
+            self._public[number][part] = tensor.detach()  # has the tensor's, but does not refer to this object
 
     def _forget(self) -> None:
         """Keep no row."""
@@ -162,18 +164,26 @@ class FarRows:
         self._states: list[dict[str, Tensor]] | None = None  # of kept rows, from the first on
         self._staged = WeakTensorKeyDictionary()  # Picks.expert to what was staged for it
         self._used = WeakTensorKeyDictionary()  # renumbered picks, whose rows must stay while kernels have them
+        self._last: _Staged | None = None  # of the last training pass, whose step need not read its weights again
         self._buffer = _Buffer(self._far, 0, 0, self._device)
         self._peak = 0
 
+    @property
+    def device(self) -> torch.device:
+        """Of the kernels, and of gradients."""
+        return self._device
+
     def keep(self, table: Tensor, states: Parts) -> None:
-        """Say what an optimizer keeps of a table's rows beside the weights: ``[rows, ...]`` each, made by the place. To
-        say it again costs nothing.
+        """Say all that an optimizer keeps of a table's rows beside the weights: ``[rows, ...]``, made by the place.
+        To say it again costs nothing.
         """
         number = self._number(table)
-        kept = self._far[number]
-        if all(part in kept and kept[part].data_ptr() == state.data_ptr() for part, state in states.items()):
+        known = {part: tensor for part, tensor in self._far[number].items() if part not in _READ}
+        if known.keys() == states.keys() and all(known[part].data_ptr() == states[part].data_ptr() for part in known):
             return
         self.flush()
+        for part in known:
+            del self._far[number][part], self._public[number][part]
         self._own(number, states)
         self._versions = self._written()
         self._forget()
@@ -210,6 +220,9 @@ class FarRows:
             return
         device = steps[0].rows.device
         self._ready(device)
+        last, self._last = self._last, None
+        if last is not None and (last.steps, last.refreshed) != (self._steps, self._refreshed):
+            last = None
         self._steps += 1  # staged rows are old from now on
         slots_of = [self._hot.slots(step.rows) for step in steps]
         for slots in slots_of:
@@ -230,7 +243,7 @@ class FarRows:
         def work() -> None:
             for step, slots in zip(steps, slots_of):
                 self._step_kept(step, slots)
-                self._step_far(step, slots)
+                self._step_far(step, slots, last)
             self._exchange(exchange, old)
 
         self._job = Job(work, device)
@@ -272,7 +285,7 @@ class FarRows:
         return number
 
     def _written(self) -> list[int]:
-        return [tensor._version for tensor in self._public]
+        return [tensor._version for parts in self._public for tensor in parts.values()]
 
     def _wait(self) -> None:
         """For the job in the background. One that failed fails all that follow too: its rows are half stepped."""
@@ -322,9 +335,11 @@ class FarRows:
             return None
         if in_backward:  # it was a training pass
             self._traffic, found.cost = self._traffic + found.cost, FarTraffic(0, 0, 0, 0)
+            self._last = found
         return found
 
     def _stage(self, expert: Tensor) -> _Staged:
+        self._last = None  # its room may be needed
         touched, inverse = torch.unique(expert, return_inverse=True)
         absent = expert.is_cuda and len(touched) > 0 and int(touched[0]) < 0  # picks that are not there are of row -1
         if absent:
@@ -345,7 +360,7 @@ class FarRows:
         cost = FarTraffic(len(touched) - count, count, size, 0)
         if torch._C._current_graph_task_id() != -1:  # a checkpoint's second forward pass: the first had the same to do
             cost = cost + cost
-        staged = _Staged(self._steps, self._refreshed, numbers, buffer, range_, cost)
+        staged = _Staged(self._steps, self._refreshed, numbers, rows, buffer, range_, cost)
         if not expert.is_inference():  # nobody counts the changes of those
             staged.version = expert._version
             self._staged[expert] = staged
@@ -388,27 +403,52 @@ class FarRows:
         near = self._buffer.tables[number]
         return {**{part: tensor[: self._buffer.kept] for part, tensor in near.items()}, **self._states[number]}
 
-    def _step_far(self, step: RowStep, slots: Tensor) -> None:
-        """Step the other rows, where they lie."""
+    def _step_far(self, step: RowStep, slots: Tensor, last: _Staged | None) -> None:
+        """Step the other rows, where they lie. A disk is not asked again for what the ``last`` pass has staged."""
         some = (slots < 0).nonzero()[:, 0]
 
         def here(tensor: Tensor) -> Tensor:
-            return (tensor if len(some) == len(tensor) else tensor[some]).to("cpu")
+            return _on_host(tensor if len(some) == len(tensor) else tensor[some])
 
-        far = self._far[self._number(step.table)]
+        number = self._number(step.table)
+        far = self._far[number]
         rows, values = here(step.rows), here(step.values)
         squares = None if step.squares is None else here(step.squares)
-        size = len(rows) * sum(map(_width, far.values()))
+        written = read = len(rows) * sum(map(_width, far.values()))
         if not any(map(disk.is_mapped, far.values())):
             step.update(far, values, rows, None, squares)
         else:
             for block in self._blocks(len(rows)):
                 numbers = rows[block]
-                parts = {part: _read(tensor, numbers) for part, tensor in far.items()}
+                parts, saved = self._read_parts(number, numbers, last)
+                read -= saved
                 step.update(parts, values[block], None, numbers, None if squares is None else squares[block])
                 for part, tensor in parts.items():
                     _write(far[part], numbers, tensor)
-        self._traffic = self._traffic + FarTraffic(0, 0, size, size)
+        self._traffic = self._traffic + FarTraffic(0, 0, read, written)
+
+    def _read_parts(self, number: int, rows: Tensor, last: _Staged | None) -> tuple[dict[str, Tensor], int]:
+        """All parts of some rows of a table, and the bytes of them that were near."""
+        far = self._far[number]
+        if last is None or not len(last.missed):
+            return {part: _read(tensor, rows) for part, tensor in far.items()}, 0
+        missed = last.missed.to("cpu")
+        place = torch.searchsorted(missed, rows).clamp_(max=len(missed) - 1)
+        found = missed[place] == rows
+        there = (~found).nonzero()[:, 0]
+        here = found.nonzero()[:, 0]
+        parts, saved = {}, 0
+        for part, tensor in far.items():
+            near = last.buffer.tables[number].get(part)
+            if near is None:
+                parts[part] = _read(tensor, rows)
+                continue
+            values = torch.empty(len(rows), *tensor.shape[1:], dtype=tensor.dtype, device="cpu")
+            values[here] = near[(place[here] + last.range.begin).to(near.device)].to("cpu")
+            values[there] = _read(tensor, rows[there])
+            parts[part] = values
+            saved += len(here) * _width(tensor)
+        return parts, saved
 
     def _exchange(self, exchange: Exchange, old: Tensor) -> None:
         """Let rows go, of which those that are newer than where they lie are written back, and others come."""
@@ -424,7 +464,7 @@ class FarRows:
         for block in self._blocks(len(rows)):
             for number, far in enumerate(self._far):
                 for part, tensor in self._kept(number).items():
-                    _write(far[part], rows[block].to("cpu"), tensor.index_select(0, slots[block]).to("cpu"))
+                    _write(far[part], rows[block].to("cpu"), _on_host(tensor.index_select(0, slots[block])))
         self._traffic = self._traffic + FarTraffic(0, 0, 0, len(rows) * self._row_bytes())
 
     def _read_kept(self, rows: Tensor, slots: Tensor) -> None:
@@ -483,6 +523,16 @@ def _read(far: Tensor, rows: Tensor, out: Tensor | None = None, *, pinned: bool 
         disk.read_rows(far, rows, out)
     else:
         torch.index_select(far, 0, rows, out=out)
+    return out
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; from a GPU into pinned memory, which the bus is used whole for."""
+    if not tensor.is_cuda:
+        return tensor
+    out = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    out.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensor.device).synchronize()
     return out
 
 
