@@ -8,7 +8,8 @@ Four processes, one after the other, each the ordinary command ``python -m peer_
 - ``device``: with the tables in memory, under the limit. It does not live.
 - ``disk``: as the config says, under the limit; half-way it gets a SIGTERM, upon which it saves and leaves.
 - ``resumed``: the same command again, under the limit; it goes on to the end.
-- ``memory``: with the tables in memory and no limit: losses of all steps, and the checkpoint, must be the same.
+- ``memory``: with the tables in memory and no limit: losses of all steps, and the checkpoint, must be the same. With
+  the config that ships it takes 8 GB.
 
 The limit is that of a memory cgroup, which is made for each process and removed again (version 1 or 2; this takes
 root). The kernel counts there what the process has, and the pages of files that it brought into memory. Where no group
@@ -317,9 +318,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for result in (stopped, resumed):
         if result["steps"]:
             result |= traffic(config, lines[result["name"]], result["samples"])
+    for result in runs:
+        result["samples"] = drawn(result["samples"])
     under = digests(folder / "disk" / "checkpoints") if resumed["exit_code"] == 0 else None
     shutil.rmtree(folder / "disk" / "checkpoints", ignore_errors=True)
     memory = train("memory", "memory", None, None, "peer.table_memory=device")
+    memory["samples"] = drawn(memory["samples"])
     both = losses(lines.get("disk", []) + lines.get("resumed", [])), losses(lines.get("memory", []))
     same = under is not None and memory["exit_code"] == 0 and under == digests(folder / "memory" / "checkpoints")
     return {
@@ -338,6 +342,21 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         },
         "runs": runs,
     }
+
+
+def drawn(samples: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """By name, what is drawn of the samples, of a second each the first; of a process that ended early, all."""
+    seen: set[int] = set()
+    kept = []
+    for row in samples:
+        if (second := int(row["seconds"])) not in seen or row is samples[-1]:
+            seen.add(second)
+            kept.append(row)
+    columns = {"seconds": [row["seconds"] for row in kept], "steps": [row["steps"] for row in kept]}
+    for part in ("anonymous", "file", "group"):
+        if all(part in row for row in kept):
+            columns[f"{part}_gb"] = [round(row[part] / 1e9, 3) for row in kept]
+    return columns
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -363,26 +382,25 @@ def draw(results: dict[str, Any], path: Path) -> None:
         for panel, names in zip(panels, (("disk", "resumed"), ("memory",))):
             begin = 0.0
             for name in names:
-                rows, steps = runs[name]["samples"], runs[name]["steps"]
-                x = begin + np.array([row["seconds"] for row in rows])
+                samples, steps = runs[name]["samples"], runs[name]["steps"]
+                x = begin + np.array(samples["seconds"])
                 hidden = "_" * (name != names[0])  # from the legend
-                parts = [np.array([row[part] for row in rows]) / 1e9 for part in ("anonymous", "file")]
                 labels = [f"{hidden}its own memory", f"{hidden}pages of files, mapped"]
+                parts = [samples[f"{part}_gb"] for part in ("anonymous", "file")]
                 panel.stackplot(x, *parts, labels=labels, colors=("C0", "C1"), alpha=0.6, linewidth=0)
-                if all("group" in row for row in rows):
-                    counted = [row["group"] / 1e9 for row in rows]
-                    panel.plot(x, counted, color="C2", linewidth=0.8, label=f"{hidden}what the kernel counts")
-                training = [at for at, row in zip(x, rows) if steps and steps[0] <= row["steps"] < steps[-1]]
+                if "group_gb" in samples:
+                    label = f"{hidden}what the kernel counts"
+                    panel.plot(x, samples["group_gb"], color="C2", linewidth=0.8, label=label)
+                training = [at for at, step in zip(x, samples["steps"]) if steps and steps[0] <= step < steps[-1]]
                 if training:
                     panel.axvspan(training[0], training[-1], color="0.9", zorder=-1, linewidth=0)
                 begin += runs[name]["seconds"]
                 if name != names[-1]:
                     panel.axvline(begin, color="0.5", linewidth=0.8, linestyle=":")
             killed = runs["device"]["samples"]
-            if names[0] == "disk" and killed and "group" in killed[0]:
-                x = np.array([row["seconds"] for row in killed])
-                used = [row["group"] / 1e9 for row in killed]
-                panel.plot(x, used, color="k", linewidth=0.8, label="tables in memory, under the limit: killed")
+            if names[0] == "disk" and "group_gb" in killed:
+                label = "tables in memory, under the limit: killed"
+                panel.plot(killed["seconds"], killed["group_gb"], color="k", linewidth=0.8, label=label)
             panel.axhline(results["tables"] / 1e9, color="C3", linestyle="--", linewidth=0.8, label="the tables")
             if names[0] == "disk":
                 panel.axhline(results["limit"] / 1e9, color="k", linestyle="--", linewidth=0.8, label="the limit")
