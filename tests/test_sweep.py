@@ -172,7 +172,8 @@ SHIPPED = sorted(Path(__file__).parent.parent.glob("configs/sweeps/*.yaml"))
 def shipped(name, text, folder):
     """The sweeps of the repository, on other data."""
     for path in SHIPPED:
-        (folder / path.name).write_text(path.read_text().replace("data/corpus", str(text)).replace("96,1,3", "90,5,5"))
+        content = re.sub("data/(corpus|tinyshakespeare)", str(text), path.read_text())
+        (folder / path.name).write_text(content.replace("96,1,3", "90,5,5"))
     return load_sweep(folder / name, folder / "out")
 
 
