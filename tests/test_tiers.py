@@ -107,7 +107,7 @@ def test_losses_do_not_depend_on_where_tables_lie(small: dict[str, Any], ranks: 
             runs[name, "device"] = as_values(tree)
             for memory, rows in PLACES[len(runs) // 3 % 2]:
                 runs[name, f"{memory} with {rows}"] = as_values(on(tree, memory, rows))
-    for rank in run_ranks(each, ranks, list(runs.values()), STEPS):
+    for rank in run_ranks(each, ranks, list(runs.values()), STEPS, timeout=400):
         results = dict(zip(runs, rank, strict=True))
         for (name, place), result in results.items():
             wanted = results[name, "device"]
