@@ -16,6 +16,7 @@ from peer_dist import PEER, ProductKeyMemory
 from peer_dist.kernels.disk import is_mapped
 from peer_dist.kernels.eight_bit import scales_of
 from peer_dist.kernels.far import far_rows_of
+from peer_dist.optim import TableOptimizer, TableRule
 from tests.ranks import run_ranks
 
 MEMORIES = ("device", "host", "disk")
@@ -159,6 +160,133 @@ def test_compiled_without_looking_into_it(memory: str, dtype: torch.dtype) -> No
     compiled(tokens()).sum().backward()
     assert layer.keys.grad is not None
     assert dtype in EIGHT or layer.down.grad.is_sparse
+
+
+def table_optimizer(layer: PEER | ProductKeyMemory, names: tuple[str, ...] = ()) -> TableOptimizer:
+    rule = TableRule("rowwise_adam", 0.05, (0.9, 0.99), 1e-8, 0.0, lazy=True, rounding_seed=3)
+    tables = layer.tables()
+    return TableOptimizer({name: tables[name] for name in names or tables}, rule, 16)
+
+
+def trained(layer: PEER | ProductKeyMemory) -> TableOptimizer:
+    """Its tables' optimizer after some steps, which leave newer rows near the kernels than where they lie."""
+    optimizer = table_optimizer(layer)
+    for _ in range(3):
+        layer(tokens()).square().sum().backward()
+        optimizer.step(1.0)
+    return optimizer
+
+
+@held
+@pytest.mark.parametrize("make", [peer, memory_layer])
+def test_drawn_anew_after_training(
+    make: Callable[..., PEER | ProductKeyMemory], memory: str, dtype: torch.dtype
+) -> None:
+    """What was newer near the kernels is neither lost nor in the way."""
+    layer = make(table_memory=memory, table_dtype=dtype)
+    trained(layer)
+    layer.reset_parameters(seed=1)
+    assert torch.equal(layer(tokens()), make(table_memory=memory, table_dtype=dtype)(tokens()))
+    if isinstance(layer, PEER):
+        trained(layer)
+        layer.zero_output()
+        assert not layer(tokens()).any()
+
+
+@held
+@pytest.mark.parametrize("make", [peer, memory_layer])
+def test_written_to_before_its_backward_pass(
+    make: Callable[..., PEER | ProductKeyMemory], memory: str, dtype: torch.dtype
+) -> None:
+    """Refused, as autograd does with ordinary tables, by whoever it was."""
+    layer = make(table_memory=memory, table_dtype=dtype)
+    y = layer(tokens())
+    with torch.no_grad():
+        next(iter(layer.tables().values())).zero_()
+    with pytest.raises(RuntimeError, match=r"a table of \[64, 16\] was written to"):
+        y.sum().backward()
+    optimizer = trained(layer)
+    y = layer(tokens())
+    layer(tokens()).square().sum().backward()
+    optimizer.step(1.0)
+    with pytest.raises(RuntimeError, match="between a forward pass and its backward pass"):
+        y.sum().backward()
+
+
+@held
+def test_pickled_with_an_optimizer(memory: str, dtype: torch.dtype) -> None:
+    """Also between a backward pass and its step; a copy's tables are nobody's, and have gradients of their own."""
+    layer = peer(table_memory=memory, table_dtype=dtype)
+    optimizer = trained(layer)
+    layer(tokens()).sum().backward()
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    assert torch.equal(other(tokens()), layer(tokens()))
+    before = other.state_dict()["down"].clone()
+    other(tokens()).square().sum().backward()
+    assert dtype in EIGHT or other.down.grad._nnz()
+    optimizer.step(1.0)
+    assert torch.equal(other.state_dict()["down"], before)
+
+
+@held
+@pytest.mark.parametrize("make", [peer, memory_layer])
+def test_only_what_is_meant_for_the_tables_trains_them(
+    make: Callable[..., PEER | ProductKeyMemory], memory: str, dtype: torch.dtype
+) -> None:
+    layer = make(table_memory=memory, table_dtype=dtype)
+    optimizer = table_optimizer(layer)
+
+    def gradients() -> list[bool]:
+        return [grad is not None and bool(grad._nnz()) for _, grad in optimizer.gradients()]
+
+    x = tokens().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), [x])
+    layer(x).square().sum().backward(inputs=[x])
+    assert torch.equal(dx, x.grad)
+    assert not any(gradients()), "somebody asked for the input's gradient alone"
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in layer.tables() and parameter.is_floating_point())
+    layer(tokens()).square().sum().backward()
+    assert all(gradients()), "all else is frozen"
+    if dtype not in EIGHT:
+        optimizer.zero_grad()
+        layer.requires_grad_(False)
+        layer(x).square().sum().backward()
+        assert not any(gradients()), "the tables are frozen"
+
+
+def test_each_table_by_an_optimizer_of_its_own() -> None:
+    layer, twin = (peer(table_memory="host") for _ in range(2))
+    optimizer = table_optimizer(layer, ("down",))
+    other = torch.optim.SGD([layer.up], 0.1)
+    for one in (layer, twin):
+        one(tokens()).square().sum().backward()
+    ((_, grad),) = optimizer.gradients()
+    assert torch.equal(grad.to_dense(), twin.down.grad.to_dense())
+    assert torch.equal(layer.up.grad.to_dense(), twin.up.grad.to_dense())
+    assert layer.down.grad is None
+    other.step()
+
+
+@held
+def test_not_traced_or_exported(memory: str, dtype: torch.dtype) -> None:
+    layer, x = peer(table_memory=memory, table_dtype=dtype).eval(), tokens()
+    for trace in (lambda: torch.jit.trace(layer, (x,)), lambda: torch.export.export(layer, (x,))):
+        with pytest.raises(NotImplementedError, match=r"load its state_dict\(\) into a layer with table_memory device"):
+            trace()
+
+
+def test_codes_without_scales() -> None:
+    """They would be taken for numbers."""
+    layer = peer(table_dtype=torch.int8)
+    detached = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"codes of eight bits \[64, 16\] without the scales of their rows"):
+        torch.func.functional_call(layer, detached, (tokens(),))
+    values = torch.func.functional_call(layer, layer.state_dict(), (tokens(),))
+    torch.testing.assert_close(values, layer(tokens()), rtol=1e-5, atol=1e-5)
 
 
 def refused(rank: int, world_size: int) -> list[str]:

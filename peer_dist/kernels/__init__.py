@@ -17,7 +17,15 @@ from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.custom_ops import differentiable, differentiable_no_further, operator
 from peer_dist.kernels.eight_bit import EightBit, gradient_dtype
 from peer_dist.kernels.far import is_held, near
-from peer_dist.kernels.pending import PendingSums, gradient_that_grows, leave_sums, pending_sums, place_for_sums
+from peer_dist.kernels.pending import (
+    PendingSums,
+    asks_for_sums,
+    edge_of,
+    gradient_that_grows,
+    leave_sums,
+    place_for_sums,
+    reached,
+)
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.reference import ACTIVATIONS, Composed, wide
 from peer_dist.tracing import span
@@ -88,7 +96,7 @@ def expert_mix(
         ``[tokens, dim]`` in ``x``'s dtype. Differentiable (once) in ``x``, ``gate``, ``down`` and ``up``.
     """
     if is_held(down):
-        held: Tensor = _HeldMix.apply(x, gate, picks, down, up, activation)
+        held: Tensor = _HeldMix.apply(x, gate, picks, down, up, activation, edge_of(down, up))
         return held
     return _expert_mix(x, picks.offsets, picks.expert, gate, down, up, activation, sparse_grad, None, None)[0]
 
@@ -160,6 +168,7 @@ def expert_table_grads(
     down: Tensor,
     up: Tensor,
     sparse: bool = False,
+    edge: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of ``down`` and ``up``: ``sum of dpre_i x_t`` and ``sum of hidden_i dy_t`` of each row.
 
@@ -168,12 +177,13 @@ def expert_table_grads(
         x, dy: ``[tokens, dim]``.
         down, up: ``[rows, dim]``, of one dtype.
         sparse: coalesced sparse tensors of the picked rows instead of dense ones.
+        edge: of held tables (:func:`~peer_dist.kernels.pending.edge_of`).
 
     Returns:
         ``ddown`` and ``dup``, ``[rows, dim]`` in the tables' dtype; None where the sums are left on the tables, or were
         added to the gradients there are (:mod:`peer_dist.kernels.pending`).
     """
-    ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], picks.offsets, picks.expert, [down, up], sparse)
+    ddown, dup = _grads_of_tables([dpre, hidden], [x, dy], picks.offsets, picks.expert, [down, up], sparse, edge)
     return ddown, dup
 
 
@@ -196,12 +206,14 @@ def value_mix(gate: Tensor, values: Tensor, picks: Picks, sparse_grad: bool = Fa
         ``[tokens, dim]`` in at least float32.
     """
     if is_held(values):
-        held: Tensor = _HeldValues.apply(gate, picks, values)
+        held: Tensor = _HeldValues.apply(gate, picks, values, edge_of(values))
         return held
     return _value_mix(gate, values, picks.offsets, picks.expert, sparse_grad, None)
 
 
-def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, sparse: bool = False) -> Tensor | None:
+def value_table_grad(
+    gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, sparse: bool = False, edge: Tensor | None = None
+) -> Tensor | None:
     """``sum of gate_i dy_t`` of each row of ``values``, of its shape and dtype; for a table of any size. None where
     the sums are left on the table, or were added to its gradient (:mod:`peer_dist.kernels.pending`).
 
@@ -209,8 +221,9 @@ def value_table_grad(gate: Tensor, dy: Tensor, picks: Picks, values: Tensor, spa
         gate: ``[picks]``.
         dy: ``[tokens, dim]``.
         sparse: a coalesced sparse tensor of the picked rows instead of a dense one.
+        edge: of a held table (:func:`~peer_dist.kernels.pending.edge_of`).
     """
-    (grad,) = _grads_of_tables([gate], [dy], picks.offsets, picks.expert, [values], sparse)
+    (grad,) = _grads_of_tables([gate], [dy], picks.offsets, picks.expert, [values], sparse, edge)
     return grad
 
 
@@ -434,7 +447,13 @@ class _Halves:
 
 
 def _grads_of_tables(
-    weights: list[Tensor], xs: list[Tensor], offsets: Tensor, expert: Tensor, tables: list[Tensor], sparse: bool
+    weights: list[Tensor],
+    xs: list[Tensor],
+    offsets: Tensor,
+    expert: Tensor,
+    tables: list[Tensor],
+    sparse: bool,
+    edge: Tensor | None = None,
 ) -> Sequence[Tensor | None]:
     """``sum of w_i x_t`` of each row of ``table [rows, dim]``, for each table; or nothing, but the sums on them."""
     rows, dtype = tables[0].shape[0], gradient_dtype(tables[0])
@@ -448,17 +467,19 @@ def _grads_of_tables(
             return [None] * len(tables)
         grads: list[Tensor] = _table_grads(weights, xs, offsets, expert, rows, dtype)
         return grads
-    found = map(pending_sums if held else place_for_sums, tables)  # autograd carries no gradient of held ones
-    places = [place for place in found if place is not None]
-    if len(places) == len(tables):
+    if held:
+        asked = [asks_for_sums(table) and reached(edge) for table in tables]
+    else:
+        asked = [all(place_for_sums(table) is not None for table in tables)] * len(tables)
+    if any(asked):
         ops, sums = _backend_and_sums(weights, xs, dtype)
-        leave_sums(PendingSums(ops, sums, Picks(offsets, expert), tables), tables)
-        return [None] * len(tables)
-    if not any(table.requires_grad for table in tables):
+        left_on = [table for table, there in zip(tables, asked) if there]
+        leave_sums(PendingSums(ops, sums, Picks(offsets, expert), tables), left_on)
+    if not any(table.requires_grad and not there for table, there in zip(tables, asked)):
         return [None] * len(tables)
     touched, *some = _sparse_table_grads(weights, xs, offsets, expert, rows, dtype)
     touched = touched.to(tables[0].device)  # where a far table is
-    return [row_gradient(touched, grad.to(touched.device), rows) for grad in some]
+    return [None if there else row_gradient(touched, grad.to(touched.device), rows) for grad, there in zip(some, asked)]
 
 
 def _keep_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -498,13 +519,35 @@ differentiable("expert_mix", _keep_experts, _backward_of_experts)
 differentiable("value_mix", _keep_values, _backward_of_values)
 
 
+def _versions(*tables: Tensor) -> list[int]:
+    return [0 if table.is_inference() else table._version for table in tables]
+
+
+def _check_versions(before: list[int], *tables: Tensor) -> None:
+    """As autograd does with what it saves, which held tables cannot be."""
+    if _versions(*tables) != before:
+        raise RuntimeError(
+            f"a table of {list(tables[0].shape)} was written to, by an optimizer's step say, between a forward pass "
+            "and its backward pass, whose gradients would be those of other weights: go backward first"
+        )
+
+
 class _HeldMix(torch.autograd.Function):
     """:func:`expert_mix` of held tables, whose rows are asked for in both directions."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, picks: Picks, down: Tensor, up: Tensor, activation: str) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor,
+        picks: Picks,
+        down: Tensor,
+        up: Tensor,
+        activation: str,
+        edge: Tensor | None,
+    ) -> Tensor:
         y, pre = expert_mix_forward(x, picks, gate, down, up, activation)
-        ctx.activation, ctx.tables = activation, (down, up)
+        ctx.activation, ctx.tables, ctx.versions, ctx.edge = activation, (down, up), _versions(down, up), edge
         ctx.save_for_backward(x, gate, pre, picks.offsets, picks.expert)
         return y
 
@@ -514,18 +557,19 @@ class _HeldMix(torch.autograd.Function):
         x, gate, pre, offsets, expert = ctx.saved_tensors
         picks = Picks(offsets, expert)
         down, up = ctx.tables
+        _check_versions(ctx.versions, down, up)
         dx, dgate, dpre, hidden = expert_mix_backward(dy, x, picks, pre, gate, down, up, ctx.activation)
-        ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, up, sparse=True)
-        return dx, dgate, None, ddown, dup, None
+        ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, up, True, ctx.edge)
+        return dx, dgate, None, ddown, dup, None, None
 
 
 class _HeldValues(torch.autograd.Function):
     """:func:`value_mix` of a held table."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, picks: Picks, values: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, picks: Picks, values: Tensor, edge: Tensor | None) -> Tensor:
         here = near(picks, values)
-        ctx.values = values
+        ctx.values, ctx.versions, ctx.edge = values, _versions(values), edge
         ctx.save_for_backward(gate, picks.offsets, picks.expert)
         y: Tensor = _value_mix(gate, *here.tables, here.picks.offsets, here.picks.expert, False, *here.scales)
         return y
@@ -535,5 +579,6 @@ class _HeldValues(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, offsets, expert = ctx.saved_tensors
         picks = Picks(offsets, expert)
+        _check_versions(ctx.versions, ctx.values)
         dgate = dots(dy, ctx.values, picks).to(gate.dtype)
-        return dgate, None, value_table_grad(gate, dy, picks, ctx.values, sparse=True)
+        return dgate, None, value_table_grad(gate, dy, picks, ctx.values, True, ctx.edge), None

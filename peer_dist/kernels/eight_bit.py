@@ -47,8 +47,19 @@ def let_scales(table: Tensor, scales: Tensor) -> None:
 
 
 def scales_of(table: Tensor) -> Tensor | None:
-    """The scales of an eight-bit table's rows; None of any other table."""
-    scales: Tensor | None = getattr(table, "scales", None) if is_eight_bit(table) else None
+    """The scales of an eight-bit table's rows; None of any other table.
+
+    Raises:
+        RuntimeError: codes that nobody gave scales, as a detached copy of a table is.
+    """
+    if not is_eight_bit(table):
+        return None
+    scales: Tensor | None = getattr(table, "scales", None)
+    if scales is None:
+        raise RuntimeError(
+            f"codes of eight bits {list(table.shape)} without the scales of their rows, as in a detached copy of a "
+            "layer's table, mean nothing: take the values, which the layer's state_dict() has"
+        )
     return scales
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peer_dist.kernels import updates
-from peer_dist.kernels.eight_bit import gradient_dtype
+from peer_dist.kernels.eight_bit import gradient_dtype, is_eight_bit
 from peer_dist.kernels.far import is_held
 from peer_dist.kernels.picks import Picks
 from peer_dist.kernels.rounding import Rounding
@@ -40,6 +40,9 @@ class PendingSums:
         self._versions = [tensor._version for tensor in self.tensors()]
         self.backward_pass: int = torch._C._current_graph_task_id()
         """Which one left them: others of the same one are what autograd would add up first."""
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # what is pickled along with a table
 
     def tensors(self) -> Iterator[Tensor]:
         """What is kept for the sums."""
@@ -157,6 +160,37 @@ def gradient_that_grows(table: Tensor) -> Tensor | None:
     grad = table.grad if getattr(table, "gradient_grows", False) else None
     fits = grad is not None and not grad.is_sparse and grad.dtype == table.dtype and grad.is_contiguous()
     return grad if fits and _only_adds_up(table) else None
+
+
+def asks_for_sums(table: Tensor) -> bool:
+    """Whether the sums of a held table are to be left on it: somebody asked, and it is not frozen. Codes cannot say
+    that they are; who is not to train them gives them to no optimizer.
+    """
+    return pending_sums(table) is not None and (table.requires_grad or is_eight_bit(table))
+
+
+def edge_of(*tables: Tensor) -> Tensor | None:
+    """What stands for held tables in autograd's graph, if their sums were asked for: a leaf of no elements.
+
+    It leads backward passes to tables of eight bits where nothing else requires a gradient, and tells by
+    :func:`reached` which ones are not meant for them.
+    """
+    if not is_held(tables[0]) or not any(map(asks_for_sums, tables)):
+        return None
+    return torch.empty(0, dtype=torch.float32, device="cpu", requires_grad=True)
+
+
+def reached(edge: Tensor | None) -> bool:
+    """Whether the backward pass under way adds up gradients at an :func:`edge_of` tables, rather than serving
+    ``torch.autograd.grad`` of something else.
+    """
+    return edge is None or _only_adds_up(edge)
+
+
+def forget_sums(table: Tensor) -> None:
+    """Let a copy of a table be nobody's, of whose original an optimizer had asked for sums."""
+    for name in ("pending_sums", "sums_arrived", "gradient_grows", "summed_gradient", "gradient_of_pass"):
+        table.__dict__.pop(name, None)
 
 
 def _only_adds_up(table: Tensor) -> bool:

@@ -224,6 +224,7 @@ class PEER(ProductKeyLayer):
         std = math.sqrt(second_moment) if self.output_std is None else self.output_std
         part_std = std * math.sqrt(0.5) if self.dense_hidden else std
         if self.owns_tables:
+            self.flush()
             up_std = part_std / math.sqrt(second_moment * self._gate_energy(seed, keys))
             self._draw_rows(self.down, self.dim**-0.5, seed + 1)
             self._draw_rows(self.up, up_std, seed + 2)
@@ -238,6 +239,7 @@ class PEER(ProductKeyLayer):
     @torch.no_grad()
     def zero_output(self) -> None:
         """Let the output be 0 until ``up`` is updated, whose gradient is not: a layer put into a trained model."""
+        self.flush()
         self.up.zero_()
         if self.dense_hidden:
             self.dense_out.weight.zero_()

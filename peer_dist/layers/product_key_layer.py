@@ -125,7 +125,8 @@ class ProductKeyLayer(TableModule):
         """``x [..., dim]`` as ``[tokens, dim]``.
 
         Raises:
-            NotImplementedError: ONNX is asked for.
+            NotImplementedError: ONNX is asked for, or a trace of a layer whose tables are held elsewhere or in eight
+                bits.
             ValueError: not dense floating-point numbers, another width, or a device that the layer is not on, or that
                 it has no kernels for.
         """
@@ -133,6 +134,11 @@ class ProductKeyLayer(TableModule):
             raise NotImplementedError(
                 f"{type(self).__name__} has no form in ONNX, which has no operators for its retrieval and its sums "
                 "over picks; torch.export and torch.jit.trace keep them as operators of peer_dist"
+            )
+        if self.held and (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+            raise NotImplementedError(
+                f"{type(self).__name__} is not exported or traced with tables in host memory, on a disk or of eight "
+                "bits: load its state_dict() into a layer with table_memory device and a table_dtype of more bits"
             )
         if x.is_nested or x.layout is not torch.strided or not x.is_floating_point():
             kind = "nested" if x.is_nested else x.layout

@@ -140,6 +140,7 @@ class ProductKeyMemory(ProductKeyLayer):
         self._reset_retrieval(seed)
         dense = self.init == "dense"
         std = (2 / (self.num_experts * self.num_layers)) ** 0.5 if dense else self.dim**-0.5
+        self.flush()
         self._draw_rows(self.values, std, seed + 1)
 
     def _draw_keys(self, keys: Tensor, generator: torch.Generator) -> Tensor:

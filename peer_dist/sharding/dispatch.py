@@ -34,6 +34,7 @@ from peer_dist.kernels import (
     value_table_grad,
 )
 from peer_dist.kernels.far import is_held
+from peer_dist.kernels.pending import edge_of
 from peer_dist.sharding.exchange import ExchangePlan, MergedPicks, Traffic, plan_exchange
 from peer_dist.sharding.fixed import FixedPlan, fixed_plan
 from peer_dist.sharding.grid import GridLayout
@@ -42,6 +43,7 @@ from peer_dist.tracing import span, untraced
 
 Beside = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 """The two halves of a dense block beside the experts; see :func:`routed_experts`."""
+_untraced_mix, _untraced_values = untraced(expert_mix), untraced(value_mix)
 
 
 def routed_experts(
@@ -79,7 +81,7 @@ def routed_experts(
     """
     if not layout.spread:
         _count(indices, traffic)
-        mix = untraced(expert_mix) if is_held(down) else expert_mix  # which rows come near depends on the picks
+        mix = _untraced_mix if is_held(down) else expert_mix  # which rows come near depends on the picks
         y = mix(x, Picks.even(indices), gates.reshape(-1), down, up, activation, sparse_grad)
         return y if beside is None else y + beside[1](beside[0](x))
     return _spread_experts(
@@ -104,7 +106,7 @@ def _spread_experts(
     gate, transit = _planned(indices, gates, layout, traffic, sparse_grad, dispatch_chunks)
     edge = _Dispatch.apply(x, gate, transit)
     half = None if beside is None else beside[0](x)
-    edge = _Experts.apply(edge, down, up, activation, sparse_grad, transit)
+    edge = _Experts.apply(edge, down, up, activation, sparse_grad, transit, edge_of(down, up))
     transit.start_last_home()
     other = None if beside is None or half is None else beside[1](half)
     y = _Combine.apply(edge, transit, x.dtype)
@@ -139,7 +141,7 @@ def routed_values(
     """
     if not layout.spread:
         _count(indices, traffic)
-        mix = untraced(value_mix) if is_held(values) else value_mix
+        mix = _untraced_values if is_held(values) else value_mix
         return mix(gates.reshape(-1), values, Picks.even(indices), sparse_grad).to(dtype)
     return _spread_values(indices, gates, values, dtype, layout, traffic, sparse_grad)
 
@@ -161,7 +163,7 @@ def _spread_values(
     sparse_grad: bool,
 ) -> Tensor:
     gate, transit = _planned(indices, gates, layout, traffic, sparse_grad)
-    edge = _Values.apply(gate, values, dtype, sparse_grad, transit)
+    edge = _Values.apply(gate, values, dtype, sparse_grad, transit, edge_of(values))
     transit.start_last_home()
     return _Combine.apply(edge, transit, dtype)
 
@@ -256,7 +258,14 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, edge: Tensor, down: Tensor, up: Tensor, activation: str, sparse_grad: bool, transit: _Transit
+        ctx: Any,
+        edge: Tensor,
+        down: Tensor,
+        up: Tensor,
+        activation: str,
+        sparse_grad: bool,
+        transit: _Transit,
+        asked: Tensor | None,
     ) -> Tensor:
         plan = transit.plan
         x, arrivals = transit.take_rows()
@@ -277,7 +286,7 @@ class _Experts(torch.autograd.Function):
             pre_of_parts.append(pre)
             picks_of_parts += [picks.offsets, picks.expert]
         ctx.transit, ctx.activation, ctx.sparse_grad = transit, activation, sparse_grad
-        ctx.held = (down, up) if is_held(down) else None  # they are known by their objects
+        ctx.held, ctx.asked = (down, up) if is_held(down) else None, asked  # they are known by their objects
         ctx.save_for_backward(x, gate, down, up, *pre_of_parts, *picks_of_parts)
         return x.new_empty(0)
 
@@ -318,8 +327,8 @@ class _Experts(torch.autograd.Function):
                 transit.picks = plan.start_picks_to_homes(dgate)
         if ctx.held or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             picks = picks_of_parts[0] if len(plan.parts) == 1 else plan.all_picks()
-            ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, up, ctx.sparse_grad)
-        return (edge if goes_home else None), ddown, dup, None, None, None
+            ddown, dup = expert_table_grads(dpre, hidden, x, dy, picks, down, up, ctx.sparse_grad, ctx.asked)
+        return (edge if goes_home else None), ddown, dup, None, None, None, None
 
 
 class _Values(torch.autograd.Function):
@@ -327,14 +336,20 @@ class _Values(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, values: Tensor, dtype: torch.dtype, sparse_grad: bool, transit: _Transit
+        ctx: Any,
+        gate: Tensor,
+        values: Tensor,
+        dtype: torch.dtype,
+        sparse_grad: bool,
+        transit: _Transit,
+        asked: Tensor | None,
     ) -> Tensor:
         plan = transit.plan
         with span("dispatch"):
             received = plan.picks_at_owners(plan.start_picks_to_owners(gate))
         transit.last = value_mix(received, values, plan.all_picks()).to(dtype)
         ctx.transit, ctx.sparse_grad = transit, sparse_grad
-        ctx.held = values if is_held(values) else None
+        ctx.held, ctx.asked = values if is_held(values) else None, asked
         ctx.save_for_backward(received, values)
         return received.new_empty(0, dtype=dtype)
 
@@ -358,9 +373,9 @@ class _Values(torch.autograd.Function):
                 going = plan.start_picks_to_homes(dgate.to(gate.dtype))
         dvalues = None
         if held or ctx.needs_input_grad[1]:
-            dvalues = value_table_grad(gate, dy, picks, values, ctx.sparse_grad)
+            dvalues = value_table_grad(gate, dy, picks, values, ctx.sparse_grad, ctx.asked)
         with span("combine"):
-            return None if going is None else going.wait(), dvalues, None, None, None
+            return None if going is None else going.wait(), dvalues, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):

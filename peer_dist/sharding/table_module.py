@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peer_dist.kernels import huge_pages
 from peer_dist.kernels.eight_bit import is_eight_bit, let_scales
 from peer_dist.kernels.far import FarRows, Place
+from peer_dist.kernels.pending import forget_sums
 from peer_dist.sharding import optimizer_state, wrappers
 from peer_dist.sharding.blocks import as_dtensor, block_of, is_dtensor
 from peer_dist.sharding.grid import GridLayout
@@ -98,13 +99,16 @@ class TableModule(nn.Module):
             FarRows(self.place, list(tables.values()))
 
     def __getstate__(self) -> dict[str, Any]:  # for a copy
-        self._flush()
+        self.flush()
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy
         super().__setstate__(state)
         if self.layout.spread or self.sparse_grad:
             self._watch()
+        if self.owns_tables:
+            for table in self.tables().values():
+                forget_sums(table)
         if self.held and self.owns_tables:
             if self.place is not None:
                 for table in self.tables().values():
@@ -112,7 +116,10 @@ class TableModule(nn.Module):
                         table.data = self._placed(table, table.dtype)
             self._bind()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Let the tables' memory be what their rows are, for whoever reads it or writes to it by himself: of far tables
+        the newest rows may be near the kernels.
+        """
         for table in self.tables().values():
             flush(table)
 
@@ -120,7 +127,7 @@ class TableModule(nn.Module):
         if not self.held:
             super()._apply(fn, recurse)
             return self
-        self._flush()
+        self.flush()
         parameters, buffers = dict(self._parameters), dict(self._buffers)
         hidden = {f"{name}_scales" for name in self.table_names}
         if self.place is not None:
@@ -184,7 +191,7 @@ class TableModule(nn.Module):
             optimizer_state.install(layouts)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self._flush()
+        self.flush()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key, table in self._tables_in(destination, prefix).items():
             if is_eight_bit(table) and not keep_vars:
@@ -214,7 +221,7 @@ class TableModule(nn.Module):
                     error_msgs.append(str(error))
                     state_dict[key] = self._parameters[key[len(prefix) :]]  # neither missing nor wrong once more
         if self.held:
-            self._flush()
+            self.flush()
             for key, table in self._tables_in(state_dict, prefix).items():
                 values = state_dict[key]
                 if isinstance(values, Tensor) and values.shape == table.shape and not table.is_meta:
