@@ -95,6 +95,19 @@ def test_fsdp2():
     assert spread == pytest.approx([first, last], abs=2e-3)
 
 
+def test_larger_tables():
+    """In host memory and on a disk, on one rank and spread over two: the same curve."""
+    curves = []
+    for arguments, ranks in ((["--memory", "disk"], 0), ([], 2)):
+        output = run("larger_tables.py", "--steps", "21", *arguments, ranks=ranks)
+        curves.append(re.findall(r"step \d+  loss (\S+)  gradient (\S+)", output))
+        assert "in the state dict torch.bfloat16" in output
+    (first, _), (last, _) = ([float(value) for value in values] for values in curves[0])
+    assert last < 0.6 * first
+    for one, other in zip(*curves, strict=True):
+        assert [float(value) for value in one] == pytest.approx([float(value) for value in other], abs=2e-2)
+
+
 def steps(output: str) -> dict[int, tuple[float, float]]:
     """Loss and norm of the gradient, by step."""
     lines = re.findall(r"step (\d+)  loss (\S+)  gradient (\S+)  rows", output)

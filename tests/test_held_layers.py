@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peer_dist import PEER, ProductKeyMemory
+from peer_dist import PEER, ProductKeyMemory, exempt_tables
 from peer_dist.kernels.disk import is_mapped
 from peer_dist.kernels.eight_bit import scales_of
 from peer_dist.kernels.far import far_rows_of
@@ -293,6 +293,8 @@ def refused(rank: int, world_size: int) -> list[str]:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
+    asked = peer(table_dtype=torch.int8)
+    table_optimizer(asked)
     said = []
     for wrap in (DistributedDataParallel, fully_shard):
         for options in ({"table_memory": "host"}, {"table_dtype": torch.int8}):
@@ -301,14 +303,52 @@ def refused(rank: int, world_size: int) -> list[str]:
                 said.append("")
             except ValueError as error:
                 said.append(str(error))
+    try:
+        DistributedDataParallel(asked)
+    except ValueError as error:
+        said.append(str(error))
     return said
+
+
+def wrapped(rank: int, world_size: int, memory: str) -> tuple[list[Tensor], Tensor]:
+    """Scales of this rank's rows after steps under DDP, and the whole table."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    for build in (nn.Sequential, lambda layer: layer):
+        layer = peer(table_memory=memory, table_dtype=torch.int8, group=torch.distributed.group.WORLD)
+        rule = TableRule("rowwise_adam", 0.05, (0.9, 0.99), 1e-8, 0.0, lazy=True, rounding_seed=3)
+        offsets = dict.fromkeys(layer.tables(), layer.layout.offset)
+        optimizer = TableOptimizer(layer.tables(), rule, 16, offsets=offsets)
+        model = build(layer)
+        exempt_tables(model)
+        model = DistributedDataParallel(model)
+        for _ in range(3):
+            model(tokens()[rank::world_size]).square().sum().backward()
+            optimizer.step(1.0)
+        layer.flush()
+    down = layer.state_dict()["down"]
+    return list(layer.down_scales), down.full_tensor() if world_size > 1 else down
+
+
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_ddp_leaves_the_scales(memory: str) -> None:
+    """It broadcasts buffers in each pass: those of the first rank's rows would be the other's."""
+    ((alone, table),) = run_ranks(wrapped, 1, memory)
+    (first, one), (second, other) = run_ranks(wrapped, 2, memory)
+    assert torch.equal(one, other)
+    close = torch.isclose(one.float(), table.float(), rtol=0.02, atol=0.02)
+    assert close.float().mean() > 0.99
+    assert len(set(map(float, alone))) > 1
+    same = sum(float(a) == float(b) for a, b in zip(alone, first + second, strict=True))
+    assert same > 60, "all but those at the border of two"
 
 
 def test_wrappers_leave_such_tables() -> None:
     """Nobody averages their gradients. DDP has nothing to do with tables that have none."""
-    ddp_far, ddp_eight, shard_far, shard_eight = run_ranks(refused, 1)[0]
+    ddp_far, ddp_eight, shard_far, shard_eight, stepped = run_ranks(refused, 1)[0]
     assert ddp_far.startswith("DistributedDataParallel cannot keep 0.down alike on the ranks, whose rows lie elsewhere")
     assert ddp_eight == ""
+    assert stepped.startswith("DistributedDataParallel cannot keep down alike")
     assert shard_far.startswith("fully_shard cannot keep down alike")
     assert shard_eight.startswith("fully_shard cannot keep down alike")
 

@@ -81,7 +81,7 @@ class TableModule(nn.Module):
             setattr(self, name, table)
             if is_eight_bit(table):
                 scales = self._rows(shape[:1], torch.float32, device).fill_(1.0)
-                self.register_buffer(f"{name}_scales", scales, persistent=False)
+                self.register_buffer(wrappers.scales_name(name), scales, persistent=False)
         self._bind()
 
     def _rows(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -94,7 +94,7 @@ class TableModule(nn.Module):
         tables = self.tables()
         for name, table in tables.items():
             if is_eight_bit(table):
-                let_scales(table, getattr(self, f"{name}_scales"))
+                let_scales(table, getattr(self, wrappers.scales_name(name)))
         if self.place is not None and not any(table.is_meta for table in tables.values()):
             FarRows(self.place, list(tables.values()))
 
@@ -129,7 +129,7 @@ class TableModule(nn.Module):
             return self
         self.flush()
         parameters, buffers = dict(self._parameters), dict(self._buffers)
-        hidden = {f"{name}_scales" for name in self.table_names}
+        hidden = {wrappers.scales_name(name) for name in self.table_names}
         if self.place is not None:
             hidden |= set(self.table_names)
         self._parameters = {name: value for name, value in parameters.items() if name not in hidden}
@@ -162,12 +162,12 @@ class TableModule(nn.Module):
                 rows = self._rows(tuple(table.shape), dtype, device)
                 self._parameters[name] = nn.Parameter(rows, requires_grad=table.requires_grad)
         for name, table in self.tables().items():
-            scales = self._buffers.get(f"{name}_scales")
+            scales = self._buffers.get(wrappers.scales_name(name))
             if scales is None:
                 continue
             if scales.is_meta != table.is_meta:
                 scales = self._rows(tuple(scales.shape), torch.float32, device).fill_(1.0)
-            self._buffers[f"{name}_scales"] = scales if self.place is not None else scales.to(table.device)
+            self._buffers[wrappers.scales_name(name)] = scales if self.place is not None else scales.to(table.device)
         after = self.place, [(id(table), table.dtype) for table in self.tables().values()]
         return self.place is None or before != after
 

@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from peer_dist.kernels.pending import asks_for_sums
+
 if TYPE_CHECKING:
     from peer_dist.sharding.table_module import TableModule
 
@@ -20,9 +22,9 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 def exempt_tables(model: nn.Module) -> list[nn.Parameter]:
     """Tell DDP to leave alone the tables that are spread over ranks: it neither broadcasts nor averages them.
 
-    They stay in ``parameters()`` and ``state_dict()``. Give it the very module that is then wrapped; names that torch
-    was already told to ignore stay ignored. FSDP2 takes what is returned: ``fully_shard(model,
-    ignored_params=set(tables))``.
+    So it does with the scales of those of eight bits. They stay in ``parameters()`` and ``state_dict()``. Give it the
+    very module that is then wrapped; names that torch was already told to ignore stay ignored. FSDP2 takes what is
+    returned: ``fully_shard(model, ignored_params=set(tables))``.
 
     Returns:
         The tables, each once, released ones included. Their gradients are those of the SUM of the ranks' losses:
@@ -33,8 +35,12 @@ def exempt_tables(model: nn.Module) -> list[nn.Parameter]:
     tables: dict[int, nn.Parameter] = {}
     for prefix, module in _table_modules(model, remove_duplicate=False):
         if module.layout.spread:
-            names += [name for table in module.tables() for name in _names_for_ddp(prefix, table)]
             tables |= {id(table): table for table in module.tables().values()}
+        elif module.layout.groups is None or not module.sparse_grad:
+            continue
+        # on one rank too, where an optimizer of their own may step what DDP broadcasts in each pass: buffers
+        names += [name for table in module.tables() for name in _names_for_ddp(prefix, table)]
+        names += [prefix + scales_name(table) for table in module.tables()]
     # torch's wrapper of checkpointing hides its own name from named_parameters, by which DDP broadcasts
     names += [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in tables]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(dict.fromkeys(names)))
@@ -75,6 +81,11 @@ def _table_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[
             yield f"{name}." if name else "", module
 
 
+def scales_name(table: str) -> str:
+    """What the buffer with the scales of a table of eight bits is called."""
+    return f"{table}_scales"
+
+
 def _names_for_ddp(prefix: str, table: str) -> list[str]:
     """What DDP calls a table: that of the wrapped module itself ``.down`` to average it, ``down`` to broadcast it."""
     return [prefix + table] if prefix else [table, f".{table}"]
@@ -90,7 +101,8 @@ def _check(parent: nn.Module, name: str, child: nn.Module | None) -> None:
             for table, parameter in module.tables().items():
                 told = all(name in ignored for name in _names_for_ddp(prefix, table))
                 mine = table in module._parameters and not told
-                if mine and (module.layout.spread or (module.sparse_grad and parameter.requires_grad)):
+                trained = parameter.requires_grad or asks_for_sums(parameter)
+                if mine and (module.layout.spread or (module.sparse_grad and trained)):
                     raise ValueError(refusal("DistributedDataParallel", prefix + table, module))
     elif "torch.distributed.fsdp" in sys.modules:
         _check_fsdp1(parent)
