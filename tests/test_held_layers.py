@@ -279,6 +279,16 @@ def test_not_traced_or_exported(memory: str, dtype: torch.dtype) -> None:
             trace()
 
 
+def test_no_ordinary_parameter_takes_a_tables_place() -> None:
+    """As loaders assign them, who would leave the tables on the device and in more bits without a word."""
+    for options in ({"table_memory": "host"}, {"table_dtype": torch.int8}):
+        for device in ("cpu", "meta"):
+            layer = peer(**options, device=device)
+            with pytest.raises(ValueError, match="down of PEER lies elsewhere or has eight bits"):
+                layer.down = nn.Parameter(torch.zeros(64, 16, dtype=torch.float32, device="cpu"))
+            layer.down = layer.down
+
+
 def test_codes_without_scales() -> None:
     """They would be taken for numbers."""
     layer = peer(table_dtype=torch.int8)

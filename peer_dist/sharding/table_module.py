@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peer_dist.kernels import huge_pages
 from peer_dist.kernels.eight_bit import is_eight_bit, let_scales
-from peer_dist.kernels.far import FarRows, Place
+from peer_dist.kernels.far import FarRows, Place, is_held
 from peer_dist.kernels.pending import forget_sums
 from peer_dist.sharding import optimizer_state, wrappers
 from peer_dist.sharding.blocks import as_dtensor, block_of, is_dtensor
@@ -66,6 +66,14 @@ class TableModule(nn.Module):
         if name in self.table_names and (self.layout.spread or self.sparse_grad):
             if is_dtensor(value):  # so does fully_shard put its own into the parameter's place
                 raise ValueError(wrappers.refusal("fully_shard", name, self))
+            before = self._parameters.get(name)
+            kept = before is not None and (self.place is not None or is_eight_bit(before))  # on meta too
+            if kept and isinstance(value, nn.Parameter) and not (is_held(value) or value.is_meta):
+                raise ValueError(
+                    f"{name} of {type(self).__name__} lies elsewhere or has eight bits, and an ordinary parameter "
+                    "cannot take its place, as from_pretrained of transformers lets it: build the layer, and load "
+                    "values with load_state_dict"
+                )
             self._watch()
         super().__setattr__(name, value)
 
