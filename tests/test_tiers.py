@@ -21,7 +21,7 @@ from tests.runs import (
     with_keys,
 )
 
-STEPS = 10
+STEPS = 7
 ROW = 2 * 32 * 4 / 1e9  # GB of a row of both tables of the small model
 
 
@@ -86,7 +86,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-PLACES = [[("host", 0), ("disk", 400)], [("host", 200), ("disk", 1e6)]]
+PLACES = [("host", 0), ("disk", 400), ("host", 200), ("disk", 1e6)]
 
 
 def as_values(tree: dict[str, Any]) -> dict[str, Any]:
@@ -98,14 +98,15 @@ def as_values(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_losses_do_not_depend_on_where_tables_lie(small: dict[str, Any], ranks: int) -> None:
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one each", "every"])
+def test_losses_do_not_depend_on_where_tables_lie(small: dict[str, Any], ranks: int, every: bool) -> None:
     """Bit for bit: on the device, in host memory and on a disk, with caches of no row, of some and of all."""
     runs: dict[tuple[str, str], dict[str, Any]] = {}
-    for name, (of_ranks, settings) in SETTINGS.items():
+    for number, (name, (of_ranks, settings)) in enumerate(SETTINGS.items()):
         if of_ranks == ranks:
             tree = with_keys(small, **settings)
             runs[name, "device"] = as_values(tree)
-            for memory, rows in PLACES[len(runs) // 3 % 2]:
+            for memory, rows in PLACES if every else [PLACES[number % len(PLACES)]]:
                 runs[name, f"{memory} with {rows}"] = as_values(on(tree, memory, rows))
     for rank in run_ranks(each, ranks, list(runs.values()), STEPS, timeout=400):
         results = dict(zip(runs, rank, strict=True))
