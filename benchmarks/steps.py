@@ -43,7 +43,7 @@ def main() -> None:
         runs = [run for run in runs if run.seed == sweep.file.seeds[0]]
         trainers: dict[str, Trainer] = {}
         for run in runs:
-            parallel_state.destroy_model_parallel()  # forgets Megatron's groups, one set a process: trainers have theirs
+            parallel_state.destroy_model_parallel()  # forgets Megatron's set of groups; trainers have theirs
             zero = run.config.zero.model_copy(update={"stage": 0})
             trainers[run.name] = Trainer(run.config.model_copy(update={"zero": zero}))
         device = next(iter(trainers.values())).parallel.device
