@@ -237,10 +237,12 @@ def traffic(config: Config, lines: list[dict[str, float]], samples: list[dict[st
         shares = [line[key] for key in line if re.fullmatch(r"experts/layer\d+_usage_percent", key)]
         rows = sum(share / 100 * table.rows for share in shares)
         touched.append(rows)
-        missed.append(rows * (1 - line.get("tables/cache_hit_rate", 0.0)))
+        if "tables/cache_hit_rate" in line:
+            missed.append(rows * (1 - line["tables/cache_hit_rate"]))
     if touched:
         result["rows_touched_per_step"] = statistics.mean(touched)
         result["touched_bytes_per_token"] = statistics.mean(touched) * row_bytes / tokens
+    if missed:
         result["floor_bytes_per_token"] = statistics.mean(missed) * row_bytes / tokens
     for key in ("cache_hit_rate", "far_read_bytes_per_token", "far_written_bytes_per_token"):
         values = [line[f"tables/{key}"] for line in lines[1:] if f"tables/{key}" in line]
