@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from peer_dist.cli import app
 from peer_dist.config import ConfigError, load_config, parse_config
@@ -20,6 +22,7 @@ from peer_dist.planning.hit_rate import Skew, distinct, share_of_picks
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.peak_memory import kept_parts
 from peer_dist.planning.plan import plan
+from peer_dist.planning.search import search
 from peer_dist.planning.state import checkpoint_bytes, dense_shapes, shards, state
 from peer_dist.planning.tiers import exposed, far_pools
 from peer_dist.planning.traffic import exchange
@@ -426,9 +429,20 @@ def test_tables_elsewhere_take_from_other_memory() -> None:
     assert [need.memory for need in disk.needs] == ["device", "host", "disk"]
     assert near.times.far_rows == near.times.far_step == 0 < host.times.far_rows < disk.times.far_rows
     assert 0 < host.times.far_step < disk.times.far_step
-    assert host.work.far.fetch.way == "direct"
+    assert host.work.far.fetch.fastest == "direct"
+    assert host.with_fastest_fetch().layout.config == host.layout.config
     slow = h100.model_copy(update={"bus_gather_bytes_per_s": 1e9})
-    assert of({"peer.table_memory": "host"}, slow).work.far.fetch.way == "copied"
+    direct = of({"peer.table_memory": "host"}, slow)
+    copied = direct.with_fastest_fetch()
+    assert search(direct)[0].layout.config.peer.table_fetch == "copied"
+    assert copied.layout.config.peer.table_fetch == "copied"
+    assert copied.times.far_rows == direct.work.far.fetch.copied < direct.times.far_rows == direct.work.far.fetch.direct
+    for shown, advised in ((direct, True), (copied, False)):
+        console = Console(width=200, file=io.StringIO())
+        for table in shown.tables():
+            console.print(table)
+        assert ("peer.table_fetch=copied is faster" in console.file.getvalue()) == advised
+    assert disk.with_fastest_fetch() is disk
 
     assert near.recommended_cache == 0
     best = host.with_cache(host.recommended_cache)
