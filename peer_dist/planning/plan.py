@@ -282,7 +282,8 @@ class Plan:
         if far is None:
             return []
         taken = {need.memory: f"{need.taken / 1e9:.2f} of {need.there / 1e9:.2f} GB" for need in self.needs}
-        keys = (f"{kind.key('table_cache_gb')}={self.recommended_cache / len(self.far):g}" for kind in self.far)
+        keys = [f"{kind.key('table_cache_gb')}={self.recommended_cache / len(self.far):g}" for kind in self.far]
+        fits = "fits" if len(keys) == 1 else "fit"
         near = f"{1e3 * far.fetch.taken:.1f}"
         if far.fetch.direct != far.fetch.copied:
             ways = f"read by kernels {1e3 * far.fetch.direct:.1f}, gathered by the host {1e3 * far.fetch.copied:.1f}"
@@ -299,7 +300,7 @@ class Plan:
                 f"tables in {' and '.join(names[memory] for memory in self.far_memories)}",
                 ("host memory", taken.get("host", f"{(held.tables_host + held.host) / 1e9:.2f} GB")),
                 *([("scratch files", on_disk)] if held.tables_disk else []),
-                ("cache", f"{held.cache / 1e9:.2f} GB; {' and '.join(keys)} fits beside the rest"),
+                ("cache", f"{held.cache / 1e9:.2f} GB; {' and '.join(keys)} {fits} beside the rest"),
                 ("distinct rows of a pass in it", f"{far.hit_rate:.1%}"),
                 ("bytes per token", "{:,.0f} read, {:,.0f} written".format(*self.far_bytes_per_token)),
                 ("rows come near, ms a step", near),

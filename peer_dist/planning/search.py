@@ -156,7 +156,10 @@ def advice(own: Plan) -> str:
     if enough:
         return f"does not fit: {held}; enough is one of {', '.join(enough)}"
     parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries")
-    largest = max(parts, key=lambda part: float(getattr(memory, part)))
+    if all(need.met for need in own.needs if need.memory == "device"):
+        largest = "tables and the states of their optimizer"
+    else:
+        largest = max(parts, key=lambda part: float(getattr(memory, part)))
     more = "fewer experts" if any(kind.sparse for kind in config.kinds) else "a smaller model"
     return (
         f"does not fit: {held}, most of it {largest}, and no single key is enough; let --search try them together, or "
@@ -226,7 +229,7 @@ def search_table(plans: Sequence[Plan]) -> Table:
             str(config.zero.stage),
             str(config.train.micro_batch_size),
             str(config.train.recompute_layers),
-            f"{plan.memory.peak / 1e9:.1f}" + ("" if plan.fits else " too much"),
+            f"{plan.memory.peak / 1e9:.1f}{_too_much(plan)}",
             f"{sum(wire.node for wire in plan.wires.values()) / 1e9:.2f}",
             f"{sum(wire.network for wire in plan.wires.values()) / 1e9:.2f}",
             f"{1e3 * plan.work.wire_s:.1f}",
@@ -236,6 +239,13 @@ def search_table(plans: Sequence[Plan]) -> Table:
             f"{plan.tokens_per_second:,.0f}",
         )
     return table
+
+
+def _too_much(plan: Plan) -> str:
+    """Of which memory a plan takes too much, beside the device's peak; nothing if it fits."""
+    others = " and ".join(need.memory for need in plan.needs if not need.met and need.memory != "device")
+    device = any(not need.met for need in plan.needs if need.memory == "device")
+    return (" too much" if device else "") + (f", {others} too much" if others else "")
 
 
 def _where(plan: Plan, far: bool) -> str:
