@@ -13,6 +13,7 @@ from peer_dist.checkpoints.store import CheckpointStore, is_unfinished
 from peer_dist.config import Config, ConfigError, check_folders, check_world
 from peer_dist.data.stream import check_data
 from peer_dist.kernels import disk
+from peer_dist.machine import nearest_existing
 from peer_dist.measures.metrics import EVENTS, IMAGES, METRICS
 
 
@@ -49,6 +50,7 @@ def _check_scratch(config: Config, world_size: int, local_world_size: int) -> No
     parallel, adam = config.parallel, config.table_optimizer
     columns = -(-config.model.hidden_size // parallel.expert_tensor)
     needed: dict[Path, int] = {}
+    keys: dict[Path, str] = {}
     for kind in config.kinds:
         tables = kind.tables(config)
         if tables is None or tables.memory != "disk":
@@ -61,8 +63,11 @@ def _check_scratch(config: Config, world_size: int, local_world_size: int) -> No
         place = Path(folder) if folder else disk.default_folder()
         blocks = max(pools.values()) * len(tables.names) * local_world_size
         needed[place] = needed.get(place, 0) + blocks * rows * columns * element
-    for place, size in needed.items():
-        disk.check_folder(place, size)
+        keys.setdefault(place, kind.key("table_folder"))
+    disks = {place: os.stat(nearest_existing(place)).st_dev for place in needed}
+    for place, key in keys.items():
+        together = sum(size for other, size in needed.items() if disks[other] == disks[place])
+        disk.check_folder(place, together, key)
 
 
 def _check_apart(config: Config) -> None:
