@@ -212,10 +212,16 @@ def test_killed_and_resumed_on_another_tier(small: dict[str, Any], tmp_path: Pat
     ("memory", "dtype"), [("host", "float32"), ("disk", "bfloat16"), ("device", "int8"), ("disk", "float8_e4m3")]
 )
 def test_what_is_made_of_a_run(small: dict[str, Any], tmp_path: Path, memory: str, dtype: str) -> None:
-    """Its checkpoint is evaluated, generates text and is exported; another run begins from its weights."""
+    """Its checkpoint is evaluated, generates text and is exported, where its scratch folder no longer is; another run
+    begins from its weights.
+    """
     rounding = {"stochastic_rounding": dtype != "float32", "lazy": True}
-    tree = with_keys(on(small, memory, 100), peer={"table_dtype": dtype}, table_optimizer=rounding)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    own = {"table_dtype": dtype, "table_folder": str(scratch)}
+    tree = with_keys(on(small, memory, 100), peer=own, table_optimizer=rounding)
     run_ranks(run_to_the_end, 1, with_keys(tree, train={"steps": 4}, evaluation={"interval": 4}))
+    scratch.rmdir()
     folder = tree["checkpoint"]["dir"]
     report = run_command("evaluate", "--checkpoint", folder, "--json")
     assert report.returncode == 0, report.stderr
