@@ -129,11 +129,13 @@ def sample(pid: int, limit: Limit, begin: float, steps: int) -> dict[str, Any]:
     try:
         held = numbers(Path(f"/proc/{pid}/status"), list(STATUS))
         moved = numbers(Path(f"/proc/{pid}/io"), ("read_bytes", "write_bytes"))
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     except (OSError, ValueError, IndexError):
         return {}
     if not held:
         return {}
     row: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 2), "steps": steps}
+    row["processor_seconds"] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
     row |= {name: held[key] << 10 for key, name in STATUS.items()} | moved
     if (used := limit.used()) is not None:
         row["group"] = used
@@ -213,7 +215,9 @@ def tables_of(config: Config) -> tuple[int, int, Tables]:
 
 
 def traffic(config: Config, lines: list[dict[str, float]], samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Bytes per token of the steps of one process but its first: the kernel's count, the run's own, and the floor."""
+    """Of the steps of one process but its first: bytes per token by the kernel's count, by the run's own and at least,
+    and processor time.
+    """
     table = tables_of(config)[2]
     row_bytes = len(table.names) * config.model.hidden_size * table.itemsize
     tokens = config.train.global_batch_size * config.model.seq_length
@@ -226,15 +230,19 @@ def traffic(config: Config, lines: list[dict[str, float]], samples: list[dict[st
         for what in ("read", "write"):
             moved = end[f"{what}_bytes"] - begin[f"{what}_bytes"]
             result[f"disk_{what}_bytes_per_token"] = moved / taken
+        spent = end["processor_seconds"] - begin["processor_seconds"]
+        result["processor_seconds_per_step"] = spent / (end["steps"] - begin["steps"])
     touched, missed = [], []
     for line in lines[1:]:
         shares = [line[key] for key in line if re.fullmatch(r"experts/layer\d+_usage_percent", key)]
         rows = sum(share / 100 * table.rows for share in shares)
         touched.append(rows)
-        missed.append(rows * (1 - line.get("tables/cache_hit_rate", 0.0)))
+        if "tables/cache_hit_rate" in line:
+            missed.append(rows * (1 - line["tables/cache_hit_rate"]))
     if touched:
         result["rows_touched_per_step"] = statistics.mean(touched)
         result["touched_bytes_per_token"] = statistics.mean(touched) * row_bytes / tokens
+    if missed:
         result["floor_bytes_per_token"] = statistics.mean(missed) * row_bytes / tokens
     for key in ("cache_hit_rate", "far_read_bytes_per_token", "far_written_bytes_per_token"):
         values = [line[f"tables/{key}"] for line in lines[1:] if f"tables/{key}" in line]
@@ -303,6 +311,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             result["tokens_per_second"] = statistics.median(line["speed/tokens_per_second"] for line in steps[1:])
             result["step_seconds"] = [line["time/step"] for line in steps]
             result |= {key: value for line in steps[:1] for key, value in line.items() if key.startswith("startup/")}
+            result |= traffic(config, steps, result["samples"])
+        result["samples"] = drawn(result["samples"])
         result["last_words"] = [line.replace(str(folder), "FOLDER") for line in result["last_words"]]
         print(
             f"{name}: exit code {result['exit_code']} after {result['seconds']:.0f} s", *result["last_words"], sep="\n"
@@ -313,17 +323,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     in_files = [f"peer.table_folder={folder}"] if PEER.keys(config).table_memory == "disk" else []
     train("device", "device", limit, None, "peer.table_memory=device")
     shutil.rmtree(folder / "device", ignore_errors=True)
-    stopped = train("disk", "disk", limit, half, *in_files)
+    train("disk", "disk", limit, half, *in_files)
     resumed = train("resumed", "disk", limit, None, *in_files)
-    for result in (stopped, resumed):
-        if result["steps"]:
-            result |= traffic(config, lines[result["name"]], result["samples"])
-    for result in runs:
-        result["samples"] = drawn(result["samples"])
     under = digests(folder / "disk" / "checkpoints") if resumed["exit_code"] == 0 else None
     shutil.rmtree(folder / "disk" / "checkpoints", ignore_errors=True)
     memory = train("memory", "memory", None, None, "peer.table_memory=device")
-    memory["samples"] = drawn(memory["samples"])
     both = losses(lines.get("disk", []) + lines.get("resumed", [])), losses(lines.get("memory", []))
     same = under is not None and memory["exit_code"] == 0 and under == digests(folder / "memory" / "checkpoints")
     return {

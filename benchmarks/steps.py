@@ -36,15 +36,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, World(0, 1, 0, 1).joined():
+        from megatron.core import parallel_state
+
         sweep = load_sweep(options.sweep, folder)
         runs = [run for run in select(sweep, options.only or []) if run.trial is None]
         runs = [run for run in runs if run.seed == sweep.file.seeds[0]]
         trainers: dict[str, Trainer] = {}
         for run in runs:
-            if trainers:
-                trainers[
-                    next(reversed(trainers))
-                ].parallel.destroy()  # Megatron's groups are one set a process; of one rank, all are alike
+            parallel_state.destroy_model_parallel()  # forgets Megatron's set of groups; trainers have theirs
             zero = run.config.zero.model_copy(update={"stage": 0})
             trainers[run.name] = Trainer(run.config.model_copy(update={"zero": zero}))
         device = next(iter(trainers.values())).parallel.device

@@ -121,6 +121,26 @@ def free_memory() -> int:
     return int(free)
 
 
+def most_memory() -> int:
+    """Bytes of memory and swap that processes such as this one may have together, whatever is free of them: this
+    machine's, or the least that a control group allows which it is in.
+    """
+    import psutil
+
+    most = psutil.virtual_memory().total + psutil.swap_memory().total
+    with contextlib.suppress(OSError):  # off Linux
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers in ("", "memory"):
+                root = Path("/sys/fs/cgroup", controllers)
+                file = "memory.max" if controllers == "" else "memory.limit_in_bytes"
+                group = root / name.lstrip("/")
+                for folder in (group, *group.parents):  # a container may see its own group as the root
+                    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                        most = min(most, int((folder / file).read_text()))
+    return int(most)
+
+
 def mapped_memory() -> int:
     """Bytes of files and of shared memory that this process has mapped, as far as they are in memory; 0 off Linux."""
     try:

@@ -577,6 +577,20 @@ def test_damage_is_known_before_ranks_meet(copied, tmp_path, starts):
             assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("memory", "lazy"), [("device", False), ("host", True)])
+def test_tables_that_no_memory_holds_are_refused(copied, memory, lazy):
+    """Before they are drawn, in the course of which the system would kill the run without a word."""
+    from peer_dist.config import ConfigError, parse_config
+    from peer_dist.training.readiness import check_ready
+
+    peer = {"num_experts": 2**40, "table_memory": memory}
+    tree = with_keys(copied, peer=peer, table_optimizer={"name": "rowwise_adagrad", "lazy": lazy})
+    if memory == "device" and torch.cuda.is_available():
+        pytest.skip("they would be in a GPU's memory")
+    with pytest.raises(ConfigError, match=rf"peer.table_memory: {memory} would have .* GB, in memory, but .*to disk"):
+        check_ready(parse_config(tree, "test"), 2, 2)
+
+
 def test_folders_that_a_run_would_remove_are_refused(copied, tmp_path):
     """A run in a checkpoint would go with it, and logs in one, or checkpoints among the logs, would be set aside."""
     from peer_dist.config import ConfigError, parse_config

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -37,6 +38,26 @@ def test_a_container_limits_memory(monkeypatch, tmp_path):
     assert machine.free_memory() == 4000000
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_memory() > 4000000
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="control groups are Linux's")
+def test_the_most_memory_is_what_a_control_group_allows():
+    whole = psutil.virtual_memory().total + psutil.swap_memory().total
+    assert 0 < machine.most_memory() <= whole
+    group = Path(f"/sys/fs/cgroup/memory/peer_dist-most-{os.getpid()}")
+    if not (group.parent / "memory.limit_in_bytes").exists() or not os.access(group.parent, os.W_OK):
+        pytest.skip("no control group can be made here")
+    group.mkdir()
+    ask = "from peer_dist import machine; input(); print(machine.most_memory())"
+    child = subprocess.Popen([sys.executable, "-c", ask], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(1 << 30))
+        (group / "cgroup.procs").write_text(str(child.pid))
+        assert child.communicate("\n")[0] == f"{1 << 30}\n"
+    finally:
+        child.kill()
+        child.wait()
+        group.rmdir()
 
 
 def test_a_process_is_told_from_others_by_its_start():

@@ -152,7 +152,9 @@ def backend(grad: Tensor, *tables: Tensor) -> Any:
     if grad.is_cuda:
         from peer_dist.kernels import triton  # late: importing it takes a while, and needs a GPU to be of use
 
-        return triton.updates if triton.available(grad, *tables) else Plain
+        there = all(table.is_cuda for table in tables)
+        numbers = [table for table in tables if not is_eight_bit(table)]  # the codes of others have its columns
+        return triton.updates if there and triton.available(grad, *numbers) else Plain
     served = all(table.device.type == "cpu" and gradient_dtype(table) == grad.dtype for table in tables)
     return native if served and native.available(grad) else Plain
 

@@ -6,6 +6,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from peer_dist.checkpoints.manifest import MANIFEST, read_manifest, step_of
 from peer_dist.checkpoints.resuming import check_resumable, data_identity
 from peer_dist.checkpoints.sources import open_source
@@ -13,7 +15,8 @@ from peer_dist.checkpoints.store import CheckpointStore, is_unfinished
 from peer_dist.config import Config, ConfigError, check_folders, check_world
 from peer_dist.data.stream import check_data
 from peer_dist.kernels import disk
-from peer_dist.machine import nearest_existing
+from peer_dist.kinds.kind import Kind
+from peer_dist.machine import most_memory, nearest_existing
 from peer_dist.measures.metrics import EVENTS, IMAGES, METRICS
 
 
@@ -30,7 +33,7 @@ def check_ready(config: Config, world_size: int, local_world_size: int = 1) -> l
     """
     check_world(config, world_size)
     check_folders(config)
-    _check_scratch(config, world_size, local_world_size)
+    _check_room(config, world_size, local_world_size)
     _check_apart(config)
     data = check_data(config.data, config.model.seq_length, config.train.seed)
     path = CheckpointStore(config.checkpoint.dir).look(config.checkpoint.fall_back)
@@ -41,33 +44,49 @@ def check_ready(config: Config, world_size: int, local_world_size: int = 1) -> l
     return data.remarks
 
 
-def _check_scratch(config: Config, world_size: int, local_world_size: int) -> None:
-    """Refuse folders of scratch files that cannot hold those of this machine's ranks.
+def _check_room(config: Config, world_size: int, local_world_size: int) -> None:
+    """Refuse tables for which this machine has no room: in its memory, or in folders of scratch files.
 
     Raises:
-        FolderError: one cannot.
+        ConfigError: they cannot be in its memory, whatever else is there.
+        FolderError: a folder cannot hold them.
     """
-    parallel, adam = config.parallel, config.table_optimizer
-    columns = -(-config.model.hidden_size // parallel.expert_tensor)
+    for kind in config.kinds:
+        tables = kind.tables(config)
+        if tables is None or tables.memory == "disk" or (tables.memory == "device" and torch.cuda.is_available()):
+            continue
+        size, most = local_world_size * _table_bytes(config, kind, world_size), most_memory()
+        if size > most:
+            raise ConfigError(
+                f"{kind.key('table_memory')}: {tables.memory} would have tables and the states of their optimizer, "
+                f"{size / 1e9:.1f} GB, in memory, but processes may have {most / 1e9:.1f} GB here; set it to disk, "
+                "which needs table_optimizer.lazy true, or use more machines"
+            )
     needed: dict[Path, int] = {}
     keys: dict[Path, str] = {}
     for kind in config.kinds:
         tables = kind.tables(config)
-        if tables is None or tables.memory != "disk":
-            continue
-        pools = Counter(config.stage_of(pool[0]) for pool in config.pools if kind is config.kind_of(pool[0]))
-        rows = -(-tables.rows // parallel.expert_rows(world_size))
-        master = tables.dtype == "bfloat16" and not adam.stochastic_rounding
-        element = tables.itemsize + 4 * ({"adam": 2, "rowwise_adam": 1, "rowwise_adagrad": 0}[adam.name] + master)
-        folder = kind.keys(config).table_folder
-        place = Path(folder) if folder else disk.default_folder()
-        blocks = max(pools.values()) * len(tables.names) * local_world_size
-        needed[place] = needed.get(place, 0) + blocks * rows * columns * element
-        keys.setdefault(place, kind.key("table_folder"))
+        if tables is not None and tables.memory == "disk":
+            folder = kind.keys(config).table_folder
+            place = Path(folder) if folder else disk.default_folder()
+            needed[place] = needed.get(place, 0) + local_world_size * _table_bytes(config, kind, world_size)
+            keys.setdefault(place, kind.key("table_folder"))
     disks = {place: os.stat(nearest_existing(place)).st_dev for place in needed}
     for place, key in keys.items():
         together = sum(size for other, size in needed.items() if disks[other] == disks[place])
         disk.check_folder(place, together, key)
+
+
+def _table_bytes(config: Config, kind: Kind, world_size: int) -> int:
+    """Bytes of a rank's tables of a kind and of the states of their optimizer, where most layers have them."""
+    tables, parallel, adam = kind.tables(config), config.parallel, config.table_optimizer
+    assert tables is not None
+    columns = -(-config.model.hidden_size // parallel.expert_tensor)
+    pools = Counter(config.stage_of(pool[0]) for pool in config.pools if kind is config.kind_of(pool[0]))
+    rows = -(-tables.rows // parallel.expert_rows(world_size))
+    master = tables.dtype == "bfloat16" and not adam.stochastic_rounding
+    element = tables.itemsize + 4 * ({"adam": 2, "rowwise_adam": 1, "rowwise_adagrad": 0}[adam.name] + master)
+    return max(pools.values()) * len(tables.names) * rows * columns * element
 
 
 def _check_apart(config: Config) -> None:

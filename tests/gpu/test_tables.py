@@ -87,7 +87,9 @@ def test_tables_of_eight_bits_are_tritons():
     from peer_dist.kernels import triton
 
     table = EightBit(*(part.to(DEVICE) for part in quantised(torch.randn(4, 8), torch.int8)))
-    assert backend(torch.zeros(1, 8, device=DEVICE), table, table) is triton
+    x = torch.zeros(1, 8, device=DEVICE)
+    assert backend(x, table, table) is triton
+    assert updates.backend(x.bfloat16(), table.codes) is triton.updates
 
 
 @needs_gpu
