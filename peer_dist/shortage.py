@@ -52,6 +52,8 @@ def shortage(error: BaseException) -> str | None:
         error: any error, also one of a library's import.
     """
     for cause in _chain(error):
+        if _said_again(cause):
+            continue
         if isinstance(cause, OSError) and cause.errno is not None:
             where = f"{cause.filename}: " if cause.filename else ""
             if cause.errno in _DISK:
@@ -126,6 +128,16 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(cause))
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def _said_again(error: BaseException) -> bool:
+    """Whether an error has the words of the one that it came from, and no more to tell: Megatron-core adds the name of
+    the module that it was making, and leaves out the system's number and the file.
+    """
+    cause = error.__cause__ or error.__context__
+    if cause is None or type(error) is not type(cause) or getattr(error, "errno", None) is not None:
+        return False
+    return str(error).startswith(str(cause))
 
 
 def _memory(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -491,7 +492,7 @@ def _here(device=DEVICE):
     if device == "cuda":
         torch.cuda.set_device(0)
         device = "cuda:0"
-    return Here(0, 1, 0, "single process", torch.device(device), None, "visit", 60.0)
+    return Here(0, 1, 0, 1, "single process", torch.device(device), None, "visit", 60.0)
 
 
 def _measured(name):
@@ -622,7 +623,7 @@ tables = (64, torch.float32), (4, torch.bfloat16), (64, torch.uint8)
 gpu.SIZES["cpu"] = dataclasses.replace(
     gpu.SIZES["cpu"], dim=16, tables=tables, compared=4, experts=(64,), tokens=4, heads=2, top_k=4
 )
-here = Here(0, 1, 0, "", torch.device("cpu"), None, "", 60.0)
+here = Here(0, 1, 0, 1, "", torch.device("cpu"), None, "", 60.0)
 for check in gpu.gpu_checks("cpu")[1:]:
     print(*(finding.verdict for finding in check.judge({0: check.measure(here)}, Ranks(1, {0: "a"}, "gloo", None))))
 """
@@ -872,7 +873,7 @@ def test_where_tables_on_disk_lie(tree, tmp_path):
     disk = {"table_memory": "disk", "table_folder": str(tmp_path)}
     tree = with_keys(tree, peer=disk, table_optimizer={"name": "rowwise_adam", "lazy": True})
     config = Config(**tree)
-    here = Here(0, 2, 0, "test", torch.device("cpu"), config, "visit", 10.0)
+    here = Here(0, 2, 0, 2, "test", torch.device("cpu"), config, "visit", 10.0)
     value = checks._scratch(here)
     (place,) = value.values()
     layers = sum(kind == "peer" for kind in config.model.mlp_kinds)
@@ -888,4 +889,18 @@ def test_where_tables_on_disk_lie(tree, tmp_path):
     assert re.match(r"rank 1 \(b\): .* is on nfs4", finding.told)
     assert "peer.table_folder" in finding.advice
     assert checks._scratch(dataclasses.replace(here, config=None)) == {}
-    assert checks._judge_scratch({0: {}}, ranks) == []
+    missing = Config(**with_keys(tree, peer={"table_folder": str(tmp_path / "missing")}))
+    assert checks._scratch(dataclasses.replace(here, config=missing)) == {}  # else it would be "ok"
+    assert "missing does not exist" in checks._refusal(dataclasses.replace(here, config=missing))
+
+
+def test_disks_have_room_for_the_tables_of_all_ranks_of_a_machine(tree, tmp_path):
+    """And not for those of one alone."""
+    disk = {"table_memory": "disk", "table_folder": str(tmp_path)}
+    tree = with_keys(tree, peer=disk, table_optimizer={"lazy": True})
+    here = Here(0, 2, 0, 1, "test", torch.device("cpu"), Config(**tree), "visit", 10.0)
+    (place,) = checks._scratch(here).values()
+    rows = here.config.peer.num_experts * 0.7 * place["free"] / place["needed"]
+    large = Config(**with_keys(tree, peer={"num_experts": math.isqrt(int(rows)) ** 2}))
+    assert checks._refusal(dataclasses.replace(here, config=large)) == ""
+    assert "the tables need" in checks._refusal(dataclasses.replace(here, config=large, local_world_size=2))

@@ -363,10 +363,21 @@ def test_wrappers_leave_such_tables() -> None:
     assert shard_eight.startswith("fully_shard cannot keep down alike")
 
 
+@pytest.mark.parametrize("make", [peer, memory_layer])
+def test_rows_come_near_as_told(make: Any) -> None:
+    for fetch in ("direct", "copied"):
+        assert make(table_memory="host", table_fetch=fetch).place.fetch == fetch
+    assert make(table_memory="host").place.fetch == "direct"
+
+
 def test_impossible_options() -> None:
     for options, said in (
         ({"table_memory": "tape"}, "table_memory must be one of device, host, disk, not 'tape'"),
         ({"table_memory": "host", "table_cache_gb": -1.0}, "table_cache_gb and table_resident_gb must be at least 0"),
+        (
+            {"table_memory": "host", "table_fetch": "carried"},
+            "table_fetch must be one of direct, copied, not 'carried'",
+        ),
         ({"table_dtype": torch.uint8}, "table_dtype must be float32, .* or int8 of torch's, not torch.uint8"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -46,7 +46,12 @@ BASE: dict[str, Any] = {
     "data": {"prefix": "unused"},
 }
 
-PLACE = {"table_cache_gb": 0.5, "table_resident_gb": 0.5, "table_folder": tempfile.gettempdir()}
+PLACE = {
+    "table_cache_gb": 0.5,
+    "table_resident_gb": 0.5,
+    "table_folder": tempfile.gettempdir(),
+    "table_fetch": "copied",
+}
 # For each key of a section, values beside that of BASE; keys that a value needs with it are in the same dict.
 OTHERS: dict[str, list[dict[str, Any]]] = {
     "peer": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from peer_dist.cli import app
 from peer_dist.config import ConfigError, load_config, parse_config
@@ -20,10 +22,11 @@ from peer_dist.planning.hit_rate import Skew, distinct, share_of_picks
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.planning.peak_memory import kept_parts
 from peer_dist.planning.plan import plan
+from peer_dist.planning.search import advice, search, search_table
 from peer_dist.planning.state import checkpoint_bytes, dense_shapes, shards, state
 from peer_dist.planning.tiers import exposed, far_pools
 from peer_dist.planning.traffic import exchange
-from peer_dist.sharding.cost import Routes, bytes_of, exchange_bytes
+from peer_dist.sharding.cost import Routes, bytes_of, exchange_bytes, synthetic_picks
 from tests.layouts import BATCH, IMPROVED, LAZY, RECURRENT, RMS, SHARED, SIGMA, UNTIED, base_config
 from tests.layouts import Layout as Case
 from tests.models import CASES, make
@@ -426,9 +429,21 @@ def test_tables_elsewhere_take_from_other_memory() -> None:
     assert [need.memory for need in disk.needs] == ["device", "host", "disk"]
     assert near.times.far_rows == near.times.far_step == 0 < host.times.far_rows < disk.times.far_rows
     assert 0 < host.times.far_step < disk.times.far_step
-    assert host.work.far.fetch.way == "direct"
+    assert host.work.far.fetch.fastest == "direct"
+    assert host.with_fastest_fetch().layout.config == host.layout.config
     slow = h100.model_copy(update={"bus_gather_bytes_per_s": 1e9})
-    assert of({"peer.table_memory": "host"}, slow).work.far.fetch.way == "copied"
+    direct = of({"peer.table_memory": "host"}, slow)
+    copied = direct.with_fastest_fetch()
+    larger = make({**own, "peer.table_memory": "host", "peer.num_experts": 2500**2, "train.global_batch_size": 8})
+    assert search(plan(larger, 1, 8, slow, 32768))[0].layout.config.peer.table_fetch == "copied"  # no cache has all
+    assert copied.layout.config.peer.table_fetch == "copied"
+    assert copied.times.far_rows == direct.work.far.fetch.copied < direct.times.far_rows == direct.work.far.fetch.direct
+    for shown, advised in ((direct, True), (copied, False)):
+        console = Console(width=200, file=io.StringIO())
+        for table in shown.tables():
+            console.print(table)
+        assert ("peer.table_fetch=copied is faster" in console.file.getvalue()) == advised
+    assert disk.with_fastest_fetch() is disk
 
     assert near.recommended_cache == 0
     best = host.with_cache(host.recommended_cache)
@@ -452,6 +467,16 @@ def test_tables_elsewhere_take_from_other_memory() -> None:
     small = of({"peer.table_memory": "host"}, h100.model_copy(update={"host_memory_bytes": 1e9}))
     assert small.needs[0].met
     assert not small.fits
+    tight = of({"peer.table_memory": "host"}, h100.model_copy(update={"host_memory_bytes": 1e9, "disk_bytes": 1e9}))
+    assert (
+        "of host memory takes 138.4 GB of 0.9, most of it tables and the states of their optimizer, and no single key"
+        in advice(tight)
+    )
+    console = Console(width=200, file=io.StringIO())
+    console.print(search_table([small, near, host]))
+    told = console.file.getvalue()
+    assert f"{small.memory.peak / 1e9:.1f}, host too much" in told
+    assert f"{near.memory.peak / 1e9:.1f} too much" in told
 
 
 @pytest.mark.parametrize(
@@ -506,3 +531,17 @@ def test_the_command_moves_tables_that_do_not_fit(tmp_path, capsys) -> None:
         assert words in shown
     with pytest.raises(ConfigError, match="--hit-rate: was measured with one size of cache"):
         app([*options, "--search", "--hit-rate", "0.5"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 1.2])
+@pytest.mark.parametrize("rows", [1 << 16, 1 << 40])
+def test_picks_of_more_experts_than_memory_could_list(rows: int, exponent: float) -> None:
+    """They follow the law as those of few experts do."""
+    torch.manual_seed(0)
+    picks = synthetic_picks(rows, 2000, 8, exponent)
+    assert picks.shape == (2000, 8)
+    assert 0 <= picks.min() < rows / 8 < 7 * rows / 8 < picks.max() < rows  # hot ones lie anywhere
+    assert len(picks.unique()) == pytest.approx(distinct(rows, 16000, exponent=exponent).rows, rel=0.06)
+    most = int(picks.unique(return_counts=True)[1].max())
+    hottest = 16000 * share_of_picks(rows, 1, exponent)
+    assert abs(most - hottest) < 5 * math.sqrt(hottest) + 5

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,10 @@ import pytest
 import torch
 import yaml
 
+from peer_dist.config import parse_config
+from peer_dist.kernels.disk import FolderError
+from peer_dist.shortage import shortage
+from peer_dist.training.readiness import check_ready
 from tests.ranks import run_command, run_ranks
 from tests.runs import (
     in_folder,
@@ -205,10 +213,16 @@ def test_killed_and_resumed_on_another_tier(small: dict[str, Any], tmp_path: Pat
     ("memory", "dtype"), [("host", "float32"), ("disk", "bfloat16"), ("device", "int8"), ("disk", "float8_e4m3")]
 )
 def test_what_is_made_of_a_run(small: dict[str, Any], tmp_path: Path, memory: str, dtype: str) -> None:
-    """Its checkpoint is evaluated, generates text and is exported; another run begins from its weights."""
+    """Its checkpoint is evaluated, generates text and is exported, where its scratch folder no longer is; another run
+    begins from its weights.
+    """
     rounding = {"stochastic_rounding": dtype != "float32", "lazy": True}
-    tree = with_keys(on(small, memory, 100), peer={"table_dtype": dtype}, table_optimizer=rounding)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    own = {"table_dtype": dtype, "table_folder": str(scratch)}
+    tree = with_keys(on(small, memory, 100), peer=own, table_optimizer=rounding)
     run_ranks(run_to_the_end, 1, with_keys(tree, train={"steps": 4}, evaluation={"interval": 4}))
+    scratch.rmdir()
     folder = tree["checkpoint"]["dir"]
     report = run_command("evaluate", "--checkpoint", folder, "--json")
     assert report.returncode == 0, report.stderr
@@ -230,6 +244,7 @@ def test_folders_of_scratch_files(small: dict[str, Any], tmp_path: Path) -> None
     for keys, said in (
         ({"table_folder": str(tmp_path / "nowhere")}, "nowhere does not exist"),
         ({"table_folder": "/dev/shm"}, "/dev/shm is in memory (tmpfs"),
+        ({"table_folder": str(tmp_path / "run.yaml" / "within")}, "within does not exist"),
         ({"num_experts": (1 << 18) ** 2}, "free"),
     ):
         config.write_text(yaml.safe_dump(with_keys(on(small, "disk"), peer=keys)))
@@ -237,3 +252,40 @@ def test_folders_of_scratch_files(small: dict[str, Any], tmp_path: Path) -> None
         assert ended.returncode == 2
         assert said in " ".join(ended.stderr.split()), ended.stderr
         assert "Traceback" not in ended.stderr
+
+
+def test_a_disk_has_room_for_the_tables_of_all_kinds(small: dict[str, Any], tmp_path: Path) -> None:
+    """Also where each kind has a folder of its own on it; the sentence names the kind's key."""
+    (tmp_path / "other").mkdir()
+    free = shutil.disk_usage(tmp_path).free
+
+    def placed(folder: str, key: str, tables: int) -> dict[str, Any]:
+        """Keys with which a layer's tables and their two moments take 0.6 of what is free."""
+        rows = math.isqrt(int(0.6 * free / (3 * 4 * 32 * tables))) ** 2
+        return {"table_memory": "disk", "table_folder": str(tmp_path / folder), key: rows}
+
+    alone = with_keys(small, model={"mlp": ["peer", "dense"]}, peer=placed(".", "num_experts", 2))
+    check_ready(parse_config(alone, "test"), 1)
+    both = with_keys(alone, model={"mlp": ["peer", "pkm"]}, pkm=placed("other", "num_values", 1))
+    with pytest.raises(FolderError, match=r"GB free, the tables need .* in peer\.table_folder"):
+        check_ready(parse_config(both, "test"), 1)
+    values = with_keys(both, model={"mlp": ["dense", "pkm"]}, pkm={"table_folder": str(tmp_path / "nowhere")})
+    with pytest.raises(FolderError, match=r"nowhere does not exist; .* in pkm\.table_folder"):
+        check_ready(parse_config(values, "test"), 1)
+
+
+def limited(rank: int, world_size: int, tree: dict[str, Any]) -> str:
+    """What is said of a run whose scratch files are larger than this process's files may be."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        make_trainer(tree)
+    except OSError as error:
+        return str(shortage(error))
+    return ""
+
+
+def test_what_a_disk_has_too_little_of_is_named_with_its_limit(small: dict[str, Any], tmp_path: Path) -> None:
+    """Also where Megatron-core, which was making the layer, says it again in words of its own."""
+    (said,) = run_ranks(limited, 1, with_keys(on(small, "disk"), peer={"num_experts": 16384}))
+    assert said == f"{tmp_path}: a file may not be larger than ulimit -f allows (0.5 MB); raise it"

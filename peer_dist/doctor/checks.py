@@ -26,7 +26,7 @@ from peer_dist.data.documents import DataError
 from peer_dist.data.prepare import describe_prepared
 from peer_dist.doctor.gpu import gpu_checks, known_card, memory_users, unseen_gpus
 from peer_dist.engines.building import dtype_of
-from peer_dist.kernels.disk import default_folder, network_file_system
+from peer_dist.kernels.disk import FolderError, check_folder, default_folder, network_file_system
 from peer_dist.machine import free_memory, mount_of, nearest_existing, usable_cores
 from peer_dist.mistake import Mistake
 from peer_dist.planning.layout import Layout
@@ -273,7 +273,7 @@ def _refusal(here: Here) -> str:
     except ConfigError:
         return ""
     try:
-        check_ready(here.config, here.world_size)
+        check_ready(here.config, here.world_size, here.local_world_size)
     except Mistake as mistake:
         return str(mistake)
     return ""
@@ -346,7 +346,8 @@ def _judge_shared(values: dict[int, dict[str, Any]], ranks: Ranks) -> list[Findi
 
 def _scratch(here: Here) -> dict[str, Any]:
     """Of each folder in which this rank's tables lie: where it is mounted and as what, its free bytes and those that
-    the rank's tables need there; nothing of a run whose tables lie elsewhere.
+    the rank's tables need there; nothing of a run whose tables lie elsewhere, nor of a folder for which the run would
+    be refused in any case.
     """
     config = here.config
     if config is None:
@@ -360,11 +361,15 @@ def _scratch(here: Here) -> dict[str, Any]:
     for pool in far_pools(layout, layout.place(here.rank)):
         if pool.tables.memory == "disk":
             folder = Path(pool.tables.folder or default_folder())
-            mount, kind = mount_of(nearest_existing(folder))
+            try:
+                check_folder(folder, 0)
+            except FolderError:
+                continue
+            mount, kind = mount_of(folder)
             value = {
                 "mount": mount,
                 "kind": kind,
-                "free": shutil.disk_usage(nearest_existing(folder)).free,
+                "free": shutil.disk_usage(folder).free,
                 "network": network_file_system(folder) is not None,
                 "needed": 0,
             }

@@ -12,11 +12,11 @@ from peer_dist.checkpoints.manifest import read_manifest
 from peer_dist.checkpoints.state import restore_weights
 from peer_dist.checkpoints.store import find_checkpoint, verify_checkpoint
 from peer_dist.config import Config, ConfigError, parse_config
-from peer_dist.config.load import unwritable
 from peer_dist.config.schema import DataConfig
 from peer_dist.data.documents import DataError
 from peer_dist.data.stream import HeldOutStream, SplitStreams, check_data, open_data
 from peer_dist.data.tokenizer import TextTokenizer, load_tokenizer
+from peer_dist.kernels.disk import FolderError, check_folder
 from peer_dist.kinds import KINDS
 from peer_dist.megatron import CheckpointError, Parallel, build_model
 
@@ -64,8 +64,11 @@ def read_settings(checkpoint: str, tensor: int = 1, pipeline: int = 1) -> Settin
     tree = {**manifest["config"], "parallel": {}, "zero": {}}
     for kind in KINDS.values():  # scratch files lie where this machine has a place for them
         keys = tree.get(kind.name, {})
-        if keys.get("table_folder") and unwritable(Path(keys["table_folder"])):
-            tree[kind.name] = {**keys, "table_folder": ""}
+        if folder := keys.get("table_folder"):
+            try:
+                check_folder(Path(folder), 0)
+            except FolderError:
+                tree[kind.name] = {**keys, "table_folder": ""}
     config = parse_config(tree, str(path))
     if tensor > 1 and (_coarse(config) or config.router.kind != "linear"):
         raise ConfigError(

@@ -393,17 +393,18 @@ def default_folder() -> Path:
     return Path(job if os.path.isabs(job) and os.path.isdir(job) else tempfile.gettempdir())
 
 
-def check_folder(folder: Path, needed: int) -> None:
+def check_folder(folder: Path, needed: int, key: str = "peer.table_folder") -> None:
     """Make sure that a folder can hold scratch files.
 
     Args:
         folder: any.
-        needed: bytes of them, of all ranks that share it.
+        needed: bytes of them, of all ranks and folders that share its disk.
+        key: of the config, that names another folder.
 
     Raises:
         FolderError: it is no folder or in memory, files cannot be written there, or the disk has too little space.
     """
-    advice = "name a folder on a local disk in peer.table_folder"
+    advice = f"name a folder on a local disk in {key}"
     if not folder.is_dir():
         what = "is no folder" if os.path.lexists(folder) else "does not exist"
         raise FolderError(f"scratch files: {folder} {what}; {advice}")
@@ -420,7 +421,7 @@ def check_folder(folder: Path, needed: int) -> None:
     if free < needed:
         raise FolderError(
             f"scratch files: {folder} has {free / 1e9:,.1f} GB free, the tables need {needed / 1e9:,.1f} GB; free "
-            "some, name a folder on a larger disk in peer.table_folder, or spread the tables over more machines"
+            f"some, name a folder on a larger disk in {key}, or spread the tables over more machines"
         )
 
 

@@ -51,6 +51,7 @@ class Tables:
         cache_bytes: of a rank's memory near the kernels for rows that lie elsewhere, over all its tables.
         resident_bytes: that a rank keeps in memory of rows on disk, beside the cache.
         folder: of scratch files with rows on disk; empty for the system's.
+        fetch: how rows in host memory come to a GPU.
     """
 
     names: tuple[str, ...]
@@ -64,6 +65,7 @@ class Tables:
     cache_bytes: int = 0
     resident_bytes: int = 0
     folder: str = ""
+    fetch: Literal["direct", "copied"] = "direct"
 
     @property
     def picks(self) -> int:

@@ -15,6 +15,7 @@ from peer_dist.kinds.product_keys import (
     ProductKeyKind,
     TableCache,
     TableDtype,
+    TableFetch,
     TableFolder,
     TableMemory,
     TableResident,
@@ -72,6 +73,7 @@ class PEERSection(Section):
     table_cache_gb: TableCache = 1.0
     table_folder: TableFolder = ""
     table_resident_gb: TableResident = 1.0
+    table_fetch: TableFetch = "direct"
 
     _square = field_validator("num_experts")(square)
     _even = field_validator("key_dim")(even)

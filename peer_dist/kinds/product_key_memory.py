@@ -12,6 +12,7 @@ from peer_dist.kinds.product_keys import (
     ProductKeyKind,
     TableCache,
     TableDtype,
+    TableFetch,
     TableFolder,
     TableMemory,
     TableResident,
@@ -61,6 +62,7 @@ class PKMSection(Section):
     table_cache_gb: TableCache = 1.0
     table_folder: TableFolder = ""
     table_resident_gb: TableResident = 1.0
+    table_fetch: TableFetch = "direct"
 
     _square = field_validator("num_values")(square)
     _even = field_validator("key_dim")(even)

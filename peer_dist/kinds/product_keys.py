@@ -49,7 +49,14 @@ TableResident = Annotated[
         "change on resume"
     ),
 ]
-PLACEMENT = frozenset({"table_memory", "table_cache_gb", "table_folder", "table_resident_gb"})
+TableFetch = Annotated[
+    Literal["direct", "copied"],
+    Field(
+        description="how rows in host memory come to a GPU; direct: read over the bus by a kernel, copied: put "
+        "together by the CPU and sent in one piece; may change on resume"
+    ),
+]
+PLACEMENT = frozenset({"table_memory", "table_cache_gb", "table_folder", "table_resident_gb", "table_fetch"})
 """The keys that say where tables lie, which changes nothing of what is computed."""
 
 
@@ -106,6 +113,11 @@ class ProductKeySection(Protocol):
         """GB of scratch files that each rank keeps in memory at most."""
         ...
 
+    @property
+    def table_fetch(self) -> Literal["direct", "copied"]:
+        """How rows in host memory come to a GPU."""
+        ...
+
 
 S = TypeVar("S", bound=ProductKeySection)
 
@@ -148,6 +160,7 @@ class ProductKeyKind(Kind[S]):
             cache_bytes=round(section.table_cache_gb * 1e9),
             resident_bytes=round(section.table_resident_gb * 1e9),
             folder=section.table_folder,
+            fetch=section.table_fetch,
         )
 
     def batch_statistics(self, config: Config) -> int:

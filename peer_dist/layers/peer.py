@@ -91,6 +91,8 @@ class PEER(ProductKeyLayer):
         table_cache_gb: GB near the kernels for the rows of this layer's far tables.
         table_folder: of the scratch files; the system's temporary folder by default.
         table_resident_gb: GB of the scratch files that the process keeps in memory at most, beside the cache.
+        table_fetch: how rows in host memory come to a GPU: ``direct``, read over the bus by a kernel; or ``copied``,
+            put together by the CPU and sent in one piece.
         sparse_grad: give ``down`` and ``up`` sparse gradients, of the picked rows only (for SparseAdam, say).
         tables_of: a layer whose tables this one shares: the same parameters, registered in both.
         state_size: width p of a router's state that the layer is called with (RMoE): queries become
@@ -140,6 +142,7 @@ class PEER(ProductKeyLayer):
         table_cache_gb: float = 1.0,
         table_folder: str = "",
         table_resident_gb: float = 1.0,
+        table_fetch: str = "direct",
         sparse_grad: bool = False,
         tables_of: PEER | None = None,
         state_size: int = 0,
@@ -163,6 +166,7 @@ class PEER(ProductKeyLayer):
             table_cache_gb=table_cache_gb,
             table_folder=table_folder,
             table_resident_gb=table_resident_gb,
+            table_fetch=table_fetch,
             seed=seed,
             device=device,
             dtype=dtype,

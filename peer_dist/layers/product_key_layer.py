@@ -15,7 +15,7 @@ from peer_dist.layers.query_norm import QUERY_NORMS, VectorNorm, make_query_norm
 from peer_dist.layers.recomputation import is_recomputation
 from peer_dist.sharding import ExpertGroups, GridLayout, TableModule, Traffic, agreed_seed
 from peer_dist.sharding.blocks import is_dtensor
-from peer_dist.sharding.held import MEMORIES, code_dtype, place_of, write_values
+from peer_dist.sharding.held import FETCHES, MEMORIES, code_dtype, place_of, write_values
 
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda scores: scores.softmax(-1),
@@ -69,6 +69,7 @@ class ProductKeyLayer(TableModule):
         table_cache_gb: float,
         table_folder: str,
         table_resident_gb: float,
+        table_fetch: str,
         seed: int | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -84,7 +85,10 @@ class ProductKeyLayer(TableModule):
         if dim < 1 or heads < 1:
             raise ValueError(f"dim and heads must be at least 1, not {dim} and {heads}")
         check_choices(
-            ("query_norm", query_norm, QUERY_NORMS), ("gate", gate, GATES), ("table_memory", table_memory, MEMORIES)
+            ("query_norm", query_norm, QUERY_NORMS),
+            ("gate", gate, GATES),
+            ("table_memory", table_memory, MEMORIES),
+            ("table_fetch", table_fetch, FETCHES),
         )
         self.dim, self.num_experts, self.heads, self.top_k, self.key_dim = dim, num_experts, heads, top_k, key_dim
         self.gate = gate
@@ -102,7 +106,9 @@ class ProductKeyLayer(TableModule):
         self.norm = make_query_norm(query_norm, heads, key_dim, data_group, device, dtype)
         keys_shape = (2, n, key_dim // 2) if shared_keys else (heads, 2, n, key_dim // 2)
         self.keys = nn.Parameter(torch.empty(keys_shape, device=device, dtype=dtype))
-        self.place = place_of(table_memory, self.keys.device, table_cache_gb, table_folder, table_resident_gb)
+        self.place = place_of(
+            table_memory, self.keys.device, table_cache_gb, table_folder, table_resident_gb, table_fetch
+        )
         self._seed = seed
 
     def _make_tables(self, dtype: torch.dtype | None) -> None:

@@ -47,7 +47,7 @@ class ProductKeyMemory(ProductKeyLayer):
         init: ``memory`` or ``dense``.
         num_layers: of the whole model, for ``dense``.
         group, data_group: as in :class:`peer_dist.PEER`.
-        table_dtype, table_memory, table_cache_gb, table_folder, table_resident_gb: of ``values``, as in
+        table_dtype, table_memory, table_cache_gb, table_folder, table_resident_gb, table_fetch: of ``values``, as in
             :class:`peer_dist.PEER`.
         sparse_grad: give ``values`` a sparse gradient, of the picked rows only.
         seed: as in :class:`peer_dist.PEER`.
@@ -87,6 +87,7 @@ class ProductKeyMemory(ProductKeyLayer):
         table_cache_gb: float = 1.0,
         table_folder: str = "",
         table_resident_gb: float = 1.0,
+        table_fetch: str = "direct",
         sparse_grad: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = None,
@@ -113,6 +114,7 @@ class ProductKeyMemory(ProductKeyLayer):
             table_cache_gb=table_cache_gb,
             table_folder=table_folder,
             table_resident_gb=table_resident_gb,
+            table_fetch=table_fetch,
             seed=seed,
             device=device,
             dtype=dtype,

@@ -138,11 +138,22 @@ class Plan:
 
     def with_cache(self, gigabytes: float) -> Plan:
         """The same plan with so large a cache for rows of far tables, of each kind as much."""
+        return self._with({kind: {"table_cache_gb": gigabytes / len(self.far)} for kind in self.far})
+
+    def with_fastest_fetch(self) -> Plan:
+        """The same plan, whose rows in host memory come to the GPU in the way that takes less time."""
+        far = self.work.far
+        if far is None or far.fetch.direct == far.fetch.copied:
+            return self
+        kinds = [kind for kind in self.far if kind.keys(self.layout.config).table_memory == "host"]
+        return self._with({kind: {"table_fetch": far.fetch.fastest} for kind in kinds})
+
+    def _with(self, changes: Mapping[Kind, dict[str, Any]]) -> Plan:
+        """The same plan with some keys of some kinds changed."""
         tree = self.layout.config.model_dump(mode="json", exclude_defaults=True)
-        for kind in self.far:
-            share = {"table_cache_gb": gigabytes / len(self.far)}
-            tree[kind.section_name] = {**tree.get(kind.section_name, {}), **share}
-        return replace(self, layout=replace(self.layout, config=parse_config(tree, "plan"))) if self.far else self
+        for kind, keys in changes.items():
+            tree[kind.section_name] = {**tree.get(kind.section_name, {}), **keys}
+        return replace(self, layout=replace(self.layout, config=parse_config(tree, "plan"))) if changes else self
 
     @cached_property
     def recommended_cache(self) -> float:
@@ -260,6 +271,7 @@ class Plan:
             "read_bytes_per_token": read,
             "written_bytes_per_token": written,
             "fetch_seconds": {"direct": far.fetch.direct, "copied": far.fetch.copied},
+            "fastest_fetch": far.fetch.fastest,
             "step_seconds": far.step_s,
             "recommended_cache_gb": self.recommended_cache,
         }
@@ -270,11 +282,17 @@ class Plan:
         if far is None:
             return []
         taken = {need.memory: f"{need.taken / 1e9:.2f} of {need.there / 1e9:.2f} GB" for need in self.needs}
-        keys = (f"{kind.key('table_cache_gb')}={self.recommended_cache / len(self.far):g}" for kind in self.far)
-        near = f"{1e3 * far.fetch.seconds:.1f}"
+        keys = [f"{kind.key('table_cache_gb')}={self.recommended_cache / len(self.far):g}" for kind in self.far]
+        fits = "fits" if len(keys) == 1 else "fit"
+        near = f"{1e3 * far.fetch.taken:.1f}"
         if far.fetch.direct != far.fetch.copied:
             ways = f"read by kernels {1e3 * far.fetch.direct:.1f}, gathered by the host {1e3 * far.fetch.copied:.1f}"
             near += f" ({ways})"
+            faster, config = self.with_fastest_fetch(), self.layout.config
+            changed = [kind for kind in self.far if kind.keys(faster.layout.config) != kind.keys(config)]
+            if changed:
+                faster_by = " and ".join(f"{kind.key('table_fetch')}={far.fetch.fastest}" for kind in changed)
+                near += f"; {faster_by} is faster"
         names = {"host": "host memory", "disk": "scratch files"}
         on_disk = taken.get("disk", f"{held.tables_disk / 1e9:.2f} GB")
         return [
@@ -282,7 +300,7 @@ class Plan:
                 f"tables in {' and '.join(names[memory] for memory in self.far_memories)}",
                 ("host memory", taken.get("host", f"{(held.tables_host + held.host) / 1e9:.2f} GB")),
                 *([("scratch files", on_disk)] if held.tables_disk else []),
-                ("cache", f"{held.cache / 1e9:.2f} GB; {' and '.join(keys)} fits beside the rest"),
+                ("cache", f"{held.cache / 1e9:.2f} GB; {' and '.join(keys)} {fits} beside the rest"),
                 ("distinct rows of a pass in it", f"{far.hit_rate:.1%}"),
                 ("bytes per token", "{:,.0f} read, {:,.0f} written".format(*self.far_bytes_per_token)),
                 ("rows come near, ms a step", near),

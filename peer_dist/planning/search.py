@@ -30,7 +30,7 @@ def search(own: Plan) -> list[Plan]:
     recomputation of none and of all layers, and of the micro-batches that are powers of two those that fit: all of them
     in a pipeline, which they fill, else the largest. The global batch is the config's. Tables stay where the config has
     them; if nothing fits and their optimizer is lazy, host memory and then disks are tried. A cache of rows takes what
-    is left of the device.
+    is left of the device, and rows in host memory come near in the way that takes less time.
 
     Args:
         own: from :func:`peer_dist.planning.plan.unchecked`; it is one of them where its layout divides the world.
@@ -81,9 +81,9 @@ def _further(own: Plan) -> Iterator[Changes]:
                 yield {kind.section_name: {"table_memory": memory}}
 
 
-def _cached(plan: Plan | None) -> Plan | None:
-    """The plan with the largest cache that fits."""
-    return plan if plan is None or plan.far is None else plan.with_cache(plan.recommended_cache)
+def _tuned(plan: Plan | None) -> Plan | None:
+    """The plan with the largest cache that fits, and the faster way for rows to come near."""
+    return None if plan is None else plan.with_cache(plan.recommended_cache).with_fastest_fetch()
 
 
 def _parallel(layout: Layout) -> Iterator[dict[str, Any]]:
@@ -117,7 +117,7 @@ def _batches(own: Plan, changes: Changes) -> list[Plan]:
     plan: Plan | None = None
     for size in reversed(_powers(batch // data)) if batch >= data else []:
         changes["train"]["micro_batch_size"] = size
-        plan = _cached(_changed(own, changes)) or plan
+        plan = _tuned(_changed(own, changes)) or plan
         if plan is not None and plan.fits:
             fitting.append(plan)
             if parallel["pipeline"] == 1:
@@ -146,7 +146,7 @@ def advice(own: Plan) -> str:
     for changes in _remedies(layout):
         plan = _changed(own, changes)
         if plan is not None and not plan.fits:
-            plan = _cached(plan)
+            plan = _tuned(plan)
         if plan is not None and plan.fits:
             keys = [
                 f"{section}.{key}={_word(value)}" for section, keys in changes.items() for key, value in keys.items()
@@ -156,7 +156,10 @@ def advice(own: Plan) -> str:
     if enough:
         return f"does not fit: {held}; enough is one of {', '.join(enough)}"
     parts = ("weights", "gradients", "optimizer", "activations", "exchange", "temporaries")
-    largest = max(parts, key=lambda part: float(getattr(memory, part)))
+    if all(need.met for need in own.needs if need.memory == "device"):
+        largest = "tables and the states of their optimizer"
+    else:
+        largest = max(parts, key=lambda part: float(getattr(memory, part)))
     more = "fewer experts" if any(kind.sparse for kind in config.kinds) else "a smaller model"
     return (
         f"does not fit: {held}, most of it {largest}, and no single key is enough; let --search try them together, or "
@@ -226,7 +229,7 @@ def search_table(plans: Sequence[Plan]) -> Table:
             str(config.zero.stage),
             str(config.train.micro_batch_size),
             str(config.train.recompute_layers),
-            f"{plan.memory.peak / 1e9:.1f}" + ("" if plan.fits else " too much"),
+            f"{plan.memory.peak / 1e9:.1f}{_too_much(plan)}",
             f"{sum(wire.node for wire in plan.wires.values()) / 1e9:.2f}",
             f"{sum(wire.network for wire in plan.wires.values()) / 1e9:.2f}",
             f"{1e3 * plan.work.wire_s:.1f}",
@@ -236,6 +239,13 @@ def search_table(plans: Sequence[Plan]) -> Table:
             f"{plan.tokens_per_second:,.0f}",
         )
     return table
+
+
+def _too_much(plan: Plan) -> str:
+    """Of which memory a plan takes too much, beside the device's peak; nothing if it fits."""
+    others = " and ".join(need.memory for need in plan.needs if not need.met and need.memory != "device")
+    device = any(not need.met for need in plan.needs if need.memory == "device")
+    return (" too much" if device else "") + (f", {others} too much" if others else "")
 
 
 def _where(plan: Plan, far: bool) -> str:

@@ -140,26 +140,23 @@ class Fetch:
     Attributes:
         direct: kernels read them over the bus.
         copied: the host gathers them in a buffer, which is then copied over the bus.
+        taken: by the ways that the config names.
     """
 
     direct: float
     copied: float
+    taken: float
 
     @property
-    def seconds(self) -> float:
-        """Those of the faster way."""
-        return min(self.direct, self.copied)
-
-    @property
-    def way(self) -> str:
-        """Which one that is."""
+    def fastest(self) -> str:
+        """The way that takes less time."""
         return "direct" if self.direct <= self.copied else "copied"
 
     def __add__(self, other: Fetch) -> Fetch:
-        return Fetch(self.direct + other.direct, self.copied + other.copied)
+        return Fetch(self.direct + other.direct, self.copied + other.copied, self.taken + other.taken)
 
     def __mul__(self, times: float) -> Fetch:
-        return Fetch(self.direct * times, self.copied * times)
+        return Fetch(self.direct * times, self.copied * times, self.taken * times)
 
 
 def fetched(pool: Pool, rows: float, hardware: Hardware) -> Fetch:
@@ -169,11 +166,12 @@ def fetched(pool: Pool, rows: float, hardware: Hardware) -> Fetch:
     bus = size / _rate(hardware, "bus") if on_gpu else 0.0
     if pool.tables.memory == "disk":
         seconds = _disk_seconds(hardware, "read", pool.runs(rows) * len(pool.tables.names), size) + bus
-        return Fetch(seconds, seconds)
+        return Fetch(seconds, seconds, seconds)
     gathered = 2 * size / _rate(hardware, "host")  # read and written
     if not on_gpu:
-        return Fetch(gathered, gathered)
-    return Fetch(size / _rate(hardware, "bus_gather"), gathered + bus)
+        return Fetch(gathered, gathered, gathered)
+    direct, copied = size / _rate(hardware, "bus_gather"), gathered + bus
+    return Fetch(direct, copied, direct if pool.tables.fetch == "direct" else copied)
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def work(
         tables=sent["tables"],
         accumulation=added / stream,
         optimizer=updated / stream,
-        far_rows=far.fetch.seconds if far else 0.0,
+        far_rows=far.fetch.taken if far else 0.0,
         far_step=far_step,
         overhead=overhead + hardware.step_overhead_s,
     )
@@ -177,7 +177,7 @@ def _far(layout: Layout, place: Place, hardware: Hardware, skew: Skew, forward: 
         return None, 0.0
     order = [layer for chunk in layout.layers(place.stage) for layer in chunk]
     again = {layer for chunk in layout.layers(place.stage) for layer in chunk[: layout.config.train.recompute_layers]}
-    fetch, steps = Fetch(0.0, 0.0), []
+    fetch, steps = Fetch(0.0, 0.0, 0.0), []
     picked, missed, read, written, step_s = 0.0, 0.0, 0.0, 0.0, 0.0
     for pool in pools:
         rows = pool.in_pass(layout, skew)

@@ -83,7 +83,7 @@ class Here:
     """What a measurement may ask: this rank and the folders that the run will use.
 
     Attributes:
-        rank, world_size, local_rank, launcher: see :class:`~peer_dist.ranks.launchers.Launch`.
+        rank, world_size, local_rank, local_world_size, launcher: see :class:`~peer_dist.ranks.launchers.Launch`.
         device: this rank's.
         config: of the run that is examined for, if there is one.
         visit: a part of names of files: the same on all ranks, another one at each examination.
@@ -94,6 +94,7 @@ class Here:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int
     launcher: str
     device: torch.device
     config: Config | None
@@ -177,6 +178,7 @@ def examine(world: World, checks: Sequence[Check], config: Config | None = None,
         rank=world.rank,
         world_size=world.world_size,
         local_rank=world.local_rank,
+        local_world_size=world.local_world_size,
         launcher=world.launcher,
         device=world.device,  # not the current one, which belongs to the thread in which the ranks have joined
         config=config,

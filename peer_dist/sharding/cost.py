@@ -17,6 +17,7 @@ from peer_dist.sharding.wire import AS_IT_IS, Wire
 COUNT = 4  # bytes of a row number, and of a token's number of picks
 PARTIAL = 4  # bytes of a partial dot product
 SIZE = 8  # bytes of the size of a message
+_COUNTED = 1 << 22  # experts whose probabilities are listed one by one
 
 
 @dataclass(frozen=True)
@@ -222,10 +223,33 @@ def synthetic_picks(
     shape = (tokens, picks)
     if zipf == 0:
         return torch.randint(num_experts, shape, dtype=torch.int64, device=device)
+    if num_experts > max(_COUNTED, 4 * tokens * picks):
+        return _of_many(num_experts, shape, zipf, device)
     weight = torch.arange(1, num_experts + 1, device=device, dtype=torch.float64).pow(-zipf)
     ranks = torch.searchsorted(weight.cumsum(0) / weight.sum(), torch.rand(shape, device=device, dtype=torch.float64))
     order = torch.randperm(num_experts, dtype=torch.int64, device=device)
     return order[ranks.clamp(max=num_experts - 1)]
+
+
+def _of_many(num_experts: int, shape: tuple[int, int], zipf: float, device: torch.device | str) -> Tensor:
+    """Picks by Zipf's law where the experts are too many to list: the first ranks are counted, and of the others the
+    law is taken as continuous.
+    """
+    weight = torch.arange(1, _COUNTED + 1, device=device, dtype=torch.float64).pow(-zipf)
+    counted, first = weight.cumsum(0), _COUNTED + 0.5
+    power = 1 - zipf
+
+    def others(end: float) -> float:
+        return math.log(end / first) if power == 0 else (end**power - first**power) / power
+
+    drawn = torch.rand(shape, device=device, dtype=torch.float64) * (float(counted[-1]) + others(num_experts + 0.5))
+    beyond = (drawn - counted[-1]).clamp(min=0)
+    continuous = first * beyond.exp() if power == 0 else (first**power + power * beyond).pow(1 / power)
+    rank = torch.where(beyond > 0, continuous.round().long() - 1, torch.searchsorted(counted, drawn))
+    distinct, number = rank.clamp(max=num_experts - 1).unique(return_inverse=True)
+    # twice as many numbers as are needed: some come again
+    order = torch.randint(num_experts, (2 * len(distinct),), dtype=torch.int64, device=device).unique()
+    return order[torch.randperm(len(order), dtype=torch.int64, device=device)][number]
 
 
 def _hits(indices: Tensor, num_experts: int, row_shards: int) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,14 @@ from peer_dist.kernels.far import Place, far_rows_of
 
 MEMORIES = ("device", "host", "disk")
 """Where tables can lie."""
+FETCHES = ("direct", "copied")
+"""How rows in host memory can come to a GPU."""
 _BLOCK_BYTES = 1 << 24  # of float32 values that are made at once
 
 
-def place_of(memory: str, device: torch.device, cache_gb: float, folder: str, resident_gb: float) -> Place | None:
+def place_of(
+    memory: str, device: torch.device, cache_gb: float, folder: str, resident_gb: float, fetch: str
+) -> Place | None:
     """Where a layer's tables lie, by its options; None for tables on the device.
 
     Raises:
@@ -28,7 +32,7 @@ def place_of(memory: str, device: torch.device, cache_gb: float, folder: str, re
         raise ValueError(f"table_cache_gb and table_resident_gb must be at least 0, not {cache_gb} and {resident_gb}")
     if memory == "device":
         return None
-    return Place(memory, device, int(cache_gb * 1e9), Path(folder) if folder else None, int(resident_gb * 1e9))
+    return Place(memory, device, int(cache_gb * 1e9), Path(folder) if folder else None, int(resident_gb * 1e9), fetch)
 
 
 def code_dtype(dtype: torch.dtype) -> torch.dtype:

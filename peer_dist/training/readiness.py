@@ -16,7 +16,7 @@ from peer_dist.config import Config, ConfigError, check_folders, check_world
 from peer_dist.data.stream import check_data
 from peer_dist.kernels import disk
 from peer_dist.kinds.kind import Kind
-from peer_dist.machine import most_memory
+from peer_dist.machine import most_memory, nearest_existing
 from peer_dist.measures.metrics import EVENTS, IMAGES, METRICS
 
 
@@ -63,14 +63,18 @@ def _check_room(config: Config, world_size: int, local_world_size: int) -> None:
                 "which needs table_optimizer.lazy true, or use more machines"
             )
     needed: dict[Path, int] = {}
+    keys: dict[Path, str] = {}
     for kind in config.kinds:
         tables = kind.tables(config)
         if tables is not None and tables.memory == "disk":
             folder = kind.keys(config).table_folder
             place = Path(folder) if folder else disk.default_folder()
             needed[place] = needed.get(place, 0) + local_world_size * _table_bytes(config, kind, world_size)
-    for place, size in needed.items():
-        disk.check_folder(place, size)
+            keys.setdefault(place, kind.key("table_folder"))
+    disks = {place: os.stat(nearest_existing(place)).st_dev for place in needed}
+    for place, key in keys.items():
+        together = sum(size for other, size in needed.items() if disks[other] == disks[place])
+        disk.check_folder(place, together, key)
 
 
 def _table_bytes(config: Config, kind: Kind, world_size: int) -> int:
