@@ -118,7 +118,9 @@ class TableOptimizer:
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
-        self._pools()
+        pools = self._pools()
+        for pool in pools:  # the other half of what may be resident is for mappings
+            pool.ahead_bytes = pool.place.resident_bytes // (2 * len(pools)) if one_pass else 0
         alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
         for table in self.tables.values():
             if rule.lazy and is_held(table):
@@ -248,7 +250,10 @@ class TableOptimizer:
                 continue
             rows, values, squares = self._take(name)
             _step_rows(step, self._rounding(name), self._parts(name), values, rows, None, squares)
-        for pool, names in self._pools().items():
+        pools = self._pools()
+        for pool in pools:  # the first one's step waits for no reading for others
+            pool.stop_ahead()
+        for pool, names in pools.items():
             steps = []
             for name in names:
                 rows, values, squares = self._take(name)
@@ -283,6 +288,8 @@ class TableOptimizer:
         """Free the tables' gradients."""
         for table in self.tables.values():
             _drop(table)
+        for pool in self._pools():
+            pool.drop_ahead()
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(table name, part, tensor)`` of all that a checkpoint needs beside the tables.
@@ -329,7 +336,8 @@ class TableOptimizer:
         near = (tensor for pool in self._pools() for tensor in pool.near_tensors())
         states = (value for name in self.tables for value in self._states(name).values())
         away = [name for name, table in self.tables.items() if far_rows_of(table) is not None]
-        far = (tensor for name in away for tensor in self._parts(name).values())
+        far = [tensor for name in away for tensor in self._parts(name).values()]
+        far += [tensor for pool in self._pools() for tensor in pool.ahead_tensors()]
         scales = (scales for table in tables if (scales := scales_of(table)) is not None)
         return HeldBytes.of((*tables, *scales, *near), gradients, states, far=far)
 

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from peer_dist.kernels import disk
 from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.eight_bit import scales_of
+from peer_dist.kernels.far.ahead import Ahead
 from peer_dist.kernels.far.background import Job
 from peer_dist.kernels.far.hot import Exchange, Hot
 from peer_dist.kernels.far.place import Place
@@ -101,6 +102,7 @@ class _Staged:
         missed: ``[n]`` int64 ascending, the rows in its range.
         cost: of the pass, until that is counted.
         version: of the picks.
+        ahead: states of the missed rows that are read while the backward pass goes on.
     """
 
     steps: int
@@ -111,6 +113,7 @@ class _Staged:
     range: Range
     cost: FarTraffic
     version: int = 0
+    ahead: Ahead | None = None
 
 
 class FarRows:
@@ -127,6 +130,10 @@ class FarRows:
     Args:
         place: where they lie.
         tables: ``[rows, columns]`` each, made by ``place``, their scales too.
+
+    Attributes:
+        ahead_bytes: of states that are read from a disk from the moment a backward pass begins, for the step after it,
+            at most. Meant for who steps after each pass: each backward pass reads anew.
     """
 
     def __init__(self, place: Place, tables: Sequence[Tensor]) -> None:
@@ -143,6 +150,7 @@ class FarRows:
         self._traffic = FarTraffic(0, 0, 0, 0)
         self._steps = 0
         self._refreshed = 0  # times that kept rows were read again
+        self.ahead_bytes = 0
         self._stale = False  # whether kept rows are to be read again
         self._versions = self._written()
         self._forget()
@@ -219,6 +227,7 @@ class FarRows:
         if not steps:
             return
         device = steps[0].rows.device
+        self.stop_ahead()
         self._ready(device)
         last, self._last = self._last, None
         if last is not None and (last.steps, last.refreshed) != (self._steps, self._refreshed):
@@ -253,6 +262,7 @@ class FarRows:
         """Write the rows that are kept to where they lie. What lies there is the truth then, and whoever writes to it
         before the next pass or step is heard by that.
         """
+        self.drop_ahead()  # who writes then may use the mapping
         self._settle()
         if self._device.type == "cuda":  # whose kernels may still read over the bus
             torch.cuda.current_stream(self._device).synchronize()
@@ -261,6 +271,17 @@ class FarRows:
         self._write_back(rows, slots[order])
         self._dirty.zero_()
         self._stale = True
+
+    def stop_ahead(self) -> None:
+        """Read no more for a step: it begins, and reads what it needs."""
+        if self._last is not None and self._last.ahead is not None:
+            self._last.ahead.stop()
+
+    def drop_ahead(self) -> None:
+        """Forget what was read for a step that is not taken. Nothing is being read afterwards."""
+        if self._last is not None and self._last.ahead is not None:
+            self._last.ahead.drop()
+            self._last.ahead = None
 
     def traffic(self) -> FarTraffic:
         """What training asked of the far memory since the last call; of passes whose backward pass has begun. Waits for
@@ -276,6 +297,11 @@ class FarRows:
             yield from parts.values()
         yield from self._hot.tensors()
         yield self._dirty
+
+    def ahead_tensors(self) -> Iterator[Tensor]:
+        """The host's memory of what is read for the next step."""
+        if self._last is not None and self._last.ahead is not None:
+            yield from self._last.ahead.tensors()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Whether what is near is true.
@@ -335,10 +361,23 @@ class FarRows:
             return None
         if in_backward:  # it was a training pass
             self._traffic, found.cost = self._traffic + found.cost, FarTraffic(0, 0, 0, 0)
-            self._last = found
+            if self._last is not found:
+                self.drop_ahead()
+                self._last = found
+                found.ahead = self._read_ahead(found.missed)
         return found
 
+    def _read_ahead(self, rows: Tensor) -> Ahead | None:
+        if not self.ahead_bytes or not len(rows):
+            return None
+        states = [
+            {part: tensor for part, tensor in parts.items() if part not in _READ and disk.is_mapped(tensor)}
+            for parts in self._far
+        ]
+        return Ahead(states, rows, self.ahead_bytes, _BLOCK, self._device) if any(states) else None
+
     def _stage(self, expert: Tensor) -> _Staged:
+        self.drop_ahead()
         self._last = None  # its room may be needed
         touched, inverse = torch.unique(expert, return_inverse=True)
         absent = expert.is_cuda and len(touched) > 0 and int(touched[0]) < 0  # picks that are not there are of row -1
@@ -437,8 +476,14 @@ class FarRows:
         found = missed[place] == rows
         there = (~found).nonzero()[:, 0]
         here = found.nonzero()[:, 0]
+        begin, end = int(place[0]), int(place[-1]) + 1
+        ahead = last.ahead if len(here) == len(rows) == end - begin else None
         parts, saved = {}, 0
         for part, tensor in far.items():
+            early = None if ahead is None else ahead.take(number, part, begin, end)
+            if early is not None:
+                parts[part] = early
+                continue
             near = last.buffer.tables[number].get(part)
             if near is None:
                 parts[part] = _read(tensor, rows)
