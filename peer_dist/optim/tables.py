@@ -124,7 +124,7 @@ class TableOptimizer:
         alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
         for table in self.tables.values():
             if rule.lazy and is_held(table):
-                ask_for_sums(table, None if one_pass else self._add_up)
+                ask_for_sums(table, self._send_ahead if one_pass else self._add_up)
             elif rule.lazy:
                 (ask_for_sums if one_pass and alone else _merge_as_it_comes)(table)
             else:
@@ -174,6 +174,14 @@ class TableOptimizer:
         """Make a gradient of what backward passes have left of it, as they would have done."""
         TableOptimizer._add_up(table)
         _end_pass(table)
+
+    @staticmethod
+    @torch.no_grad()
+    def _send_ahead(table: Tensor) -> None:
+        """Let the step of a far table begin while the backward pass goes on with earlier layers."""
+        pool, pending = far_rows_of(table), pending_sums(table)
+        if pool is not None and pool.sends_ahead and pending:
+            pool.send_ahead(table, *pending[-1].gradient(table))
 
     @staticmethod
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,12 @@ from torch import Tensor
 from peer_dist.kernels import disk
 from peer_dist.kernels.allocation import gradient_memory
 from peer_dist.kernels.far.background import Job
+
+
+@dataclass
+class _Progress:
+    ready: int = 0
+    stopped: bool = False
 
 
 class Ahead:
@@ -22,7 +29,7 @@ class Ahead:
         tables: of each table of a pool what lies on a disk beside what kernels read, ``[rows, columns]`` each, by name.
         rows: ``[n]`` int64 ascending, near the kernels.
         most: bytes.
-        block: bytes that are read at a time.
+        block: rows that are read at a time, as many as are stepped at a time.
         device: of the kernels.
     """
 
@@ -30,29 +37,35 @@ class Ahead:
         self, tables: Sequence[Mapping[str, Tensor]], rows: Tensor, most: int, block: int, device: torch.device
     ) -> None:
         width = sum(far.shape[1] * far.element_size() for parts in tables for far in parts.values())
-        count = min(len(rows), most // max(width, 1))
+        fit = most // max(width, 1)
+        count = len(rows) if len(rows) <= fit else fit // block * block
         self._parts = [
             {part: gradient_memory(count, far.shape[1], far.dtype) for part, far in parts.items()} for parts in tables
         ]
-        self._ready, self._stopped = 0, False
+        self._progress = progress = _Progress()
+        into = self._parts  # the thread does not refer to this object, which refers to its job
 
         def read() -> None:
             numbers = rows[:count].to("cpu")
-            step = max(1, block // width)
-            for begin in range(0, count, step):
-                some = numbers[begin : begin + step]
-                for parts, near in zip(tables, self._parts):
+            for begin in range(0, count, block):
+                some = numbers[begin : begin + block]
+                for parts, near in zip(tables, into):
                     for part, far in parts.items():
-                        if self._stopped:
+                        if progress.stopped:
                             return
                         disk.read_rows(far, some, near[part][begin : begin + len(some)])
-                self._ready = begin + len(some)
+                progress.ready = begin + len(some)
 
         self._job = Job(read, device)
 
+    @property
+    def ready(self) -> int:
+        """How many of the rows were read."""
+        return self._progress.ready
+
     def stop(self) -> None:
         """Read no more than what is being read."""
-        self._stopped = True
+        self._progress.stopped = True
 
     def drop(self) -> None:
         """Have nothing under way that reads."""
@@ -62,7 +75,7 @@ class Ahead:
     def take(self, number: int, part: str, begin: int, end: int) -> Tensor | None:
         """A table's part of these of the rows, to be written over; None if not all of them were read."""
         values = self._parts[number].get(part)
-        return values[begin:end] if values is not None and end <= self._ready else None
+        return values[begin:end] if values is not None and end <= self.ready else None
 
     def tensors(self) -> Iterator[Tensor]:
         """The memory that it has."""

@@ -22,6 +22,7 @@ from peer_dist.kernels.far.ranges import Range, Ranges
 from peer_dist.kernels.picks import Picks
 
 _BLOCK = 1 << 24  # bytes of rows that are put together at a time, on their way to or from a disk or a GPU
+_SETTLED = 16  # steps after the cache was filled until the room for staged rows is first looked at
 _ROOM = 1.25  # of a buffer for staged rows, over what the passes needed for which it was made
 
 Parts = Mapping[str, Tensor]
@@ -116,6 +117,22 @@ class _Staged:
     ahead: Ahead | None = None
 
 
+@dataclass
+class _Sent:
+    """A gradient whose far rows are copied to the host before the step.
+
+    Attributes:
+        hot, steps: of the pool, as long as which the same rows are kept.
+        gradient: ``[touched, columns]``, of which they are.
+        host: the numbers and gradients of the rows that are not kept, once they are there.
+    """
+
+    hot: Hot
+    steps: int
+    gradient: Tensor
+    host: tuple[Tensor, Tensor] | None = None
+
+
 class FarRows:
     """What holds the rows of tables that the same picks read: a pool.
 
@@ -134,6 +151,7 @@ class FarRows:
     Attributes:
         ahead_bytes: of states that are read from a disk from the moment a backward pass begins, for the step after it,
             at most. Meant for who steps after each pass: each backward pass reads anew.
+        sends_ahead: whether gradients are worth a :meth:`send_ahead`.
     """
 
     def __init__(self, place: Place, tables: Sequence[Tensor]) -> None:
@@ -151,6 +169,8 @@ class FarRows:
         self._steps = 0
         self._refreshed = 0  # times that kept rows were read again
         self.ahead_bytes = 0
+        self.sends_ahead = place.device.type == "cuda"  # elsewhere they are with the host
+        self._sent: dict[int, _Sent] = {}
         self._stale = False  # whether kept rows are to be read again
         self._versions = self._written()
         self._forget()
@@ -175,6 +195,7 @@ class FarRows:
         self._last: _Staged | None = None  # of the last training pass, whose step need not read its weights again
         self._buffer = _Buffer(self._far, 0, 0, self._device)
         self._peak = 0
+        self._full = 0  # steps since every place is taken
 
     @property
     def device(self) -> torch.device:
@@ -232,6 +253,8 @@ class FarRows:
         last, self._last = self._last, None
         if last is not None and (last.steps, last.refreshed) != (self._steps, self._refreshed):
             last = None
+        all_sent, self._sent = self._sent, {}
+        sent_of = [self._usable(all_sent.get(self._number(step.table)), step) for step in steps]
         self._steps += 1  # staged rows are old from now on
         slots_of = [self._hot.slots(step.rows) for step in steps]
         for slots in slots_of:
@@ -248,11 +271,13 @@ class FarRows:
                 {part: _empty(self._hot.capacity, far[part], self._device) for part in far if part not in _READ}
                 for far in self._far
             ]
+        elif 0 < self._hot.capacity == self._hot.used:
+            self._shrink()
 
         def work() -> None:
-            for step, slots in zip(steps, slots_of):
+            for step, slots, sent in zip(steps, slots_of, sent_of):
                 self._step_kept(step, slots)
-                self._step_far(step, slots, last)
+                self._step_far(step, slots, last, sent)
             self._exchange(exchange, old)
 
         self._job = Job(work, device)
@@ -262,7 +287,7 @@ class FarRows:
         """Write the rows that are kept to where they lie. What lies there is the truth then, and whoever writes to it
         before the next pass or step is heard by that.
         """
-        self.drop_ahead()  # who writes then may use the mapping
+        self._drop_reading()  # who writes then may use the mapping
         self._settle()
         if self._device.type == "cuda":  # whose kernels may still read over the bus
             torch.cuda.current_stream(self._device).synchronize()
@@ -272,13 +297,30 @@ class FarRows:
         self._dirty.zero_()
         self._stale = True
 
+    @torch.no_grad()
+    def send_ahead(self, table: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Begin to copy to the host what a step will need there, if it is given these rows and values of a gradient."""
+        sent = _Sent(self._hot, self._steps, values)
+
+        def work() -> None:
+            away = (sent.hot.slots(rows) < 0).nonzero()[:, 0]
+            sent.host = _on_host(rows[away]), _on_host(values[away])
+
+        self._sent[self._number(table)] = sent
+        Job(work, rows.device)  # the step's comes after it, and does without where it failed
+
     def stop_ahead(self) -> None:
         """Read no more for a step: it begins, and reads what it needs."""
         if self._last is not None and self._last.ahead is not None:
             self._last.ahead.stop()
 
     def drop_ahead(self) -> None:
-        """Forget what was read for a step that is not taken. Nothing is being read afterwards."""
+        """Forget what was read and sent for a step that is not taken."""
+        self._drop_reading()
+        self._sent.clear()
+
+    def _drop_reading(self) -> None:
+        """Nothing is being read afterwards."""
         if self._last is not None and self._last.ahead is not None:
             self._last.ahead.drop()
             self._last.ahead = None
@@ -299,7 +341,9 @@ class FarRows:
         yield self._dirty
 
     def ahead_tensors(self) -> Iterator[Tensor]:
-        """The host's memory of what is read for the next step."""
+        """The host's memory of what is read and sent for the next step."""
+        for sent in self._sent.values():
+            yield from sent.host or ()
         if self._last is not None and self._last.ahead is not None:
             yield from self._last.ahead.tensors()
 
@@ -362,7 +406,7 @@ class FarRows:
         if in_backward:  # it was a training pass
             self._traffic, found.cost = self._traffic + found.cost, FarTraffic(0, 0, 0, 0)
             if self._last is not found:
-                self.drop_ahead()
+                self._drop_reading()
                 self._last = found
                 found.ahead = self._read_ahead(found.missed)
         return found
@@ -374,10 +418,10 @@ class FarRows:
             {part: tensor for part, tensor in parts.items() if part not in _READ and disk.is_mapped(tensor)}
             for parts in self._far
         ]
-        return Ahead(states, rows, self.ahead_bytes, _BLOCK, self._device) if any(states) else None
+        return Ahead(states, rows, self.ahead_bytes, self._block, self._device) if any(states) else None
 
     def _stage(self, expert: Tensor) -> _Staged:
-        self.drop_ahead()
+        self._drop_reading()
         self._last = None  # its room may be needed
         touched, inverse = torch.unique(expert, return_inverse=True)
         absent = expert.is_cuda and len(touched) > 0 and int(touched[0]) < 0  # picks that are not there are of row -1
@@ -411,20 +455,40 @@ class FarRows:
         range_ = self._buffer.ranges.take(count)
         self._peak = max(self._peak, self._buffer.ranges.taken + (count if range_ is None else 0))
         if range_ is None:
-            old = self._buffer
-            self._buffer = _Buffer(self._far, old.kept, self._room(count), self._device)
-            for near, before in zip(self._buffer.tables, old.tables):
-                for part, tensor in near.items():
-                    tensor[: self._hot.used].copy_(before[part][: self._hot.used])
+            self._let_stage(self._room(count))
             range_ = self._buffer.ranges.take(count)
             assert range_ is not None
         return range_
+
+    def _let_stage(self, staged: int) -> None:
+        """Have a buffer with room for this many staged rows."""
+        old = self._buffer
+        self._buffer = _Buffer(self._far, old.kept, staged, self._device)
+        for near, before in zip(self._buffer.tables, old.tables):
+            for part, tensor in near.items():
+                tensor[: self._hot.used].copy_(before[part][: self._hot.used])
+
+    def _shrink(self) -> None:
+        """Once the cache is full, passes stage fewer rows than before: look now and then what they needed of late."""
+        self._full += 1
+        if self._full & (self._full - 1):  # ever more seldom: a buffer is copied, and may have to grow again
+            return
+        if self._full >= _SETTLED and 2 * self._room(0) <= self._buffer.staged:
+            self._let_stage(self._room(0))
+        self._peak = self._buffer.ranges.taken
 
     def _room(self, count: int) -> int:
         return min(math.ceil(max(self._peak, count) * _ROOM), max(len(self._far[0]["weights"]), count))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps.
+
+    def _usable(self, sent: _Sent | None, step: RowStep) -> _Sent | None:
+        """What was sent, if it is of the gradient that is stepped with."""
+        if sent is None or sent.hot is not self._hot or sent.steps != self._steps:
+            return None
+        there, here = sent.gradient, step.values
+        return sent if (there.data_ptr(), there.shape) == (here.data_ptr(), here.shape) else None
 
     def _step_kept(self, step: RowStep, slots: Tensor) -> None:
         """Step the rows that are kept, in their ``slots [touched]``; -1 is of no other row."""
@@ -442,7 +506,7 @@ class FarRows:
         near = self._buffer.tables[number]
         return {**{part: tensor[: self._buffer.kept] for part, tensor in near.items()}, **self._states[number]}
 
-    def _step_far(self, step: RowStep, slots: Tensor, last: _Staged | None) -> None:
+    def _step_far(self, step: RowStep, slots: Tensor, last: _Staged | None, sent: _Sent | None) -> None:
         """Step the other rows, where they lie. A disk is not asked again for what the ``last`` pass has staged."""
         some = (slots < 0).nonzero()[:, 0]
 
@@ -451,7 +515,8 @@ class FarRows:
 
         number = self._number(step.table)
         far = self._far[number]
-        rows, values = here(step.rows), here(step.values)
+        host = None if sent is None else sent.host
+        rows, values = (here(step.rows), here(step.values)) if host is None else host
         squares = None if step.squares is None else here(step.squares)
         written = read = len(rows) * sum(map(_width, far.values()))
         if not any(map(disk.is_mapped, far.values())):
@@ -546,8 +611,13 @@ class FarRows:
     def _row_bytes(self) -> int:
         return sum(_width(tensor) for parts in self._far for tensor in parts.values())
 
+    @property
+    def _block(self) -> int:
+        """Rows that are put together at a time."""
+        return max(1, _BLOCK // max(1, self._row_bytes()))
+
     def _blocks(self, count: int) -> list[slice]:
-        size = max(1, _BLOCK // max(1, self._row_bytes()))
+        size = self._block
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 
