@@ -5,6 +5,7 @@ import gc
 import math
 import os
 import pickle
+import signal
 
 import pytest
 import torch
@@ -171,6 +172,7 @@ def on_ranks(rank, world_size, group, folder):
                 same(*(run.step(seed, tokens=tokens) for run in (ordinary, far)))
             same(ordinary.state(), far.state())
             assert far.pool._hot.used == 30
+            assert bool(far.pool.ahead_bytes) == (group == "columns")
 
 
 @pytest.mark.parametrize("group", ["columns", "copies"])
@@ -570,6 +572,7 @@ def test_a_forked_process_does_not_wait_for_its_parents_thread(tmp_path):
     run.optimizer.step(1.0)
     child = os.fork()
     if child == 0:
+        signal.alarm(30)
         try:
             run.forward(1)
         except RuntimeError as error:

@@ -77,7 +77,7 @@ class TableOptimizer:
             round a place in every layout. (0, 0) by default.
         one_pass: a table meets one backward pass in a step. A lazy one then has its gradient summed where it is used,
             in registers, if kernels for that serve it (:mod:`peer_dist.kernels.pending`), unless other ranks have
-            copies or columns of it.
+            copies or columns of it. The step of a far table begins in the backward pass, unless others have copies.
 
     Raises:
         ValueError: a far table, and a rule that is not lazy; or a table of eight bits, and one that is not lazy or has
@@ -119,12 +119,16 @@ class TableOptimizer:
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
         pools = self._pools()
+        alone, own = (
+            all(group is None or dist.get_world_size(group) == 1 for group in groups)
+            for groups in ((columns, copies), (copies,))
+        )
+        early = one_pass and own  # else a step has other rows, and another gradient, than a backward pass
         for pool in pools:  # the other half of what may be resident is for mappings
-            pool.ahead_bytes = pool.place.resident_bytes // (2 * len(pools)) if one_pass else 0
-        alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
+            pool.ahead_bytes = pool.place.resident_bytes // (2 * len(pools)) if early else 0
         for table in self.tables.values():
             if rule.lazy and is_held(table):
-                ask_for_sums(table, self._send_ahead if one_pass else self._add_up)
+                ask_for_sums(table, self._send_ahead if early else None if one_pass else self._add_up)
             elif rule.lazy:
                 (ask_for_sums if one_pass and alone else _merge_as_it_comes)(table)
             else:
@@ -335,7 +339,8 @@ class TableOptimizer:
 
     def memory(self) -> HeldBytes:
         """What this rank holds of the tables, of which a step needs no more. With the weights are the rows of far ones
-        that are near the kernels, with all that the optimizer keeps of them.
+        that are near the kernels, with all that the optimizer keeps of them; with what is far, what was brought to the
+        host for the next step.
         """
         tables = self.tables.values()
         of_pass = (getattr(table, "gradient_of_pass", _NO_PASS)[1] for table in tables)
