@@ -483,13 +483,20 @@ def test_states_are_read_while_the_backward_pass_goes_on(rule, tmp_path, monkeyp
         same(ordinary.state(), far.state())
 
 
-@pytest.mark.parametrize("between", ["pass", "flush", "write", "skip", "skip and write", "evaluation", "checkpoint"])
+@pytest.mark.parametrize(
+    "between", ["pass", "flush", "write", "write at once", "skip", "skip and write", "evaluation", "optimizer"]
+)
 def test_what_comes_between_backward_pass_and_step(between, tmp_path):
-    ordinary, far = pair(tmp_path, "adam", "disk", 9)
+    ordinary, far = pair(tmp_path, "adam", "disk", 0 if between == "write at once" else 9)
+    far.pool.sends_ahead = True
+    states = {run: [value for *_, value in run.optimizer.state()] for run in (ordinary, far)}
     for step in range(5):
         for run in (ordinary, far):
             ahead = backward(run, step, tokens=9)
             assert (ahead is None) == (run is ordinary)
+            if between == "write at once":  # nothing newer is near
+                for value in states[run]:
+                    value.mul_(0.5)
             if between == "pass":  # which nobody announced
                 backward(run, 50 + step)
             elif between == "flush" and run is far:
@@ -507,8 +514,12 @@ def test_what_comes_between_backward_pass_and_step(between, tmp_path):
             elif between == "evaluation":
                 with torch.no_grad():
                     run.forward(80 + step, tokens=30)
-            elif between == "checkpoint":
-                run.state()
+            elif between == "optimizer":
+                rule = TableRule("rowwise_adam", 0.02, (0.8, 0.9), 1e-4, 0.1, lazy=True)
+                pending = [table.pending_sums for table in run.tables]
+                run.optimizer = TableOptimizer(run.optimizer.tables, rule, DIM, one_pass=True)
+                for table, sums in zip(run.tables, pending):
+                    table.pending_sums = sums
         same(*([run.optimizer.grad_norm(CPU)] for run in (ordinary, far)))
         for run in (ordinary, far):
             run.optimizer.step(0.7)

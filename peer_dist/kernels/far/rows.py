@@ -122,13 +122,10 @@ class _Sent:
     """A gradient whose far rows are copied to the host before the step.
 
     Attributes:
-        hot, steps: of the pool, as long as which the same rows are kept.
         gradient: ``[touched, columns]``, of which they are.
         host: the numbers and gradients of the rows that are not kept, once they are there.
     """
 
-    hot: Hot
-    steps: int
     gradient: Tensor
     host: tuple[Tensor, Tensor] | None = None
 
@@ -170,7 +167,6 @@ class FarRows:
         self._refreshed = 0  # times that kept rows were read again
         self.ahead_bytes = 0
         self.sends_ahead = place.device.type == "cuda"  # elsewhere they are with the host
-        self._sent: dict[int, _Sent] = {}
         self._stale = False  # whether kept rows are to be read again
         self._versions = self._written()
         self._forget()
@@ -192,6 +188,7 @@ class FarRows:
         self._states: list[dict[str, Tensor]] | None = None  # of kept rows, from the first on
         self._staged = WeakTensorKeyDictionary()  # Picks.expert to what was staged for it
         self._used = WeakTensorKeyDictionary()  # renumbered picks, whose rows must stay while kernels have them
+        self._sent: dict[int, _Sent] = {}  # by the number of the table
         self._last: _Staged | None = None  # of the last training pass, whose step need not read its weights again
         self._buffer = _Buffer(self._far, 0, 0, self._device)
         self._peak = 0
@@ -300,10 +297,10 @@ class FarRows:
     @torch.no_grad()
     def send_ahead(self, table: Tensor, rows: Tensor, values: Tensor) -> None:
         """Begin to copy to the host what a step will need there, if it is given these rows and values of a gradient."""
-        sent = _Sent(self._hot, self._steps, values)
+        sent, hot = _Sent(values), self._hot
 
         def work() -> None:
-            away = (sent.hot.slots(rows) < 0).nonzero()[:, 0]
+            away = (hot.slots(rows) < 0).nonzero()[:, 0]
             sent.host = _on_host(rows[away]), _on_host(values[away])
 
         self._sent[self._number(table)] = sent
@@ -483,9 +480,10 @@ class FarRows:
     # -----------------------------------------------------------------------------------------------------------------
     # Steps.
 
-    def _usable(self, sent: _Sent | None, step: RowStep) -> _Sent | None:
+    @staticmethod
+    def _usable(sent: _Sent | None, step: RowStep) -> _Sent | None:
         """What was sent, if it is of the gradient that is stepped with."""
-        if sent is None or sent.hot is not self._hot or sent.steps != self._steps:
+        if sent is None:
             return None
         there, here = sent.gradient, step.values
         return sent if (there.data_ptr(), there.shape) == (here.data_ptr(), here.shape) else None
