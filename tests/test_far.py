@@ -583,12 +583,15 @@ def test_a_forked_process_does_not_wait_for_its_parents_thread(tmp_path):
     run.optimizer.step(1.0)
     child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        code = 1
         try:
             run.forward(1)
         except RuntimeError as error:
-            os._exit(7 if "call FarRows.flush before a fork" in str(error) else 1)
-        os._exit(2)
+            code = 7 if "call FarRows.flush before a fork" in str(error) else 2
+        finally:
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     run.forward(1)
 
