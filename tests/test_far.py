@@ -2,15 +2,19 @@
 
 import copy
 import gc
+import math
+import os
 import pickle
+import signal
 
 import pytest
 import torch
 import torch.utils.checkpoint
 
-from peer_dist.kernels import Picks, expert_mix, value_mix
+from peer_dist.kernels import Picks, disk, expert_mix, value_mix
 from peer_dist.kernels.eight_bit import let_scales, quantised
 from peer_dist.kernels.far import FarRows, Hot, Place, far_rows_of, near
+from peer_dist.kernels.far.background import Job
 from peer_dist.kernels.far.ranges import Ranges
 from peer_dist.optim import TableOptimizer, TableRule
 from tests.ranks import run_ranks
@@ -168,6 +172,7 @@ def on_ranks(rank, world_size, group, folder):
                 same(*(run.step(seed, tokens=tokens) for run in (ordinary, far)))
             same(ordinary.state(), far.state())
             assert far.pool._hot.used == 30
+            assert bool(far.pool.ahead_bytes) == (group == "columns")
 
 
 @pytest.mark.parametrize("group", ["columns", "copies"])
@@ -433,6 +438,214 @@ def test_what_is_near_is_counted(tmp_path):
     assert held.optimizer == 0
     assert held.far == ROWS * width("rowwise_adam")
     assert kept >= 10 * width("rowwise_adam")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read for a step before it begins.
+
+
+def backward(run, seed, **how):
+    """The passes of a step, after which everything that is read ahead was read."""
+    run.forward(seed, **how).square().sum().backward()
+    ahead = run.pool and run.pool._last.ahead
+    if ahead:
+        ahead._job.settle()
+    return ahead
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_states_are_read_while_the_backward_pass_goes_on(rule, tmp_path, monkeypatch):
+    """Some of them or all, in blocks that the step's are in line with or not."""
+    monkeypatch.setattr("peer_dist.kernels.far.rows._BLOCK", 700)
+    states = width(rule) - width(rule, tables=2, dim=0)  # of what is on the disk
+    states -= 2 * DIM * RULES[rule][1].itemsize
+    for cached in (0, 15):
+        ordinary, far = pair(tmp_path, rule, "disk", cached)
+        assert far.pool.ahead_bytes == 1 << 29
+        for step, most in enumerate((1 << 29, 5 * states, 1 << 29, 17 * states, 0)):
+            far.pool.ahead_bytes = most
+            backward(ordinary, step, tokens=12)
+            ahead = backward(far, step, tokens=12)
+            assert (ahead is not None) == bool(states and most)
+            if ahead:
+                rows, fit = len(far.pool._last.missed), most // states
+                rows = rows if rows <= fit else fit // far.pool._block * far.pool._block
+                assert sum(tensor.nbytes for tensor in far.pool.ahead_tensors()) == rows * states
+                assert ahead.ready == rows
+            same(*([run.optimizer.grad_norm(CPU)] for run in (ordinary, far)))
+            if ahead:  # what was read is not read again
+                for parts in far.pool._far:
+                    for part, tensor in parts.items():
+                        if part != "weights" and disk.is_mapped(tensor):
+                            tensor.numpy()[far.pool._last.missed[: ahead.ready]] = math.nan
+            for run in (ordinary, far):
+                run.optimizer.step(0.7)
+        same(ordinary.state(), far.state())
+
+
+@pytest.mark.parametrize(
+    "between", ["pass", "flush", "write", "write at once", "skip", "skip and write", "evaluation", "optimizer"]
+)
+def test_what_comes_between_backward_pass_and_step(between, tmp_path):
+    ordinary, far = pair(tmp_path, "adam", "disk", 0 if between == "write at once" else 9)
+    far.pool.sends_ahead = True
+    states = {run: [value for *_, value in run.optimizer.state()] for run in (ordinary, far)}
+    for step in range(5):
+        for run in (ordinary, far):
+            ahead = backward(run, step, tokens=9)
+            assert (ahead is None) == (run is ordinary)
+            if between == "write at once":  # nothing newer is near
+                for value in states[run]:
+                    value.mul_(0.5)
+            if between == "pass":  # which nobody announced
+                backward(run, 50 + step)
+            elif between == "flush" and run is far:
+                run.pool.flush()
+            elif between == "write":
+                for _, _, value in run.optimizer.state():
+                    value.numpy()[::2] *= 0.5  # which torch does not hear of
+            elif between.startswith("skip"):
+                run.optimizer.zero_grad()
+                assert run is ordinary or not list(run.pool.ahead_tensors())
+                if between == "skip and write":
+                    for _, _, value in run.optimizer.state():
+                        value.numpy()[::2] *= 0.5
+                backward(run, 70 + step)
+            elif between == "evaluation":
+                with torch.no_grad():
+                    run.forward(80 + step, tokens=30)
+            elif between == "optimizer":
+                rule = TableRule("rowwise_adam", 0.02, (0.8, 0.9), 1e-4, 0.1, lazy=True)
+                pending = [table.pending_sums for table in run.tables]
+                run.optimizer = TableOptimizer(run.optimizer.tables, rule, DIM, one_pass=True)
+                for table, sums in zip(run.tables, pending):
+                    table.pending_sums = sums
+        same(*([run.optimizer.grad_norm(CPU)] for run in (ordinary, far)))
+        for run in (ordinary, far):
+            run.optimizer.step(0.7)
+    same(ordinary.state(), far.state())
+
+
+def test_nothing_is_read_ahead_where_passes_add_up(tmp_path):
+    for memory, one_pass in (("disk", False), ("host", True)):
+        run = Run("adam", memory, 0, tmp_path, one_pass=one_pass)
+        assert backward(run, 0) is None
+    run = Run("adam", "disk", 0, tmp_path)
+    assert backward(run, 0, tokens=0) is None
+
+
+def test_what_is_read_ahead_is_counted_and_freed(tmp_path):
+    run = Run("adam", "disk", 0, tmp_path)
+    backward(run, 0)
+    rows = len(run.pool._last.missed)
+    assert run.optimizer.memory().far == ROWS * width("adam") + rows * 4 * 4 * DIM
+    run.optimizer.grad_norm(CPU)
+    run.optimizer.step(1.0)
+    run.pool.traffic()
+    assert run.optimizer.memory().far == ROWS * width("adam")
+
+
+def test_an_error_while_reading_ahead_is_that_of_the_step(tmp_path):
+    run = Run("adam", "disk", 0, tmp_path)
+    run.step(0)
+    moments = run.pool._far[0]
+    whole = moments["exp_avg"]
+    run.pool.traffic()
+    moments["exp_avg"] = whole[:3]  # which has not all the rows
+    assert backward(run, 1).ready == 0
+    run.optimizer.grad_norm(CPU)
+    run.optimizer.step(1.0)
+    with pytest.raises(IndexError, match="rows that do not ascend"):
+        run.forward(2)
+
+
+def test_an_error_while_reading_ahead_that_does_not_come_again(tmp_path):
+    ordinary, far = pair(tmp_path, "adam", "disk", 0)
+    for step in range(3):
+        far.pool.traffic()  # which waits for the step before
+        moments = far.pool._far[0]
+        whole, moments["exp_avg"] = moments["exp_avg"], moments["exp_avg"][:3]
+        for run in (ordinary, far):
+            backward(run, step)
+        moments["exp_avg"] = whole
+        for run in (ordinary, far):
+            run.optimizer.grad_norm(CPU)
+            run.optimizer.step(1.0)
+    same(ordinary.state(), far.state())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing is forked off here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_its_parents_thread(tmp_path):
+    run = Run("adam", "disk", 0, tmp_path)
+    backward(run, 0)
+    run.optimizer.grad_norm(CPU)
+    run.optimizer.step(1.0)
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        code = 1
+        try:
+            run.forward(1)
+        except RuntimeError as error:
+            code = 7 if "call FarRows.flush before a fork" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    run.forward(1)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("rule", ["rowwise_adam", "masters", "int8"])
+def test_gradients_that_are_sent_before_the_step(rule, memory, tmp_path):
+    """As those of GPUs are; with others in between that make them worthless."""
+    for cached in (0, 20):
+        ordinary, far = pair(tmp_path, rule, memory, cached)
+        far.pool.sends_ahead = True
+        for step in range(8):
+            for run in (ordinary, far):
+                backward(run, step, tokens=9)
+                if step == 3:
+                    run.optimizer.zero_grad()
+                if step in (2, 3, 4):
+                    backward(run, 50 + step)
+                if step == 5:
+                    for _, _, value in run.optimizer.state():
+                        value.numpy()[::3] *= 2
+                if step == 6:
+                    with torch.no_grad():
+                        run.forward(80 + step, tokens=30)
+            assert len(far.pool._sent) == 2
+            Job(lambda: None, CPU).wait()
+            if step == 7:  # which shows that it is what is used
+                rows, values = far.pool._sent[0].host
+                values.fill_(0.0)
+                assert len(rows)
+            same(*([run.optimizer.grad_norm(CPU)] for run in (ordinary, far)))
+            for run in (ordinary, far):
+                run.optimizer.step(0.7)
+            assert not far.pool._sent
+            if step == 6:
+                same(ordinary.state(), far.state())
+        assert not ordinary.state()[0].equal(far.state()[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The room for staged rows.
+
+
+def test_room_for_staged_rows_shrinks_once_the_cache_is_full(tmp_path):
+    ordinary, far = pair(tmp_path, "rowwise_adam", "host", 40, rows=400)
+    staged = []
+    for step in range(70):
+        how = {"tokens": 40 if step < 3 else 6, "skew": 3.0}
+        same(*(run.step(step, **how) for run in (ordinary, far)))
+        staged.append(far.pool._buffer.staged)
+    assert staged[-1] < staged[4] / 2
+    assert len(set(staged[4:])) <= 4  # it is seldom made anew
+    same(*(run.step(99, tokens=60, skew=1.0) for run in (ordinary, far)))  # and grows again
+    same(ordinary.state(), far.state())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class TableOptimizer:
             round a place in every layout. (0, 0) by default.
         one_pass: a table meets one backward pass in a step. A lazy one then has its gradient summed where it is used,
             in registers, if kernels for that serve it (:mod:`peer_dist.kernels.pending`), unless other ranks have
-            copies or columns of it.
+            copies or columns of it. The step of a far table begins in the backward pass, unless others have copies.
 
     Raises:
         ValueError: a far table, and a rule that is not lazy; or a table of eight bits, and one that is not lazy or has
@@ -118,11 +118,17 @@ class TableOptimizer:
             for name, table in self.tables.items()
         }
         self._moments = {name: self._new_moments(table) for name, table in self.tables.items()}
-        self._pools()
-        alone = all(group is None or dist.get_world_size(group) == 1 for group in (columns, copies))
+        pools = self._pools()
+        alone, own = (
+            all(group is None or dist.get_world_size(group) == 1 for group in groups)
+            for groups in ((columns, copies), (copies,))
+        )
+        early = one_pass and own  # else a step has other rows, and another gradient, than a backward pass
+        for pool in pools:  # the other half of what may be resident is for mappings
+            pool.ahead_bytes = pool.place.resident_bytes // (2 * len(pools)) if early else 0
         for table in self.tables.values():
             if rule.lazy and is_held(table):
-                ask_for_sums(table, None if one_pass else self._add_up)
+                ask_for_sums(table, self._send_ahead if early else None if one_pass else self._add_up)
             elif rule.lazy:
                 (ask_for_sums if one_pass and alone else _merge_as_it_comes)(table)
             else:
@@ -172,6 +178,14 @@ class TableOptimizer:
         """Make a gradient of what backward passes have left of it, as they would have done."""
         TableOptimizer._add_up(table)
         _end_pass(table)
+
+    @staticmethod
+    @torch.no_grad()
+    def _send_ahead(table: Tensor) -> None:
+        """Let the step of a far table begin while the backward pass goes on with earlier layers."""
+        pool, pending = far_rows_of(table), pending_sums(table)
+        if pool is not None and pool.sends_ahead and pending:
+            pool.send_ahead(table, *pending[-1].gradient(table))
 
     @staticmethod
     @torch.no_grad()
@@ -248,7 +262,10 @@ class TableOptimizer:
                 continue
             rows, values, squares = self._take(name)
             _step_rows(step, self._rounding(name), self._parts(name), values, rows, None, squares)
-        for pool, names in self._pools().items():
+        pools = self._pools()
+        for pool in pools:  # the first one's step waits for no reading for others
+            pool.stop_ahead()
+        for pool, names in pools.items():
             steps = []
             for name in names:
                 rows, values, squares = self._take(name)
@@ -283,6 +300,8 @@ class TableOptimizer:
         """Free the tables' gradients."""
         for table in self.tables.values():
             _drop(table)
+        for pool in self._pools():
+            pool.drop_ahead()
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(table name, part, tensor)`` of all that a checkpoint needs beside the tables.
@@ -320,7 +339,8 @@ class TableOptimizer:
 
     def memory(self) -> HeldBytes:
         """What this rank holds of the tables, of which a step needs no more. With the weights are the rows of far ones
-        that are near the kernels, with all that the optimizer keeps of them.
+        that are near the kernels, with all that the optimizer keeps of them; with what is far, what was brought to the
+        host for the next step.
         """
         tables = self.tables.values()
         of_pass = (getattr(table, "gradient_of_pass", _NO_PASS)[1] for table in tables)
@@ -329,7 +349,8 @@ class TableOptimizer:
         near = (tensor for pool in self._pools() for tensor in pool.near_tensors())
         states = (value for name in self.tables for value in self._states(name).values())
         away = [name for name, table in self.tables.items() if far_rows_of(table) is not None]
-        far = (tensor for name in away for tensor in self._parts(name).values())
+        far = [tensor for name in away for tensor in self._parts(name).values()]
+        far += [tensor for pool in self._pools() for tensor in pool.ahead_tensors()]
         scales = (scales for table in tables if (scales := scales_of(table)) is not None)
         return HeldBytes.of((*tables, *scales, *near), gradients, states, far=far)
 

@@ -13,7 +13,7 @@
   written.
 - Far tables (:mod:`peer_dist.planning.tiers`): each forward pass waits for the rows that the cache has not. Their step
   goes on behind the next forward pass, up to the layer that needs it; on CPU ranks it takes the cores that the pass
-  needs, and only a disk's part is hidden.
+  needs, and only a disk's part is hidden. What of it is read or sent during the backward pass is not modelled.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import cache, lru_cache
 
@@ -47,14 +47,26 @@ class Job:
                 if stream is not None:
                     self._done = stream.record_event()
 
-        self._future: Future[None] = _thread(os.getpid()).submit(run)
+        self._process = os.getpid()
+        self._future: Future[None] = _thread(self._process).submit(run)
 
     def wait(self) -> None:
         """Until it is done; on a GPU, until the host has done its part, and the current stream waits for the rest.
 
         Raises:
             BaseException: what it failed with, each time that somebody waits.
+            RuntimeError: this process was forked off since; threads stay with the parent.
         """
+        if self._process != os.getpid():
+            raise RuntimeError(
+                f"process {os.getpid()} was forked off from process {self._process} while that stepped far tables in "
+                "the background, and has none of their newer rows: call FarRows.flush before a fork"
+            )
         self._future.result()
         if self._done is not None:
             torch.cuda.current_stream().wait_event(self._done)
+
+    def settle(self) -> None:
+        """Until the thread has no more to do with it, however that went."""
+        if self._process == os.getpid():
+            wait([self._future])

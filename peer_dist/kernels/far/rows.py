@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from peer_dist.kernels import disk
 from peer_dist.kernels.allocation import huge_pages
 from peer_dist.kernels.eight_bit import scales_of
+from peer_dist.kernels.far.ahead import Ahead
 from peer_dist.kernels.far.background import Job
 from peer_dist.kernels.far.hot import Exchange, Hot
 from peer_dist.kernels.far.place import Place
@@ -21,6 +22,7 @@ from peer_dist.kernels.far.ranges import Range, Ranges
 from peer_dist.kernels.picks import Picks
 
 _BLOCK = 1 << 24  # bytes of rows that are put together at a time, on their way to or from a disk or a GPU
+_SETTLED = 16  # steps after the cache was filled until the room for staged rows is first looked at
 _ROOM = 1.25  # of a buffer for staged rows, over what the passes needed for which it was made
 
 Parts = Mapping[str, Tensor]
@@ -101,6 +103,7 @@ class _Staged:
         missed: ``[n]`` int64 ascending, the rows in its range.
         cost: of the pass, until that is counted.
         version: of the picks.
+        ahead: states of the missed rows that are read while the backward pass goes on.
     """
 
     steps: int
@@ -111,6 +114,20 @@ class _Staged:
     range: Range
     cost: FarTraffic
     version: int = 0
+    ahead: Ahead | None = None
+
+
+@dataclass
+class _Sent:
+    """A gradient whose far rows are copied to the host before the step.
+
+    Attributes:
+        gradient: ``[touched, columns]``, of which they are.
+        host: the numbers and gradients of the rows that are not kept, once they are there.
+    """
+
+    gradient: Tensor
+    host: tuple[Tensor, Tensor] | None = None
 
 
 class FarRows:
@@ -127,6 +144,11 @@ class FarRows:
     Args:
         place: where they lie.
         tables: ``[rows, columns]`` each, made by ``place``, their scales too.
+
+    Attributes:
+        ahead_bytes: of states that are read from a disk from the moment a backward pass begins, for the step after it,
+            at most. Meant for who steps after each pass: each backward pass reads anew.
+        sends_ahead: whether gradients are worth a :meth:`send_ahead`.
     """
 
     def __init__(self, place: Place, tables: Sequence[Tensor]) -> None:
@@ -143,6 +165,8 @@ class FarRows:
         self._traffic = FarTraffic(0, 0, 0, 0)
         self._steps = 0
         self._refreshed = 0  # times that kept rows were read again
+        self.ahead_bytes = 0
+        self.sends_ahead = place.device.type == "cuda"  # elsewhere they are with the host
         self._stale = False  # whether kept rows are to be read again
         self._versions = self._written()
         self._forget()
@@ -164,9 +188,11 @@ class FarRows:
         self._states: list[dict[str, Tensor]] | None = None  # of kept rows, from the first on
         self._staged = WeakTensorKeyDictionary()  # Picks.expert to what was staged for it
         self._used = WeakTensorKeyDictionary()  # renumbered picks, whose rows must stay while kernels have them
+        self._sent: dict[int, _Sent] = {}  # by the number of the table
         self._last: _Staged | None = None  # of the last training pass, whose step need not read its weights again
         self._buffer = _Buffer(self._far, 0, 0, self._device)
         self._peak = 0
+        self._full = 0  # steps since every place is taken
 
     @property
     def device(self) -> torch.device:
@@ -219,10 +245,13 @@ class FarRows:
         if not steps:
             return
         device = steps[0].rows.device
+        self.stop_ahead()
         self._ready(device)
         last, self._last = self._last, None
         if last is not None and (last.steps, last.refreshed) != (self._steps, self._refreshed):
             last = None
+        all_sent, self._sent = self._sent, {}
+        sent_of = [self._usable(all_sent.get(self._number(step.table)), step) for step in steps]
         self._steps += 1  # staged rows are old from now on
         slots_of = [self._hot.slots(step.rows) for step in steps]
         for slots in slots_of:
@@ -239,11 +268,13 @@ class FarRows:
                 {part: _empty(self._hot.capacity, far[part], self._device) for part in far if part not in _READ}
                 for far in self._far
             ]
+        elif 0 < self._hot.capacity == self._hot.used:
+            self._shrink()
 
         def work() -> None:
-            for step, slots in zip(steps, slots_of):
+            for step, slots, sent in zip(steps, slots_of, sent_of):
                 self._step_kept(step, slots)
-                self._step_far(step, slots, last)
+                self._step_far(step, slots, last, sent)
             self._exchange(exchange, old)
 
         self._job = Job(work, device)
@@ -253,6 +284,7 @@ class FarRows:
         """Write the rows that are kept to where they lie. What lies there is the truth then, and whoever writes to it
         before the next pass or step is heard by that.
         """
+        self._drop_reading()  # who writes then may use the mapping
         self._settle()
         if self._device.type == "cuda":  # whose kernels may still read over the bus
             torch.cuda.current_stream(self._device).synchronize()
@@ -261,6 +293,34 @@ class FarRows:
         self._write_back(rows, slots[order])
         self._dirty.zero_()
         self._stale = True
+
+    @torch.no_grad()
+    def send_ahead(self, table: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Begin to copy to the host what a step will need there, if it is given these rows and values of a gradient."""
+        sent, hot = _Sent(values), self._hot
+
+        def work() -> None:
+            away = (hot.slots(rows) < 0).nonzero()[:, 0]
+            sent.host = _on_host(rows[away]), _on_host(values[away])
+
+        self._sent[self._number(table)] = sent
+        Job(work, rows.device)  # the step's comes after it, and does without where it failed
+
+    def stop_ahead(self) -> None:
+        """Read no more for a step: it begins, and reads what it needs."""
+        if self._last is not None and self._last.ahead is not None:
+            self._last.ahead.stop()
+
+    def drop_ahead(self) -> None:
+        """Forget what was read and sent for a step that is not taken."""
+        self._drop_reading()
+        self._sent.clear()
+
+    def _drop_reading(self) -> None:
+        """Nothing is being read afterwards."""
+        if self._last is not None and self._last.ahead is not None:
+            self._last.ahead.drop()
+            self._last.ahead = None
 
     def traffic(self) -> FarTraffic:
         """What training asked of the far memory since the last call; of passes whose backward pass has begun. Waits for
@@ -276,6 +336,13 @@ class FarRows:
             yield from parts.values()
         yield from self._hot.tensors()
         yield self._dirty
+
+    def ahead_tensors(self) -> Iterator[Tensor]:
+        """The host's memory of what is read and sent for the next step."""
+        for sent in self._sent.values():
+            yield from sent.host or ()
+        if self._last is not None and self._last.ahead is not None:
+            yield from self._last.ahead.tensors()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Whether what is near is true.
@@ -335,10 +402,23 @@ class FarRows:
             return None
         if in_backward:  # it was a training pass
             self._traffic, found.cost = self._traffic + found.cost, FarTraffic(0, 0, 0, 0)
-            self._last = found
+            if self._last is not found:
+                self._drop_reading()
+                self._last = found
+                found.ahead = self._read_ahead(found.missed)
         return found
 
+    def _read_ahead(self, rows: Tensor) -> Ahead | None:
+        if not self.ahead_bytes or not len(rows):
+            return None
+        states = [
+            {part: tensor for part, tensor in parts.items() if part not in _READ and disk.is_mapped(tensor)}
+            for parts in self._far
+        ]
+        return Ahead(states, rows, self.ahead_bytes, self._block, self._device) if any(states) else None
+
     def _stage(self, expert: Tensor) -> _Staged:
+        self._drop_reading()
         self._last = None  # its room may be needed
         touched, inverse = torch.unique(expert, return_inverse=True)
         absent = expert.is_cuda and len(touched) > 0 and int(touched[0]) < 0  # picks that are not there are of row -1
@@ -372,20 +452,41 @@ class FarRows:
         range_ = self._buffer.ranges.take(count)
         self._peak = max(self._peak, self._buffer.ranges.taken + (count if range_ is None else 0))
         if range_ is None:
-            old = self._buffer
-            self._buffer = _Buffer(self._far, old.kept, self._room(count), self._device)
-            for near, before in zip(self._buffer.tables, old.tables):
-                for part, tensor in near.items():
-                    tensor[: self._hot.used].copy_(before[part][: self._hot.used])
+            self._let_stage(self._room(count))
             range_ = self._buffer.ranges.take(count)
             assert range_ is not None
         return range_
+
+    def _let_stage(self, staged: int) -> None:
+        """Have a buffer with room for this many staged rows."""
+        old = self._buffer
+        self._buffer = _Buffer(self._far, old.kept, staged, self._device)
+        for near, before in zip(self._buffer.tables, old.tables):
+            for part, tensor in near.items():
+                tensor[: self._hot.used].copy_(before[part][: self._hot.used])
+
+    def _shrink(self) -> None:
+        """Once the cache is full, passes stage fewer rows than before: look now and then what they needed of late."""
+        self._full += 1
+        if self._full & (self._full - 1):  # ever more seldom: a buffer is copied, and may have to grow again
+            return
+        if self._full >= _SETTLED and 2 * self._room(0) <= self._buffer.staged:
+            self._let_stage(self._room(0))
+        self._peak = self._buffer.ranges.taken
 
     def _room(self, count: int) -> int:
         return min(math.ceil(max(self._peak, count) * _ROOM), max(len(self._far[0]["weights"]), count))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Steps.
+
+    @staticmethod
+    def _usable(sent: _Sent | None, step: RowStep) -> _Sent | None:
+        """What was sent, if it is of the gradient that is stepped with."""
+        if sent is None:
+            return None
+        there, here = sent.gradient, step.values
+        return sent if (there.data_ptr(), there.shape) == (here.data_ptr(), here.shape) else None
 
     def _step_kept(self, step: RowStep, slots: Tensor) -> None:
         """Step the rows that are kept, in their ``slots [touched]``; -1 is of no other row."""
@@ -403,7 +504,7 @@ class FarRows:
         near = self._buffer.tables[number]
         return {**{part: tensor[: self._buffer.kept] for part, tensor in near.items()}, **self._states[number]}
 
-    def _step_far(self, step: RowStep, slots: Tensor, last: _Staged | None) -> None:
+    def _step_far(self, step: RowStep, slots: Tensor, last: _Staged | None, sent: _Sent | None) -> None:
         """Step the other rows, where they lie. A disk is not asked again for what the ``last`` pass has staged."""
         some = (slots < 0).nonzero()[:, 0]
 
@@ -412,7 +513,8 @@ class FarRows:
 
         number = self._number(step.table)
         far = self._far[number]
-        rows, values = here(step.rows), here(step.values)
+        host = None if sent is None else sent.host
+        rows, values = (here(step.rows), here(step.values)) if host is None else host
         squares = None if step.squares is None else here(step.squares)
         written = read = len(rows) * sum(map(_width, far.values()))
         if not any(map(disk.is_mapped, far.values())):
@@ -437,8 +539,14 @@ class FarRows:
         found = missed[place] == rows
         there = (~found).nonzero()[:, 0]
         here = found.nonzero()[:, 0]
+        begin, end = int(place[0]), int(place[-1]) + 1
+        ahead = last.ahead if len(here) == len(rows) == end - begin else None
         parts, saved = {}, 0
         for part, tensor in far.items():
+            early = None if ahead is None else ahead.take(number, part, begin, end)
+            if early is not None:
+                parts[part] = early
+                continue
             near = last.buffer.tables[number].get(part)
             if near is None:
                 parts[part] = _read(tensor, rows)
@@ -501,8 +609,13 @@ class FarRows:
     def _row_bytes(self) -> int:
         return sum(_width(tensor) for parts in self._far for tensor in parts.values())
 
+    @property
+    def _block(self) -> int:
+        """Rows that are put together at a time."""
+        return max(1, _BLOCK // max(1, self._row_bytes()))
+
     def _blocks(self, count: int) -> list[slice]:
-        size = max(1, _BLOCK // max(1, self._row_bytes()))
+        size = self._block
         return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
 
