@@ -6,6 +6,8 @@ import math
 import os
 import pickle
 import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -31,13 +33,6 @@ RULES = {
     "float8": ("adam", torch.uint8, 3),
 }
 MEMORIES = ("host", "disk")
-
-
-@pytest.fixture(autouse=True)
-def alone():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def width(rule, tables=2, dim=DIM):
@@ -419,6 +414,49 @@ def test_traffic(tmp_path):
     assert run.pool.traffic() == (touched.misses, 0, 0, 0)
     run.pool.flush()
     assert run.pool.traffic() == (0, 0, 0, touched.misses * state)
+
+
+def test_threads_share_a_pool(tmp_path):
+    """Each finds its own rows, though others stage theirs and the buffer grows meanwhile."""
+    plain, far = pair(tmp_path, memory="disk", cached=10)
+    generator = torch.Generator().manual_seed(1)
+    expert = [torch.randint(ROWS, (2 + number, 5), generator=generator) for number in range(40)]
+    x = torch.randn(50, DIM, generator=generator)
+
+    def output(run, picks):
+        gate = torch.ones(picks.numel(), dtype=torch.float32, device="cpu")
+        return expert_mix(x[: len(picks)], Picks.even(picks), gate, *run.tables, "gelu")
+
+    def outputs(run, numbers):
+        with torch.no_grad():
+            return [output(run, expert[number]) for number in numbers]
+
+    orders = [[(number * step) % 40 for number in range(40)] for step in (1, 3, 7, 9, 11, 13, 17, 19)]
+    wanted = outputs(plain, range(40))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(lambda order: outputs(far, order), orders))
+    finally:
+        sys.setswitchinterval(before)
+    for order, of_thread in zip(orders, found):
+        same(of_thread, [wanted[number] for number in order])
+
+
+def test_a_lazy_optimizer_refuses_dense_gradients():
+    for one_pass in (False, True):
+        table = torch.nn.Parameter(torch.ones(4, 3))
+        optimizer = TableOptimizer(
+            {"t": table}, TableRule("adam", 0.1, (0.9, 0.99), 1e-8, 0.0, True), 3, one_pass=one_pass
+        )
+
+        def step(table=table, optimizer=optimizer):
+            table.sum().backward()
+            optimizer.grad_norm(CPU)
+
+        with pytest.raises(ValueError, match=r"needs sparse gradients.*sparse_grad=True"):
+            step()
 
 
 def test_shapes_alone(tmp_path):

@@ -165,7 +165,7 @@ class TableOptimizer:
                 values = torch.empty(0, table.shape[1], dtype=gradient_dtype(table), device=device)
                 return row_gradient(none, values, len(table))
             return torch.zeros_like(table, requires_grad=False)
-        return merge(grad) if self.lazy else grad
+        return merge(_sparse(grad)) if self.lazy else grad
 
     def _pending(self, table: Tensor) -> PendingSums | None:
         """The sums of all of the table's gradient, if a step can take them in registers."""
@@ -232,7 +232,8 @@ class TableOptimizer:
                 dist.all_reduce(grad, group=self._copies)
             squares += row_squares(grad.values() if self.lazy else grad).sum()
             _let_gradient(table, grad)
-        dist.all_reduce(squares)
+        if dist.is_initialized():  # else this process is the world
+            dist.all_reduce(squares)
         return (squares / copies).sqrt() / self._data_parallel_size
 
     @torch.no_grad()
@@ -428,6 +429,20 @@ def _drop(table: Tensor) -> None:
         pending.clear()
 
 
+def _sparse(grad: Tensor) -> Tensor:
+    """A gradient that is sparse.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not grad.is_sparse:
+        raise ValueError(
+            f"a lazy table optimizer needs sparse gradients, and that of a table {list(grad.shape)} is dense: build "
+            "the layer with sparse_grad=True"
+        )
+    return grad
+
+
 def _merge_as_it_comes(table: Tensor) -> None:
     """Keep the gradient merged after each micro-batch, so that it is no longer than the rows touched by any.
 
@@ -438,7 +453,7 @@ def _merge_as_it_comes(table: Tensor) -> None:
 
     def before(grad: Tensor) -> None:
         nonlocal merged
-        merged = table.grad is None and grad.is_coalesced()
+        merged = table.grad is None and _sparse(grad).is_coalesced()
 
     def after(_: Tensor) -> None:
         assert table.grad is not None

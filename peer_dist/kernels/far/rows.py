@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,6 +86,21 @@ class RowStep(NamedTuple):
     update: Callable[[Parts, Tensor, Tensor | None, Tensor | None, Tensor | None], None]
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _one_at_a_time(method: Callable[Concatenate[FarRows, _P], _R]) -> Callable[Concatenate[FarRows, _P], _R]:
+    """Threads that use a pool wait for each other here: each finds its rows, and leaves the others theirs."""
+
+    @functools.wraps(method)
+    def call(self: FarRows, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
+
 class _Buffer:
     """Of each table the rows near the kernels: those that are kept, and those staged for passes under way."""
 
@@ -153,6 +170,7 @@ class FarRows:
 
     def __init__(self, place: Place, tables: Sequence[Tensor]) -> None:
         self.place = place
+        self._lock = threading.RLock()
         self._far: list[dict[str, Tensor]] = [{} for _ in tables]
         self._public: list[dict[str, Tensor]] = [{} for _ in tables]  # the same, whose writers torch counts
         for number, table in enumerate(tables):
@@ -199,6 +217,7 @@ class FarRows:
         """Of the kernels, and of gradients."""
         return self._device
 
+    @_one_at_a_time
     def keep(self, table: Tensor, states: Parts) -> None:
         """Say all that an optimizer keeps of a table's rows beside the weights: ``[rows, ...]``, made by the place.
         To say it again costs nothing.
@@ -214,6 +233,7 @@ class FarRows:
         self._versions = self._written()
         self._forget()
 
+    @_one_at_a_time
     @torch.no_grad()
     def near(self, picks: Picks, tables: Sequence[Tensor]) -> Near:
         """Some of its tables with the rows that these picks read; see :func:`peer_dist.kernels.far.near`.
@@ -239,6 +259,7 @@ class FarRows:
                 [parts.get("scales") for parts in near],
             )
 
+    @_one_at_a_time
     @torch.no_grad()
     def step(self, steps: Sequence[RowStep]) -> None:
         """Step rows of its tables, each table once, in the background."""
@@ -279,6 +300,7 @@ class FarRows:
 
         self._job = Job(work, device)
 
+    @_one_at_a_time
     @torch.no_grad()
     def flush(self) -> None:
         """Write the rows that are kept to where they lie. What lies there is the truth then, and whoever writes to it
@@ -294,6 +316,7 @@ class FarRows:
         self._dirty.zero_()
         self._stale = True
 
+    @_one_at_a_time
     @torch.no_grad()
     def send_ahead(self, table: Tensor, rows: Tensor, values: Tensor) -> None:
         """Begin to copy to the host what a step will need there, if it is given these rows and values of a gradient."""
@@ -306,11 +329,13 @@ class FarRows:
         self._sent[self._number(table)] = sent
         Job(work, rows.device)  # the step's comes after it, and does without where it failed
 
+    @_one_at_a_time
     def stop_ahead(self) -> None:
         """Read no more for a step: it begins, and reads what it needs."""
         if self._last is not None and self._last.ahead is not None:
             self._last.ahead.stop()
 
+    @_one_at_a_time
     def drop_ahead(self) -> None:
         """Forget what was read and sent for a step that is not taken."""
         self._drop_reading()
@@ -322,6 +347,7 @@ class FarRows:
             self._last.ahead.drop()
             self._last.ahead = None
 
+    @_one_at_a_time
     def traffic(self) -> FarTraffic:
         """What training asked of the far memory since the last call; of passes whose backward pass has begun. Waits for
         the step in the background.
