@@ -64,8 +64,8 @@ _lock = threading.Lock()  # of the traffic, and of the watch's thread
 _files: dict[int, _File] = {}
 """By the address at which they are mapped."""
 
-_libc = ctypes.CDLL(None, use_errno=True)
-if sys.platform != "win32":
+if sys.platform != "win32":  # where no tensor can be mapped, but all else is
+    _libc = ctypes.CDLL(None, use_errno=True)
     _libc.mmap.restype = ctypes.c_void_p
     _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
