@@ -380,7 +380,7 @@ OPTIONS = {
     "evaluate": ["--stride", "--batch-size"],
     "usage": ["--batch-size"],
     "prepare": ["--train-bpe", "--max-document"],
-    "plan": ["--gpus", "--gpus-per-node", "--tokens", "--price", "--hits", "--vocab-size"],
+    "plan": ["--gpus", "--gpus-per-node", "--tokens", "--price", "--hits", "--zipf", "--hit-rate", "--vocab-size"],
     "match": ["--tolerance", "--vocab-size"],
     "sweep": ["--jobs", "--ranks", "--limit-minutes", "--task"],
     "submit": ["--nodes", "--gpus-per-node", "--ranks-per-node", "--signal-lead", "--chain", "--max-restarts"],

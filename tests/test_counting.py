@@ -20,7 +20,14 @@ import gpu  # noqa: E402
 import page  # noqa: E402
 from counting import META, Count, Counter, total  # noqa: E402
 
-from peer_dist.tracing import span  # noqa: E402
+from peer_dist.tracing import position, span  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def outside_of_spans(monkeypatch):
+    """An error in another test leaves the span in which it was."""
+    monkeypatch.setattr(position, "span", "")
+
 
 SMALL = counts.Sizes(tokens=64, dim=32, experts=32**2, heads=2, top_k=4, key_dim=16)
 

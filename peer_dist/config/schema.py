@@ -453,7 +453,7 @@ class Config(_Layers):
                     f"{kind.key('table_dtype')} is float32; set that to bfloat16 or stochastic_rounding to false"
                 )
             for key, value, held in (
-                ("table_memory", tables.memory, tables.memory != "device"),
+                ("table_memory", tables.memory, tables.far),
                 ("table_dtype", tables.dtype, tables.eight_bit),
             ):
                 if held and not self.table_optimizer.lazy:
@@ -564,6 +564,11 @@ class Config(_Layers):
     def kind_of(self, number: int) -> Kind[Any]:
         """The kind of a layer, counted from 0."""
         return KINDS[self.model.mlp_kinds[number]]
+
+    @property
+    def far_tables(self) -> bool:
+        """Whether the rows of some tables lie elsewhere than on the device."""
+        return any(tables.far for kind in self.kinds if (tables := kind.tables(self)))
 
     def stage_of(self, number: int) -> int:
         """The pipeline stage of a layer, both counted from 0."""

@@ -52,10 +52,14 @@ _LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {  # of TensorBoard's custom sc
         "tokens per second": ("speed/tokens_per_second",),
         "where a step's seconds go": (r"time/\w+",),
         "bytes exchanged per token": ("exchange/bytes_per_token",),
-        "rows found near the kernels (of 1)": ("tables/cache_hit_rate",),
-        "bytes of far rows per token": (r"tables/far_\w+_bytes_per_token",),
         "slowest rank over the median": ("speed/slowest_rank_ratio",),
         "peak memory (GiB)": ("memory/peak_gib",),
+    },
+}
+_FAR_LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
+    "far tables": {
+        "rows found near the kernels (of 1)": ("tables/cache_hit_rate",),
+        "bytes of far rows per token": (r"tables/far_\w+_bytes_per_token",),
     },
 }
 
@@ -69,9 +73,12 @@ class Metrics:
         resumed_at: the step of the checkpoint that the run goes on from; scalars of later steps are removed. None for a
             new run: files of another run in the folder are renamed.
         tell: prints a sentence about what cannot be written or read.
+        far: whether the run has far tables, so that there is a tab for them.
     """
 
-    def __init__(self, folder: Path, resumed_at: int | None, tell: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, folder: Path, resumed_at: int | None, tell: Callable[[str], None] | None = None, far: bool = False
+    ) -> None:
         self._folder, self._tell, self._last_image = folder, tell or messages().print, -1
         self._lost: dict[str, str] = {}  # what is not written at present, and why
         self._untold: list[dict[str, Any]] = []  # events that wait until events can be written again
@@ -85,9 +92,10 @@ class Metrics:
         if resumed_at is None:
             with self._outlasting("pictures", folder / IMAGES):
                 _set_aside(folder / IMAGES)
+            layout = _LAYOUT | _FAR_LAYOUT if far else _LAYOUT
             tabs = {
                 tab: {name: ["Multiline", [f"{tag}$" for tag in tags]] for name, tags in charts.items()}
-                for tab, charts in _LAYOUT.items()
+                for tab, charts in layout.items()
             }
             self._add(summary.custom_scalars(tabs), step=0)
 

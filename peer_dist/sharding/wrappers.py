@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from peer_dist.kernels.eight_bit import is_eight_bit
 from peer_dist.kernels.pending import asks_for_sums
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def exempt_tables(model: nn.Module) -> list[nn.Parameter]:
             continue
         # on one rank too, where an optimizer of their own may step what DDP broadcasts in each pass: buffers
         names += [name for table in module.tables() for name in _names_for_ddp(prefix, table)]
-        names += [prefix + scales_name(table) for table in module.tables()]
+        names += [prefix + scales_name(name) for name, table in module.tables().items() if is_eight_bit(table)]
     # torch's wrapper of checkpointing hides its own name from named_parameters, by which DDP broadcasts
     names += [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in tables]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(dict.fromkeys(names)))

@@ -81,9 +81,8 @@ class Run:
         trainer, config = self._trainer, self._config
         hosts = environment(trainer.parallel)
         if trainer.parallel.rank == 0:
-            self._metrics = Metrics(
-                Path(config.logging.dir), trainer.steps_done if trainer.resumed else None, self._say
-            )
+            resumed_at = trainer.steps_done if trainer.resumed else None
+            self._metrics = Metrics(Path(config.logging.dir), resumed_at, self._say, config.far_tables)
             tree = config.model_dump(mode="json")
             if not trainer.resumed:
                 self._metrics.config(tree)

@@ -361,7 +361,7 @@ class Trainer:
             values["exchange/bytes_per_token"] = sent / tokens
             if routed:
                 values["exchange/row_shards_hit"] = received / routed / self.config.parallel.expert_tensor
-        if any(tables.memory != "device" for kind in self.config.kinds if (tables := kind.tables(self.config))):
+        if self.config.far_tables:
             if hits + misses:
                 values["tables/cache_hit_rate"] = hits / (hits + misses)
             values["tables/far_read_bytes_per_token"] = read / tokens
