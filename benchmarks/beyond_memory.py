@@ -402,7 +402,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 if name != names[-1]:
                     panel.axvline(begin, color="0.5", linewidth=0.8, linestyle=":")
             killed = runs["device"]["samples"]
-            if names[0] == "disk" and "group_gb" in killed:
+            if names[0] == "disk" and "group_gb" in killed and runs["device"]["exit_code"] < 0:
                 label = "tables in memory, under the limit: killed"
                 panel.plot(killed["seconds"], killed["group_gb"], color="k", linewidth=0.8, label=label)
             panel.axhline(results["tables"] / 1e9, color="C3", linestyle="--", linewidth=0.8, label="the tables")

@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -669,6 +670,24 @@ def test_gradients_that_are_sent_before_the_step(rule, memory, tmp_path):
         assert not ordinary.state()[0].equal(far.state()[0])
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_thread_that_is_late_sends_what_the_step_expects(memory, tmp_path):
+    """The step has given places to other rows before the thread comes to what the backward pass asked for."""
+    ordinary, far = pair(tmp_path, "rowwise_adam", memory, 12)
+    far.pool.sends_ahead = True
+    for step in range(8):
+        far.pool.traffic()  # the thread has nothing left to do
+        busy = threading.Event()
+        Job(lambda busy=busy: busy.wait(20), CPU)
+        for run in (ordinary, far):
+            run.forward(step, tokens=9).square().sum().backward()
+        same(*([run.optimizer.grad_norm(CPU)] for run in (ordinary, far)))
+        for run in (ordinary, far):
+            run.optimizer.step(0.7)
+        busy.set()
+    same(ordinary.state(), far.state())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The room for staged rows.
 
@@ -681,7 +700,7 @@ def test_room_for_staged_rows_shrinks_once_the_cache_is_full(tmp_path):
         same(*(run.step(step, **how) for run in (ordinary, far)))
         staged.append(far.pool._buffer.staged)
     assert staged[-1] < staged[4] / 2
-    assert len(set(staged[4:])) <= 4  # it is seldom made anew
+    assert len(set(staged[4:])) <= 8  # it is seldom made anew; a busy thread lets go of some rows late
     same(*(run.step(99, tokens=60, skew=1.0) for run in (ordinary, far)))  # and grows again
     same(ordinary.state(), far.state())
 

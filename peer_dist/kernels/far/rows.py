@@ -320,10 +320,10 @@ class FarRows:
     @torch.no_grad()
     def send_ahead(self, table: Tensor, rows: Tensor, values: Tensor) -> None:
         """Begin to copy to the host what a step will need there, if it is given these rows and values of a gradient."""
-        sent, hot = _Sent(values), self._hot
+        sent, slots = _Sent(values), self._hot.slots(rows)  # now: a step changes places before the thread comes to this
 
         def work() -> None:
-            away = (hot.slots(rows) < 0).nonzero()[:, 0]
+            away = (slots < 0).nonzero()[:, 0]
             sent.host = _on_host(rows[away]), _on_host(values[away])
 
         self._sent[self._number(table)] = sent
