@@ -5,7 +5,7 @@
 
 Four processes, one after the other, each the ordinary command ``python -m peer_dist train --config CONFIG``:
 
-- ``device``: with the tables in memory, under the limit. It does not live.
+- ``device``: with the tables in memory, under the limit. It is refused.
 - ``disk``: as the config says, under the limit; half-way it gets a SIGTERM, upon which it saves and leaves.
 - ``resumed``: the same command again, under the limit; it goes on to the end.
 - ``memory``: with the tables in memory and no limit: losses of all steps, and the checkpoint, must be the same. With
