@@ -29,7 +29,7 @@ from tests.runs import (
     with_keys,
 )
 
-STEPS = 7
+STEPS = 10
 ROW = 2 * 32 * 4 / 1e9  # GB of a row of both tables of the small model
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, create_model, field_validator, model_validator
 
 from peer_dist.kinds import DENSE, KINDS, Kind, NotCausal
-from peer_dist.kinds.cost import total
+from peer_dist.kinds.cost import FLOAT, total
 from peer_dist.kinds.routing import RouterSection
 from peer_dist.kinds.section import (
     LARGEST,
@@ -235,8 +235,17 @@ class TableOptimizerConfig(Section):
         description="update only the rows that the step's picks touched: no decay, and frozen moments, of the others",
     )
     stochastic_rounding: bool = Field(
-        False, description="bfloat16 tables without float32 masters, rounded up or down at random"
+        False, description="tables of bfloat16 or eight bits without float32 masters, rounded up or down at random"
     )
+
+    @property
+    def moments(self) -> tuple[int, int]:
+        """How many float32 numbers it keeps of each element, and of each row."""
+        return {"adam": (2, 0), "rowwise_adam": (1, 1), "rowwise_adagrad": (0, 1)}[self.name]
+
+    def keeps_masters(self, itemsize: int) -> bool:
+        """Whether tables whose elements have so many bytes have float32 masters beside them."""
+        return itemsize < FLOAT and not self.stochastic_rounding
 
 
 class DataConfig(Section):

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from peer_dist.config import Config
-from peer_dist.config.schema import ParallelConfig
+from peer_dist.config.schema import ParallelConfig, TableOptimizerConfig
 from peer_dist.kinds import KINDS
 from peer_dist.kinds.cost import FLOAT, Shape
 from peer_dist.kinds.routing import core_shapes
@@ -18,6 +18,7 @@ from peer_dist.planning.hit_rate import EVEN, Skew, distinct
 from peer_dist.planning.layout import Layout, Place
 from peer_dist.sharding.grid import first_of
 
+_OF_EXPERTS = TableOptimizerConfig(name="adam")  # as the optimizer of coarse experts keeps its states
 PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter whole on every rank (DeepSpeed's default)
 
 
@@ -202,10 +203,10 @@ def _shard_state(layout: Layout, blocks: list[Block], itemsize: int, skew: Skew 
     weights, optimizer = [0, 0], [0, 0]  # near and far
     gradients = [0.0, 0.0]
     for block in blocks:
-        kind, element = (table.name, block.itemsize) if block.table_rows else ("adam", itemsize)
-        master = element < FLOAT and not (block.table_rows and table.stochastic_rounding)
-        moments = {"adam": 2 * block.size, "rowwise_adam": block.size + block.rows, "rowwise_adagrad": block.rows}
+        rule, element = (table, block.itemsize) if block.table_rows else (_OF_EXPERTS, itemsize)
+        whole, one = rule.moments
         weights[block.far] += block.size * element + block.rows * block.scale_size
         gradients[block.far] += gradient_bytes(layout, block, block.gradient_itemsize or itemsize, skew=skew)
-        optimizer[block.far] += (moments[kind] + master * block.size) * FLOAT
+        kept = (whole + rule.keeps_masters(element)) * block.size + one * block.rows
+        optimizer[block.far] += kept * FLOAT
     return State(weights[0], sum(gradients), optimizer[0], 0, weights[1], optimizer[1], gradients[1])

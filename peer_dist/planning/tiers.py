@@ -40,7 +40,7 @@ class Pool:
     rows: int
     columns: int
     cached: int
-    optimizer: str
+    moments: tuple[int, int]
     masters: bool
 
     @property
@@ -51,7 +51,7 @@ class Pool:
     @property
     def state_bytes(self) -> int:
         """Bytes of its moments and masters."""
-        whole, one = _moments(self.optimizer)
+        whole, one = self.moments
         return len(self.tables.names) * FLOAT * ((whole + self.masters) * self.columns + one)
 
     @property
@@ -74,7 +74,7 @@ class Pool:
         """Those of them that are on a disk."""
         if self.tables.memory != "disk":
             return 0
-        ones = FLOAT * _moments(self.optimizer)[1] + self.tables.scale_size
+        ones = FLOAT * self.moments[1] + self.tables.scale_size
         return self.bytes - self.rows * len(self.tables.names) * ones
 
     @property
@@ -107,11 +107,6 @@ class Pool:
         return max(min(_ROOM * rows, self.rows), rows) * self.row_bytes
 
 
-def _moments(optimizer: str) -> tuple[int, int]:
-    """Moments of the same shape as a table, and those of one number a row."""
-    return {"adam": (2, 0), "rowwise_adam": (1, 1), "rowwise_adagrad": (0, 1)}[optimizer]
-
-
 def far_pools(layout: Layout, place: Place) -> list[Pool]:
     """A rank's far tables, in the order of their first layers; pools of one kind share its cache evenly."""
     config, kinds = layout.config, layout.config.model.mlp_kinds
@@ -126,8 +121,7 @@ def far_pools(layout: Layout, place: Place) -> list[Pool]:
         rows = part_of(tables.rows, place.row, layout.rows)
         columns = part_of(config.model.hidden_size, place.column, layout.columns)
         table = config.table_optimizer
-        masters = 1 < tables.itemsize < FLOAT and not table.stochastic_rounding
-        pool = Pool(tables, layers, rows, columns, 0, table.name, masters)
+        pool = Pool(tables, layers, rows, columns, 0, table.moments, table.keeps_masters(tables.itemsize))
         share = tables.cache_bytes // number[kinds[layers[0]]]
         pools.append(replace(pool, cached=min(rows, share // pool.cached_bytes)))
     return pools
@@ -194,7 +188,7 @@ def stepped(pool: Pool, rows: float, hardware: Hardware) -> FarStep:
     computed = (2 * size + gradients) / _rate(hardware, "host")
     if pool.tables.memory == "host":
         return FarStep(over + computed, size)
-    requests = pool.runs(rows) * len(pool.tables.names) * (1 + _moments(pool.optimizer)[0] + pool.masters)
+    requests = pool.runs(rows) * len(pool.tables.names) * (1 + pool.moments[0] + pool.masters)
     disk = _disk_seconds(hardware, "read", requests, size) + _disk_seconds(hardware, "write", requests, size)
     return FarStep(over + computed + disk, size)
 

@@ -300,7 +300,6 @@ def optimizer_bytes(layout: Layout, place: Place, memory: PeakMemory, skew: Skew
 def _untouched(layout: Layout, block: Block, skew: Skew) -> float:
     """Bytes of a table's weights and states that a lazy step leaves alone."""
     table = layout.config.table_optimizer
-    numbers = {"adam": 2.0, "rowwise_adam": 1.0, "rowwise_adagrad": 0.0}[table.name]
-    master = block.itemsize < FLOAT and not table.stochastic_rounding
+    numbers, master = table.moments[0], table.keeps_masters(block.itemsize)
     share = 1 - touched(layout, block, skew=skew)
     return share * block.size * (block.itemsize + 2 * FLOAT * (numbers + master))

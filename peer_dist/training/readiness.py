@@ -15,6 +15,7 @@ from peer_dist.checkpoints.store import CheckpointStore, is_unfinished
 from peer_dist.config import Config, ConfigError, check_folders, check_world
 from peer_dist.data.stream import check_data
 from peer_dist.kernels import disk
+from peer_dist.kinds.cost import FLOAT
 from peer_dist.kinds.kind import Kind
 from peer_dist.machine import most_memory, nearest_existing
 from peer_dist.measures.metrics import EVENTS, IMAGES, METRICS
@@ -79,13 +80,12 @@ def _check_room(config: Config, world_size: int, local_world_size: int) -> None:
 
 def _table_bytes(config: Config, kind: Kind, world_size: int) -> int:
     """Bytes of a rank's tables of a kind and of the states of their optimizer, where most layers have them."""
-    tables, parallel, adam = kind.tables(config), config.parallel, config.table_optimizer
+    tables, parallel, rule = kind.tables(config), config.parallel, config.table_optimizer
     assert tables is not None
     columns = -(-config.model.hidden_size // parallel.expert_tensor)
     pools = Counter(config.stage_of(pool[0]) for pool in config.pools if kind is config.kind_of(pool[0]))
     rows = -(-tables.rows // parallel.expert_rows(world_size))
-    master = tables.dtype == "bfloat16" and not adam.stochastic_rounding
-    element = tables.itemsize + 4 * ({"adam": 2, "rowwise_adam": 1, "rowwise_adagrad": 0}[adam.name] + master)
+    element = tables.itemsize + FLOAT * (rule.moments[0] + rule.keeps_masters(tables.itemsize))
     return max(pools.values()) * len(tables.names) * rows * columns * element
 
 
